@@ -1,0 +1,31 @@
+//! The decisions of stanchion, pure: no tokio, no file system, no AWS, no clock.
+//!
+//! Every function here takes what it needs, `now` included, and returns data: actions, plans, documents, verdicts. The
+//! daemon, the plugin, the simulation and the offline commands all call the same code.
+//!
+//! | module | what is decided there |
+//! |---|---|
+//! | [`ids`] | newtypes for what has an id: ENIs, subnets, MACs, pods |
+//! | [`objects`] | the slim forms of the Kubernetes objects that the agent reads, from JSON or YAML |
+//! | [`config`] | every setting, its default, its origin, its parsing quirks |
+//! | [`limits`] | instance types: ENIs, addresses, cards |
+//! | [`cloud`] | what EC2, IMDS and CloudWatch Logs are asked and how they answer: the `Ec2Api`, `Imds` and `LogSink` seams |
+//! | [`ipam`] | datastore, pool planner, reconcile, checkpoint |
+//! | [`network`] | host and pod network plans, diff, SNAT, names |
+//! | [`policy`] | network policy: model, resolve, compile, diff, verdict and explanation |
+//! | [`cni`] | the CNI specification's types, versions and errors |
+//! | [`logs`] | CRI lines, reassembly, multiline, enrichment, batches, positions, routing |
+//! | [`metrics`] | parsers of kernel text, rates, Container Insights documents, EMF |
+#![forbid(unsafe_code)]
+
+pub mod cloud;
+pub mod cni;
+pub mod config;
+pub mod ids;
+pub mod ipam;
+pub mod limits;
+pub mod logs;
+pub mod metrics;
+pub mod network;
+pub mod objects;
+pub mod policy;

@@ -1,0 +1,3 @@
+//! Network policy, pure: model, resolve, compile, diff, verdict and explanation.
+
+pub mod image;
