@@ -270,18 +270,11 @@ pub trait Ec2Api: Send + Sync + 'static {
     fn describe_attached(&self, instance: &InstanceId) -> impl Future<Output = Result<Vec<Eni>, Ec2Error>> + Send;
     /// ENIs in state `available` that carry the tag key `node.k8s.amazonaws.com/instance_id`, in the VPC, with all the
     /// given tags.
-    fn describe_leaked(
-        &self,
-        vpc: &VpcId,
-        tags: &BTreeMap<String, String>,
-    ) -> impl Future<Output = Result<Vec<Eni>, Ec2Error>> + Send;
+    fn describe_leaked(&self, vpc: &VpcId, tags: &BTreeMap<String, String>) -> impl Future<Output = Result<Vec<Eni>, Ec2Error>> + Send;
     /// Subnets of the VPC in the zone.
     fn describe_subnets(&self, vpc: &VpcId, zone: &str) -> impl Future<Output = Result<Vec<Subnet>, Ec2Error>> + Send;
     /// Limits of an instance type.
-    fn describe_instance_type(
-        &self,
-        instance_type: &str,
-    ) -> impl Future<Output = Result<crate::limits::InstanceLimits, Ec2Error>> + Send;
+    fn describe_instance_type(&self, instance_type: &str) -> impl Future<Output = Result<crate::limits::InstanceLimits, Ec2Error>> + Send;
     /// Creates an ENI; the same `client_token` gives the same ENI.
     fn create_eni(&self, request: &CreateEni) -> impl Future<Output = Result<Eni, Ec2Error>> + Send;
     /// Attaches it.
@@ -293,17 +286,9 @@ pub trait Ec2Api: Send + Sync + 'static {
         network_card: u16,
     ) -> impl Future<Output = Result<AttachmentId, Ec2Error>> + Send;
     /// EC2 deletes the ENI when the instance ends.
-    fn set_delete_on_termination(
-        &self,
-        eni: &EniId,
-        attachment: &AttachmentId,
-    ) -> impl Future<Output = Result<(), Ec2Error>> + Send;
+    fn set_delete_on_termination(&self, eni: &EniId, attachment: &AttachmentId) -> impl Future<Output = Result<(), Ec2Error>> + Send;
     /// Replaces the security groups.
-    fn set_security_groups(
-        &self,
-        eni: &EniId,
-        groups: &[SecurityGroupId],
-    ) -> impl Future<Output = Result<(), Ec2Error>> + Send;
+    fn set_security_groups(&self, eni: &EniId, groups: &[SecurityGroupId]) -> impl Future<Output = Result<(), Ec2Error>> + Send;
     /// Adds addresses or prefixes; returns the new ones (a single address as /32 or /128).
     fn assign(&self, eni: &EniId, request: AddressRequest) -> impl Future<Output = Result<Vec<IpNet>, Ec2Error>> + Send;
     /// Takes addresses (/32) and prefixes (/28, /80) away; one kind a call.
@@ -313,11 +298,7 @@ pub trait Ec2Api: Send + Sync + 'static {
     /// Deletes; not there is success.
     fn delete_eni(&self, eni: &EniId) -> impl Future<Output = Result<(), Ec2Error>> + Send;
     /// Adds tags.
-    fn create_tags(
-        &self,
-        eni: &EniId,
-        tags: &BTreeMap<String, String>,
-    ) -> impl Future<Output = Result<(), Ec2Error>> + Send;
+    fn create_tags(&self, eni: &EniId, tags: &BTreeMap<String, String>) -> impl Future<Output = Result<(), Ec2Error>> + Send;
 }
 
 /// What the instance knows of itself, fixed for its life.
@@ -464,12 +445,7 @@ pub enum SinkError {
 /// Where log events go: CloudWatch Logs, stdout, a file.
 pub trait LogSink: Send + Sync + 'static {
     /// Puts a legal batch, in time order.
-    fn put(
-        &self,
-        group: &str,
-        stream: &str,
-        events: &[LogEvent],
-    ) -> impl Future<Output = Result<Rejected, SinkError>> + Send;
+    fn put(&self, group: &str, stream: &str, events: &[LogEvent]) -> impl Future<Output = Result<Rejected, SinkError>> + Send;
     /// Makes the group (with its retention) unless it exists.
     fn create_group(&self, group: &str, spec: &LogGroupSpec) -> impl Future<Output = Result<(), SinkError>> + Send;
     /// Makes the stream unless it exists.

@@ -662,11 +662,7 @@ mod tests {
     #[test]
     fn not_in_holds_when_the_key_is_missing() {
         let selector = LabelSelector {
-            match_expressions: vec![SelectorExpression {
-                key: "ns".into(),
-                operator: SelectorOperator::NotIn,
-                values: vec!["x".into()],
-            }],
+            match_expressions: vec![SelectorExpression { key: "ns".into(), operator: SelectorOperator::NotIn, values: vec!["x".into()] }],
             ..Default::default()
         };
         assert!(selector.matches(&Labels::new()));

@@ -1,1 +1,11 @@
-//! (module under construction)
+//! The owner of addresses and ENIs: one actor that holds the datastore, asks the planner and lets EC2 calls run beside it.
+//!
+//! Input: requests on [`IpamHandle`], results of EC2 actions, the cluster watch, a slow safety tick. Output: replies, the
+//! checkpoint on disk, the host network, EC2 calls. A panic ends the agent's network role: the supervisor starts it anew
+//! and everything is read back from EC2, IMDS and the checkpoint.
+
+mod handle;
+mod snapshot;
+
+pub use handle::{AssignError, AssignRequest, AssignedAddress, Assignment, Busy, IpamHandle, IpamStatus, ReleaseError};
+pub use snapshot::{AddressView, CidrView, Ec2CallStats, EniView, IpamCounters, IpamSnapshot, PoolView, RecentError, SubnetView};
