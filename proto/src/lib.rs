@@ -1,6 +1,5 @@
 //! The gRPC interface of the agent, generated from `stanchion.proto`.
-#![allow(missing_docs, clippy::all, reason = "generated; the documentation is in stanchion.proto")]
-#![allow(unreachable_pub, unused_qualifications, reason = "generated")]
+#![allow(missing_docs, reason = "generated; the documentation is in stanchion.proto")]
 
 tonic::include_proto!("stanchion.v1");
 

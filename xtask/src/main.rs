@@ -1,2 +1,133 @@
-//! placeholder
-fn main() {}
+//! Development tasks: `cargo xtask <task>`. Each does its own set-up and says what it does.
+
+mod bpf;
+mod build;
+mod setup;
+mod ui;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Development tasks of stanchion", disable_help_subcommand = true)]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building and testing need (Debian packages, the BPF linker)
+    Setup,
+    /// Build the eBPF object
+    BuildEbpf,
+    /// Play the main job end to end in a VPC made of network namespaces
+    Demo {
+        /// Leave the lab up and say how to look around
+        #[arg(long)]
+        keep: bool,
+    },
+    /// A VPC to play with: nodes, router, fake AWS; until Ctrl-C
+    Lab {
+        /// Arguments of the lab
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Everything that CI checks: format, lints, every test with real namespaces and eBPF
+    Test {
+        /// Only tests whose name contains one of these
+        filter: Vec<String>,
+    },
+    /// Measure against a floor in the same run: cni, datapath, policy, logs, pool, idle or all
+    Bench {
+        /// Which; all when absent
+        names: Vec<String>,
+        /// Smaller inputs
+        #[arg(long)]
+        quick: bool,
+        /// table or json
+        #[arg(short, long, default_value = "table")]
+        output: String,
+    },
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("{} {error:#}", ui::paint("error:", ui::RED));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    let root = root()?;
+    match Args::parse().task {
+        Task::Setup => setup::everything(&root)?,
+        Task::BuildEbpf => {
+            bpf::ensure_toolchain()?;
+            bpf::build(&root)?;
+        }
+        Task::Demo { keep } => {
+            prepare(&root, build::Profile::Dev)?;
+            let mut demo = Command::new(build::binary(&root, build::Profile::Dev, "demo"));
+            if keep {
+                demo.arg("--keep");
+            }
+            return ui::exit_code(demo.current_dir(&root).status().context("start the demo")?);
+        }
+        Task::Lab { args } => {
+            prepare(&root, build::Profile::Dev)?;
+            let mut lab = Command::new(build::binary(&root, build::Profile::Dev, "lab"));
+            return ui::exit_code(lab.args(args).current_dir(&root).status().context("start the lab")?);
+        }
+        Task::Test { filter } => return test(&root, &filter),
+        Task::Bench { names, quick, output } => {
+            prepare(&root, build::Profile::Release)?;
+            let mut bench = Command::new(build::binary(&root, build::Profile::Release, "bench"));
+            bench.args(names).args(["-o", &output]);
+            if quick {
+                bench.arg("--quick");
+            }
+            return ui::exit_code(bench.current_dir(&root).status().context("start the bench")?);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Toolchain, eBPF object, binaries.
+fn prepare(root: &Path, profile: build::Profile) -> Result<()> {
+    setup::everything(root)?;
+    bpf::build(root)?;
+    build::workspace(root, profile)
+}
+
+fn test(root: &Path, filter: &[String]) -> Result<ExitCode> {
+    setup::everything(root)?;
+    bpf::build(root)?;
+    if filter.is_empty() {
+        ui::step("format", Command::new("cargo").args(["fmt", "--all", "--check"]).current_dir(root))?;
+        ui::step(
+            "lints",
+            Command::new("cargo").args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]).current_dir(root),
+        )?;
+    }
+    // The scenarios run the shipped binaries, so these are built first.
+    build::workspace(root, build::Profile::Dev)?;
+    let mut tests = Command::new("cargo");
+    tests.args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(filter).current_dir(root);
+    println!("{} tests", ui::paint("run", ui::BOLD));
+    ui::exit_code(tests.status().context("start cargo nextest")?)
+}
+
+fn root() -> Result<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    match here.parent() {
+        Some(root) if root.join("Cargo.toml").is_file() => Ok(root.to_owned()),
+        _ => bail!("{} is not inside the workspace", here.display()),
+    }
+}

@@ -7,6 +7,8 @@
 //! |---|---|
 //! | [`ids`] | newtypes for what has an id: ENIs, subnets, MACs, pods |
 //! | [`objects`] | the slim forms of the Kubernetes objects that the agent reads, from JSON or YAML |
+//! | [`cluster`] | the snapshot of all objects |
+//! | [`manifests`] | objects from YAML and JSON text |
 //! | [`config`] | every setting, its default, its origin, its parsing quirks |
 //! | [`limits`] | instance types: ENIs, addresses, cards |
 //! | [`cloud`] | what EC2, IMDS and CloudWatch Logs are asked and how they answer: the `Ec2Api`, `Imds` and `LogSink` seams |
@@ -19,12 +21,14 @@
 #![forbid(unsafe_code)]
 
 pub mod cloud;
+pub mod cluster;
 pub mod cni;
 pub mod config;
 pub mod ids;
 pub mod ipam;
 pub mod limits;
 pub mod logs;
+pub mod manifests;
 pub mod metrics;
 pub mod network;
 pub mod objects;

@@ -1,0 +1,149 @@
+//! The cluster's state as this node sees it, whoever brought it: a directory of manifests or the API server.
+//!
+//! A value of [`ClusterState`] is an immutable snapshot. Objects sit behind `Arc`s: two snapshots share every object
+//! that did not change, so that a reader finds what changed by comparing pointers.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::ids::PodName;
+use crate::objects::{EndpointSlice, EniConfig, Namespace, NetworkPolicy, Node, Pod, Service};
+
+/// Objects of a namespaced kind, by namespace and name.
+pub type Namespaced<T> = BTreeMap<PodName, Arc<T>>;
+/// Objects of a cluster-scoped kind, by name.
+pub type Named<T> = BTreeMap<String, Arc<T>>;
+
+/// Everything that the agent knows of the cluster.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ClusterState {
+    /// Every source was read at least once: absence means absence.
+    pub synced: bool,
+    /// Namespaces.
+    pub namespaces: Named<Namespace>,
+    /// Pods, of all nodes where policies need them.
+    pub pods: Namespaced<Pod>,
+    /// Nodes.
+    pub nodes: Named<Node>,
+    /// Services.
+    pub services: Namespaced<Service>,
+    /// Backends of services.
+    pub endpoint_slices: Namespaced<EndpointSlice>,
+    /// NetworkPolicies.
+    pub network_policies: Namespaced<NetworkPolicy>,
+    /// Where custom networking puts pods.
+    pub eni_configs: Named<EniConfig>,
+    /// The `kube-system/amazon-vpc-cni` ConfigMap's data.
+    pub vpc_cni_config: Option<Arc<BTreeMap<String, String>>>,
+}
+
+/// One object of a kind that the agent reads.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// v1
+    Namespace(Namespace),
+    /// v1
+    Pod(Pod),
+    /// v1
+    Node(Node),
+    /// v1
+    Service(Service),
+    /// discovery.k8s.io/v1
+    EndpointSlice(EndpointSlice),
+    /// networking.k8s.io/v1
+    NetworkPolicy(NetworkPolicy),
+    /// crd.k8s.amazonaws.com/v1alpha1
+    EniConfig(EniConfig),
+    /// v1, only `kube-system/amazon-vpc-cni`
+    VpcCniConfig(BTreeMap<String, String>),
+}
+
+/// Puts the object in unless an equal one is there already, whose `Arc` then stays.
+fn put<K: Ord, T: PartialEq>(map: &mut BTreeMap<K, Arc<T>>, key: K, object: T) {
+    match map.get(&key) {
+        Some(present) if **present == object => {}
+        _ => {
+            map.insert(key, Arc::new(object));
+        }
+    }
+}
+
+impl ClusterState {
+    /// Adds or replaces an object. A namespace gets the label `kubernetes.io/metadata.name` that the API server would
+    /// give it.
+    pub fn apply(&mut self, object: Object) {
+        let full = |meta: &crate::objects::Meta| PodName::new(meta.namespace.clone(), meta.name.clone());
+        match object {
+            Object::Namespace(mut o) => {
+                let name = o.metadata.name.clone();
+                o.metadata.labels.insert("kubernetes.io/metadata.name".to_owned(), name.clone());
+                put(&mut self.namespaces, name, o);
+            }
+            Object::Pod(o) => put(&mut self.pods, full(&o.metadata), o),
+            Object::Node(o) => put(&mut self.nodes, o.metadata.name.clone(), o),
+            Object::Service(o) => put(&mut self.services, full(&o.metadata), o),
+            Object::EndpointSlice(o) => put(&mut self.endpoint_slices, full(&o.metadata), o),
+            Object::NetworkPolicy(o) => put(&mut self.network_policies, full(&o.metadata), o),
+            Object::EniConfig(o) => put(&mut self.eni_configs, o.metadata.name.clone(), o),
+            Object::VpcCniConfig(data) => {
+                if self.vpc_cni_config.as_deref() != Some(&data) {
+                    self.vpc_cni_config = Some(Arc::new(data));
+                }
+            }
+        }
+    }
+
+    /// The state that consists of just these objects, sharing with `self` every object that is equal in both. Later
+    /// objects replace earlier ones of the same kind and name.
+    pub fn replaced_by(&self, objects: impl IntoIterator<Item = Object>) -> Self {
+        let mut next = Self { synced: true, ..Self::default() };
+        for object in objects {
+            next.apply(object);
+        }
+        share(&self.namespaces, &mut next.namespaces);
+        share(&self.pods, &mut next.pods);
+        share(&self.nodes, &mut next.nodes);
+        share(&self.services, &mut next.services);
+        share(&self.endpoint_slices, &mut next.endpoint_slices);
+        share(&self.network_policies, &mut next.network_policies);
+        share(&self.eni_configs, &mut next.eni_configs);
+        if self.vpc_cni_config == next.vpc_cni_config {
+            next.vpc_cni_config.clone_from(&self.vpc_cni_config);
+        }
+        next
+    }
+}
+
+/// Replaces each of `next`'s objects by the equal one of `previous`.
+fn share<K: Ord, T: PartialEq>(previous: &BTreeMap<K, Arc<T>>, next: &mut BTreeMap<K, Arc<T>>) {
+    for (key, object) in next {
+        if let Some(present) = previous.get(key)
+            && present == object
+        {
+            *object = Arc::clone(present);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::objects::Meta;
+
+    fn pod(name: &str, node: &str) -> Object {
+        let mut pod = Pod { metadata: Meta { name: name.into(), namespace: "x".into(), ..Meta::default() }, ..Pod::default() };
+        pod.spec.node_name = node.into();
+        Object::Pod(pod)
+    }
+
+    #[test]
+    fn unchanged_objects_are_shared_and_gone_ones_are_gone() {
+        let first = ClusterState::default().replaced_by([pod("a", "n1"), pod("b", "n1"), pod("c", "n1")]);
+        let second = first.replaced_by([pod("a", "n1"), pod("b", "n2")]);
+        let key = |name: &str| PodName::new("x", name);
+        assert!(Arc::ptr_eq(&first.pods[&key("a")], &second.pods[&key("a")]));
+        assert!(!Arc::ptr_eq(&first.pods[&key("b")], &second.pods[&key("b")]));
+        assert!(!second.pods.contains_key(&key("c")));
+        assert!(second.synced);
+    }
+}

@@ -1,0 +1,1 @@
+//! The subcommands: arguments in, a view for people or JSON for scripts out.

@@ -1,0 +1,44 @@
+//! Benches: each prints figures beside a floor or yardstick that was measured in the same run.
+
+use serde::Serialize;
+
+/// One figure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// What was measured, with its parameters.
+    pub name: String,
+    /// The figure.
+    pub value: f64,
+    /// Its unit.
+    pub unit: &'static str,
+    /// The floor or yardstick of the same run, in the same unit.
+    pub floor: Option<f64>,
+    /// value / floor.
+    pub ratio: Option<f64>,
+    /// What the ratio (or, without a floor, the value) may be at most.
+    pub target: Option<f64>,
+}
+
+impl Row {
+    /// A figure by itself.
+    pub fn plain(name: impl Into<String>, value: f64, unit: &'static str) -> Self {
+        Self { name: name.into(), value, unit, floor: None, ratio: None, target: None }
+    }
+
+    /// A figure beside its floor.
+    pub fn against(name: impl Into<String>, value: f64, unit: &'static str, floor: f64) -> Self {
+        Self { name: name.into(), value, unit, floor: Some(floor), ratio: (floor > 0.0).then_some(value / floor), target: None }
+    }
+
+    /// With the bound that the specification promises.
+    #[must_use]
+    pub fn target(mut self, target: f64) -> Self {
+        self.target = Some(target);
+        self
+    }
+
+    /// Whether the promise holds; `None` where none was made.
+    pub fn holds(&self) -> Option<bool> {
+        self.target.map(|target| self.ratio.unwrap_or(self.value) <= target)
+    }
+}

@@ -1,0 +1,77 @@
+//! `cargo xtask bench [NAMES] [--quick] [-o table|json]`: figures beside their floors.
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use clap::Parser;
+use stanchion_lab::bench::Row;
+
+#[derive(Parser)]
+struct Args {
+    /// cni, datapath, policy, logs, pool, idle; all when absent
+    names: Vec<String>,
+    /// Smaller inputs
+    #[arg(long)]
+    quick: bool,
+    /// table or json
+    #[arg(short, long, default_value = "table")]
+    output: String,
+}
+
+type Bench = fn(bool) -> anyhow::Result<Vec<Row>>;
+
+/// Every bench by its name.
+const BENCHES: [(&str, Bench); 0] = [];
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Some(unknown) = args.names.iter().find(|n| *n != "all" && !BENCHES.iter().any(|(name, _)| name == n)) {
+        let known: Vec<&str> = BENCHES.iter().map(|(name, _)| *name).collect();
+        eprintln!("no bench {unknown}; there are: {} or all", known.join(", "));
+        return ExitCode::from(2);
+    }
+    let all = args.names.is_empty() || args.names.iter().any(|n| n == "all");
+    let mut failed = false;
+    let mut json = serde_json::Map::new();
+    for (name, bench) in BENCHES.iter().filter(|(name, _)| all || args.names.iter().any(|n| n == name)) {
+        eprintln!("bench {name} ...");
+        match bench(args.quick) {
+            Ok(rows) if args.output == "json" => {
+                json.insert((*name).to_owned(), serde_json::json!(rows));
+            }
+            Ok(rows) => print_table(name, &rows),
+            Err(error) => {
+                eprintln!("bench {name}: {error:#}");
+                failed = true;
+            }
+        }
+    }
+    if args.output == "json" {
+        println!("{}", serde_json::Value::Object(json));
+    }
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn print_table(name: &str, rows: &[Row]) {
+    let width = rows.iter().map(|row| row.name.len()).max().unwrap_or(0).max(name.len());
+    println!("\n{name:width$}  {:>12}  {:>12}  {:>7}  {:>7}", "value", "floor", "ratio", "target");
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"));
+    for row in rows {
+        let mark = match row.holds() {
+            Some(true) => "  ok",
+            Some(false) => "  NOT REACHED",
+            None => "",
+        };
+        let mark =
+            if std::io::stdout().is_terminal() && row.holds() == Some(false) { format!("\x1b[31m{mark}\x1b[0m") } else { mark.to_owned() };
+        println!(
+            "{:width$}  {:>12}  {:>12}  {:>7}  {:>7}  {}{mark}",
+            row.name,
+            number(Some(row.value)),
+            number(row.floor),
+            number(row.ratio),
+            number(row.target),
+            row.unit
+        );
+    }
+}

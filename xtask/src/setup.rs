@@ -1,0 +1,56 @@
+//! What building and testing need, installed when it lacks.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::{bpf, ui};
+
+/// (a file that shows it is there, Debian package)
+const TOOLS: [(&str, &str); 8] = [
+    ("/usr/sbin/ip", "iproute2"),
+    ("/usr/sbin/nft", "nftables"),
+    ("/usr/sbin/conntrack", "conntrack"),
+    ("/usr/bin/tcpdump", "tcpdump"),
+    ("/usr/bin/iperf3", "iperf3"),
+    ("/usr/bin/ping", "iputils-ping"),
+    ("/usr/bin/nc.openbsd", "netcat-openbsd"),
+    ("/usr/sbin/bpftool", "bpftool"),
+];
+
+/// The lab's tools, the eBPF toolchain and the test runner.
+pub(crate) fn everything(_root: &Path) -> Result<()> {
+    if !is_root() {
+        bail!("network namespaces and eBPF need root: run this as root (sudo -E cargo xtask ...)");
+    }
+    let missing: Vec<&str> = TOOLS.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
+    apt_install("install the lab's tools", &missing)?;
+    bpf::ensure_toolchain()?;
+    if !has_nextest() {
+        ui::step("install cargo-nextest", Command::new("cargo").args(["install", "--locked", "cargo-nextest"]))?;
+    }
+    Ok(())
+}
+
+/// Installs Debian packages; none is no work.
+pub(crate) fn apt_install(what: &str, packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if !Path::new("/usr/bin/apt-get").exists() {
+        bail!("{what}: this is no Debian machine; install the equivalents of: {}", packages.join(" "));
+    }
+    ui::step("refresh the package lists", Command::new("apt-get").args(["update", "-qq"]))?;
+    let mut install = Command::new("apt-get");
+    install.env("DEBIAN_FRONTEND", "noninteractive").args(["install", "-y", "-qq", "--no-install-recommends"]).args(packages);
+    ui::step(&format!("{what}: {}", packages.join(" ")), &mut install)
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0)
+}
+
+fn has_nextest() -> bool {
+    Command::new("cargo").args(["nextest", "--version"]).output().is_ok_and(|o| o.status.success())
+}
