@@ -13,6 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AttachmentId, EniId, InstanceId, Mac, SecurityGroupId, SubnetId, VpcId};
+use crate::logs::LogBatch;
 
 /// An EC2 action that the agent calls, for budgets and counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -445,7 +446,12 @@ pub enum SinkError {
 /// Where log events go: CloudWatch Logs, stdout, a file.
 pub trait LogSink: Send + Sync + 'static {
     /// Puts a legal batch, in time order.
-    fn put(&self, group: &str, stream: &str, events: &[LogEvent]) -> impl Future<Output = Result<Rejected, SinkError>> + Send;
+    ///
+    /// The batch owns the complete request, already encoded: the CloudWatch implementation sends [`LogBatch::body`] as it
+    /// is (through the SDK: `customize().interceptor` or `map_request` puts it in place of the SDK's own serialisation
+    /// before signing, and may gzip it), so that no event is copied or encoded again, nor on a retry. Others decode
+    /// [`LogBatch::events`]. Documents that are few come from [`LogBatch::from_events`].
+    fn put(&self, batch: &LogBatch) -> impl Future<Output = Result<Rejected, SinkError>> + Send;
     /// Makes the group (with its retention) unless it exists.
     fn create_group(&self, group: &str, spec: &LogGroupSpec) -> impl Future<Output = Result<(), SinkError>> + Send;
     /// Makes the stream unless it exists.

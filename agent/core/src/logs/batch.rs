@@ -1,0 +1,397 @@
+//! Batches for PutLogEvents, legal by construction and already in the form that goes on the wire.
+//!
+//! Limits: <https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutLogEvents.html>. A batch owns one
+//! buffer, the complete JSON 1.1 request, that events are written into directly; nothing is copied per event afterwards.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::Deserialize;
+
+use super::json;
+use crate::cloud::LogEvent;
+
+/// What a batch may count: message bytes (UTF-8, unescaped) and [`EVENT_OVERHEAD`] for each event.
+pub const MAX_BATCH_BYTES: usize = 1_048_576;
+/// Counted for each event besides its message.
+pub const EVENT_OVERHEAD: usize = 26;
+/// Events in a batch.
+pub const MAX_BATCH_EVENTS: usize = 10_000;
+/// Bytes of one message, so that it fits a batch alone.
+pub const MAX_MESSAGE_BYTES: usize = MAX_BATCH_BYTES - EVENT_OVERHEAD;
+/// Between the first and the last event of a batch.
+pub const MAX_SPAN_MS: i64 = 24 * 3600 * 1000;
+/// Encoded size at which a batch is closed though the service would count less: keeps buffers of lines full of control
+/// characters (six bytes each when escaped) from growing to 6 MiB.
+const MAX_ENCODED_BYTES: usize = 1_900_000;
+
+/// A closed batch: 1 to 10,000 events of one stream in time order.
+///
+/// Invariants: counted bytes at most [`MAX_BATCH_BYTES`], span at most [`MAX_SPAN_MS`], no empty message, order by time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogBatch {
+    group: Arc<str>,
+    stream: Arc<str>,
+    body: Bytes,
+    events: Vec<Span>,
+    counted: usize,
+    emf: bool,
+}
+
+/// Where an event's JSON object stands in the body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Span {
+    timestamp_ms: i64,
+    start: u32,
+    end: u32,
+    /// Message bytes and overhead, as the service counts.
+    counted: u32,
+}
+
+#[derive(Deserialize)]
+struct WireEvent {
+    timestamp: i64,
+    message: String,
+}
+
+impl LogBatch {
+    /// The log group.
+    pub fn group(&self) -> &str {
+        &self.group
+    }
+
+    /// The log stream.
+    pub fn stream(&self) -> &str {
+        &self.stream
+    }
+
+    /// The complete body of the PutLogEvents request (`application/x-amz-json-1.1`), to be signed and sent as it is.
+    pub fn body(&self) -> &Bytes {
+        &self.body
+    }
+
+    /// The events are metric documents: send `x-amzn-logs-format: json/emf`.
+    pub fn is_emf(&self) -> bool {
+        self.emf
+    }
+
+    /// Number of events, at least 1.
+    pub fn len(&self) -> usize {
+        self.events.len()
+    }
+
+    /// Never: an empty batch is not made.
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
+    /// Bytes as the service counts and bills them: messages and [`EVENT_OVERHEAD`] each.
+    pub fn counted_bytes(&self) -> usize {
+        self.counted
+    }
+
+    /// Milliseconds since 1970 of the first and the last event.
+    pub fn time_range(&self) -> (i64, i64) {
+        let at = |span: Option<&Span>| span.map_or(0, |span| span.timestamp_ms);
+        (at(self.events.first()), at(self.events.last()))
+    }
+
+    /// The events, decoded: for sinks other than CloudWatch Logs, and for tests.
+    pub fn events(&self) -> impl Iterator<Item = LogEvent> + '_ {
+        self.events.iter().map(|span| {
+            let object = &self.body[span.start as usize..span.end as usize];
+            let wire: WireEvent = serde_json::from_slice(object).expect("the builder wrote a JSON object");
+            LogEvent { timestamp_ms: wire.timestamp, message: wire.message }
+        })
+    }
+
+    /// One half each, for finding the event that the service calls invalid; `None` for a single event.
+    pub fn bisect(&self) -> Option<(Self, Self)> {
+        if self.events.len() < 2 {
+            return None;
+        }
+        let (left, right) = self.events.split_at(self.events.len() / 2);
+        Some((self.part(left), self.part(right)))
+    }
+
+    fn part(&self, spans: &[Span]) -> Self {
+        let mut builder = BatchBuilder::new(self.group.clone(), self.stream.clone(), self.emf);
+        for span in spans {
+            builder.append_encoded(&self.body[span.start as usize..span.end as usize], *span);
+        }
+        builder.finish().expect("half of two or more events is not empty")
+    }
+
+    /// Batches of ready events: for documents, which are few. Events are sorted; empty messages are left out and a message
+    /// over [`MAX_MESSAGE_BYTES`] is cut at a character.
+    pub fn from_events(group: &str, stream: &str, emf: bool, mut events: Vec<LogEvent>) -> Vec<Self> {
+        events.sort_by_key(|event| event.timestamp_ms);
+        let mut builder = BatchBuilder::new(group.into(), stream.into(), emf);
+        let mut batches = Vec::new();
+        for event in &events {
+            let message = &event.message[..event.message.floor_char_boundary(MAX_MESSAGE_BYTES)];
+            let sealed = builder.push_with(event.timestamp_ms, |out| {
+                json::escape(out, message.as_bytes());
+                message.len()
+            });
+            batches.extend(sealed);
+        }
+        batches.extend(builder.finish());
+        batches
+    }
+}
+
+/// Collects events of one stream and closes a batch whenever the next event would break a limit.
+#[derive(Debug)]
+pub struct BatchBuilder {
+    group: Arc<str>,
+    stream: Arc<str>,
+    emf: bool,
+    /// The request's head, then events separated by commas.
+    body: Vec<u8>,
+    head: usize,
+    events: Vec<Span>,
+    counted: usize,
+    first_ms: i64,
+    last_ms: i64,
+    sorted: bool,
+}
+
+impl BatchBuilder {
+    /// An empty builder.
+    pub fn new(group: Arc<str>, stream: Arc<str>, emf: bool) -> Self {
+        let mut builder =
+            Self { group, stream, emf, body: Vec::new(), head: 0, events: Vec::new(), counted: 0, first_ms: 0, last_ms: 0, sorted: true };
+        builder.begin();
+        builder
+    }
+
+    fn begin(&mut self) {
+        self.body.extend_from_slice(b"{\"logGroupName\":\"");
+        json::escape(&mut self.body, self.group.as_bytes());
+        self.body.extend_from_slice(b"\",\"logStreamName\":\"");
+        json::escape(&mut self.body, self.stream.as_bytes());
+        self.body.extend_from_slice(b"\",\"logEvents\":[");
+        self.head = self.body.len();
+        self.counted = 0;
+        self.sorted = true;
+    }
+
+    /// Number of events.
+    pub fn len(&self) -> usize {
+        self.events.len()
+    }
+
+    /// No event yet.
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
+    /// Encoded size so far: what the builder holds in memory, in bytes.
+    pub fn encoded_bytes(&self) -> usize {
+        self.body.len()
+    }
+
+    /// Adds an event: `write` appends the message, escaped for a JSON string, and returns its unescaped length, which must
+    /// not exceed [`MAX_MESSAGE_BYTES`]. A message of length 0 is not added, as the service refuses it.
+    ///
+    /// When the event does not fit, the events before it are closed as a batch and it becomes the first of the next.
+    pub fn push_with(&mut self, timestamp_ms: i64, write: impl FnOnce(&mut Vec<u8>) -> usize) -> Option<LogBatch> {
+        let before = self.body.len();
+        if before > self.head {
+            self.body.push(b',');
+        }
+        let start = self.body.len();
+        self.body.extend_from_slice(b"{\"timestamp\":");
+        json::integer(&mut self.body, timestamp_ms);
+        self.body.extend_from_slice(b",\"message\":\"");
+        let message = write(&mut self.body);
+        self.body.extend_from_slice(b"\"}");
+        if message == 0 {
+            self.body.truncate(before);
+            return None;
+        }
+        debug_assert!(message <= MAX_MESSAGE_BYTES, "the caller cuts messages");
+        let counted = message + EVENT_OVERHEAD;
+        if self.fits(timestamp_ms, counted) {
+            self.account(timestamp_ms, start, counted);
+            return None;
+        }
+        let event = self.body.split_off(start);
+        self.body.truncate(before);
+        let sealed = self.finish();
+        self.body.extend_from_slice(&event);
+        self.account(timestamp_ms, self.head, counted);
+        sealed
+    }
+
+    /// Adds an event that another batch had encoded and counted; the limits hold because they held there.
+    fn append_encoded(&mut self, object: &[u8], span: Span) {
+        if self.body.len() > self.head {
+            self.body.push(b',');
+        }
+        let start = self.body.len();
+        self.body.extend_from_slice(object);
+        self.account(span.timestamp_ms, start, span.counted as usize);
+    }
+
+    fn fits(&self, timestamp_ms: i64, counted: usize) -> bool {
+        self.events.is_empty()
+            || (self.events.len() < MAX_BATCH_EVENTS
+                && self.counted + counted <= MAX_BATCH_BYTES
+                && self.body.len() <= MAX_ENCODED_BYTES
+                && self.last_ms.max(timestamp_ms).saturating_sub(self.first_ms.min(timestamp_ms)) <= MAX_SPAN_MS)
+    }
+
+    fn account(&mut self, timestamp_ms: i64, start: usize, counted: usize) {
+        if self.events.is_empty() {
+            (self.first_ms, self.last_ms) = (timestamp_ms, timestamp_ms);
+        } else {
+            self.sorted &= timestamp_ms >= self.last_ms;
+            self.first_ms = self.first_ms.min(timestamp_ms);
+            self.last_ms = self.last_ms.max(timestamp_ms);
+        }
+        self.counted += counted;
+        self.events.push(Span { timestamp_ms, start: narrow(start), end: narrow(self.body.len()), counted: narrow(counted) });
+    }
+
+    /// Closes what is there; `None` when there is nothing. The builder is empty afterwards.
+    pub fn finish(&mut self) -> Option<LogBatch> {
+        if self.events.is_empty() {
+            return None;
+        }
+        let mut events = std::mem::take(&mut self.events);
+        let mut body = std::mem::take(&mut self.body);
+        if !self.sorted {
+            body = self.in_time_order(&body, &mut events);
+        }
+        body.extend_from_slice(b"]}");
+        let batch = LogBatch {
+            group: self.group.clone(),
+            stream: self.stream.clone(),
+            body: body.into(),
+            events,
+            counted: self.counted,
+            emf: self.emf,
+        };
+        self.begin();
+        Some(batch)
+    }
+
+    /// The two streams of a container are written by two threads, so lines can be a little out of order; the service
+    /// refuses a batch that is. Equal timestamps keep the order of the file.
+    fn in_time_order(&self, body: &[u8], events: &mut [Span]) -> Vec<u8> {
+        events.sort_by_key(|span| span.timestamp_ms);
+        let mut sorted = Vec::with_capacity(body.len() + 2);
+        sorted.extend_from_slice(&body[..self.head]);
+        for (index, span) in events.iter_mut().enumerate() {
+            if index > 0 {
+                sorted.push(b',');
+            }
+            let start = sorted.len();
+            sorted.extend_from_slice(&body[span.start as usize..span.end as usize]);
+            *span = Span { start: narrow(start), end: narrow(sorted.len()), ..*span };
+        }
+        sorted
+    }
+}
+
+/// Offsets in a body: one event is at most six times a mebibyte when escaped.
+fn narrow(offset: usize) -> u32 {
+    u32::try_from(offset).expect("a body is far below 4 GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn legal(batch: &LogBatch) {
+        let events: Vec<_> = batch.events().collect();
+        assert!((1..=MAX_BATCH_EVENTS).contains(&events.len()));
+        let counted: usize = events.iter().map(|event| event.message.len() + EVENT_OVERHEAD).sum();
+        assert_eq!(counted, batch.counted_bytes());
+        assert!(counted <= MAX_BATCH_BYTES);
+        assert!(events.is_sorted_by_key(|event| event.timestamp_ms));
+        assert!(events[events.len() - 1].timestamp_ms - events[0].timestamp_ms <= MAX_SPAN_MS);
+        assert!(events.iter().all(|event| !event.message.is_empty()));
+        let request: serde_json::Value = serde_json::from_slice(batch.body()).unwrap();
+        assert_eq!(request["logGroupName"], "g");
+        assert_eq!(request["logStreamName"], "s \"quoted\"");
+        assert_eq!(request["logEvents"].as_array().unwrap().len(), events.len());
+    }
+
+    fn batches(events: &[(i64, String)]) -> Vec<LogBatch> {
+        let mut builder = BatchBuilder::new("g".into(), "s \"quoted\"".into(), false);
+        let mut batches = Vec::new();
+        for (timestamp, message) in events {
+            batches.extend(builder.push_with(*timestamp, |out| {
+                json::escape(out, message.as_bytes());
+                message.len()
+            }));
+        }
+        batches.extend(builder.finish());
+        batches
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn every_batch_is_legal_and_no_event_is_lost(
+            events in proptest::collection::vec(
+                (0_i64..3 * MAX_SPAN_MS, prop_oneof![
+                    8 => "\\PC{0,30}",
+                    1 => (100_000_usize..MAX_MESSAGE_BYTES).prop_map(|len| "x".repeat(len)),
+                    1 => (1_usize..100_000).prop_map(|len| "\u{1}".repeat(len)),
+                ]),
+                0..60,
+            ),
+        ) {
+            let batches = batches(&events);
+            batches.iter().for_each(legal);
+            let mut sent: Vec<_> = batches.iter().flat_map(|batch| batch.events().map(|event| (event.timestamp_ms, event.message))).collect();
+            let mut expected: Vec<_> = events.into_iter().filter(|event| !event.1.is_empty()).collect();
+            sent.sort();
+            expected.sort();
+            prop_assert_eq!(sent, expected);
+        }
+
+        #[test]
+        fn halves_of_a_batch_are_the_batch(times in proptest::collection::vec(0_i64..1000, 2..40)) {
+            let events: Vec<_> = times.iter().map(|time| (*time, format!("m{time}"))).collect();
+            let whole = &batches(&events)[0];
+            let (left, right) = whole.bisect().unwrap();
+            legal(&left);
+            legal(&right);
+            prop_assert_eq!(left.events().chain(right.events()).collect::<Vec<_>>(), whole.events().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn ten_thousand_events_close_a_batch() {
+        let events: Vec<_> = (0..MAX_BATCH_EVENTS as i64 + 1).map(|time| (time, "x".to_owned())).collect();
+        let lengths: Vec<_> = batches(&events).iter().map(LogBatch::len).collect();
+        assert_eq!(lengths, [MAX_BATCH_EVENTS, 1]);
+    }
+
+    #[test]
+    fn a_mebibyte_is_filled_to_the_last_byte() {
+        let events: Vec<_> = (0..17).map(|time| (time, "x".repeat(MAX_BATCH_BYTES / 16 - EVENT_OVERHEAD))).collect();
+        let counts: Vec<_> = batches(&events).iter().map(LogBatch::counted_bytes).collect();
+        assert_eq!(counts, [MAX_BATCH_BYTES, MAX_BATCH_BYTES / 16]);
+    }
+
+    #[test]
+    fn ready_documents_are_sorted_and_cut() {
+        let events = vec![
+            LogEvent { timestamp_ms: 2, message: "é".repeat(MAX_MESSAGE_BYTES) },
+            LogEvent { timestamp_ms: 1, message: "first".to_owned() },
+        ];
+        let batches = LogBatch::from_events("g", "s \"quoted\"", true, events);
+        batches.iter().for_each(legal);
+        assert_eq!(batches.len(), 2);
+        assert!(batches[0].is_emf());
+        assert_eq!(batches[0].events().next().unwrap().message, "first");
+    }
+}
