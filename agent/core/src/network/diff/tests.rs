@@ -1,0 +1,206 @@
+use super::*;
+use crate::network::host::{DEFAULT_MTU, PodHost, Randomize, Snat};
+use crate::network::ops::IfAddress;
+use crate::network::{Rule, eni_route_table};
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn mac(last: u8) -> Mac {
+    Mac([2, 0, 0, 0, 0, last])
+}
+
+fn link(index: u32, name: &str, mac_end: u8, mtu: u32, up: bool, kind: &str) -> NodeIf {
+    NodeIf { index, name: name.into(), mac: Some(mac(mac_end)), mtu, up, kind: kind.into() }
+}
+
+fn eni(device: u32, mac_end: u8, ipv4: &str) -> EniPlan {
+    EniPlan {
+        id: format!("eni-{device}").as_str().into(),
+        mac: mac(mac_end),
+        role: if device == 0 { EniRole::Primary } else { EniRole::Secondary },
+        device_index: device,
+        network_card: 0,
+        ipv4: Some(ipv4.parse().unwrap()),
+        ipv6: None,
+        table: eni_route_table(0, device),
+        mtu: DEFAULT_MTU,
+    }
+}
+
+fn plan() -> HostPlan {
+    let snat = Snat { to: "10.0.0.5".parse().unwrap(), bypass: vec!["10.0.0.0/16".parse().unwrap()], randomize: Randomize::Fully };
+    HostPlan {
+        enis: vec![eni(0, 1, "10.0.0.5/24"), eni(1, 2, "10.0.0.20/24")],
+        pods: vec![PodHost { address: "10.0.0.21".parse().unwrap(), host_if: "eni1234".into(), table: 2 }],
+        snat: Some(snat),
+        external_service_cidrs: vec!["100.64.0.0/10".parse().unwrap()],
+        ..HostPlan::default()
+    }
+}
+
+/// A node as the image boots it, with a fresh secondary ENI and a pod's veth.
+fn fresh() -> HostObserved {
+    HostObserved {
+        links: vec![link(2, "eth0", 1, 9001, true, ""), link(3, "eth1", 2, 1500, false, ""), link(4, "eni1234", 9, 9001, true, "veth")],
+        addresses: vec![IfAddress { index: 2, address: net("10.0.0.5/24"), global: true }],
+        sysctls: [("net/ipv4/ip_forward", "0"), ("net/ipv4/conf/eth0/rp_filter", "0"), ("net/ipv4/tcp_early_demux", "1")]
+            .map(|(path, value)| (path.to_owned(), value.to_owned()))
+            .into(),
+        ..HostObserved::default()
+    }
+}
+
+/// A kernel of the coarsest kind: enough to see whether the operations lead to the desired state.
+fn perform(state: &mut HostObserved, ops: &[NetOp], desired: &HostPlan) {
+    for op in ops {
+        match op.clone() {
+            NetOp::LinkUp { index } => state.links.iter_mut().filter(|link| link.index == index).for_each(|link| link.up = true),
+            NetOp::Mtu { index, mtu } => state.links.iter_mut().filter(|link| link.index == index).for_each(|link| link.mtu = mtu),
+            NetOp::AddAddress { index, address } => state.addresses.push(IfAddress { index, address, global: true }),
+            NetOp::DeleteAddress { index, address } => {
+                state.addresses.retain(|present| (present.index, present.address) != (index, address))
+            }
+            NetOp::ReplaceRoute(route) => {
+                state.routes.retain(|present| (present.dst, present.table) != (route.dst, route.table));
+                state.routes.push(route);
+            }
+            NetOp::DeleteRoute(route) => state.routes.retain(|present| *present != route),
+            NetOp::AddRule(rule) => state.rules.push(rule),
+            NetOp::DeleteRule(rule) => state.rules.retain(|present| *present != rule),
+            NetOp::Sysctl { path, value } => drop(state.sysctls.insert(path, value)),
+            NetOp::Nft { document } => {
+                let transaction: serde_json::Value = serde_json::from_str(&document).unwrap();
+                let added: Vec<_> = transaction["nftables"].as_array().unwrap().iter().map(|command| command["add"].clone()).collect();
+                let listing = serde_json::json!({"nftables": added}).to_string();
+                state.nft = crate::network::nft::parse_listing(&listing).ok().filter(|_| desired.uses_mark());
+            }
+            NetOp::Neighbour { .. } => unreachable!("the host has no neighbours of ours"),
+        }
+    }
+}
+
+fn settled() -> HostObserved {
+    let mut state = fresh();
+    let ops = diff(&plan(), &state);
+    perform(&mut state, &ops, &plan());
+    state
+}
+
+#[test]
+fn a_fresh_node_gets_everything_and_then_nothing() {
+    let ops = diff(&plan(), &fresh());
+    for want in [
+        NetOp::Mtu { index: 3, mtu: 9001 },
+        NetOp::LinkUp { index: 3 },
+        NetOp::AddAddress { index: 3, address: net("10.0.0.20/24") },
+        NetOp::ReplaceRoute(Route { dst: net("10.0.0.1/32"), table: 2, via: None, index: 3 }),
+        NetOp::ReplaceRoute(Route { dst: net("0.0.0.0/0"), table: 2, via: Some("10.0.0.1".parse().unwrap()), index: 3 }),
+        NetOp::ReplaceRoute(Route { dst: net("10.0.0.21/32"), table: 254, via: None, index: 4 }),
+        NetOp::AddRule(Rule::to_host(512, "10.0.0.21".parse().unwrap(), 254)),
+        NetOp::AddRule(Rule::from_host(1536, "10.0.0.21".parse().unwrap(), 2)),
+        NetOp::AddRule(Rule::from_host(32_765, "10.0.0.20".parse().unwrap(), 2)),
+        NetOp::AddRule(Rule { mark: Some((0x80, 0x80)), ..Rule::new(false, 1024, 254) }),
+        NetOp::AddRule(Rule { to: Some(net("100.64.0.0/10")), ..Rule::new(false, 1535, 254) }),
+        NetOp::Sysctl { path: "net/ipv4/conf/eth0/rp_filter".into(), value: "2".into() },
+    ] {
+        assert!(ops.contains(&want), "{want:?} is not among {ops:#?}");
+    }
+    assert!(ops.iter().all(|op| !op.removes()), "nothing was there to be removed");
+    assert_eq!(diff(&plan(), &settled()), []);
+}
+
+#[test]
+fn the_primary_interface_belongs_to_the_system() {
+    let mut plan = plan();
+    plan.enis[0].mtu = 1500;
+    let of_primary: Vec<_> = diff(&plan, &settled());
+    assert_eq!(of_primary, [NetOp::Mtu { index: 2, mtu: 1500 }]);
+}
+
+#[test]
+fn foreign_damage_is_a_difference() {
+    let good = settled();
+    for gone in 0..good.rules.len() {
+        let mut damaged = good.clone();
+        let rule = damaged.rules.remove(gone);
+        assert_eq!(diff(&plan(), &damaged), [NetOp::AddRule(rule)]);
+    }
+    for gone in 0..good.routes.len() {
+        let mut damaged = good.clone();
+        let route = damaged.routes.remove(gone);
+        assert_eq!(diff(&plan(), &damaged), [NetOp::ReplaceRoute(route)]);
+    }
+    let damaged = HostObserved { nft: None, ..good.clone() };
+    assert!(matches!(diff(&plan(), &damaged)[..], [NetOp::Nft { .. }]));
+}
+
+#[test]
+fn what_the_image_put_on_a_secondary_eni_goes() {
+    let mut state = settled();
+    state.addresses.push(IfAddress { index: 3, address: net("10.0.0.21/24"), global: true });
+    state.addresses.push(IfAddress { index: 3, address: net("fe80::1/64"), global: false });
+    let connected = Route { dst: net("10.0.0.0/24"), table: 254, via: None, index: 3 };
+    state.routes.push(connected.clone());
+    assert_eq!(diff(&plan(), &state), [NetOp::DeleteAddress { index: 3, address: net("10.0.0.21/24") }, NetOp::DeleteRoute(connected)]);
+}
+
+#[test]
+fn rules_of_dead_pods_go_and_those_of_starting_pods_stay() {
+    let address: IpAddr = "10.0.0.30".parse().unwrap();
+    let mut state = settled();
+    state.rules.extend(pod_rules(address, 2));
+    assert_eq!(diff(&plan(), &state), pod_rules(address, 2).into_iter().map(NetOp::DeleteRule).collect::<Vec<_>>());
+    state.routes.push(Route { dst: address.into(), table: 254, via: None, index: 9 });
+    assert_eq!(diff(&plan(), &state), [], "its route is there: an ADD is under way");
+}
+
+#[test]
+fn the_old_shapes_of_aws_node_are_rewritten() {
+    let mut state = settled();
+    let from_pod = Rule::from_host(1536, "10.0.0.21".parse().unwrap(), 2);
+    state.rules.retain(|rule| *rule != from_pod);
+    let old = Rule { to: Some(net("10.0.0.0/16")), ..from_pod.clone() };
+    let moved = Rule { table: 3, ..from_pod.clone() };
+    state.rules.extend([old.clone(), moved.clone()]);
+    assert_eq!(diff(&plan(), &state), [NetOp::AddRule(from_pod), NetOp::DeleteRule(old), NetOp::DeleteRule(moved)]);
+}
+
+#[test]
+fn an_eni_that_is_detached_leaves_no_rule_and_those_of_others_stay() {
+    let mut state = settled();
+    let gone = Rule::from_host(32_765, "10.0.0.77".parse().unwrap(), 3);
+    let foreign = Rule::from_host(32_765, "10.0.9.9".parse().unwrap(), 10_001);
+    state.rules.extend([gone.clone(), foreign]);
+    state.addresses.push(IfAddress { index: 8, address: net("10.0.9.9/24"), global: true });
+    assert_eq!(diff(&plan(), &state), [NetOp::DeleteRule(gone)]);
+}
+
+#[test]
+fn settings_that_are_switched_off_take_their_rules_along() {
+    let off = HostPlan { snat: None, node_port_support: false, external_service_cidrs: vec![], ..plan() };
+    let ops = diff(&off, &settled());
+    assert_eq!(ops.iter().filter(|op| matches!(op, NetOp::DeleteRule(_))).count(), 2);
+    assert!(ops.iter().any(|op| matches!(op, NetOp::Nft { document } if !document.contains("chain"))));
+}
+
+#[test]
+fn an_eni_without_an_interface_is_missing_and_costs_nothing() {
+    let mut plan = plan();
+    plan.enis.push(eni(2, 7, "10.0.0.40/24"));
+    assert_eq!(missing(&plan, &settled()), [mac(7)]);
+    assert_eq!(diff(&plan, &settled()), []);
+}
+
+#[test]
+fn rules_of_others_are_not_ours_to_judge() {
+    let mut state = settled();
+    state.rules.extend([
+        Rule::new(false, 0, 255),
+        Rule { to: Some(net("10.9.0.0/16")), ..Rule::new(false, 512, 254) },
+        Rule { iif: Some("eth7".into()), ..Rule::from_host(1536, "10.0.0.99".parse().unwrap(), 9) },
+        Rule { mark: Some((0x4000, 0x4000)), ..Rule::new(false, 1024, 254) },
+    ]);
+    assert_eq!(diff(&plan(), &state), []);
+}
