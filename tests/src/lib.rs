@@ -4,6 +4,7 @@
 //! `cargo xtask demo` plays a story in it, `cargo xtask lab` leaves it to you, and the scenario tests live in it.
 
 pub mod bench;
+pub mod fake_aws;
 pub mod netns;
 pub mod router;
 pub mod run;

@@ -1,0 +1,535 @@
+//! The handle to the model: building it, breaking it, looking at it, calling it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use stanchion_core::cloud::{Attachment, Eni, EniKind, Subnet};
+use stanchion_core::ids::{AttachmentId, EniId, InstanceId, SecurityGroupId, SubnetId};
+use stanchion_core::limits::InstanceLimits;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::clock::Clock;
+use super::ec2::{Ec2Call, Ec2Reply};
+use super::faults::{ApiError, Bucket, Chaos, Effect, Fault};
+use super::logs::{GroupView, KeepEvents, LogsCall, LogsReply, LogsTotals, StoredEvent};
+use super::model::{AccessKey, CloudConfig, EniEvent, InstanceSpec, InstanceView, State, SubnetSpec};
+use super::subnet::SubnetState;
+
+/// One call as it came in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoggedCall {
+    /// Time since the clock's start.
+    pub at: Duration,
+    /// `CreateNetworkInterface`, `PutLogEvents`, `imds:/latest/meta-data/mac`.
+    pub action: String,
+    /// Error code of the reply, if it was one.
+    pub error: Option<String>,
+    /// The reply never went out.
+    pub lost: bool,
+}
+
+/// What a transport does with a call.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome<R> {
+    /// The reply, or `None` to close the connection.
+    pub(super) reply: Option<Result<R, ApiError>>,
+    /// Before replying.
+    pub(super) delay: Duration,
+    /// Send this text instead, with status 200.
+    pub(super) garbage: Option<String>,
+}
+
+/// A VPC and an account's log groups; clones share them.
+#[derive(Clone, Debug)]
+pub struct Cloud {
+    state: Arc<Mutex<State>>,
+}
+
+// === building ===
+
+impl Cloud {
+    /// An empty VPC, with the built-in instance table.
+    pub fn new(config: CloudConfig, clock: Clock) -> Self {
+        Self { state: Arc::new(Mutex::new(State::new(config, clock, built_in_limits()))) }
+    }
+
+    /// Adds a subnet.
+    ///
+    /// # Panics
+    /// When it lies outside the VPC, overlaps another, or is larger than /16 or smaller than /28: a mistake of the test.
+    pub fn add_subnet(&self, spec: SubnetSpec) -> SubnetId {
+        let mut state = self.lock();
+        assert!(state.config.vpc_cidrs.iter().any(|vpc| vpc.contains(&spec.cidr)), "{} is outside the VPC", spec.cidr);
+        assert!((16..=28).contains(&spec.cidr.prefix_len()), "{} is not between /16 and /28", spec.cidr);
+        for other in state.subnets.values() {
+            let other = other.describe().cidr;
+            assert!(!other.contains(&spec.cidr) && !spec.cidr.contains(&other), "{} overlaps {other}", spec.cidr);
+        }
+        let subnet = Subnet {
+            id: spec.id.clone(),
+            vpc: state.config.vpc.clone(),
+            availability_zone: spec.availability_zone,
+            cidr: spec.cidr,
+            ipv6_cidrs: spec.ipv6_cidrs,
+            available_addresses: 0,
+            tags: spec.tags,
+        };
+        let placement = state.config.placement;
+        state.subnets.insert(spec.id.clone(), SubnetState::new(subnet, placement));
+        spec.id
+    }
+
+    /// Launches an instance: its primary ENI is there at once, described and shown by IMDS.
+    ///
+    /// # Panics
+    /// When the type or subnet is unknown or the subnet is full: a mistake of the test.
+    pub fn run_instance(&self, spec: InstanceSpec) -> EniId {
+        let mut state = self.lock();
+        let limits = state.limits.get(&spec.instance_type).unwrap_or_else(|| panic!("unknown type {}", spec.instance_type)).clone();
+        let (card, mac) = (limits.default_network_card, state.fresh_mac());
+        let (id, attachment) = (format!("eni-{}", state.fresh_hex()), format!("eni-attach-{}", state.fresh_hex()));
+        let vpc = state.config.vpc.clone();
+        let subnet = state.subnets.get_mut(&spec.subnet).unwrap_or_else(|| panic!("unknown subnet {}", spec.subnet));
+        let primary = match spec.primary_ipv4 {
+            Some(address) => {
+                assert!(subnet.take_address(address), "{address} is taken or outside {}", spec.subnet);
+                address
+            }
+            None => subnet.take_addresses(1).expect("the subnet has a free address")[0],
+        };
+        let ipv6 = if spec.ipv6 { vec![subnet.take_ipv6().expect("the subnet has a free IPv6 address")] } else { Vec::new() };
+        let described = subnet.describe();
+        let eni = Eni {
+            id: EniId::new(id),
+            mac,
+            kind: EniKind::Interface,
+            subnet: spec.subnet.clone(),
+            vpc,
+            status: "in-use".to_owned(),
+            description: String::new(),
+            primary_ipv4: Some(primary),
+            secondary_ipv4: Vec::new(),
+            prefixes_v4: Vec::new(),
+            ipv6,
+            prefixes_v6: Vec::new(),
+            security_groups: spec.security_groups,
+            attachment: Some(Attachment {
+                id: AttachmentId::new(attachment),
+                instance: spec.id.clone(),
+                device_index: 0,
+                network_card: card,
+                delete_on_termination: true,
+            }),
+            tags: BTreeMap::new(),
+        };
+        state.store_now(eni.clone());
+        let view = InstanceView {
+            id: spec.id.clone(),
+            limits,
+            subnet: spec.subnet,
+            availability_zone: described.availability_zone.clone(),
+            tags: spec.tags,
+        };
+        state.instances.insert(spec.id.clone(), view);
+        let id = eni.id.clone();
+        state.emit(&EniEvent::Attached { instance: spec.id, eni, subnet: described, after: Duration::ZERO });
+        id
+    }
+
+    /// Ends an instance: ENIs with delete-on-termination go, the others become `available`.
+    pub fn terminate_instance(&self, instance: &InstanceId) {
+        let mut state = self.lock();
+        if state.instances.remove(instance).is_none() {
+            return;
+        }
+        let attached: Vec<Eni> = state.live_enis().filter(|e| attached_to(e, instance)).cloned().collect();
+        for eni in attached {
+            state.emit(&EniEvent::Detached { instance: instance.clone(), eni: eni.clone(), after: Duration::ZERO });
+            if eni.attachment.as_ref().is_some_and(|a| a.delete_on_termination) {
+                state.remove(&eni.id);
+            } else {
+                state.store(Eni { attachment: None, status: "available".to_owned(), ..eni });
+            }
+        }
+    }
+
+    /// Makes a security group exist.
+    pub fn add_security_group(&self, group: SecurityGroupId) {
+        self.lock().config.security_groups.insert(group);
+    }
+
+    /// Somebody else takes addresses of the subnet; false when one of them is taken already.
+    pub fn occupy(&self, subnet: &SubnetId, addresses: impl IntoIterator<Item = Ipv4Addr>) -> bool {
+        let mut state = self.lock();
+        let Some(subnet) = state.subnets.get_mut(subnet) else { return false };
+        addresses.into_iter().fold(true, |all, address| subnet.take_address(address) && all)
+    }
+
+    /// Somebody else leaves addresses of the subnet.
+    pub fn vacate(&self, subnet: &SubnetId, addresses: impl IntoIterator<Item = Ipv4Addr>) {
+        if let Some(subnet) = self.lock().subnets.get_mut(subnet) {
+            addresses.into_iter().for_each(|address| subnet.give_back(address.into()));
+        }
+    }
+
+    /// Somebody else takes one address of every /28, so that no prefix is left.
+    pub fn fragment(&self, subnet: &SubnetId) {
+        let mut state = self.lock();
+        let Some(subnet) = state.subnets.get_mut(subnet) else { return };
+        for block in subnet.describe().cidr.subnets(28).into_iter().flatten() {
+            subnet.take_address(Ipv4Addr::from(u32::from(block.network()) + 8));
+        }
+    }
+
+    /// Attaches an ENI by hand, as the VPC resource controller or a person does, with a type of its own.
+    pub fn set_kind(&self, eni: &EniId, kind: EniKind) {
+        let mut state = self.lock();
+        if let Some(eni) = state.live(eni).cloned() {
+            state.store(Eni { kind, ..eni });
+        }
+    }
+
+    /// Makes an access key that requests must be signed with. Without any key, signatures are not looked at.
+    pub fn add_access_key(&self, id: &str, secret: &str, session_token: Option<&str>, expires_in: Option<Duration>) {
+        let mut state = self.lock();
+        let expires = expires_in.map(|d| state.now() + d);
+        let key = AccessKey { secret: secret.to_owned(), session_token: session_token.map(str::to_owned), expires };
+        state.keys.insert(id.to_owned(), key);
+    }
+}
+
+// === breaking ===
+
+impl Cloud {
+    /// Adds a scripted fault; they are tried in the order of their adding.
+    pub fn inject(&self, fault: Fault) {
+        self.lock().faults.add(fault);
+    }
+
+    /// Random faults from now on.
+    pub fn set_chaos(&self, chaos: Chaos) {
+        self.lock().faults.set_chaos(chaos);
+    }
+
+    /// Ends every scripted and random fault; buckets stay.
+    pub fn clear_faults(&self) {
+        self.lock().faults.clear();
+    }
+
+    /// Throttles an action (`CreateNetworkInterface`, `PutLogEvents`) by a full bucket.
+    pub fn set_bucket(&self, action: &str, bucket: Bucket) {
+        let mut state = self.lock();
+        let now = state.now();
+        state.faults.set_bucket(action, bucket, now);
+    }
+
+    /// EC2's default buckets of the agent's actions.
+    pub fn set_default_buckets(&self) {
+        // "Request token bucket sizes and refill rates" of the EC2 developer guide: 100 tokens and 20 a second for
+        // filtered Describe calls, 100 and 5 for the network interface actions.
+        for action in ["DescribeInstances", "DescribeInstanceTypes", "DescribeNetworkInterfaces", "DescribeSubnets"] {
+            self.set_bucket(action, Bucket { size: 100.0, per_second: 20.0 });
+        }
+        for action in [
+            "CreateNetworkInterface",
+            "AttachNetworkInterface",
+            "ModifyNetworkInterfaceAttribute",
+            "AssignPrivateIpAddresses",
+            "UnassignPrivateIpAddresses",
+            "AssignIpv6Addresses",
+            "UnassignIpv6Addresses",
+            "DetachNetworkInterface",
+            "DeleteNetworkInterface",
+            "CreateTags",
+        ] {
+            self.set_bucket(action, Bucket { size: 100.0, per_second: 5.0 });
+        }
+    }
+
+    /// IMDS stops showing an attached ENI for a while (seen on real nodes after address changes).
+    pub fn hide_from_imds(&self, eni: &EniId, lasts: Duration) {
+        let mut state = self.lock();
+        let until = state.now() + lasts;
+        state.hidden_from_imds.insert(eni.clone(), until);
+    }
+}
+
+// === looking ===
+
+impl Cloud {
+    /// Every change of an ENI from now on, in order.
+    pub fn subscribe(&self) -> UnboundedReceiver<EniEvent> {
+        let (sender, receiver) = unbounded_channel();
+        self.lock().subscribers.push(sender);
+        receiver
+    }
+
+    /// The clock.
+    pub fn clock(&self) -> Clock {
+        self.lock().clock.clone()
+    }
+
+    /// The region's name.
+    pub fn region(&self) -> String {
+        self.lock().config.region.clone()
+    }
+
+    /// The VPC's IPv4 ranges.
+    pub fn vpc_cidrs(&self) -> Vec<ipnet::Ipv4Net> {
+        self.lock().config.vpc_cidrs.clone()
+    }
+
+    /// An ENI as it is, without lag.
+    pub fn eni(&self, id: &EniId) -> Option<Eni> {
+        self.settled().live(id).cloned()
+    }
+
+    /// Every ENI, without lag, by id.
+    pub fn enis(&self) -> Vec<Eni> {
+        self.settled().live_enis().cloned().collect()
+    }
+
+    /// ENIs of an instance, without lag, by device index.
+    pub fn enis_of(&self, instance: &InstanceId) -> Vec<Eni> {
+        let mut enis: Vec<_> = self.settled().live_enis().filter(|e| attached_to(e, instance)).cloned().collect();
+        enis.sort_by_key(|eni| eni.attachment.as_ref().map(|a| (a.network_card, a.device_index)));
+        enis
+    }
+
+    /// The ENI that holds an address, be it its own, a secondary one or of a prefix.
+    pub fn owner_of(&self, address: std::net::IpAddr) -> Option<EniId> {
+        self.settled().live_enis().find(|eni| cidrs_of(eni).any(|cidr| cidr.contains(&address))).map(|eni| eni.id.clone())
+    }
+
+    /// A subnet with its count of free addresses.
+    pub fn subnet(&self, id: &SubnetId) -> Option<Subnet> {
+        self.lock().subnets.get(id).map(SubnetState::describe)
+    }
+
+    /// Every subnet, by id.
+    pub fn subnets(&self) -> Vec<Subnet> {
+        self.lock().subnets.values().map(SubnetState::describe).collect()
+    }
+
+    /// Whole free /28 blocks of a subnet.
+    pub fn free_prefixes(&self, id: &SubnetId) -> u32 {
+        self.lock().subnets.get(id).map_or(0, SubnetState::free_prefixes)
+    }
+
+    /// An instance.
+    pub fn instance(&self, id: &InstanceId) -> Option<InstanceView> {
+        self.lock().instances.get(id).cloned()
+    }
+
+    /// Every instance, by id.
+    pub fn instances(&self) -> Vec<InstanceView> {
+        self.lock().instances.values().cloned().collect()
+    }
+
+    /// Every call so far.
+    pub fn calls(&self) -> Vec<LoggedCall> {
+        self.lock().calls.clone()
+    }
+
+    /// How often an action was called.
+    pub fn count(&self, action: &str) -> usize {
+        self.lock().calls.iter().filter(|call| call.action == action).count()
+    }
+
+    /// Calls by action, IMDS paths left out.
+    pub fn counts(&self) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        for call in self.lock().calls.iter().filter(|call| !call.action.starts_with("imds:")) {
+            *counts.entry(call.action.clone()).or_default() += 1;
+        }
+        counts
+    }
+
+    /// Forgets the calls so far.
+    pub fn clear_calls(&self) {
+        self.lock().calls.clear();
+    }
+
+    /// Checks the model against itself: every address of an ENI is in its subnet, held once, and counted.
+    ///
+    /// # Panics
+    /// When it is not so: a mistake of the fake.
+    pub fn assert_consistent(&self) {
+        let state = self.lock();
+        let mut seen = BTreeSet::new();
+        for eni in state.live_enis() {
+            for cidr in cidrs_of(eni) {
+                assert!(seen.insert(cidr), "{cidr} is held twice, last by {}", eni.id);
+            }
+        }
+    }
+}
+
+// === logs ===
+
+impl Cloud {
+    /// Whether events are kept or only counted.
+    pub fn keep_events(&self, keep: KeepEvents) {
+        self.lock().logs.keep = keep;
+    }
+
+    /// Events of a stream in the order in which they were taken.
+    pub fn events(&self, group: &str, stream: &str) -> Vec<StoredEvent> {
+        self.lock().logs.events(group, stream)
+    }
+
+    /// Names of the log groups.
+    pub fn log_groups(&self) -> Vec<String> {
+        self.lock().logs.group_names()
+    }
+
+    /// Names of a group's streams.
+    pub fn log_streams(&self, group: &str) -> Vec<String> {
+        self.lock().logs.stream_names(group)
+    }
+
+    /// A group's retention, class and tags.
+    pub fn log_group(&self, group: &str) -> Option<GroupView> {
+        self.lock().logs.view(group)
+    }
+
+    /// Makes a group, as Terraform would.
+    pub fn add_log_group(&self, group: &str) {
+        let mut state = self.lock();
+        let now = state.clock.unix_ms();
+        state.logs.add_group(group, now);
+    }
+
+    /// Removes a group with its streams, as a person would.
+    pub fn delete_log_group(&self, group: &str) {
+        self.lock().logs.delete_group(group);
+    }
+
+    /// Counters over all streams.
+    pub fn logs_totals(&self) -> LogsTotals {
+        self.lock().logs.totals()
+    }
+}
+
+// === calling ===
+
+impl Cloud {
+    /// One EC2 call: throttled, hit by a fault, or done.
+    pub(super) fn ec2(&self, call: &Ec2Call) -> Outcome<Ec2Reply> {
+        self.call(call.action(), throttled_by_ec2, |state| state.ec2(call))
+    }
+
+    /// One CloudWatch Logs call.
+    pub(super) fn logs(&self, call: LogsCall) -> Outcome<LogsReply> {
+        self.call(call.action(), throttled_by_logs, |state| {
+            let now = state.clock.unix_ms();
+            state.logs.call(call, now)
+        })
+    }
+
+    /// One IMDS read; the closure answers from the model.
+    pub(super) fn imds<R>(&self, path: &str, act: impl FnOnce(&mut State) -> Result<R, ApiError>) -> Outcome<R> {
+        let unavailable = || ApiError::with_status(503, "ServiceUnavailable", "");
+        self.call(&format!("imds:{path}"), unavailable, act)
+    }
+
+    fn call<R>(
+        &self,
+        action: &str,
+        throttled: fn() -> ApiError,
+        act: impl FnOnce(&mut State) -> Result<R, ApiError>,
+    ) -> Outcome<R> {
+        let mut state = self.settled();
+        let at = state.now();
+        let effect = state.faults.draw(action, throttled);
+        let mut outcome = Outcome { reply: None, delay: Duration::ZERO, garbage: None };
+        let mut lost = false;
+        match effect {
+            _ if !state.faults.admit(action, at) => outcome.reply = Some(Err(throttled())),
+            Some(Effect::Error(error)) => outcome.reply = Some(Err(error)),
+            Some(Effect::DropRequest) => lost = true,
+            Some(Effect::LoseReply) => {
+                lost = true;
+                // Nobody hears whether it was an error.
+                let _unheard = act(&mut state);
+            }
+            Some(Effect::Delay(delay)) => {
+                outcome.delay = delay;
+                outcome.reply = Some(act(&mut state));
+            }
+            Some(Effect::Garbage(text)) => {
+                outcome.reply = Some(act(&mut state));
+                outcome.garbage = Some(text);
+            }
+            None => outcome.reply = Some(act(&mut state)),
+        }
+        let error = outcome.reply.as_ref().and_then(|r| r.as_ref().err()).map(|e| e.code.clone());
+        state.calls.push(LoggedCall { at, action: action.to_owned(), error, lost });
+        outcome
+    }
+
+    /// The model, whatever a panicking test thread left of it.
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn settled(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.settle();
+        state
+    }
+}
+
+/// Every address and prefix of an ENI.
+pub(super) fn cidrs_of(eni: &Eni) -> impl Iterator<Item = IpNet> {
+    let v4 = eni.primary_ipv4.iter().chain(&eni.secondary_ipv4).map(|a| IpNet::from(std::net::IpAddr::from(*a)));
+    let v6 = eni.ipv6.iter().map(|a| IpNet::from(std::net::IpAddr::from(*a)));
+    v4.chain(eni.prefixes_v4.iter().map(|p| IpNet::V4(*p))).chain(v6).chain(eni.prefixes_v6.iter().map(|p| IpNet::V6(*p)))
+}
+
+fn attached_to(eni: &Eni, instance: &InstanceId) -> bool {
+    eni.attachment.as_ref().is_some_and(|a| a.instance == *instance)
+}
+
+fn throttled_by_ec2() -> ApiError {
+    ApiError::with_status(503, "RequestLimitExceeded", "Request limit exceeded.")
+}
+
+fn throttled_by_logs() -> ApiError {
+    ApiError::bad("ThrottlingException", "Rate exceeded")
+}
+
+/// The instance table that the tests carry: `data/instance-limits.csv`.
+fn built_in_limits() -> BTreeMap<String, InstanceLimits> {
+    include_str!("instance-limits.csv").lines().skip(1).filter_map(parse_limits).map(|l| (l.instance_type.clone(), l)).collect()
+}
+
+fn parse_limits(line: &str) -> Option<InstanceLimits> {
+    let mut fields = line.split(',');
+    let instance_type = fields.next()?.to_owned();
+    let max_enis = fields.next()?.parse().ok()?;
+    let ipv4_per_eni = fields.next()?.parse().ok()?;
+    let hypervisor = fields.next()?.to_owned();
+    let bare_metal = fields.next()? == "true";
+    let default_network_card = fields.next()?.parse().ok()?;
+    let cards = fields.next()?.split([' ', ';']).filter_map(|card| card.split_once(':'));
+    let network_cards = cards.filter_map(|(index, max)| Some((index.parse().ok()?, max.parse().ok()?))).collect();
+    Some(InstanceLimits { instance_type, max_enis, ipv4_per_eni, hypervisor, bare_metal, default_network_card, network_cards })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_instance_table_is_read_whole() {
+        let limits = built_in_limits();
+        assert_eq!(limits.len(), include_str!("instance-limits.csv").lines().count() - 1);
+        let m5 = &limits["m5.large"];
+        assert_eq!((m5.max_enis, m5.ipv4_per_eni, m5.hypervisor.as_str()), (3, 10, "nitro"));
+        assert!(limits.values().any(|l| l.network_cards.len() > 1));
+    }
+}
