@@ -12,8 +12,13 @@ use stanchion_core::cloud::{Ec2Action, Ec2Error, SinkError};
 pub fn ec2_error(action: Ec2Action, code: &str, message: &str) -> Ec2Error {
     let (code, message) = (code.to_owned(), message.to_owned());
     match code.as_str() {
-        "RequestLimitExceeded" | "Throttling" | "ThrottlingException" | "RequestThrottled" | "TooManyRequestsException"
-        | "BandwidthLimitExceeded" | "SlowDown" => Ec2Error::Throttled { action, code },
+        "RequestLimitExceeded"
+        | "Throttling"
+        | "ThrottlingException"
+        | "RequestThrottled"
+        | "TooManyRequestsException"
+        | "BandwidthLimitExceeded"
+        | "SlowDown" => Ec2Error::Throttled { action, code },
         "InsufficientFreeAddressesInSubnet" | "InsufficientCidrBlocks" | "InsufficientFreeAddresses" => {
             Ec2Error::InsufficientAddresses { action, code, message }
         }
@@ -48,10 +53,15 @@ pub fn sink_error(code: &str, status: u16, message: &str, retry_after: Option<Du
     let text = || if message.is_empty() { code.to_owned() } else { format!("{code}: {message}") };
     match code {
         "ResourceNotFoundException" => SinkError::NotFound(text()),
-        "ThrottlingException" | "Throttling" | "RequestLimitExceeded" | "TooManyRequestsException" | "ServiceUnavailableException"
-        | "ServiceUnavailable" | "LimitExceededException" | "OperationAbortedException" | "SlowDown" => {
-            SinkError::Throttled { message: text(), retry_after }
-        }
+        "ThrottlingException"
+        | "Throttling"
+        | "RequestLimitExceeded"
+        | "TooManyRequestsException"
+        | "ServiceUnavailableException"
+        | "ServiceUnavailable"
+        | "LimitExceededException"
+        | "OperationAbortedException"
+        | "SlowDown" => SinkError::Throttled { message: text(), retry_after },
         "AccessDeniedException" | "AccessDenied" | "UnauthorizedOperation" => SinkError::Unauthorized(text()),
         _ if is_bad_credentials(code) => SinkError::Unauthorized(text()),
         _ if status == 429 => SinkError::Throttled { message: text(), retry_after },
@@ -110,8 +120,8 @@ mod tests {
     #[test]
     fn ec2_codes_and_texts_are_told_apart() {
         use Ec2Action::{
-            AssignPrivateIpAddresses, AttachNetworkInterface, CreateNetworkInterface, DeleteNetworkInterface,
-            DescribeNetworkInterfaces, UnassignPrivateIpAddresses,
+            AssignPrivateIpAddresses, AttachNetworkInterface, CreateNetworkInterface, DeleteNetworkInterface, DescribeNetworkInterfaces,
+            UnassignPrivateIpAddresses,
         };
         let full = "There aren't sufficient free Ipv4 addresses or prefixes";
         let taken = "Instance 'i-1' already has an interface attached at device index '1'.";

@@ -3,6 +3,8 @@
 //! Spawns nothing and keeps no state besides the SDK's connection pools and credential cache: each method is one request
 //! and its translation.
 
+mod addresses;
 mod classify;
 
+pub use addresses::ByKind;
 pub use classify::{ec2_error, sink_error};

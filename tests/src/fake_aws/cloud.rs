@@ -436,12 +436,7 @@ impl Cloud {
         self.call(&format!("imds:{path}"), unavailable, act)
     }
 
-    fn call<R>(
-        &self,
-        action: &str,
-        throttled: fn() -> ApiError,
-        act: impl FnOnce(&mut State) -> Result<R, ApiError>,
-    ) -> Outcome<R> {
+    fn call<R>(&self, action: &str, throttled: fn() -> ApiError, act: impl FnOnce(&mut State) -> Result<R, ApiError>) -> Outcome<R> {
         let mut state = self.settled();
         let at = state.now();
         let effect = state.faults.draw(action, throttled);

@@ -1,19 +1,23 @@
 //! The product's seams straight on the model: no HTTP, so that simulations run on paused time.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use stanchion_aws::ByKind;
 use stanchion_core::cloud::{
-    AddressRequest, CreateEni, Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, Subnet,
+    AddressRequest, CreateEni, Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, LogGroupSpec, LogSink,
+    Rejected, SinkError, Subnet,
 };
 use stanchion_core::ids::{AttachmentId, EniId, InstanceId, Mac, SecurityGroupId, VpcId};
 use stanchion_core::limits::InstanceLimits;
+use stanchion_core::logs::LogBatch;
 
 use super::cloud::{Cloud, Outcome};
 use super::ec2::{Ec2Call, Ec2Reply, Filter, Page};
 use super::faults::ApiError;
+use super::logs::{LogsCall, LogsReply};
+use super::logs_wire;
 use super::model::State;
 
 /// Tag key that marks the agent's ENIs, whatever instance they were made for.
@@ -36,9 +40,7 @@ impl DirectEc2 {
         let Outcome { reply, delay, garbage } = self.cloud.ec2(&call);
         tokio::time::sleep(self.latency + delay).await;
         match reply {
-            Some(_) if garbage.is_some() => {
-                Err(Ec2Error::NoReply { action, message: "the reply cannot be read".to_owned() })
-            }
+            Some(_) if garbage.is_some() => Err(Ec2Error::NoReply { action, message: "the reply cannot be read".to_owned() }),
             Some(Ok(reply)) => Ok(reply),
             Some(Err(error)) => Err(stanchion_aws::ec2_error(action, &error.code, &error.message)),
             None => Err(Ec2Error::NoReply { action, message: "connection closed before the reply".to_owned() }),
@@ -117,13 +119,7 @@ impl Ec2Api for DirectEc2 {
         }
     }
 
-    async fn attach_eni(
-        &self,
-        eni: &EniId,
-        instance: &InstanceId,
-        device_index: u16,
-        network_card: u16,
-    ) -> Result<AttachmentId, Ec2Error> {
+    async fn attach_eni(&self, eni: &EniId, instance: &InstanceId, device_index: u16, network_card: u16) -> Result<AttachmentId, Ec2Error> {
         let call = Ec2Call::AttachNetworkInterface { eni: eni.clone(), instance: instance.clone(), device_index, network_card };
         match self.call(Ec2Action::AttachNetworkInterface, call).await? {
             Ec2Reply::Attached { attachment, .. } => Ok(attachment),
@@ -143,10 +139,9 @@ impl Ec2Api for DirectEc2 {
 
     async fn assign(&self, eni: &EniId, request: AddressRequest) -> Result<Vec<IpNet>, Ec2Error> {
         let (action, call) = match request {
-            AddressRequest::Ipv6Prefixes(prefixes) => (
-                Ec2Action::AssignIpv6Addresses,
-                Ec2Call::AssignIpv6Addresses { eni: eni.clone(), addresses: 0, prefixes },
-            ),
+            AddressRequest::Ipv6Prefixes(prefixes) => {
+                (Ec2Action::AssignIpv6Addresses, Ec2Call::AssignIpv6Addresses { eni: eni.clone(), addresses: 0, prefixes })
+            }
             request => (Ec2Action::AssignPrivateIpAddresses, Ec2Call::AssignPrivateIpAddresses { eni: eni.clone(), request }),
         };
         match self.call(action, call).await? {
@@ -156,17 +151,13 @@ impl Ec2Api for DirectEc2 {
     }
 
     async fn unassign(&self, eni: &EniId, cidrs: &[IpNet]) -> Result<(), Ec2Error> {
-        let (v4, v6) = stanchion_aws::by_kind(cidrs);
-        if !v4.is_empty() {
-            let (addresses, prefixes): (Vec<Ipv4Net>, Vec<Ipv4Net>) = v4.into_iter().partition(|net| net.prefix_len() == 32);
-            let addresses: Vec<Ipv4Addr> = addresses.iter().map(Ipv4Net::addr).collect();
-            let call = Ec2Call::UnassignPrivateIpAddresses { eni: eni.clone(), addresses, prefixes };
+        let ByKind { ipv4, prefixes_v4, ipv6, prefixes_v6 } = ByKind::of(cidrs);
+        if !(ipv4.is_empty() && prefixes_v4.is_empty()) {
+            let call = Ec2Call::UnassignPrivateIpAddresses { eni: eni.clone(), addresses: ipv4, prefixes: prefixes_v4 };
             self.call(Ec2Action::UnassignPrivateIpAddresses, call).await?;
         }
-        if !v6.is_empty() {
-            let (addresses, prefixes): (Vec<Ipv6Net>, Vec<Ipv6Net>) = v6.into_iter().partition(|net| net.prefix_len() == 128);
-            let addresses: Vec<Ipv6Addr> = addresses.iter().map(Ipv6Net::addr).collect();
-            let call = Ec2Call::UnassignIpv6Addresses { eni: eni.clone(), addresses, prefixes };
+        if !(ipv6.is_empty() && prefixes_v6.is_empty()) {
+            let call = Ec2Call::UnassignIpv6Addresses { eni: eni.clone(), addresses: ipv6, prefixes: prefixes_v6 };
             self.call(Ec2Action::UnassignIpv6Addresses, call).await?;
         }
         Ok(())
@@ -252,8 +243,7 @@ impl Imds for DirectImds {
     }
 
     async fn vpc_ipv6_cidrs(&self, _primary: Mac) -> Result<Vec<Ipv6Net>, ImdsError> {
-        self.ask("/latest/meta-data/network/interfaces/macs/vpc-ipv6-cidr-blocks", |state| Ok(state.config.vpc_ipv6_cidrs.clone()))
-            .await
+        self.ask("/latest/meta-data/network/interfaces/macs/vpc-ipv6-cidr-blocks", |state| Ok(state.config.vpc_ipv6_cidrs.clone())).await
     }
 }
 
@@ -283,4 +273,63 @@ fn imds_eni(state: &State, eni: &Eni) -> Option<ImdsEni> {
 
 fn not_running() -> ApiError {
     ApiError::with_status(404, "NotFound", "")
+}
+
+/// CloudWatch Logs without HTTP.
+#[derive(Clone, Debug)]
+pub struct DirectLogs {
+    cloud: Cloud,
+    latency: Duration,
+}
+
+impl DirectLogs {
+    /// CloudWatch Logs that answers after `latency` of the tokio clock.
+    pub fn new(cloud: &Cloud, latency: Duration) -> Self {
+        Self { cloud: cloud.clone(), latency }
+    }
+
+    async fn call(&self, call: LogsCall) -> Result<LogsReply, SinkError> {
+        let Outcome { reply, delay, garbage } = self.cloud.logs(call);
+        tokio::time::sleep(self.latency + delay).await;
+        match reply {
+            Some(_) if garbage.is_some() => Err(SinkError::Unavailable("the reply cannot be read".to_owned())),
+            Some(Ok(reply)) => Ok(reply),
+            Some(Err(error)) => Err(stanchion_aws::sink_error(&error.code, error.status, &error.message, None)),
+            None => Err(SinkError::Unavailable("connection closed before the reply".to_owned())),
+        }
+    }
+}
+
+impl LogSink for DirectLogs {
+    async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
+        let call = logs_wire::parse("Logs_20140328.PutLogEvents", batch.body())
+            .map_err(|error| stanchion_aws::sink_error(&error.code, error.status, &error.message, None))?;
+        match self.call(call).await? {
+            LogsReply::Put { too_new_from, too_old_until, expired_until } => Ok(Rejected { too_new_from, too_old_until, expired_until }),
+            other => unreachable!("PutLogEvents gave {other:?}"),
+        }
+    }
+
+    async fn create_group(&self, group: &str, spec: &LogGroupSpec) -> Result<(), SinkError> {
+        let create = LogsCall::CreateLogGroup { group: group.to_owned(), class: spec.class.clone(), tags: spec.tags.clone() };
+        match self.call(create).await {
+            Err(error) if is_exists(&error) => return Ok(()),
+            reply => reply?,
+        };
+        match spec.retention_days {
+            Some(days) => self.call(LogsCall::PutRetentionPolicy { group: group.to_owned(), days }).await.map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    async fn create_stream(&self, group: &str, stream: &str) -> Result<(), SinkError> {
+        match self.call(LogsCall::CreateLogStream { group: group.to_owned(), stream: stream.to_owned() }).await {
+            Err(error) if is_exists(&error) => Ok(()),
+            reply => reply.map(|_| ()),
+        }
+    }
+}
+
+fn is_exists(error: &SinkError) -> bool {
+    matches!(error, SinkError::Invalid(text) if text.starts_with("ResourceAlreadyExistsException"))
 }

@@ -65,14 +65,37 @@ pub enum Ec2Call {
 #[expect(missing_docs, reason = "the fields are the elements of EC2's replies")]
 pub enum Ec2Reply {
     /// With the state of each attachment.
-    Enis { items: Vec<(Eni, &'static str)>, next_token: Option<String> },
-    Subnets { items: Vec<Subnet>, next_token: Option<String> },
-    Instances { items: Vec<(InstanceView, Vec<Eni>)>, next_token: Option<String> },
-    Types { items: Vec<InstanceLimits>, next_token: Option<String> },
-    Created { eni: Eni, client_token: String },
-    Attached { attachment: AttachmentId, network_card: u16 },
-    Assigned { eni: EniId, cidrs: Vec<IpNet> },
-    Unassigned { eni: EniId },
+    Enis {
+        items: Vec<(Eni, &'static str)>,
+        next_token: Option<String>,
+    },
+    Subnets {
+        items: Vec<Subnet>,
+        next_token: Option<String>,
+    },
+    Instances {
+        items: Vec<(InstanceView, Vec<Eni>)>,
+        next_token: Option<String>,
+    },
+    Types {
+        items: Vec<InstanceLimits>,
+        next_token: Option<String>,
+    },
+    Created {
+        eni: Eni,
+        client_token: String,
+    },
+    Attached {
+        attachment: AttachmentId,
+        network_card: u16,
+    },
+    Assigned {
+        eni: EniId,
+        cidrs: Vec<IpNet>,
+    },
+    Unassigned {
+        eni: EniId,
+    },
     Done,
 }
 
@@ -274,17 +297,16 @@ impl State {
 
     fn attach(&mut self, id: &EniId, instance: &InstanceId, device_index: u16, network_card: u16) -> Result<Ec2Reply, ApiError> {
         let eni = self.eni(id)?.clone();
-        let host = self
-            .instances
-            .get(instance)
-            .ok_or_else(|| not_found("InvalidInstanceID.NotFound", "instance ID", instance.as_str()))?;
+        let host = self.instances.get(instance).ok_or_else(|| not_found("InvalidInstanceID.NotFound", "instance ID", instance.as_str()))?;
         if eni.status != "available" {
             return Err(in_use(id));
         }
         let limits = host.limits.clone();
         let zone = self.subnets.get(&eni.subnet).map(|s| s.describe().availability_zone);
         if zone.as_ref() != Some(&host.availability_zone) {
-            let message = format!("You may not attach a network interface to an instance if they are not in the same availability zone ({instance}, {id})");
+            let message = format!(
+                "You may not attach a network interface to an instance if they are not in the same availability zone ({instance}, {id})"
+            );
             return Err(invalid(message));
         }
         let present: Vec<_> = self.live_enis().filter_map(|e| e.attachment.as_ref()).filter(|a| a.instance == *instance).collect();
@@ -625,10 +647,9 @@ fn no_room(_: NoRoom) -> ApiError {
 fn no_room_for_prefix(why: NoRoom) -> ApiError {
     match why {
         NoRoom::Addresses => invalid("There aren't sufficient free Ipv4 addresses or prefixes".to_owned()),
-        NoRoom::Fragmented => ApiError::bad(
-            "InsufficientCidrBlocks",
-            "The specified subnet does not have enough free cidr blocks to satisfy the request.",
-        ),
+        NoRoom::Fragmented => {
+            ApiError::bad("InsufficientCidrBlocks", "The specified subnet does not have enough free cidr blocks to satisfy the request.")
+        }
     }
 }
 

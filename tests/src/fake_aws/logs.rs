@@ -21,8 +21,7 @@ const PAST_MS: i64 = 14 * 24 * 3_600_000;
 /// Longest name of a group or stream.
 const NAME_MAX: usize = 512;
 /// What PutRetentionPolicy takes.
-const RETENTION_DAYS: [u32; 22] =
-    [1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653];
+const RETENTION_DAYS: [u32; 22] = [1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653];
 
 /// Whether events are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,9 +75,19 @@ pub enum LogsCall {
 #[expect(missing_docs, reason = "the fields are the elements of the replies")]
 pub enum LogsReply {
     /// Index ranges as the API gives them.
-    Put { too_new_from: Option<usize>, too_old_until: Option<usize>, expired_until: Option<usize> },
-    Groups { items: Vec<GroupView>, next_token: Option<String> },
-    Streams { names: Vec<String>, next_token: Option<String> },
+    Put {
+        too_new_from: Option<usize>,
+        too_old_until: Option<usize>,
+        expired_until: Option<usize>,
+    },
+    Groups {
+        items: Vec<GroupView>,
+        next_token: Option<String>,
+    },
+    Streams {
+        names: Vec<String>,
+        next_token: Option<String>,
+    },
     Done,
 }
 
@@ -179,11 +188,7 @@ impl LogsState {
         self.totals.billed_bytes += taken.billed_bytes;
         self.totals.rejected += all as u64 - taken.events;
         let some = |index: usize| (index > 0).then_some(index);
-        Ok(LogsReply::Put {
-            too_new_from: (too_new < all).then_some(too_new),
-            too_old_until: some(too_old),
-            expired_until: some(expired),
-        })
+        Ok(LogsReply::Put { too_new_from: (too_new < all).then_some(too_new), too_old_until: some(too_old), expired_until: some(expired) })
     }
 
     fn create_group(&mut self, name: String, class: String, tags: BTreeMap<String, String>, now_ms: i64) -> Result<LogsReply, ApiError> {
@@ -216,9 +221,7 @@ impl LogsState {
     }
 
     fn group(&mut self, name: &str) -> Result<&mut Group, ApiError> {
-        self.groups
-            .get_mut(name)
-            .ok_or_else(|| ApiError::bad("ResourceNotFoundException", "The specified log group does not exist."))
+        self.groups.get_mut(name).ok_or_else(|| ApiError::bad("ResourceNotFoundException", "The specified log group does not exist."))
     }
 
     // === for tests ===

@@ -93,13 +93,7 @@ pub struct SubnetSpec {
 impl SubnetSpec {
     /// An IPv4 subnet without tags.
     pub fn new(id: impl Into<String>, availability_zone: &str, cidr: Ipv4Net) -> Self {
-        Self {
-            id: SubnetId::new(id),
-            availability_zone: availability_zone.to_owned(),
-            cidr,
-            ipv6_cidrs: Vec::new(),
-            tags: BTreeMap::new(),
-        }
+        Self { id: SubnetId::new(id), availability_zone: availability_zone.to_owned(), cidr, ipv6_cidrs: Vec::new(), tags: BTreeMap::new() }
     }
 }
 
@@ -380,9 +374,8 @@ impl State {
 
     /// The ENI as it is, unless deleted.
     pub(super) fn eni(&self, id: &EniId) -> Result<&Eni, ApiError> {
-        self.live(id).ok_or_else(|| {
-            ApiError::bad("InvalidNetworkInterfaceID.NotFound", format!("The networkInterface ID '{id}' does not exist"))
-        })
+        self.live(id)
+            .ok_or_else(|| ApiError::bad("InvalidNetworkInterfaceID.NotFound", format!("The networkInterface ID '{id}' does not exist")))
     }
 
     pub(super) fn live(&self, id: &EniId) -> Option<&Eni> {
@@ -451,8 +444,7 @@ impl EniRecord {
     /// A change that Describe shows from `at` on.
     fn store_at(&mut self, at: Duration, imds_lag: Duration) {
         let last = self.versions.last().map_or((Duration::ZERO, Duration::ZERO), |v| (v.describe_at, v.imds_at));
-        let version =
-            Version { describe_at: at.max(last.0), imds_at: (at + imds_lag).max(last.1), eni: Some(self.eni.clone()) };
+        let version = Version { describe_at: at.max(last.0), imds_at: (at + imds_lag).max(last.1), eni: Some(self.eni.clone()) };
         self.versions.push(version);
     }
 }

@@ -4,7 +4,6 @@ use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 use stanchion_core::cloud::Subnet;
-use stanchion_core::ids::SubnetId;
 
 /// Addresses of a /28.
 const PREFIX_SIZE: u32 = 16;
@@ -63,10 +62,6 @@ impl SubnetState {
         Subnet { available_addresses: self.free, ..self.described.clone() }
     }
 
-    pub(super) fn id(&self) -> &SubnetId {
-        &self.described.id
-    }
-
     /// Whole free /28 blocks.
     pub(super) fn free_prefixes(&self) -> u32 {
         (0..self.taken.len()).step_by(PREFIX_SIZE as usize).filter(|&start| self.block_is_free(start)).count() as u32
@@ -104,10 +99,8 @@ impl SubnetState {
         let mut prefixes = Vec::with_capacity(count.into());
         for _ in 0..count {
             let first = self.draw(blocks);
-            let block = (first..blocks)
-                .chain(0..first)
-                .find(|&b| self.block_is_free(b * PREFIX_SIZE as usize))
-                .ok_or(NoRoom::Fragmented)?;
+            let block =
+                (first..blocks).chain(0..first).find(|&b| self.block_is_free(b * PREFIX_SIZE as usize)).ok_or(NoRoom::Fragmented)?;
             let start = block * PREFIX_SIZE as usize;
             for index in start..start + PREFIX_SIZE as usize {
                 self.take(index);
