@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod fake_aws;
+pub mod fake_kube;
 pub mod netns;
 pub mod router;
 pub mod run;

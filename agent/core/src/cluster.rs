@@ -58,6 +58,55 @@ pub enum Object {
     VpcCniConfig(BTreeMap<String, String>),
 }
 
+/// Which object: its kind and name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// The kind.
+    pub kind: Kind,
+    /// Namespace (empty for cluster-scoped kinds) and name.
+    pub name: PodName,
+}
+
+/// A kind of object that the agent reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// v1
+    Namespace,
+    /// v1
+    Pod,
+    /// v1
+    Node,
+    /// v1
+    Service,
+    /// discovery.k8s.io/v1
+    EndpointSlice,
+    /// networking.k8s.io/v1
+    NetworkPolicy,
+    /// crd.k8s.amazonaws.com/v1alpha1
+    EniConfig,
+    /// v1, only `kube-system/amazon-vpc-cni`
+    VpcCniConfig,
+}
+
+impl Object {
+    /// Kind and name.
+    pub fn key(&self) -> ObjectKey {
+        let (kind, meta) = match self {
+            Self::Namespace(o) => (Kind::Namespace, &o.metadata),
+            Self::Pod(o) => (Kind::Pod, &o.metadata),
+            Self::Node(o) => (Kind::Node, &o.metadata),
+            Self::Service(o) => (Kind::Service, &o.metadata),
+            Self::EndpointSlice(o) => (Kind::EndpointSlice, &o.metadata),
+            Self::NetworkPolicy(o) => (Kind::NetworkPolicy, &o.metadata),
+            Self::EniConfig(o) => (Kind::EniConfig, &o.metadata),
+            Self::VpcCniConfig(_) => {
+                return ObjectKey { kind: Kind::VpcCniConfig, name: PodName::new("kube-system", "amazon-vpc-cni") };
+            }
+        };
+        ObjectKey { kind, name: PodName::new(meta.namespace.clone(), meta.name.clone()) }
+    }
+}
+
 /// Puts the object in unless an equal one is there already, whose `Arc` then stays.
 fn put<K: Ord, T: PartialEq>(map: &mut BTreeMap<K, Arc<T>>, key: K, object: T) {
     match map.get(&key) {
@@ -89,6 +138,43 @@ impl ClusterState {
                 if self.vpc_cni_config.as_deref() != Some(&data) {
                     self.vpc_cni_config = Some(Arc::new(data));
                 }
+            }
+        }
+    }
+
+    /// Forgets an object; one that is not there is no error.
+    pub fn remove(&mut self, key: &ObjectKey) {
+        match key.kind {
+            Kind::Namespace => drop(self.namespaces.remove(&key.name.name)),
+            Kind::Pod => drop(self.pods.remove(&key.name)),
+            Kind::Node => drop(self.nodes.remove(&key.name.name)),
+            Kind::Service => drop(self.services.remove(&key.name)),
+            Kind::EndpointSlice => drop(self.endpoint_slices.remove(&key.name)),
+            Kind::NetworkPolicy => drop(self.network_policies.remove(&key.name)),
+            Kind::EniConfig => drop(self.eni_configs.remove(&key.name.name)),
+            Kind::VpcCniConfig => self.vpc_cni_config = None,
+        }
+    }
+
+    /// Every object of a kind.
+    pub fn keys(&self, kind: Kind) -> Vec<ObjectKey> {
+        fn named<T>(kind: Kind, map: &Named<T>) -> Vec<ObjectKey> {
+            map.keys().map(|name| ObjectKey { kind, name: PodName::new("", name.clone()) }).collect()
+        }
+        fn namespaced<T>(kind: Kind, map: &Namespaced<T>) -> Vec<ObjectKey> {
+            map.keys().map(|name| ObjectKey { kind, name: name.clone() }).collect()
+        }
+        match kind {
+            Kind::Namespace => named(kind, &self.namespaces),
+            Kind::Pod => namespaced(kind, &self.pods),
+            Kind::Node => named(kind, &self.nodes),
+            Kind::Service => namespaced(kind, &self.services),
+            Kind::EndpointSlice => namespaced(kind, &self.endpoint_slices),
+            Kind::NetworkPolicy => namespaced(kind, &self.network_policies),
+            Kind::EniConfig => named(kind, &self.eni_configs),
+            Kind::VpcCniConfig => {
+                let name = PodName::new("kube-system", "amazon-vpc-cni");
+                self.vpc_cni_config.iter().map(|_| ObjectKey { kind, name: name.clone() }).collect()
             }
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! One task owns the source and publishes snapshots on a watch channel: readers see the latest, never a queue.
 
+pub mod api_server;
 mod manifests;
 
 use std::sync::Arc;
