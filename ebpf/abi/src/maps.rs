@@ -1,0 +1,198 @@
+//! The other maps: interfaces, endpoints, addresses, counters, settings.
+
+use crate::map_data;
+
+/// Names of the maps in the object and of their pins.
+pub mod map_name {
+    /// ARRAY of [`super::Interface`] by the low bits of the interface index.
+    pub const INTERFACES: &str = "INTERFACES";
+    /// HASH of [`super::Interface`] by interface index, for those whose place in the array is taken.
+    pub const INTERFACES_FAR: &str = "INTERFACES_FAR";
+    /// ARRAY of [`super::Endpoint`] by slot.
+    pub const ENDPOINTS: &str = "ENDPOINTS";
+    /// HASH of the position in the endpoint's address list by [`super::OwnKey`].
+    pub const OWN: &str = "OWN";
+    /// HASH of [`super::AddressValue`] by IPv4 address.
+    pub const ADDRESSES4: &str = "ADDRESSES4";
+    /// HASH of [`super::AddressValue`] by IPv6 address.
+    pub const ADDRESSES6: &str = "ADDRESSES6";
+    /// LPM trie of identities by IPv4 prefix.
+    pub const CIDRS4: &str = "CIDRS4";
+    /// LPM trie of identities by IPv6 prefix.
+    pub const CIDRS6: &str = "CIDRS6";
+    /// LPM trie of [`crate::VerdictValue`] by [`crate::VerdictKey`].
+    pub const VERDICTS: &str = "VERDICTS";
+    /// HASH of [`crate::FlowEntry`] by [`crate::FlowKey4`].
+    pub const FLOWS4: &str = "FLOWS4";
+    /// HASH of [`crate::FlowEntry`] by [`crate::FlowKey6`].
+    pub const FLOWS6: &str = "FLOWS6";
+    /// ARRAY of u64 by slot: flows ever inserted by the programs.
+    pub const FLOWS_INSERTED: &str = "FLOWS_INSERTED";
+    /// ARRAY of u64 by slot: flows ever removed by the agent (seeded ones count as removed before they are inserted).
+    pub const FLOWS_REMOVED: &str = "FLOWS_REMOVED";
+    /// LRU_HASH of [`crate::FragmentPorts`] by [`crate::FragmentKey`].
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// PERCPU_ARRAY of [`super::Counters`] by slot.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// PERCPU_ARRAY of u64 by [`super::stat`].
+    pub const STATS: &str = "STATS";
+    /// ARRAY with one [`super::Config`].
+    pub const CONFIG: &str = "CONFIG";
+    /// RINGBUF of [`crate::Event`].
+    pub const EVENTS: &str = "EVENTS";
+}
+
+/// Entries of [`map_name::INTERFACES`]; a power of two.
+pub const INTERFACE_PLACES: u32 = 16_384;
+
+/// Entries of [`map_name::ENDPOINTS`] and the arrays beside it. EC2's largest instances run 737 pods.
+pub const ENDPOINT_SLOTS: u32 = 4_096;
+
+/// What the programs know of a host veth. All zero: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Interface {
+    /// The interface's index: says whether this place of the array is its own.
+    pub if_index: u32,
+    /// The pod.
+    pub slot: u16,
+    /// [`interface_flag`].
+    pub flags: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// Position of `ipv4` in the endpoint's address list.
+    pub local4: u8,
+    /// Position of `ipv6` in the endpoint's address list.
+    pub local6: u8,
+    /// Zero.
+    pub reserved2: [u8; 2],
+    /// The address behind this veth; 0 if it has none of this family.
+    pub ipv4: u32,
+    /// The address behind this veth; zero if it has none of this family.
+    pub ipv6: [u32; 4],
+}
+
+/// Bits of [`Interface::flags`].
+pub mod interface_flag {
+    /// The pod has further addresses; look in [`super::map_name::OWN`] before calling one foreign.
+    pub const MORE_ADDRESSES: u8 = 1;
+}
+
+/// A pod's policy, in two halves: the agent writes the half that is not in use and then flips [`Self::sequence`] in a second
+/// write that changes a single byte, so that a packet sees the old policy or the new one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Endpoint {
+    /// Grows by one a change; its lowest bit is the half in use.
+    pub sequence: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+    /// The halves.
+    pub halves: [EndpointPolicy; 2],
+}
+
+/// One half of an [`Endpoint`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct EndpointPolicy {
+    /// [`endpoint_flag`].
+    pub flags: u32,
+    /// Never 0.
+    pub revision: u32,
+    /// Policy sets by [`crate::direction`].
+    pub policy: [u32; 2],
+}
+
+/// Bits of [`EndpointPolicy::flags`].
+pub mod endpoint_flag {
+    /// Ingress is isolated. Bit number = [`crate::direction::INGRESS`].
+    pub const ISOLATED_INGRESS: u32 = 1;
+    /// Egress is isolated. Bit number = [`crate::direction::EGRESS`].
+    pub const ISOLATED_EGRESS: u32 = 2;
+    /// Nothing is dropped for policy, only told.
+    pub const AUDIT: u32 = 4;
+    /// The slot is in use.
+    pub const READY: u32 = 8;
+}
+
+/// An address of a pod, by its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct OwnKey {
+    /// The pod's slot.
+    pub slot: u32,
+    /// 4 or 6.
+    pub family: u32,
+    /// The address, an IPv4 address in the first word.
+    pub address: [u32; 4],
+}
+
+/// What an exact address is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct AddressValue {
+    /// The identity, 0 for none.
+    pub identity: u32,
+    /// [`address_flag`].
+    pub flags: u32,
+}
+
+/// Bits of [`AddressValue::flags`].
+pub mod address_flag {
+    /// `identity` was set for this address.
+    pub const ADDRESS: u32 = 1;
+    /// An address of the node itself: always passes.
+    pub const NODE: u32 = 2;
+    /// `identity` is that of a CIDR which is this one address: kept here because a hash costs the same whatever its size.
+    pub const HOST_CIDR: u32 = 4;
+}
+
+/// Packets and bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Counter {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes with Ethernet headers.
+    pub bytes: u64,
+}
+
+/// A pod's counters on one CPU: one cache line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Counters {
+    /// By [`crate::direction`], then [`crate::verdict`] (what audit mode let pass counts as allowed).
+    pub of: [[Counter; 2]; 2],
+}
+
+/// Indices of [`map_name::STATS`].
+pub mod stat {
+    /// An event found the ring full.
+    pub const EVENTS_LOST: u32 = 0;
+    /// A flow found the table full: its packets pass if policy allows them, each judged; its replies are judged too.
+    pub const TABLE_FULL: u32 = 1;
+    /// A flow found its pod at the cap: as above.
+    pub const POD_CAP: u32 = 2;
+    /// Packets without an interface or endpoint record.
+    pub const NO_ENDPOINT: u32 = 3;
+    /// How many there are.
+    pub const COUNT: u32 = 4;
+}
+
+/// Settings that the programs read when a flow opens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Config {
+    /// [`config_flag`].
+    pub flags: u32,
+    /// Flows a pod may have at once.
+    pub pod_flows: u32,
+}
+
+/// Bits of [`Config::flags`].
+pub mod config_flag {
+    /// Tell of flows that open, not only of denied packets.
+    pub const TELL_ALLOWED: u32 = 1;
+}
+
+map_data!(Interface = 32, Endpoint = 40, EndpointPolicy = 16, OwnKey = 24, AddressValue = 8, Counter = 16, Counters = 64, Config = 8);

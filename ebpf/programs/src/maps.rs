@@ -1,0 +1,91 @@
+//! The maps. Sizes are upper bounds; the loader may lower those of the flow tables. Names and layouts are the abi crate's.
+
+use aya_ebpf::{
+    Global,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
+};
+use stanchion_ebpf_abi::{
+    AddressValue, Config, Counters, ENDPOINT_SLOTS, Endpoint, Event, FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, INTERFACE_PLACES,
+    Interface, OwnKey, VerdictKey, VerdictValue, stat,
+};
+
+/// Memory is taken when an entry is added, not for the whole table at once.
+const NO_PREALLOC: u32 = 1;
+
+/// A tick is `1 << TICK_SHIFT` jiffies. The loader sets it from the kernel's HZ so that a tick is one second or a little more.
+#[unsafe(no_mangle)]
+pub static TICK_SHIFT: Global<u32> = Global::new(8);
+
+#[map]
+pub static INTERFACES: Array<Interface> = Array::with_max_entries(INTERFACE_PLACES, 0);
+#[map]
+pub static INTERFACES_FAR: HashMap<u32, Interface> = HashMap::with_max_entries(ENDPOINT_SLOTS, NO_PREALLOC);
+#[map]
+pub static ENDPOINTS: Array<Endpoint> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
+#[map]
+pub static OWN: HashMap<OwnKey, u32> = HashMap::with_max_entries(65_536, NO_PREALLOC);
+#[map]
+pub static ADDRESSES4: HashMap<u32, AddressValue> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+#[map]
+pub static ADDRESSES6: HashMap<[u32; 4], AddressValue> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+#[map]
+pub static CIDRS4: LpmTrie<u32, u32> = LpmTrie::with_max_entries(1_048_576, 0);
+#[map]
+pub static CIDRS6: LpmTrie<[u32; 4], u32> = LpmTrie::with_max_entries(1_048_576, 0);
+#[map]
+pub static VERDICTS: LpmTrie<VerdictKey, VerdictValue> = LpmTrie::with_max_entries(4_194_304, 0);
+// Flow tables are preallocated: an insert cannot fail for want of memory, and the bound is the size.
+#[map]
+pub static FLOWS4: HashMap<FlowKey4, FlowEntry> = HashMap::with_max_entries(131_072, 0);
+#[map]
+pub static FLOWS6: HashMap<FlowKey6, FlowEntry> = HashMap::with_max_entries(131_072, 0);
+#[map]
+pub static FLOWS_INSERTED: Array<u64> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
+#[map]
+pub static FLOWS_REMOVED: Array<u64> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
+#[map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts> = LruHashMap::with_max_entries(8_192, 0);
+#[map]
+pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(ENDPOINT_SLOTS, 0);
+#[map]
+pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(stat::COUNT, 0);
+#[map]
+pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(524_288, 0);
+
+/// Adds one to a [`stat`].
+#[inline(always)]
+pub fn count_stat(index: u32) {
+    if let Some(value) = STATS.get_ptr_mut(index) {
+        // SAFETY: a per-CPU value; programs on one CPU do not interrupt each other's read-modify-write in tc.
+        unsafe { *value += 1 };
+    }
+}
+
+/// Counts a packet of `length` bytes.
+#[inline(always)]
+pub fn count(slot: u32, direction: u8, verdict: u8, length: u32) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(slot) {
+        // SAFETY: as above; both indices are constants below 2 wherever this is called.
+        unsafe {
+            let counter = &mut (*counters).of[direction as usize & 1][verdict as usize & 1];
+            counter.packets += 1;
+            counter.bytes += u64::from(length);
+        }
+    }
+}
+
+/// Writes an event if there is room. The agent reads the ring on a timer, so nobody is woken.
+#[inline(always)]
+pub fn tell(event: Event) {
+    const NO_WAKEUP: u64 = 1;
+    match EVENTS.reserve::<Event>(0) {
+        Some(mut entry) => {
+            entry.write(event);
+            entry.submit(NO_WAKEUP);
+        }
+        None => count_stat(stat::EVENTS_LOST),
+    }
+}
