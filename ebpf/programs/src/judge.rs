@@ -20,7 +20,7 @@ pub const PASS: i32 = -1;
 pub const DROP: i32 = 2;
 
 #[inline(always)]
-pub fn ticks() -> u32 {
+fn ticks() -> u32 {
     // SAFETY: no arguments.
     unsafe { (bpf_jiffies64() >> TICK_SHIFT.load()) as u32 }
 }
@@ -64,7 +64,8 @@ fn judge<F: Family>(subject: &Subject<'_>, opener: u8, flow: &Flow<F::Address>) 
         TCP | UDP | SCTP => flow.remote_port,
         _ => [0; 2],
     };
-    let set = policy.policy[opener as usize & 1];
+    // Not by index: the policy was copied to the stack, which the verifier lets nobody index by a variable.
+    let set = if opener == direction::EGRESS { policy.policy[1] } else { policy.policy[0] };
     let mut key = Key::new(VERDICT_PREFIX_PORT, VerdictKey { policy: set, identity, direction: opener, protocol: flow.protocol, port });
     if identity != IDENTITY_UNKNOWN
         && let Some(value) = VERDICTS.get(&key)

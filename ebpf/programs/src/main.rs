@@ -11,14 +11,14 @@ mod judge;
 mod maps;
 mod packet;
 
-use aya_ebpf::{bindings::__sk_buff, helpers::bpf_jiffies64, macros::classifier, programs::TcContext};
+use aya_ebpf::{bindings::__sk_buff, macros::classifier, programs::TcContext};
 use stanchion_ebpf_abi::{
     EndpointPolicy, Event, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, reason, stat, verdict,
 };
 
 use crate::{
     family::{Family, V4, V6},
-    judge::{DROP, PASS, Subject, event, is_own, police, ticks},
+    judge::{DROP, PASS, Subject, event, is_own, police},
     maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, count, count_stat, tell},
     packet::{ETHERNET, Ipv4Header, Ipv6Header, Kind, ipv4, ipv6},
 };
@@ -37,19 +37,6 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
     run(ctx.skb.skb, direction::INGRESS)
-}
-
-/// Run by the agent with `BPF_PROG_TEST_RUN`: the current tick, by the clock of the flow table.
-#[classifier]
-pub fn clock(_ctx: TcContext) -> i32 {
-    ticks() as i32
-}
-
-/// Run by the agent: the low half of the kernel's jiffies, from which it derives their rate.
-#[classifier]
-pub fn jiffies(_ctx: TcContext) -> i32 {
-    // SAFETY: no arguments.
-    unsafe { bpf_jiffies64() as i32 }
 }
 
 /// The empty program: what the benches subtract.

@@ -1,0 +1,484 @@
+//! The kernel's policy maps behind [`PolicyMaps`].
+//!
+//! Two things differ from the plain image. A CIDR of one address is kept in the address hash, where it costs the same
+//! whatever the number of them, unless a pod's identity is there already; then it stays in the trie, which is asked only if
+//! the hash knows nothing, as the image demands. And an endpoint's record has two halves, see [`Endpoint`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fmt::Debug;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, MapData as AyaMap};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use stanchion_core::policy::image::{EndpointImage, MapError, MapImage, MapOp, PolicyMaps, Slot};
+use stanchion_ebpf_abi::{
+    AddressValue, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, OwnKey, VerdictKey, VerdictValue, address_flag, endpoint_flag, ipv4_octets,
+    ipv4_word, ipv6_octets, ipv6_words, map_name,
+};
+
+use super::object::{LoadError, Loaded, Raw};
+
+/// The maps that hold policy.
+pub struct KernelMaps {
+    endpoints: Array<AyaMap, Raw<Endpoint>>,
+    own: HashMap<AyaMap, Raw<OwnKey>, u32>,
+    addresses4: HashMap<AyaMap, u32, Raw<AddressValue>>,
+    addresses6: HashMap<AyaMap, [u32; 4], Raw<AddressValue>>,
+    cidrs4: LpmTrie<AyaMap, u32, u32>,
+    cidrs6: LpmTrie<AyaMap, [u32; 4], u32>,
+    verdicts: LpmTrie<AyaMap, Raw<VerdictKey>, Raw<VerdictValue>>,
+    writes: u64,
+}
+
+impl KernelMaps {
+    /// Takes the policy maps out of the object.
+    ///
+    /// # Errors
+    /// A map is missing from the object, or was taken before.
+    pub fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
+        Ok(Self {
+            endpoints: loaded.map(map_name::ENDPOINTS)?,
+            own: loaded.map(map_name::OWN)?,
+            addresses4: loaded.map(map_name::ADDRESSES4)?,
+            addresses6: loaded.map(map_name::ADDRESSES6)?,
+            cidrs4: loaded.map(map_name::CIDRS4)?,
+            cidrs6: loaded.map(map_name::CIDRS6)?,
+            verdicts: loaded.map(map_name::VERDICTS)?,
+            writes: 0,
+        })
+    }
+
+    /// Writes to the kernel so far.
+    pub fn writes(&self) -> u64 {
+        self.writes
+    }
+
+    fn one(&mut self, op: &MapOp) -> Result<(), MapError> {
+        match op {
+            MapOp::SetAddress(address, identity) => self.set_address(*address, *identity),
+            MapOp::RemoveAddress(address) => self.change_address(*address, |value| match value.flags & address_flag::ADDRESS {
+                0 => value,
+                _ => AddressValue { identity: 0, flags: value.flags & !address_flag::ADDRESS },
+            }),
+            MapOp::SetCidr(net, identity) => self.set_cidr(*net, *identity),
+            MapOp::RemoveCidr(net) => self.remove_cidr(*net),
+            MapOp::SetVerdict(key, bits, value) => {
+                self.writes += 1;
+                let result = self.verdicts.insert(&Key::new(*bits, Raw(*key)), Raw(*value), 0);
+                refused(map_name::VERDICTS, op, result)
+            }
+            MapOp::RemoveVerdict(key, bits) => {
+                self.writes += 1;
+                absent_is_fine(map_name::VERDICTS, op, self.verdicts.remove(&Key::new(*bits, Raw(*key))))
+            }
+            MapOp::SetEndpoint(slot, image) => self.set_endpoint(*slot, image),
+            MapOp::RemoveEndpoint(slot) => {
+                self.set_policy(*slot, EndpointPolicy::default())?;
+                self.set_own(*slot, &[])
+            }
+            MapOp::SetNodeAddress(address) => self.change_address(*address, |mut value| {
+                value.flags |= address_flag::NODE;
+                value
+            }),
+            MapOp::RemoveNodeAddress(address) => self.change_address(*address, |mut value| {
+                value.flags &= !address_flag::NODE;
+                value
+            }),
+        }
+    }
+
+    fn address(&self, address: IpAddr) -> Result<AddressValue, MapError> {
+        let found = match address {
+            IpAddr::V4(a) => self.addresses4.get(&ipv4_word(a.octets()), 0),
+            IpAddr::V6(a) => self.addresses6.get(&ipv6_words(a.octets()), 0),
+        };
+        match found {
+            Ok(Raw(value)) => Ok(value),
+            Err(aya::maps::MapError::KeyNotFound) => Ok(AddressValue::default()),
+            Err(error) => refused(address_map(address), &address, Err(error)),
+        }
+    }
+
+    /// Writes what `change` makes of the present value; a value without flags is none.
+    fn change_address(&mut self, address: IpAddr, change: impl FnOnce(AddressValue) -> AddressValue) -> Result<(), MapError> {
+        let present = self.address(address)?;
+        let next = change(present);
+        if next == present {
+            return Ok(());
+        }
+        self.writes += 1;
+        let map = address_map(address);
+        if next.flags == 0 {
+            let result = match address {
+                IpAddr::V4(a) => self.addresses4.remove(&ipv4_word(a.octets())),
+                IpAddr::V6(a) => self.addresses6.remove(&ipv6_words(a.octets())),
+            };
+            return absent_is_fine(map, &address, result);
+        }
+        let result = match address {
+            IpAddr::V4(a) => self.addresses4.insert(ipv4_word(a.octets()), Raw(next), 0),
+            IpAddr::V6(a) => self.addresses6.insert(ipv6_words(a.octets()), Raw(next), 0),
+        };
+        refused(map, &address, result)
+    }
+
+    fn set_address(&mut self, address: IpAddr, identity: u32) -> Result<(), MapError> {
+        let present = self.address(address)?;
+        if present.flags & address_flag::HOST_CIDR != 0 {
+            self.set_trie(IpNet::from(address), present.identity)?;
+        }
+        self.change_address(address, |value| AddressValue {
+            identity,
+            flags: value.flags & !address_flag::HOST_CIDR | address_flag::ADDRESS,
+        })
+    }
+
+    fn set_cidr(&mut self, net: IpNet, identity: u32) -> Result<(), MapError> {
+        if net.prefix_len() != net.max_prefix_len() || self.address(net.addr())?.flags & address_flag::ADDRESS != 0 {
+            return self.set_trie(net, identity);
+        }
+        self.change_address(net.addr(), |value| AddressValue { identity, flags: value.flags | address_flag::HOST_CIDR })?;
+        // Of a time when a pod had this address.
+        self.remove_trie(net)
+    }
+
+    fn remove_cidr(&mut self, net: IpNet) -> Result<(), MapError> {
+        if net.prefix_len() == net.max_prefix_len() && self.address(net.addr())?.flags & address_flag::HOST_CIDR != 0 {
+            return self.change_address(net.addr(), |value| AddressValue { identity: 0, flags: value.flags & !address_flag::HOST_CIDR });
+        }
+        self.remove_trie(net)
+    }
+
+    fn set_trie(&mut self, net: IpNet, identity: u32) -> Result<(), MapError> {
+        self.writes += 1;
+        let bits = u32::from(net.prefix_len());
+        match net {
+            IpNet::V4(n) => {
+                refused(map_name::CIDRS4, &net, self.cidrs4.insert(&Key::new(bits, ipv4_word(n.network().octets())), identity, 0))
+            }
+            IpNet::V6(n) => {
+                refused(map_name::CIDRS6, &net, self.cidrs6.insert(&Key::new(bits, ipv6_words(n.network().octets())), identity, 0))
+            }
+        }
+    }
+
+    fn remove_trie(&mut self, net: IpNet) -> Result<(), MapError> {
+        self.writes += 1;
+        let bits = u32::from(net.prefix_len());
+        match net {
+            IpNet::V4(n) => absent_is_fine(map_name::CIDRS4, &net, self.cidrs4.remove(&Key::new(bits, ipv4_word(n.network().octets())))),
+            IpNet::V6(n) => absent_is_fine(map_name::CIDRS6, &net, self.cidrs6.remove(&Key::new(bits, ipv6_words(n.network().octets())))),
+        }
+    }
+
+    fn set_endpoint(&mut self, slot: Slot, image: &EndpointImage) -> Result<(), MapError> {
+        let mut flags = endpoint_flag::READY;
+        for (set, flag) in [(image.ingress, endpoint_flag::ISOLATED_INGRESS), (image.egress, endpoint_flag::ISOLATED_EGRESS)] {
+            if set.is_some() {
+                flags |= flag;
+            }
+        }
+        if image.audit {
+            flags |= endpoint_flag::AUDIT;
+        }
+        let policy = EndpointPolicy { flags, revision: image.revision, policy: [image.ingress.unwrap_or(0), image.egress.unwrap_or(0)] };
+        self.set_own(slot, &image.addresses)?;
+        self.set_policy(slot, policy)
+    }
+
+    /// Writes the half that is not in use, then makes it the one in use.
+    fn set_policy(&mut self, slot: Slot, policy: EndpointPolicy) -> Result<(), MapError> {
+        let index = u32::from(slot.0);
+        if index == 0 || index >= ENDPOINT_SLOTS {
+            let message = format!("slots are 1 to {}", ENDPOINT_SLOTS - 1);
+            return Err(MapError { map: map_name::ENDPOINTS, operation: format!("{slot:?}"), full: true, message });
+        }
+        let Raw(mut record) = refused(map_name::ENDPOINTS, &slot, self.endpoints.get(&index, 0))?;
+        if record.halves[usize::from(record.sequence & 1)] == policy {
+            return Ok(());
+        }
+        self.writes += 2;
+        record.halves[usize::from(record.sequence & 1 ^ 1)] = policy;
+        refused(map_name::ENDPOINTS, &slot, self.endpoints.set(index, Raw(record), 0))?;
+        record.sequence = record.sequence.wrapping_add(1);
+        refused(map_name::ENDPOINTS, &slot, self.endpoints.set(index, Raw(record), 0))
+    }
+
+    fn own_keys(&self) -> Result<Vec<(OwnKey, u32)>, MapError> {
+        let mut keys = Vec::new();
+        for item in self.own.iter() {
+            let (Raw(key), position) = refused(map_name::OWN, &"read", item)?;
+            keys.push((key, position));
+        }
+        Ok(keys)
+    }
+
+    fn set_own(&mut self, slot: Slot, addresses: &[IpAddr]) -> Result<(), MapError> {
+        let wanted: Vec<OwnKey> = addresses.iter().map(|address| own_key(slot, *address)).collect();
+        for (position, key) in wanted.iter().enumerate() {
+            let position = u32::try_from(position).expect("a pod has few addresses");
+            if self.own.get(&Raw(*key), 0).is_ok_and(|present| present == position) {
+                continue;
+            }
+            self.writes += 1;
+            refused(map_name::OWN, &slot, self.own.insert(Raw(*key), position, 0))?;
+        }
+        for (key, _) in self.own_keys()? {
+            if key.slot == u32::from(slot.0) && !wanted.contains(&key) {
+                self.writes += 1;
+                absent_is_fine(map_name::OWN, &slot, self.own.remove(&Raw(key)))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Debug for KernelMaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelMaps").field("writes", &self.writes).finish_non_exhaustive()
+    }
+}
+
+impl PolicyMaps for KernelMaps {
+    fn apply(&mut self, ops: &[MapOp]) -> Result<(), (usize, MapError)> {
+        for (index, op) in ops.iter().enumerate() {
+            self.one(op).map_err(|error| (index, error))?;
+        }
+        Ok(())
+    }
+
+    fn read(&self) -> Result<MapImage, MapError> {
+        let mut image = MapImage::default();
+        for item in self.addresses4.iter() {
+            let (word, Raw(value)) = refused(map_name::ADDRESSES4, &"read", item)?;
+            read_address(&mut image, Ipv4Addr::from(ipv4_octets(word)).into(), value);
+        }
+        for item in self.addresses6.iter() {
+            let (words, Raw(value)) = refused(map_name::ADDRESSES6, &"read", item)?;
+            read_address(&mut image, Ipv6Addr::from(ipv6_octets(words)).into(), value);
+        }
+        for item in self.cidrs4.iter() {
+            let (key, identity) = refused(map_name::CIDRS4, &"read", item)?;
+            let net = Ipv4Net::new(ipv4_octets(key.data()).into(), prefix(key.prefix_len())).expect("the kernel bounds prefixes");
+            image.cidrs.insert(net.into(), identity);
+        }
+        for item in self.cidrs6.iter() {
+            let (key, identity) = refused(map_name::CIDRS6, &"read", item)?;
+            let net = Ipv6Net::new(ipv6_octets(key.data()).into(), prefix(key.prefix_len())).expect("the kernel bounds prefixes");
+            image.cidrs.insert(net.into(), identity);
+        }
+        for item in self.verdicts.iter() {
+            let (key, Raw(value)) = refused(map_name::VERDICTS, &"read", item)?;
+            image.verdicts.insert((key.data().0, key.prefix_len()), value);
+        }
+        let mut addresses: BTreeMap<u32, BTreeMap<u32, IpAddr>> = BTreeMap::new();
+        for (key, position) in self.own_keys()? {
+            let address: IpAddr = if key.family == 4 {
+                Ipv4Addr::from(ipv4_octets(key.address[0])).into()
+            } else {
+                Ipv6Addr::from(ipv6_octets(key.address)).into()
+            };
+            addresses.entry(key.slot).or_default().insert(position, address);
+        }
+        for (index, item) in (0..).zip(self.endpoints.iter()) {
+            let Raw(record) = refused(map_name::ENDPOINTS, &"read", item)?;
+            let EndpointPolicy { flags, revision, policy: [ingress, egress] } = record.halves[usize::from(record.sequence & 1)];
+            if flags & endpoint_flag::READY == 0 {
+                continue;
+            }
+            let endpoint = EndpointImage {
+                addresses: addresses.remove(&index).unwrap_or_default().into_values().collect(),
+                ingress: (flags & endpoint_flag::ISOLATED_INGRESS != 0).then_some(ingress),
+                egress: (flags & endpoint_flag::ISOLATED_EGRESS != 0).then_some(egress),
+                revision,
+                audit: flags & endpoint_flag::AUDIT != 0,
+            };
+            image.endpoints.insert(Slot(u16::try_from(index).expect("slots fit")), endpoint);
+        }
+        Ok(image)
+    }
+}
+
+fn read_address(image: &mut MapImage, address: IpAddr, value: AddressValue) {
+    if value.flags & address_flag::ADDRESS != 0 {
+        image.addresses.insert(address, value.identity);
+    }
+    if value.flags & address_flag::HOST_CIDR != 0 {
+        image.cidrs.insert(IpNet::from(address), value.identity);
+    }
+    if value.flags & address_flag::NODE != 0 {
+        image.node_addresses.push(address);
+    }
+}
+
+/// The key of a pod's address.
+pub(super) fn own_key(slot: Slot, address: IpAddr) -> OwnKey {
+    let (family, address) = match address {
+        IpAddr::V4(a) => (4, [ipv4_word(a.octets()), 0, 0, 0]),
+        IpAddr::V6(a) => (6, ipv6_words(a.octets())),
+    };
+    OwnKey { slot: u32::from(slot.0), family, address }
+}
+
+fn prefix(bits: u32) -> u8 {
+    u8::try_from(bits).expect("the kernel bounds prefixes")
+}
+
+fn address_map(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { map_name::ADDRESSES4 } else { map_name::ADDRESSES6 }
+}
+
+/// Puts the map and what was tried to a refusal.
+pub(super) fn refused<T>(map: &'static str, what: &dyn Debug, result: Result<T, aya::maps::MapError>) -> Result<T, MapError> {
+    result.map_err(|error| {
+        let errno = errno(&error);
+        // The hash says E2BIG, the trie ENOSPC.
+        let full = matches!(errno, Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM));
+        let message = match &error {
+            aya::maps::MapError::SyscallError(syscall) => syscall.io_error.to_string(),
+            other => other.to_string(),
+        };
+        MapError { map, operation: format!("{what:?}"), full, message }
+    })
+}
+
+fn absent_is_fine(map: &'static str, what: &dyn Debug, result: Result<(), aya::maps::MapError>) -> Result<(), MapError> {
+    match result {
+        Err(aya::maps::MapError::KeyNotFound) => Ok(()),
+        Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
+        other => refused(map, what, other),
+    }
+}
+
+fn errno(error: &aya::maps::MapError) -> Option<i32> {
+    match error {
+        aya::maps::MapError::SyscallError(syscall) => syscall.io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::object::{LoadOptions, load};
+    use super::*;
+    use stanchion_ebpf_abi::{VERDICT_PREFIX_ANY, VERDICT_PREFIX_PORT, direction, verdict};
+    use std::path::PathBuf;
+
+    /// A pin directory of this test's own, removed with it.
+    struct Pins(PathBuf);
+
+    impl Pins {
+        fn new(name: &str) -> Self {
+            Self(format!("/sys/fs/bpf/stdp-{name}-{}", std::process::id()).into())
+        }
+
+        fn maps(&self) -> KernelMaps {
+            let options = LoadOptions { pin_root: self.0.clone(), flow_entries: 1_024 };
+            KernelMaps::new(&mut load(&options).unwrap()).unwrap()
+        }
+    }
+
+    impl Drop for Pins {
+        fn drop(&mut self) {
+            let _left = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_by_the_next_agent_and_writing_it_again_writes_nothing() {
+        let pins = Pins::new("maps");
+        let key = VerdictKey { policy: 7, identity: 3, direction: direction::INGRESS, protocol: 6, port: 80u16.to_be_bytes() };
+        let any = VerdictKey { policy: 7, identity: 0, direction: direction::INGRESS, protocol: 0, port: [0; 2] };
+        let allow = VerdictValue { rule: 9, verdict: verdict::ALLOW, reserved: [0; 3] };
+        let endpoint = EndpointImage {
+            addresses: vec![ip("10.0.0.9"), ip("fd00::9"), ip("10.0.0.8")],
+            ingress: Some(7),
+            egress: None,
+            revision: 5,
+            audit: true,
+        };
+        let ops = [
+            MapOp::SetAddress(ip("10.0.0.1"), 3),
+            MapOp::SetAddress(ip("fd00::1"), 4),
+            MapOp::SetNodeAddress(ip("10.0.0.1")),
+            MapOp::SetNodeAddress(ip("10.9.9.9")),
+            MapOp::SetCidr(net("10.0.0.0/8"), 11),
+            MapOp::SetCidr(net("10.0.0.2/32"), 12),
+            MapOp::SetCidr(net("10.0.0.1/32"), 13),
+            MapOp::SetCidr(net("2001:db8::/32"), 14),
+            MapOp::SetCidr(net("2001:db8::1/128"), 15),
+            MapOp::SetVerdict(key, VERDICT_PREFIX_PORT, allow),
+            MapOp::SetVerdict(any, VERDICT_PREFIX_ANY, VerdictValue { verdict: verdict::DENY, ..allow }),
+            MapOp::SetEndpoint(Slot(5), endpoint.clone()),
+        ];
+        pins.maps().apply(&ops).unwrap();
+        // The first maps are closed; only the pins are left.
+        let mut maps = pins.maps();
+        let image = maps.read().unwrap();
+        let expected = MapImage {
+            addresses: BTreeMap::from([(ip("10.0.0.1"), 3), (ip("fd00::1"), 4)]),
+            cidrs: BTreeMap::from([
+                (net("10.0.0.0/8"), 11),
+                (net("10.0.0.1/32"), 13),
+                (net("10.0.0.2/32"), 12),
+                (net("2001:db8::/32"), 14),
+                (net("2001:db8::1/128"), 15),
+            ]),
+            verdicts: BTreeMap::from([
+                ((key, VERDICT_PREFIX_PORT), allow),
+                ((any, VERDICT_PREFIX_ANY), VerdictValue { verdict: verdict::DENY, ..allow }),
+            ]),
+            endpoints: BTreeMap::from([(Slot(5), endpoint.clone())]),
+            node_addresses: { image.node_addresses.clone() },
+        };
+        assert_eq!(image, expected);
+        let mut nodes = image.node_addresses;
+        nodes.sort_unstable();
+        assert_eq!(nodes, [ip("10.0.0.1"), ip("10.9.9.9")]);
+        maps.apply(&[MapOp::SetEndpoint(Slot(5), endpoint)]).unwrap();
+        assert_eq!(maps.writes(), 0, "an unchanged endpoint costs no write");
+    }
+
+    #[test]
+    fn a_pod_address_and_a_cidr_of_one_address_come_and_go_in_any_order() {
+        let pins = Pins::new("host");
+        let mut maps = pins.maps();
+        let (address, cidr) = (ip("10.1.1.1"), net("10.1.1.1/32"));
+        let steps = [MapOp::SetAddress(address, 1), MapOp::SetCidr(cidr, 2), MapOp::RemoveAddress(address), MapOp::RemoveCidr(cidr)];
+        // Every order of the four, each from an empty table; removing what is absent is no error.
+        for order in 0..256usize {
+            let picks = [order & 3, order >> 2 & 3, order >> 4 & 3, order >> 6 & 3];
+            let (mut addresses, mut cidrs) = (BTreeMap::new(), BTreeMap::new());
+            for pick in picks {
+                maps.apply(&steps[pick..=pick]).unwrap();
+                match pick {
+                    0 => drop(addresses.insert(address, 1)),
+                    1 => drop(cidrs.insert(cidr, 2)),
+                    2 => drop(addresses.remove(&address)),
+                    _ => drop(cidrs.remove(&cidr)),
+                }
+                let image = maps.read().unwrap();
+                assert_eq!((image.addresses, image.cidrs), (addresses.clone(), cidrs.clone()), "{picks:?}");
+            }
+            maps.apply(&steps[2..]).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_slot_out_of_range_is_refused_by_name() {
+        let pins = Pins::new("range");
+        let mut maps = pins.maps();
+        let (index, error) = maps.apply(&[MapOp::SetEndpoint(Slot(60_000), EndpointImage::default())]).unwrap_err();
+        assert_eq!((index, error.map, error.full), (0, "ENDPOINTS", true));
+    }
+}

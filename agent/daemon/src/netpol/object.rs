@@ -1,0 +1,192 @@
+//! The eBPF object: embedded, loaded once, its maps pinned so that they outlive the agent.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Map, MapError};
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
+use stanchion_ebpf_abi::{LAYOUT_VERSION, MapData, map_name};
+
+use super::clock::Clock;
+
+/// Empty when it had not been built; see the build script.
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/stanchion-ebpf.o"));
+
+/// Where bpffs is expected, and mounted if it is not.
+pub const BPFFS: &str = "/sys/fs/bpf";
+
+/// The pins' directory of an agent that is alone on its kernel.
+pub const PIN_ROOT: &str = "/sys/fs/bpf/stanchion";
+
+/// Every map that is pinned: all of them.
+const PINNED: [&str; 18] = [
+    map_name::INTERFACES,
+    map_name::INTERFACES_FAR,
+    map_name::ENDPOINTS,
+    map_name::OWN,
+    map_name::ADDRESSES4,
+    map_name::ADDRESSES6,
+    map_name::CIDRS4,
+    map_name::CIDRS6,
+    map_name::VERDICTS,
+    map_name::FLOWS4,
+    map_name::FLOWS6,
+    map_name::FLOWS_INSERTED,
+    map_name::FLOWS_REMOVED,
+    map_name::FRAGMENTS,
+    map_name::COUNTERS,
+    map_name::STATS,
+    map_name::CONFIG,
+    map_name::EVENTS,
+];
+
+/// The bytes of an ABI type, as aya wants them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub(super) struct Raw<T: MapData>(pub(super) T);
+
+// SAFETY: the contract of `MapData` is that of `Pod`.
+unsafe impl<T: MapData> aya::Pod for Raw<T> {}
+
+/// How to load.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Directory below a bpffs; the layout's version is appended. Several agents on one kernel use different ones.
+    pub pin_root: PathBuf,
+    /// Entries of each flow table. An existing pin keeps its size.
+    pub flow_entries: u32,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { pin_root: PathBuf::from(PIN_ROOT), flow_entries: 131_072 }
+    }
+}
+
+/// Why the object is not in the kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// This binary was built without it.
+    #[error("this binary was built without the eBPF object: run `cargo xtask setup`, then `cargo xtask build-ebpf`, and build again")]
+    NotBuilt,
+    /// No bpffs, and none could be mounted.
+    #[error("cannot mount a BPF file system at {path}")]
+    Mount {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The pins' directory.
+    #[error("cannot create {path}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not even three instructions.
+    #[error("cannot load a BPF program (CAP_BPF or CAP_SYS_ADMIN, and Linux 5.10, are needed)")]
+    Clock(#[source] io::Error),
+    /// The kernel or the loader refused the object.
+    #[error("cannot load the eBPF object")]
+    Object(#[from] EbpfError),
+    /// The verifier refused a program.
+    #[error("cannot load program {name}")]
+    Program {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: ProgramError,
+    },
+    /// A map of the object is missing or has another type.
+    #[error("map {name}")]
+    Map {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: MapError,
+    },
+}
+
+/// The loaded object.
+#[derive(Debug)]
+pub struct Loaded {
+    pub(super) ebpf: Ebpf,
+    /// The versioned pin directory.
+    pub(super) pins: PathBuf,
+    /// The flow table's clock.
+    pub(super) clock: Clock,
+}
+
+impl Loaded {
+    /// Takes a map out of the object.
+    pub(super) fn map<T: TryFrom<Map, Error = MapError>>(&mut self, name: &'static str) -> Result<T, LoadError> {
+        let missing = || LoadError::Map { name, source: MapError::InvalidName { name: name.to_owned() } };
+        let map = self.ebpf.take_map(name).ok_or_else(missing)?;
+        T::try_from(map).map_err(|source| LoadError::Map { name, source })
+    }
+
+    /// A program by its name in the object.
+    pub fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, LoadError> {
+        let unknown = || EbpfError::MapError(MapError::InvalidName { name: name.to_owned() });
+        let program = self.ebpf.program_mut(name).ok_or_else(unknown)?;
+        program.try_into().map_err(|source| LoadError::Program { name, source })
+    }
+}
+
+/// tc ingress of the host veth.
+pub const POD_EGRESS: &str = "pod_egress";
+/// tc egress of the host veth.
+pub const POD_INGRESS: &str = "pod_ingress";
+
+/// Loads the object: mounts bpffs if need be, uses the pinned maps that exist, makes and pins the others, verifies both
+/// programs. Attaches nothing.
+///
+/// # Errors
+/// See [`LoadError`].
+pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
+    if OBJECT.is_empty() {
+        return Err(LoadError::NotBuilt);
+    }
+    ensure_bpffs(&options.pin_root)?;
+    let pins = options.pin_root.join(format!("v{LAYOUT_VERSION}"));
+    fs::create_dir_all(pins.join("links")).map_err(|source| LoadError::Directory { path: pins.clone(), source })?;
+    let clock = Clock::new().map_err(LoadError::Clock)?;
+    let tick_shift = clock.shift();
+    let mut loader = EbpfLoader::new();
+    loader.override_global("TICK_SHIFT", &tick_shift, true);
+    for name in PINNED {
+        loader.map_pin_path(name, pins.join(name));
+    }
+    for name in [map_name::FLOWS4, map_name::FLOWS6] {
+        loader.map_max_entries(name, options.flow_entries);
+    }
+    let mut loaded = Loaded { ebpf: loader.load(OBJECT)?, pins, clock };
+    for name in [POD_EGRESS, POD_INGRESS] {
+        loaded.program(name)?.load().map_err(|source| LoadError::Program { name, source })?;
+    }
+    Ok(loaded)
+}
+
+/// Mounts bpffs where the pins are to be, if that is below [`BPFFS`] and nothing is mounted there.
+fn ensure_bpffs(pin_root: &Path) -> Result<(), LoadError> {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    if !pin_root.starts_with(BPFFS) {
+        return Ok(());
+    }
+    let path = PathBuf::from(BPFFS);
+    if fs::create_dir_all(&path).is_ok() && nix::sys::statfs::statfs(BPFFS).is_ok_and(|s| s.filesystem_type().0 == BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    let target = CString::new(BPFFS).expect("no NUL in a constant");
+    nix::mount::mount(Some(c"bpf"), target.as_c_str(), Some(c"bpf"), nix::mount::MsFlags::empty(), None::<&std::ffi::CStr>)
+        .map_err(|errno| LoadError::Mount { path, source: errno.into() })
+}
