@@ -3,10 +3,22 @@
 //!
 //! `cargo xtask demo` plays a story in it, `cargo xtask lab` leaves it to you, and the scenario tests live in it.
 
+pub mod agent;
 pub mod bench;
+pub mod binaries;
+mod cables;
+pub mod container_log;
 pub mod fake_aws;
 pub mod fake_kube;
+pub mod manifests;
 pub mod netns;
+pub mod node;
+pub mod pod;
+pub mod probe;
 pub mod router;
 pub mod run;
+pub mod vpc;
+pub mod wait;
 pub mod wires;
+
+pub use vpc::{Vpc, VpcBuilder};

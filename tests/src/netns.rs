@@ -170,20 +170,24 @@ pub fn ip_batch(namespace: &str, lines: &str) -> anyhow::Result<()> {
 
 /// Runs a command with `input` on stdin; an error carries what it printed and what it was fed.
 pub(crate) fn feed(command: &mut Command, input: &str) -> anyhow::Result<()> {
-    let program = command.get_program().to_owned();
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("run {} (is it installed?)", Path::new(&program).display()))?;
-    // The reader may end early on an error that its exit status tells.
-    let _ = child.stdin.take().expect("stdin is piped").write_all(input.as_bytes());
-    let output = child.wait_with_output()?;
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = feed_for_output(command, input)?;
     if !output.status.success() {
-        bail!("{} failed: {}\nfed with:\n{input}", Path::new(&program).display(), String::from_utf8_lossy(&output.stderr).trim());
+        let program = Path::new(command.get_program()).display();
+        bail!("{program} failed: {}\nfed with:\n{input}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
+}
+
+/// Runs a command with `input` on stdin.
+pub(crate) fn feed_for_output(command: &mut Command, input: &str) -> anyhow::Result<Output> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("run {} (is it installed?)", Path::new(command.get_program()).display()))?;
+    // The reader may end early on an error that its exit status tells.
+    let _ = child.stdin.take().expect("stdin is piped").write_all(input.as_bytes());
+    Ok(child.wait_with_output()?)
 }
 
 /// Writes a sysctl of a namespace: `net/ipv4/ip_forward`.

@@ -1,0 +1,32 @@
+//! The real binaries, as cargo built them beside this one.
+
+use std::path::{Path, PathBuf};
+
+/// What the lab runs.
+#[derive(Clone, Debug)]
+pub struct Binaries {
+    /// `stanchion`: agent and command line.
+    pub stanchion: PathBuf,
+    /// `stanchion-cni`: the plugin.
+    pub plugin: PathBuf,
+}
+
+impl Binaries {
+    /// Looks beside the running binary: `target/<profile>/`, or its parent when it runs from `deps/`.
+    ///
+    /// # Errors
+    /// When one is missing, with the command that builds it.
+    pub fn find() -> anyhow::Result<Self> {
+        let here = std::env::current_exe()?;
+        let mut dir = here.parent().unwrap_or(Path::new("."));
+        if dir.ends_with("deps") {
+            dir = dir.parent().unwrap_or(dir);
+        }
+        let find = |name: &str| {
+            let path = dir.join(name);
+            let missing = || anyhow::anyhow!("{} is not there: build it with `cargo build --workspace --bins`", path.display());
+            path.is_file().then(|| path.clone()).ok_or_else(missing)
+        };
+        Ok(Self { stanchion: find("stanchion")?, plugin: find("stanchion-cni")? })
+    }
+}

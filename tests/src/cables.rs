@@ -1,0 +1,146 @@
+//! Keeps real interfaces in step with the cloud: what is attached there has a cable here.
+//!
+//! Level-triggered: an event or a due time only says that it is worth looking; the wiring comes from the cloud's state.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ipnet::Ipv4Net;
+use stanchion_core::cloud::Eni;
+use stanchion_core::ids::{EniId, InstanceId};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::Instant;
+
+use crate::fake_aws::{Cloud, EniEvent};
+use crate::router::Router;
+use crate::wires::Wire;
+
+/// Where the cables of an instance end.
+#[derive(Clone, Debug)]
+pub(crate) struct Socket {
+    pub(crate) netns: String,
+    /// What the internet sees of the primary address.
+    pub(crate) public: Ipv4Addr,
+}
+
+/// Shared by the task that follows the cloud and the lab that adds nodes.
+#[derive(Clone, Debug)]
+pub(crate) struct Cables {
+    inner: Arc<Mutex<Inner>>,
+    cloud: Cloud,
+}
+
+#[derive(Debug)]
+struct Inner {
+    router: Router,
+    sockets: BTreeMap<InstanceId, Socket>,
+    /// When an attached ENI's interface appears.
+    appears: BTreeMap<EniId, Instant>,
+}
+
+impl Cables {
+    pub(crate) fn new(router: Router, cloud: Cloud) -> Self {
+        Self { inner: Arc::new(Mutex::new(Inner { router, sockets: BTreeMap::new(), appears: BTreeMap::new() })), cloud }
+    }
+
+    pub(crate) fn add_node(&self, instance: InstanceId, socket: Socket) {
+        self.lock().sockets.insert(instance, socket);
+    }
+
+    pub(crate) fn refused(&self) -> anyhow::Result<crate::router::Refused> {
+        self.lock().router.refused()
+    }
+
+    /// ENIs that have a cable now.
+    pub(crate) fn plugged(&self) -> BTreeMap<EniId, Wire> {
+        self.lock().router.wiring().clone()
+    }
+
+    /// Follows the cloud until it is gone.
+    pub(crate) async fn follow(self, mut events: UnboundedReceiver<EniEvent>) {
+        let mut due = BTreeSet::new();
+        loop {
+            let next = due.first().copied();
+            let event = tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => Some(event),
+                    None => return,
+                },
+                () = sleep_until(next) => None,
+            };
+            let mut batch: Vec<EniEvent> = event.into_iter().collect();
+            while let Ok(event) = events.try_recv() {
+                batch.push(event);
+            }
+            let now = Instant::now();
+            due.retain(|at| *at > now);
+            for event in batch {
+                match event {
+                    EniEvent::Attached { eni, after, .. } => {
+                        self.lock().appears.insert(eni.id, now + after);
+                        due.insert(now + after);
+                    }
+                    // The cloud's clock started a moment before ours.
+                    EniEvent::Detached { after, .. } => {
+                        due.insert(now + after + Duration::from_millis(5));
+                    }
+                    EniEvent::Deleted { eni } => {
+                        self.lock().appears.remove(&eni.id);
+                    }
+                    EniEvent::AddressesChanged { .. } => {}
+                }
+            }
+            let cables = self.clone();
+            let synced = tokio::task::spawn_blocking(move || cables.sync(now)).await;
+            if let Err(error) = synced.map_err(anyhow::Error::from).and_then(std::convert::identity) {
+                eprintln!("lab: the wiring no longer follows the cloud: {error:#}");
+            }
+        }
+    }
+
+    fn sync(&self, now: Instant) -> anyhow::Result<()> {
+        let enis = self.cloud.enis();
+        let subnets: BTreeMap<_, _> = self.cloud.subnets().into_iter().map(|subnet| (subnet.id.clone(), subnet.cidr)).collect();
+        let inner = &mut *self.lock();
+        let wanted = enis
+            .iter()
+            .filter(|eni| inner.appears.get(&eni.id).is_none_or(|at| *at <= now))
+            .filter_map(|eni| Some((eni.id.clone(), wire(eni, *subnets.get(&eni.subnet)?, &inner.sockets)?)))
+            .collect();
+        inner.router.apply(&wanted)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wire(eni: &Eni, subnet: Ipv4Net, sockets: &BTreeMap<InstanceId, Socket>) -> Option<Wire> {
+    let attachment = eni.attachment.as_ref()?;
+    let socket = sockets.get(&attachment.instance)?;
+    let is_primary = attachment.device_index == 0 && attachment.network_card == 0;
+    let if_name = match attachment.network_card {
+        0 => format!("eth{}", attachment.device_index),
+        card => format!("eth{card}c{}", attachment.device_index),
+    };
+    let secondary = eni.secondary_ipv4.iter().map(|address| Ipv4Net::from(*address)).chain(eni.prefixes_v4.iter().copied());
+    Some(Wire {
+        eni: eni.id.clone(),
+        mac: eni.mac,
+        netns: socket.netns.clone(),
+        if_name,
+        subnet,
+        primary: eni.primary_ipv4?,
+        secondary: secondary.collect(),
+        public: is_primary.then_some(socket.public),
+    })
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

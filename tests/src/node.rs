@@ -1,0 +1,292 @@
+//! A node: a network namespace with an instance's interfaces, its agent, and its pods.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+use stanchion_core::ids::InstanceId;
+
+use crate::agent::{Agent, Start};
+use crate::binaries::Binaries;
+use crate::container_log::ContainerLog;
+use crate::manifests::{ContainerSpec, Manifests, PodManifest};
+use crate::netns::Netns;
+use crate::pod::{PluginReply, Pod, PodSpec, Sandbox, call_plugin};
+use crate::probe::{End, Servers};
+use crate::router::IMDS_ADDRESS;
+use crate::wait::wait_for;
+
+/// Name of the lab's cluster.
+pub const CLUSTER_NAME: &str = "stanchion-lab";
+
+/// A node. Clones are the same node.
+#[derive(Clone, Debug)]
+pub struct Node {
+    pub(crate) inner: std::sync::Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) name: String,
+    pub(crate) instance: InstanceId,
+    pub(crate) instance_type: String,
+    pub(crate) netns: Netns,
+    pub(crate) primary: Ipv4Addr,
+    pub(crate) public: Ipv4Addr,
+    /// Everything of the node that is a file.
+    pub(crate) dir: PathBuf,
+    pub(crate) bpf: PathBuf,
+    pub(crate) run_id: String,
+    pub(crate) binaries: Binaries,
+    pub(crate) manifests: Manifests,
+    /// Endpoints, region, credentials: what every agent of the lab is told.
+    pub(crate) aws_env: BTreeMap<String, String>,
+    pub(crate) pods: AtomicU32,
+}
+
+impl Node {
+    /// Its name in Kubernetes.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Its id in EC2.
+    pub fn instance(&self) -> &InstanceId {
+        &self.inner.instance
+    }
+
+    /// Its instance type.
+    pub fn instance_type(&self) -> &str {
+        &self.inner.instance_type
+    }
+
+    /// Its namespace.
+    pub fn netns(&self) -> &Netns {
+        &self.inner.netns
+    }
+
+    /// The primary ENI's address.
+    pub fn primary(&self) -> IpAddr {
+        self.inner.primary.into()
+    }
+
+    /// What the internet sees of the primary address.
+    pub fn public(&self) -> IpAddr {
+        self.inner.public.into()
+    }
+
+    /// The agent's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.inner.dir.join("agent.sock")
+    }
+
+    /// The agent's state directory.
+    pub fn state_dir(&self) -> PathBuf {
+        self.inner.dir.join("state")
+    }
+
+    /// Where the plugin leaves releases that it could not deliver; the agent's default.
+    pub fn spool(&self) -> PathBuf {
+        self.state_dir().join("spool")
+    }
+
+    /// The node's `/var/log`.
+    pub fn var_log(&self) -> PathBuf {
+        self.inner.dir.join("var-log")
+    }
+
+    /// Where the agent pins its maps and programs.
+    pub fn bpf_dir(&self) -> &Path {
+        &self.inner.bpf
+    }
+
+    /// Where the agent's output goes.
+    pub fn agent_output(&self) -> PathBuf {
+        self.inner.dir.join("agent.log")
+    }
+
+    /// The binaries that it runs.
+    pub fn binaries(&self) -> &Binaries {
+        &self.inner.binaries
+    }
+
+    /// Row and column of a matrix, for the node itself.
+    pub fn end(&self) -> End {
+        End { name: format!("node:{}", self.name()), netns: self.netns().clone(), address: self.primary() }
+    }
+
+    /// Starts the real agent in the node's namespace with aws-node's environment names; what is given is added.
+    pub fn start_agent(&self, settings: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        std::fs::create_dir_all(self.var_log().join("containers"))?;
+        let path = |path: PathBuf| path.display().to_string();
+        let args = [
+            ("--manifests", path(self.inner.manifests.dir().to_owned())),
+            ("--node-name", self.name().to_owned()),
+            ("--socket", path(self.socket())),
+            ("--state-dir", path(self.state_dir())),
+            ("--bpf-dir", path(self.bpf_dir().to_owned())),
+            ("--log-dir", path(self.var_log().join("containers"))),
+        ];
+        let mut env = self.inner.aws_env.clone();
+        env.extend([("MY_NODE_NAME", self.name()), ("CLUSTER_NAME", CLUSTER_NAME)].map(|(k, v)| (k.to_owned(), v.to_owned())));
+        env.extend(settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+        let start = Start {
+            program: self.binaries().stanchion.clone(),
+            args: std::iter::once("agent".to_owned()).chain(args.into_iter().flat_map(|(k, v)| [k.to_owned(), v])).collect(),
+            env,
+            output: self.agent_output(),
+        };
+        Agent::start(self.netns(), &start)
+    }
+
+    /// Waits until the agent says that a pod could be connected.
+    pub async fn ready(&self, agent: &mut Agent, at_most: Duration) -> anyhow::Result<()> {
+        let waited = wait_for(&format!("the agent of {} to be ready", self.name()), at_most, || {
+            let ended = agent.ended();
+            let reply = self.plugin("STATUS", &self.no_sandbox(), None);
+            async move {
+                if let Some(status) = ended? {
+                    bail!("it ended: {status}");
+                }
+                let reply = reply?;
+                if !reply.success {
+                    bail!("not ready: {} {}", reply.json, reply.stderr.trim());
+                }
+                Ok(())
+            }
+        })
+        .await;
+        waited.with_context(|| format!("the last lines of {}:\n{}", agent.output().display(), agent.tail()))
+    }
+
+    fn no_sandbox(&self) -> Sandbox {
+        let empty = String::new;
+        Sandbox { container_id: empty(), netns: empty(), namespace: empty(), name: empty(), uid: empty() }
+    }
+
+    /// `stanchion ARGS` against this node's agent; stdout.
+    pub fn cli(&self, args: &[&str]) -> anyhow::Result<String> {
+        let mut command = Command::new(&self.binaries().stanchion);
+        command.args(args).env("STANCHION_SOCKET", self.socket());
+        let output = self.netns().output(&mut command)?;
+        if !output.status.success() {
+            bail!("stanchion {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// [`Node::cli`] with `-o json`, parsed.
+    pub fn cli_json(&self, args: &[&str]) -> anyhow::Result<Value> {
+        let text = self.cli(&[args, &["-o", "json"]].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("stanchion {}: not JSON: {text}", args.join(" ")))
+    }
+
+    /// Calls the plugin as the runtime does. Blocks.
+    pub fn plugin(&self, verb: &str, sandbox: &Sandbox, prev_result: Option<&Value>) -> anyhow::Result<PluginReply> {
+        call_plugin(self, verb, sandbox, prev_result)
+    }
+
+    /// What a scheduler, kubelet and runtime do for a pod: bound to the node, its namespace made, the plugin called, its
+    /// address published, its container (servers on the pod's ports) started.
+    pub async fn add_pod(&self, spec: PodSpec) -> anyhow::Result<Pod> {
+        let number = self.inner.pods.fetch_add(1, Ordering::Relaxed);
+        let digest = |what: &str| {
+            use sha2::Digest as _;
+            let hash = sha2::Sha256::digest(format!("{what} {} {} {} {number}", self.name(), spec.namespace, spec.name));
+            hash.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+        };
+        let uid = digest("uid");
+        let uid = format!("{}-{}-4{}-8{}-{}", &uid[..8], &uid[8..12], &uid[13..16], &uid[17..20], &uid[20..32]);
+        let container = ContainerSpec {
+            name: "main".to_owned(),
+            image: format!("registry.example/{}:1", spec.name),
+            ports: spec.ports.iter().map(|port| (format!("p-{port}"), *port)).collect(),
+        };
+        let mut manifest = PodManifest {
+            namespace: spec.namespace.clone(),
+            name: spec.name.clone(),
+            uid: uid.clone(),
+            node: self.name().to_owned(),
+            labels: spec.labels.clone(),
+            containers: vec![container],
+            ips: Vec::new(),
+        };
+        self.inner.manifests.pod(&manifest)?;
+        let netns = Netns::create(&format!("stlab{}-pod-{}-{}-{number}", self.inner.run_id, spec.namespace, spec.name))?;
+        let container_id = digest("sandbox");
+        let sandbox = Sandbox {
+            container_id: container_id.clone(),
+            netns: netns.path().display().to_string(),
+            namespace: spec.namespace.clone(),
+            name: spec.name.clone(),
+            uid: uid.clone(),
+        };
+        let node = self.clone();
+        let reply = tokio::task::spawn_blocking(move || node.plugin("ADD", &sandbox, None)).await??;
+        let add_took = reply.took;
+        let what = format!("{}/{}", spec.namespace, spec.name);
+        let result = match reply.into_result("ADD", &what) {
+            Ok(result) => result,
+            Err(error) => {
+                netns.remove()?;
+                return Err(error.context(format!("the agent's last lines:\n{}", crate::agent::tail(&self.agent_output()))));
+            }
+        };
+        let address = result["ips"][0]["address"].as_str().with_context(|| format!("{what}: no address in {result}"))?;
+        let address: ipnet::IpNet = address.parse()?;
+        manifest.ips.push(address.addr());
+        self.inner.manifests.pod(&manifest)?;
+        let servers = Servers::start(&netns, &spec.ports)?;
+        let log = ContainerLog::create(&self.var_log(), &spec.namespace, &spec.name, &uid, "main", &digest("container"))?;
+        Ok(Pod { spec, uid, container_id, netns, address: address.addr(), result, add_took, _servers: servers, log })
+    }
+
+    /// What the kubelet and the runtime do when a pod ends: DEL, then the namespace, the logs and the object go.
+    pub async fn delete_pod(&self, pod: Pod) -> anyhow::Result<()> {
+        let node = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let sandbox = node.sandbox(&pod);
+            node.plugin("DEL", &sandbox, Some(&pod.result))?.into_result("DEL", &pod.name())?;
+            pod.netns.remove()?;
+            node.inner.manifests.delete_pod(&pod.spec.namespace, &pod.spec.name)?;
+            let Pod { log, .. } = pod;
+            log.delete()?;
+            Ok(())
+        })
+        .await?
+    }
+
+    /// The sandbox of a pod, to call the plugin for it.
+    pub fn sandbox(&self, pod: &Pod) -> Sandbox {
+        Sandbox {
+            container_id: pod.container_id.clone(),
+            netns: pod.netns.path().display().to_string(),
+            namespace: pod.spec.namespace.clone(),
+            name: pod.spec.name.clone(),
+            uid: pod.uid.clone(),
+        }
+    }
+}
+
+/// What every agent in a lab is told about AWS.
+pub(crate) fn aws_env(region: &str, ec2: &str, logs: &str) -> BTreeMap<String, String> {
+    [
+        ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+        ("AWS_REGION", region),
+        ("AWS_ACCESS_KEY_ID", ACCESS_KEY.0),
+        ("AWS_SECRET_ACCESS_KEY", ACCESS_KEY.1),
+        ("AWS_ENDPOINT_URL_EC2", ec2),
+        ("AWS_ENDPOINT_URL_CLOUDWATCH_LOGS", logs),
+        ("AWS_EC2_METADATA_SERVICE_ENDPOINT", &format!("http://{IMDS_ADDRESS}")),
+    ]
+    .map(|(k, v)| (k.to_owned(), v.to_owned()))
+    .into()
+}
+
+/// The lab's access key: id and secret.
+pub(crate) const ACCESS_KEY: (&str, &str) = ("AKIALABLABLABLABLAB1", "lab-secret-that-opens-nothing");

@@ -1,0 +1,251 @@
+//! Real sockets inside namespaces: servers that say who they see, probes, and a long conversation that notices gaps.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinSet;
+
+use crate::netns::Netns;
+
+/// What a probe speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// A connection on which the server says whom it sees.
+    Tcp,
+    /// A datagram which the server answers likewise.
+    Udp,
+}
+
+/// What came of a probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The server answered; this is the address that it saw.
+    Reached {
+        /// The client as the server sees it.
+        seen_as: IpAddr,
+    },
+    /// The other end, or a router, said no.
+    Refused,
+    /// Nothing within the time.
+    Silent,
+}
+
+impl Answer {
+    /// Whether the server answered.
+    pub fn reached(self) -> bool {
+        matches!(self, Self::Reached { .. })
+    }
+}
+
+/// How long a probe waits on an idle machine's veths; the answer comes within a millisecond.
+pub const PATIENCE: Duration = Duration::from_millis(800);
+
+/// Servers in one namespace; dropping it stops them.
+#[derive(Debug)]
+pub struct Servers {
+    _tasks: JoinSet<()>,
+}
+
+impl Servers {
+    /// Serves every port on TCP and UDP, on all addresses of the namespace.
+    pub fn start(netns: &Netns, ports: &[u16]) -> anyhow::Result<Self> {
+        Self::start_on(netns, Ipv4Addr::UNSPECIFIED, ports)
+    }
+
+    /// Serves every port on TCP and UDP, on one address.
+    pub fn start_on(netns: &Netns, address: Ipv4Addr, ports: &[u16]) -> anyhow::Result<Self> {
+        let mut tasks = JoinSet::new();
+        for port in ports {
+            let address = SocketAddr::from((address, *port));
+            let listener = netns.tcp_listener(address).with_context(|| format!("listen on TCP {port} in {}", netns.name()))?;
+            tasks.spawn(serve_tcp(listener));
+            let socket = netns.udp_socket(address).with_context(|| format!("listen on UDP {port} in {}", netns.name()))?;
+            tasks.spawn(async move {
+                let mut buffer = [0; 2048];
+                while let Ok((_, peer)) = socket.recv_from(&mut buffer).await {
+                    let _ = socket.send_to(format!("{}\n", peer.ip()).as_bytes(), peer).await;
+                }
+            });
+        }
+        Ok(Self { _tasks: tasks })
+    }
+}
+
+/// Says whom it sees, then echoes.
+async fn serve_tcp(listener: tokio::net::TcpListener) {
+    let mut connections = JoinSet::new();
+    while let Ok((mut stream, peer)) = listener.accept().await {
+        while connections.try_join_next().is_some() {}
+        connections.spawn(async move {
+            if stream.write_all(format!("{}\n", peer.ip()).as_bytes()).await.is_err() {
+                return;
+            }
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = stream.read(&mut buffer).await {
+                if stream.write_all(&buffer[..n]).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// Asks a server of [`Servers`] from inside a namespace. Blocks for `patience` at most.
+pub fn probe(netns: &Netns, protocol: Protocol, to: SocketAddr, patience: Duration) -> io::Result<Answer> {
+    netns.run(|| {
+        let answer = match protocol {
+            Protocol::Tcp => tcp(to, patience),
+            Protocol::Udp => udp(to, patience),
+        };
+        match answer {
+            Ok(seen_as) => Ok(Answer::Reached { seen_as }),
+            Err(error) => match error.kind() {
+                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Ok(Answer::Silent),
+                io::ErrorKind::ConnectionRefused
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::HostUnreachable
+                | io::ErrorKind::NetworkUnreachable
+                | io::ErrorKind::UnexpectedEof => Ok(Answer::Refused),
+                _ => Err(error),
+            },
+        }
+    })?
+}
+
+fn tcp(to: SocketAddr, patience: Duration) -> io::Result<IpAddr> {
+    let stream = TcpStream::connect_timeout(&to, patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    address(&line)
+}
+
+fn udp(to: SocketAddr, patience: Duration) -> io::Result<IpAddr> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(patience))?;
+    socket.send(b"who am I?\n")?;
+    let mut buffer = [0; 128];
+    let n = socket.recv(&mut buffer)?;
+    address(&String::from_utf8_lossy(&buffer[..n]))
+}
+
+fn address(line: &str) -> io::Result<IpAddr> {
+    if line.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    line.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("the server said {line:?}")))
+}
+
+/// Who reached whom: row is the source.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Matrix {
+    /// Names in order, rows and columns alike.
+    pub names: Vec<String>,
+    /// What came of each pair; a name with itself is left out.
+    pub cells: BTreeMap<(String, String), bool>,
+}
+
+/// An end of a matrix.
+#[derive(Clone, Debug)]
+pub struct End {
+    /// Row and column title.
+    pub name: String,
+    /// Where it probes from.
+    pub netns: Netns,
+    /// Where it is probed.
+    pub address: IpAddr,
+}
+
+impl Matrix {
+    /// Probes every pair at once.
+    pub async fn probe(ends: &[End], protocol: Protocol, port: u16, patience: Duration) -> anyhow::Result<Self> {
+        let mut probes = JoinSet::new();
+        for from in ends {
+            for to in ends.iter().filter(|to| to.name != from.name) {
+                let (from, to) = (from.clone(), to.clone());
+                probes.spawn_blocking(move || {
+                    let answer = probe(&from.netns, protocol, SocketAddr::new(to.address, port), patience);
+                    answer.map(|answer| ((from.name, to.name), answer.reached()))
+                });
+            }
+        }
+        let mut cells = BTreeMap::new();
+        while let Some(cell) = probes.join_next().await {
+            let (pair, reached) = cell??;
+            cells.insert(pair, reached);
+        }
+        Ok(Self { names: ends.iter().map(|end| end.name.clone()).collect(), cells })
+    }
+
+    /// Pairs that differ from what `expected` says.
+    pub fn differences(&self, expected: impl Fn(&str, &str) -> bool) -> Vec<String> {
+        let wrong = self.cells.iter().filter(|((from, to), reached)| expected(from, to) != **reached);
+        wrong.map(|((from, to), reached)| format!("{from} -> {to} {}", if *reached { "gets through" } else { "is blocked" })).collect()
+    }
+}
+
+/// A TCP connection that exchanges a message every few milliseconds until it is stopped.
+#[derive(Debug)]
+pub struct Conversation {
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<Talk>,
+}
+
+/// What a [`Conversation`] saw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Talk {
+    /// Messages that came back.
+    pub exchanges: u64,
+    /// The longest time that one took.
+    pub longest: Duration,
+    /// Why it ended early, if it did.
+    pub broken: Option<String>,
+}
+
+impl Conversation {
+    /// Connects from inside a namespace to a server of [`Servers`] and goes on talking on a thread.
+    pub fn start(netns: &Netns, to: SocketAddr) -> anyhow::Result<Self> {
+        let stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE))?.with_context(|| format!("connect to {to}"))?;
+        stream.set_nodelay(true)?;
+        // Far longer than any gap that a test allows, so that the report shows the gap.
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || talk(stream, &stopped));
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends it and tells how it went.
+    pub fn stop(self) -> Talk {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+fn talk(mut stream: TcpStream, stop: &AtomicBool) -> Talk {
+    let mut talk = Talk { exchanges: 0, longest: Duration::ZERO, broken: None };
+    let mut greeting = [0; 1];
+    while talk.broken.is_none() && greeting[0] != b'\n' {
+        talk.broken = stream.read_exact(&mut greeting).err().map(|error| error.to_string());
+    }
+    while talk.broken.is_none() && !stop.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        let message = talk.exchanges.to_be_bytes();
+        let mut back = [0; 8];
+        match stream.write_all(&message).and_then(|()| stream.read_exact(&mut back)) {
+            Ok(()) if back == message => talk.exchanges += 1,
+            Ok(()) => talk.broken = Some("the echo differs from what was sent".to_owned()),
+            Err(error) => talk.broken = Some(error.to_string()),
+        }
+        talk.longest = talk.longest.max(began.elapsed());
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    talk
+}

@@ -1,0 +1,206 @@
+//! The VPC as a whole: cloud, router, internet, nodes.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+use anyhow::Context;
+use ipnet::Ipv4Net;
+use stanchion_core::ids::SubnetId;
+use tokio::task::JoinSet;
+
+use crate::binaries::Binaries;
+use crate::cables::{Cables, Socket};
+use crate::fake_aws::{Clock, Cloud, CloudConfig, InstanceSpec, SubnetSpec, Timing};
+use crate::manifests::Manifests;
+use crate::netns::{self, Netns};
+use crate::node::{ACCESS_KEY, Inner, Node, aws_env};
+use crate::probe::{End, Servers};
+use crate::router::{Refused, Router};
+use crate::run::Run;
+use crate::wait::wait_for;
+use crate::wires::gateway;
+
+/// Where EC2 answers.
+pub const EC2_ADDRESS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 80);
+/// Where CloudWatch Logs answers.
+pub const LOGS_ADDRESS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 81);
+/// A host on the internet that serves port 80 on TCP and UDP.
+pub const EXAMPLE_HOST: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+
+/// A VPC to build.
+#[derive(Clone, Debug)]
+pub struct VpcBuilder {
+    config: CloudConfig,
+    subnets: Vec<SubnetSpec>,
+}
+
+/// A VPC; dropping it kills and removes everything in it.
+#[derive(Debug)]
+pub struct Vpc {
+    // Before `run`, whose drop removes the namespaces they live in.
+    _tasks: JoinSet<()>,
+    _servers: Servers,
+    cloud: Cloud,
+    cables: Cables,
+    router: Netns,
+    internet: Netns,
+    manifests: Manifests,
+    binaries: Binaries,
+    nodes: u8,
+    subnets: Vec<SubnetId>,
+    run: Arc<Run>,
+}
+
+impl VpcBuilder {
+    /// How long things take in the cloud.
+    #[must_use]
+    pub fn timing(mut self, timing: Timing) -> Self {
+        self.config.timing = timing;
+        self
+    }
+
+    /// Other subnets than the two of the default, in the order in which nodes are put into them.
+    #[must_use]
+    pub fn subnets(mut self, subnets: Vec<SubnetSpec>) -> Self {
+        self.subnets = subnets;
+        self
+    }
+
+    /// Makes namespaces and starts the services in them.
+    pub async fn start(self) -> anyhow::Result<Vpc> {
+        let binaries = Binaries::find()?;
+        let run = Arc::new(Run::start()?);
+        let (router, internet) = (run.netns("router")?, run.netns("internet")?);
+        let hosts = [EC2_ADDRESS, LOGS_ADDRESS, EXAMPLE_HOST];
+        let built = Router::build(router.clone(), &internet, &self.config.vpc_cidrs, &hosts)?;
+        let cloud = Cloud::new(self.config, Clock::tokio());
+        cloud.add_access_key(ACCESS_KEY.0, ACCESS_KEY.1, None, None);
+        let subnets = self.subnets.into_iter().map(|subnet| cloud.add_subnet(subnet)).collect();
+        let cables = Cables::new(built, cloud.clone());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(cables.clone().follow(cloud.subscribe()));
+        let servers = Servers::start_on(&internet, EXAMPLE_HOST, &[80])?;
+        let manifests = Manifests::create(run.dir().join("manifests"))?;
+        Ok(Vpc { _tasks: tasks, _servers: servers, cloud, cables, router, internet, manifests, binaries, nodes: 0, subnets, run })
+    }
+}
+
+impl Vpc {
+    /// 10.0.0.0/16 in eu-west-1 with a subnet in each of two zones; interfaces appear 300 ms after they are attached.
+    pub fn builder() -> VpcBuilder {
+        let subnet = |id: &str, zone, cidr: &str| SubnetSpec::new(id, zone, cidr.parse::<Ipv4Net>().expect("a constant"));
+        let timing = Timing {
+            attach: Duration::from_millis(300),
+            detach: Duration::from_millis(300),
+            imds_lag: Duration::from_millis(100),
+            ..Timing::default()
+        };
+        VpcBuilder {
+            config: CloudConfig { timing, ..CloudConfig::default() },
+            subnets: vec![
+                subnet("subnet-0a000000000000001", "eu-west-1a", "10.0.0.0/20"),
+                subnet("subnet-0b000000000000002", "eu-west-1b", "10.0.16.0/20"),
+            ],
+        }
+    }
+
+    /// The cloud behind it: to look at and to break.
+    pub fn cloud(&self) -> &Cloud {
+        &self.cloud
+    }
+
+    /// The router's namespace.
+    pub fn router(&self) -> &Netns {
+        &self.router
+    }
+
+    /// The internet's namespace.
+    pub fn internet(&self) -> &Netns {
+        &self.internet
+    }
+
+    /// The cluster's state as the agents read it.
+    pub fn manifests(&self) -> &Manifests {
+        &self.manifests
+    }
+
+    /// The lab's directory.
+    pub fn dir(&self) -> &Path {
+        self.run.dir()
+    }
+
+    /// The run's id, which every namespace of it carries.
+    pub fn run_id(&self) -> &str {
+        self.run.id()
+    }
+
+    /// What the router refused so far.
+    pub fn refused(&self) -> anyhow::Result<Refused> {
+        self.cables.refused()
+    }
+
+    /// A row and column of a matrix for the host on the internet.
+    pub fn internet_end(&self) -> End {
+        End { name: "internet".to_owned(), netns: self.internet.clone(), address: EXAMPLE_HOST.into() }
+    }
+
+    /// Launches an instance and configures its primary interface, as an AMI does. Nodes go into the subnets in turn.
+    pub async fn node(&mut self, name: &str, instance_type: &str) -> anyhow::Result<Node> {
+        let turn = usize::from(self.nodes) % self.subnets.len().max(1);
+        let subnet = self.subnets.get(turn).context("the VPC has no subnet")?;
+        self.nodes += 1;
+        let number = self.nodes;
+        let dir = self.dir().join(name);
+        std::fs::create_dir_all(&dir)?;
+        let netns = self.run.netns(name)?;
+        // As AL2 leaves them: an agent that needs otherwise must say so.
+        for (key, value) in [("conf/all/rp_filter", "0"), ("conf/default/rp_filter", "1"), ("ip_forward", "1")] {
+            netns::sysctl(&netns, &format!("net/ipv4/{key}"), value)?;
+        }
+        let spec = InstanceSpec::new(format!("i-{number:017x}"), instance_type, subnet);
+        let instance = spec.id.clone();
+        let public = Ipv4Addr::new(198, 51, 100, number);
+        self.cables.add_node(instance.clone(), Socket { netns: netns.name().to_owned(), public });
+        let eni = self.cloud.run_instance(spec);
+        let wire = wait_for("the primary interface", Duration::from_secs(10), || {
+            let wire = self.cables.plugged().remove(&eni);
+            async { wire.context("it is not there yet") }
+        })
+        .await?;
+        netns::ip_batch(
+            netns.name(),
+            &format!(
+                "addr add {}/{} dev eth0\nlink set eth0 up\nroute add default via {} dev eth0\n",
+                wire.primary,
+                wire.subnet.prefix_len(),
+                gateway(wire.subnet)
+            ),
+        )?;
+        self.manifests.node(name, wire.primary.into(), instance_type)?;
+        Ok(Node {
+            inner: Arc::new(Inner {
+                name: name.to_owned(),
+                instance,
+                instance_type: instance_type.to_owned(),
+                netns,
+                primary: wire.primary,
+                public,
+                bpf: self.dir().join("bpf").join(name),
+                dir,
+                run_id: self.run_id().to_owned(),
+                binaries: self.binaries.clone(),
+                manifests: self.manifests.clone(),
+                aws_env: aws_env(&self.cloud.region(), &format!("http://{EC2_ADDRESS}"), &format!("http://{LOGS_ADDRESS}")),
+                pods: AtomicU32::new(0),
+            }),
+        })
+    }
+
+    /// Addresses that the cloud counts as assigned to an instance's ENIs besides their own.
+    pub fn assigned(&self, node: &Node) -> Vec<IpAddr> {
+        self.cloud.enis_of(node.instance()).into_iter().flat_map(|eni| eni.secondary_ipv4).map(IpAddr::from).collect()
+    }
+}
