@@ -1,1 +1,24 @@
-//! (module under construction)
+//! Node, pod and container metrics: kernel text in, samples out, documents made of samples.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`proc`] | parsers of files under /proc |
+//! | [`cgroup`] | parsers of cgroup v1 and v2 files, and what a cgroup's path says |
+//! | [`rate`] | rates over monotonic time |
+//! | [`pods`] | this node's pods: names, owners, requests, limits, states |
+//! | [`model`] | the samples of one tick |
+//! | [`track`] | readings and pods to samples, keeping the counters of the last tick |
+//! | [`catalog`] | every metric of Container Insights: type, field, unit, dimensions, preset |
+//! | [`insights`] | samples to Container Insights documents (EMF version 0) |
+//!
+//! The parsers take text as the kernel writes it and never panic on anything else: a malformed line is left out, a
+//! malformed file is `None`.
+
+pub mod catalog;
+pub mod cgroup;
+pub mod insights;
+pub mod model;
+pub mod pods;
+pub mod proc;
+pub mod rate;
+pub mod track;

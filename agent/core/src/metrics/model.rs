@@ -1,0 +1,268 @@
+//! The samples of one tick, in the units that encoders write: millicores, bytes, pieces and bytes per second.
+//!
+//! A rate is `None` until its counter was seen twice without a reset. Collectors make these, encoders read them, and neither
+//! knows the other.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::cgroup::MemoryCounters;
+use super::pods::PodMeta;
+
+/// All samples of one tick.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Snapshot {
+    /// When it was taken: milliseconds since 1970.
+    pub wall_ms: i64,
+    /// The node itself.
+    pub node: NodeSample,
+    /// Its file systems, one a device.
+    pub filesystems: Vec<FilesystemSample>,
+    /// Its block devices.
+    pub disks: Vec<DiskSample>,
+    /// Its interfaces (without the host ends of pods).
+    pub interfaces: Vec<InterfaceSample>,
+    /// Its pods, those without cgroups (pending, ended) included.
+    pub pods: Vec<PodSample>,
+    /// Pod cgroups that no known pod owns.
+    pub unknown_pods: usize,
+}
+
+/// CPU use in millicores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Cpu {
+    /// All of it.
+    pub total: f64,
+    /// User mode.
+    pub user: f64,
+    /// Kernel mode.
+    pub system: f64,
+}
+
+/// Page faults per second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Faults {
+    /// Of the cgroup itself.
+    pub minor: f64,
+    /// Of them, those that needed I/O.
+    pub major: f64,
+    /// With descendants.
+    pub hierarchical_minor: f64,
+    /// Of them, those that needed I/O.
+    pub hierarchical_major: f64,
+}
+
+/// Memory use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Memory {
+    /// All that is charged, bytes.
+    pub usage: u64,
+    /// What could not be taken away without hurting, bytes.
+    pub working_set: u64,
+    /// Page cache, bytes.
+    pub cache: u64,
+    /// Anonymous, bytes.
+    pub rss: u64,
+    /// The most it was, bytes.
+    pub max_usage: u64,
+    /// Swapped out, bytes.
+    pub swap: u64,
+    /// Mapped files, bytes.
+    pub mapped_file: u64,
+    /// How often the limit was hit since the cgroup exists.
+    pub failcnt: u64,
+    /// Page faults.
+    pub faults: Option<Faults>,
+}
+
+impl Memory {
+    /// Sizes of a reading, with the fault rates made of it.
+    pub fn new(counters: &MemoryCounters, faults: Option<Faults>) -> Self {
+        Self {
+            usage: counters.usage,
+            working_set: counters.working_set(),
+            cache: counters.cache,
+            rss: counters.rss,
+            max_usage: counters.max_usage,
+            swap: counters.swap,
+            mapped_file: counters.mapped_file,
+            failcnt: counters.failcnt,
+            faults,
+        }
+    }
+}
+
+/// One direction of an interface, per second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Flow {
+    /// Bytes.
+    pub bytes: f64,
+    /// Packets.
+    pub packets: f64,
+    /// Dropped.
+    pub dropped: f64,
+    /// Errors.
+    pub errors: f64,
+}
+
+/// Both directions of an interface as its owner sees them: a pod's `rx` is what came to the pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Traffic {
+    /// Received.
+    pub rx: Flow,
+    /// Sent.
+    pub tx: Flow,
+}
+
+impl Traffic {
+    /// Sums two.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        let sum = |a: Flow, b: Flow| Flow {
+            bytes: a.bytes + b.bytes,
+            packets: a.packets + b.packets,
+            dropped: a.dropped + b.dropped,
+            errors: a.errors + b.errors,
+        };
+        Self { rx: sum(self.rx, other.rx), tx: sum(self.tx, other.tx) }
+    }
+
+    /// What the owner's peer sees: a host end's received is its pod's sent.
+    #[must_use]
+    pub fn seen_from_the_other_end(self) -> Self {
+        Self { rx: self.tx, tx: self.rx }
+    }
+}
+
+/// The node.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct NodeSample {
+    /// CPU use.
+    pub cpu: Option<Cpu>,
+    /// Cores online, in millicores.
+    pub cpu_limit: f64,
+    /// Sum of the requests of its pods, millicores.
+    pub cpu_request: f64,
+    /// Memory use.
+    pub memory: Memory,
+    /// What the kernel manages, bytes.
+    pub memory_limit: u64,
+    /// Sum of the requests of its pods, bytes.
+    pub memory_request: f64,
+    /// Sum over its interfaces.
+    pub net: Option<Traffic>,
+    /// Load averages over 1, 5 and 15 minutes.
+    pub load: [f64; 3],
+    /// Pods in phase Running.
+    pub running_pods: usize,
+    /// Containers in state running.
+    pub running_containers: usize,
+    /// What its Node object says, if it is known.
+    pub status: Option<NodeStatus>,
+}
+
+/// Conditions and sizes from the Node object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct NodeStatus {
+    /// `Ready` is True.
+    pub ready: bool,
+    /// `DiskPressure` is True.
+    pub disk_pressure: bool,
+    /// `MemoryPressure` is True.
+    pub memory_pressure: bool,
+    /// `PIDPressure` is True.
+    pub pid_pressure: bool,
+    /// `NetworkUnavailable` is True.
+    pub network_unavailable: bool,
+    /// Any condition is Unknown.
+    pub unknown: bool,
+    /// Pods it can hold.
+    pub capacity_pods: Option<f64>,
+    /// Pods the scheduler may put there.
+    pub allocatable_pods: Option<f64>,
+}
+
+/// A file system.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct FilesystemSample {
+    /// `/dev/nvme0n1p1`.
+    pub device: String,
+    /// Its EBS volume (`vol-…`), if it is on one.
+    pub volume: Option<String>,
+    /// Bytes and inodes.
+    pub size: FilesystemSize,
+}
+
+/// How full a file system is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FilesystemSize {
+    /// All bytes.
+    pub capacity: u64,
+    /// Bytes obtainable without privilege.
+    pub available: u64,
+    /// Bytes in use.
+    pub usage: u64,
+    /// All inodes.
+    pub inodes: u64,
+    /// Free inodes.
+    pub inodes_free: u64,
+}
+
+/// A block device, per second.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct DiskSample {
+    /// `nvme0n1`.
+    pub device: String,
+    /// Its EBS volume (`vol-…`), if it is one.
+    pub volume: Option<String>,
+    /// Bytes read.
+    pub read_bytes: f64,
+    /// Bytes written.
+    pub write_bytes: f64,
+    /// Reads.
+    pub reads: f64,
+    /// Writes.
+    pub writes: f64,
+}
+
+/// An interface of the node.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct InterfaceSample {
+    /// `eth0`, `ens5`.
+    pub name: String,
+    /// Its traffic.
+    pub traffic: Traffic,
+}
+
+/// A pod.
+#[derive(Clone, Debug, Serialize)]
+pub struct PodSample {
+    /// Who it is.
+    pub meta: Arc<PodMeta>,
+    /// CPU use.
+    pub cpu: Option<Cpu>,
+    /// Memory use.
+    pub memory: Option<Memory>,
+    /// Its traffic; `None` for a pod on the node's network.
+    pub net: Option<Traffic>,
+    /// Restarts of its containers since the last tick.
+    pub restarts: u64,
+    /// Its containers that have a cgroup.
+    pub containers: Vec<ContainerSample>,
+}
+
+/// A container.
+#[derive(Clone, Debug, Serialize)]
+pub struct ContainerSample {
+    /// Its index in [`PodMeta::containers`].
+    pub index: usize,
+    /// CPU use.
+    pub cpu: Option<Cpu>,
+    /// Memory use.
+    pub memory: Option<Memory>,
+    /// Restarts since the last tick.
+    pub restarts: u64,
+    /// Its own files, where the kubelet told.
+    pub files: Option<FilesystemSize>,
+}

@@ -1,0 +1,328 @@
+//! What one pass over /proc and the cgroups read, and how it becomes samples.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::cgroup::{CpuCounters, MemoryCounters};
+use super::model::{
+    ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample, PodSample, Snapshot, Traffic,
+};
+use super::pods::{ContainerState, PodMeta, PodTable};
+use super::proc::{self, InterfaceCounters, MemInfo, Stat};
+use super::rate::{Delta, Rate};
+
+/// Interfaces that cAdvisor leaves out, by the beginning of their names.
+const IGNORED_INTERFACES: [&str; 8] = ["lo", "veth", "docker", "cni", "nerdctl", "dummy", "ifb", "kube-"];
+/// Block devices that are no disks.
+const IGNORED_DISKS: [&str; 5] = ["loop", "ram", "zram", "sr", "fd"];
+
+/// What one pass read: counters as the kernel gives them.
+#[derive(Clone, Debug, Default)]
+pub struct Readings<'a> {
+    /// Monotonic time of the reads of /proc.
+    pub at: Duration,
+    /// Milliseconds since 1970.
+    pub wall_ms: i64,
+    /// /proc/stat.
+    pub stat: Stat,
+    /// /proc/meminfo.
+    pub meminfo: MemInfo,
+    /// The root cgroup's memory, where it tells (v1; on v2 without usage).
+    pub root_memory: Option<MemoryCounters>,
+    /// /proc/loadavg.
+    pub load: [f64; 3],
+    /// The host's /proc/…/net/dev as it is.
+    pub net_dev: &'a str,
+    /// Interfaces with a device behind them.
+    pub physical_interfaces: &'a BTreeSet<String>,
+    /// /proc/diskstats as it is.
+    pub diskstats: &'a str,
+    /// Whole disks and the EBS volume each is.
+    pub disks: &'a HashMap<String, Option<String>>,
+    /// File systems, one a device.
+    pub filesystems: Vec<FilesystemSample>,
+    /// Cgroups of pods and containers.
+    pub cgroups: &'a [CgroupReading],
+    /// Containers' own files, by pod uid and container name, where the kubelet told.
+    pub container_files: &'a HashMap<(String, String), FilesystemSize>,
+}
+
+/// Which cgroup it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CgroupId {
+    /// The pod's uid in the API's form.
+    pub pod_uid: String,
+    /// The runtime's id; `None` for the pod's own cgroup.
+    pub container: Option<String>,
+}
+
+/// What a cgroup's files said.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CgroupReading {
+    /// Whose.
+    pub id: Arc<CgroupId>,
+    /// Monotonic time of the reads.
+    pub at: Duration,
+    /// CPU time.
+    pub cpu: Option<CpuCounters>,
+    /// Memory.
+    pub memory: Option<MemoryCounters>,
+}
+
+/// Where our figures and the CloudWatch agent's differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Figures {
+    /// Each byte counts once and stolen time is not use.
+    #[default]
+    Correct,
+    /// As the CloudWatch agent counts: the pods' host ends are part of the node's network, and stolen time is CPU use.
+    Upstream,
+}
+
+/// The counters of the last tick: as many as there are cgroups and interfaces now, no history.
+#[derive(Debug, Default)]
+pub struct Tracker {
+    figures: Figures,
+    tick: u64,
+    cpu: [Rate; 3],
+    root_faults: [Rate; 4],
+    cgroups: HashMap<Arc<CgroupId>, CgroupState>,
+    interfaces: HashMap<String, Seen<[Rate; 8]>>,
+    disks: HashMap<String, Seen<[Rate; 4]>>,
+    restarts: HashMap<String, Seen<Vec<(String, Delta)>>>,
+}
+
+#[derive(Debug, Default)]
+struct CgroupState {
+    tick: u64,
+    cpu: [Rate; 3],
+    faults: [Rate; 4],
+}
+
+#[derive(Debug, Default)]
+struct Seen<T> {
+    tick: u64,
+    state: T,
+}
+
+impl Tracker {
+    /// Nothing seen yet.
+    pub fn new(figures: Figures) -> Self {
+        Self { figures, ..Self::default() }
+    }
+
+    /// Turns one pass into samples. What is gone is forgotten.
+    pub fn observe(&mut self, readings: &Readings<'_>, table: &PodTable) -> Snapshot {
+        self.tick += 1;
+        let traffic = self.interfaces(readings);
+        let mut pods: Vec<PodSample> = table.pods().map(|meta| self.pod(meta, &traffic)).collect();
+        let mut unknown_pods = 0;
+        for reading in readings.cgroups {
+            let (cpu, memory) = self.cgroup(reading);
+            let Some(pod) = table.position(&reading.id.pod_uid).and_then(|at| pods.get_mut(at)) else {
+                unknown_pods += usize::from(reading.id.container.is_none());
+                continue;
+            };
+            match &reading.id.container {
+                None => (pod.cpu, pod.memory) = (cpu, memory),
+                Some(id) => {
+                    // The sandbox has a cgroup but no container status.
+                    let Some(index) = pod.meta.containers.iter().position(|container| container.id == *id) else { continue };
+                    let files = readings.container_files.get(&(pod.meta.uid.clone(), pod.meta.containers[index].name.clone())).copied();
+                    pod.containers.push(ContainerSample { index, cpu, memory, restarts: 0, files });
+                }
+            }
+        }
+        for pod in &mut pods {
+            let deltas = self.restart_deltas(&pod.meta);
+            pod.restarts = deltas.iter().sum();
+            for container in &mut pod.containers {
+                container.restarts = deltas.get(container.index).copied().unwrap_or(0);
+            }
+        }
+        let interfaces = self.node_interfaces(readings, table, &traffic);
+        let node = self.node(readings, table, &interfaces);
+        let disks = self.disks(readings);
+        self.forget();
+        Snapshot { wall_ms: readings.wall_ms, node, filesystems: readings.filesystems.clone(), disks, interfaces, pods, unknown_pods }
+    }
+
+    fn cgroup(&mut self, reading: &CgroupReading) -> (Option<Cpu>, Option<Memory>) {
+        let tick = self.tick;
+        let state = match self.cgroups.get_mut(&reading.id) {
+            Some(state) => state,
+            None => self.cgroups.entry(Arc::clone(&reading.id)).or_default(),
+        };
+        state.tick = tick;
+        let cpu = reading.cpu.and_then(|cpu| {
+            let rates = Rate::update_all(&mut state.cpu, reading.at, [cpu.usage_ns, cpu.user_ns, cpu.system_ns])?;
+            Some(millicores(rates))
+        });
+        let memory = reading.memory.map(|memory| Memory::new(&memory, faults(&mut state.faults, reading.at, &memory)));
+        (cpu, memory)
+    }
+
+    /// Traffic of every interface as the node sees it.
+    fn interfaces<'a>(&mut self, readings: &Readings<'a>) -> HashMap<&'a str, Traffic> {
+        let tick = self.tick;
+        let mut out = HashMap::with_capacity(self.interfaces.len());
+        for counters in proc::net_dev(readings.net_dev) {
+            let entry = match self.interfaces.get_mut(counters.name) {
+                Some(entry) => entry,
+                None => self.interfaces.entry(counters.name.to_owned()).or_default(),
+            };
+            entry.tick = tick;
+            if let Some(traffic) = traffic(&mut entry.state, readings.at, &counters) {
+                out.insert(counters.name, traffic);
+            }
+        }
+        out
+    }
+
+    fn pod(&self, meta: &Arc<PodMeta>, traffic: &HashMap<&str, Traffic>) -> PodSample {
+        let net = if meta.host_network { None } else { traffic.get(meta.host_interface.as_str()) };
+        PodSample {
+            meta: Arc::clone(meta),
+            cpu: None,
+            memory: None,
+            net: net.map(|traffic| traffic.seen_from_the_other_end()),
+            restarts: 0,
+            containers: Vec::new(),
+        }
+    }
+
+    fn restart_deltas(&mut self, meta: &PodMeta) -> Vec<u64> {
+        let tick = self.tick;
+        let entry = match self.restarts.get_mut(&meta.uid) {
+            Some(entry) => entry,
+            None => self.restarts.entry(meta.uid.clone()).or_default(),
+        };
+        entry.tick = tick;
+        meta.containers
+            .iter()
+            .map(|container| {
+                let at = entry.state.iter().position(|(name, _)| *name == container.name).unwrap_or_else(|| {
+                    entry.state.push((container.name.clone(), Delta::default()));
+                    entry.state.len() - 1
+                });
+                entry.state[at].1.update(container.restarts)
+            })
+            .collect()
+    }
+
+    fn node_interfaces(&self, readings: &Readings<'_>, table: &PodTable, traffic: &HashMap<&str, Traffic>) -> Vec<InterfaceSample> {
+        let pods: BTreeSet<&str> = table.pods().map(|pod| pod.host_interface.as_str()).collect();
+        let counted = |name: &str| match self.figures {
+            Figures::Upstream => !IGNORED_INTERFACES.iter().any(|prefix| name.starts_with(prefix)),
+            Figures::Correct if !readings.physical_interfaces.is_empty() => readings.physical_interfaces.contains(name),
+            // A branch ENI's VLAN carries what its trunk counts too.
+            Figures::Correct => {
+                !pods.contains(name) && !name.starts_with("vlan") && !IGNORED_INTERFACES.iter().any(|prefix| name.starts_with(prefix))
+            }
+        };
+        let mut out: Vec<_> = traffic
+            .iter()
+            .filter(|(name, _)| counted(name))
+            .map(|(name, traffic)| InterfaceSample { name: (*name).to_owned(), traffic: *traffic })
+            .collect();
+        out.sort_by(|a, b| a.name.cmp(&b.name));
+        out
+    }
+
+    fn node(&mut self, readings: &Readings<'_>, table: &PodTable, interfaces: &[InterfaceSample]) -> NodeSample {
+        let ticks = readings.stat.cpu;
+        let (user, system) = (ticks.user_ns(), ticks.system_ns());
+        let stolen = if self.figures == Figures::Upstream { ticks.steal_ns() } else { 0 };
+        let cpu = Rate::update_all(&mut self.cpu, readings.at, [user + system + stolen, user, system]).map(millicores);
+        let memory = node_memory(&readings.meminfo, readings.root_memory);
+        let faults = readings.root_memory.and_then(|root| faults(&mut self.root_faults, readings.at, &root));
+        let active = || table.pods().filter(|pod| pod.is_active());
+        NodeSample {
+            cpu,
+            cpu_limit: f64::from(readings.stat.online) * 1000.0,
+            cpu_request: active().filter_map(|pod| pod.requests.cpu).sum(),
+            memory: Memory::new(&memory, faults),
+            memory_limit: readings.meminfo.total,
+            memory_request: active().filter_map(|pod| pod.requests.memory).sum(),
+            net: interfaces.iter().map(|interface| interface.traffic).reduce(Traffic::plus),
+            load: readings.load,
+            running_pods: table.pods().filter(|pod| pod.phase == "Running").count(),
+            running_containers: table.pods().flat_map(|pod| &pod.containers).filter(|c| c.state == ContainerState::Running).count(),
+            status: table.node,
+        }
+    }
+
+    fn disks(&mut self, readings: &Readings<'_>) -> Vec<DiskSample> {
+        let tick = self.tick;
+        let mut out = Vec::new();
+        for disk in proc::diskstats(readings.diskstats) {
+            let volume = match readings.disks.get(disk.name) {
+                Some(volume) => volume.clone(),
+                None if readings.disks.is_empty() => None,
+                // A partition, or no disk.
+                None => continue,
+            };
+            let used = disk.reads > 0 || disk.writes > 0;
+            if !used || IGNORED_DISKS.iter().any(|prefix| disk.name.starts_with(prefix)) {
+                continue;
+            }
+            let entry = match self.disks.get_mut(disk.name) {
+                Some(entry) => entry,
+                None => self.disks.entry(disk.name.to_owned()).or_default(),
+            };
+            entry.tick = tick;
+            let counters = [disk.read_bytes, disk.write_bytes, disk.reads, disk.writes];
+            if let Some([read_bytes, write_bytes, reads, writes]) = Rate::update_all(&mut entry.state, readings.at, counters) {
+                out.push(DiskSample { device: disk.name.to_owned(), volume, read_bytes, write_bytes, reads, writes });
+            }
+        }
+        out
+    }
+
+    fn forget(&mut self) {
+        let tick = self.tick;
+        self.cgroups.retain(|_, state| state.tick == tick);
+        self.interfaces.retain(|_, seen| seen.tick == tick);
+        self.disks.retain(|_, seen| seen.tick == tick);
+        self.restarts.retain(|_, seen| seen.tick == tick);
+    }
+}
+
+fn millicores([usage, user, system]: [f64; 3]) -> Cpu {
+    // Nanoseconds a second to thousandths of a core.
+    Cpu { total: usage / 1e6, user: user / 1e6, system: system / 1e6 }
+}
+
+fn faults(rates: &mut [Rate; 4], at: Duration, memory: &MemoryCounters) -> Option<Faults> {
+    let counters = [memory.pgfault, memory.pgmajfault, memory.hierarchical_pgfault, memory.hierarchical_pgmajfault];
+    let [minor, major, hierarchical_minor, hierarchical_major] = Rate::update_all(rates, at, counters)?;
+    Some(Faults { minor, major, hierarchical_minor, hierarchical_major })
+}
+
+fn traffic(rates: &mut [Rate; 8], at: Duration, counters: &InterfaceCounters<'_>) -> Option<Traffic> {
+    let (rx, tx) = (counters.rx, counters.tx);
+    let values = [rx.bytes, rx.packets, rx.dropped, rx.errors, tx.bytes, tx.packets, tx.dropped, tx.errors];
+    let r = Rate::update_all(rates, at, values)?;
+    let flow = |at: usize| Flow { bytes: r[at], packets: r[at + 1], dropped: r[at + 2], errors: r[at + 3] };
+    Some(Traffic { rx: flow(0), tx: flow(4) })
+}
+
+/// The node's memory: the root cgroup's where it tells, the rest from /proc/meminfo.
+fn node_memory(meminfo: &MemInfo, root: Option<MemoryCounters>) -> MemoryCounters {
+    let from_meminfo = MemoryCounters {
+        usage: meminfo.total.saturating_sub(meminfo.free),
+        cache: meminfo.cached,
+        rss: meminfo.anon,
+        mapped_file: meminfo.mapped,
+        swap: meminfo.swap_total.saturating_sub(meminfo.swap_free),
+        inactive_file: meminfo.inactive_file,
+        ..MemoryCounters::default()
+    };
+    match root {
+        // The v2 root has no usage of its own.
+        Some(root) if root.usage == 0 => MemoryCounters { usage: from_meminfo.usage, swap: from_meminfo.swap, ..root },
+        Some(root) => root,
+        None => from_meminfo,
+    }
+}
