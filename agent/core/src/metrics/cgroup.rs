@@ -312,8 +312,10 @@ mod tests {
         }
     }
 
-    const V2_CPU: &str = "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnice_usec 0\nnr_periods 18\nnr_throttled 1\nthrottled_usec 77\n";
-    const V2_MEMORY: &str = "anon 4096\nfile 8192\nkernel 100\nfile_mapped 1024\ninactive_anon 0\ninactive_file 2048\npgfault 12\npgmajfault 3\n";
+    const V2_CPU: &str =
+        "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnice_usec 0\nnr_periods 18\nnr_throttled 1\nthrottled_usec 77\n";
+    const V2_MEMORY: &str =
+        "anon 4096\nfile 8192\nkernel 100\nfile_mapped 1024\ninactive_anon 0\ninactive_file 2048\npgfault 12\npgmajfault 3\n";
     const V1_MEMORY: &str = "cache 1\nrss 2\npgfault 5\npgmajfault 1\ninactive_file 9\nhierarchical_memory_limit 67108864\ntotal_cache 8192\ntotal_rss 4096\ntotal_mapped_file 1024\ntotal_swap 7\ntotal_pgfault 50\ntotal_pgmajfault 10\ntotal_inactive_file 2048\n";
 
     #[test]

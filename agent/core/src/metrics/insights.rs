@@ -23,6 +23,8 @@ pub struct NodeIdentity {
     pub instance_id: String,
     /// `m5.large`.
     pub instance_type: String,
+    /// `eu-west-1a`.
+    pub availability_zone: String,
     /// The Auto Scaling group, if it is in one.
     pub auto_scaling_group: Option<String>,
 }
@@ -108,7 +110,7 @@ impl Encoder {
             document.text("device", device);
             // cAdvisor's word for every file system on a disk.
             document.text("fstype", "vfs");
-            document.volume(volume.as_deref());
+            self.volume(&mut document, volume.as_deref());
             filesystem_fields(&mut document, size);
             document.number(Field::FilesystemInodes, size.inodes as f64);
             document.number(Field::FilesystemInodesFree, size.inodes_free as f64);
@@ -118,7 +120,7 @@ impl Encoder {
             let Some(mut document) = self.begin(DocType::NodeDiskIO, snapshot.wall_ms) else { break };
             document.raw("kubernetes", &host);
             document.text("device", &format!("/dev/{}", disk.device));
-            document.volume(disk.volume.as_deref());
+            self.volume(&mut document, disk.volume.as_deref());
             document.number(Field::DiskioBytesRead, disk.read_bytes);
             document.number(Field::DiskioBytesWrite, disk.write_bytes);
             document.number(Field::DiskioBytesTotal, disk.read_bytes + disk.write_bytes);
@@ -175,6 +177,12 @@ impl Encoder {
                 filesystem_fields(&mut document, files);
                 out.push(self.finish(document));
             }
+        }
+    }
+
+    fn volume(&self, document: &mut Document, volume: Option<&str>) {
+        if let Some(volume) = volume {
+            document.text("EBSVolumeId", &format!("aws://{}/{volume}", self.identity.availability_zone));
         }
     }
 
@@ -296,13 +304,6 @@ impl Document {
         }
         self.text(tag.name(), value);
         self.tags = self.tags.with(tag);
-    }
-
-    /// The EBS volume in the form of upstream's tag.
-    fn volume(&mut self, volume: Option<&str>) {
-        if let Some(volume) = volume {
-            self.text("EBSVolumeId", volume);
-        }
     }
 
     /// A number; one that is none (0/0) is left out with its metric.

@@ -17,6 +17,8 @@
 pub mod catalog;
 pub mod cgroup;
 pub mod insights;
+#[cfg(test)]
+mod insights_tests;
 pub mod model;
 pub mod pods;
 pub mod proc;

@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use serde::Serialize;
-use sha1::{Digest as _, Sha1};
 
 use super::model::NodeStatus;
 use crate::cluster::ClusterState;
+use crate::network::names::host_veth_name;
 use crate::objects::{Container, ContainerStatus, LabelSelector, Node, Pod, Quantity, Service};
 
 /// A static pod's cgroup is named after its configuration, not after the uid of its mirror in the API.
@@ -146,11 +146,8 @@ impl PodTable {
     pub fn refreshed(&self, cluster: &ClusterState, node: &str, veth_prefix: &str) -> Self {
         let services: Vec<_> = cluster.services.values().cloned().collect();
         let same_services = services.len() == self.services.len() && services.iter().zip(&self.services).all(|(a, b)| Arc::ptr_eq(a, b));
-        let known: BTreeMap<*const Pod, &Arc<PodMeta>> = if same_services {
-            self.pods.iter().map(|(pod, meta)| (Arc::as_ptr(pod), meta)).collect()
-        } else {
-            BTreeMap::new()
-        };
+        let known: BTreeMap<*const Pod, &Arc<PodMeta>> =
+            if same_services { self.pods.iter().map(|(pod, meta)| (Arc::as_ptr(pod), meta)).collect() } else { BTreeMap::new() };
         let pods: Vec<_> = cluster
             .pods
             .values()
@@ -211,7 +208,7 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veth_prefix: &str)
         requests: Amounts { cpu: sum_of_set(&containers, |c| c.requests.cpu), memory: sum_of_set(&containers, |c| c.requests.memory) },
         limits: Amounts { cpu: sum_of_all(&containers, |c| c.limits.cpu), memory: sum_of_all(&containers, |c| c.limits.memory) },
         containers,
-        host_interface: host_interface(veth_prefix, &meta.namespace, &meta.name),
+        host_interface: host_veth_name(veth_prefix, &pod.full_name(), 0),
         kubernetes: String::new(),
     };
     out.kubernetes = kubernetes_object(&out, pod, node);
@@ -232,17 +229,6 @@ fn kubernetes_object(meta: &PodMeta, pod: &Pod, node: &str) -> String {
     if let Some(service) = &meta.service {
         let _ = write!(out, ",\"service_name\":{}", json(service));
     }
-    out
-}
-
-/// aws-node's name of the host end of a pod's (first) veth: the prefix and eleven digits of a hash.
-pub fn host_interface(prefix: &str, namespace: &str, name: &str) -> String {
-    let hash = Sha1::digest(format!("{namespace}.{name}"));
-    let mut out = prefix.to_owned();
-    for byte in hash.iter().take(6) {
-        let _ = write!(out, "{byte:02x}");
-    }
-    out.truncate(prefix.len() + 11);
     out
 }
 
@@ -401,8 +387,7 @@ mod tests {
         let named = |kind: &str, name: &str| {
             let mut pod = Pod::default();
             pod.metadata.name = "p-0".into();
-            pod.metadata.owner_references =
-                vec![OwnerReference { kind: kind.into(), name: name.into(), controller: Some(true) }];
+            pod.metadata.owner_references = vec![OwnerReference { kind: kind.into(), name: name.into(), controller: Some(true) }];
             owner(&pod)
         };
         assert_eq!(named("ReplicaSet", "web-6b9c4cb4dc"), Some(("Deployment", "web".into())));
@@ -412,16 +397,5 @@ mod tests {
         assert_eq!(named("Job", "backup-123"), Some(("Job", "backup-123".into())));
         assert_eq!(named("StatefulSet", "db"), Some(("StatefulSet", "p-0".into())));
         assert_eq!(named("Node", "node1"), None);
-    }
-
-    #[test]
-    fn host_ends_are_named_as_aws_node_names_them() {
-        for (namespace, name, want) in [
-            ("kube-system", "coredns-57ff979f67-qqbdh", "enib5faff8a083"),
-            ("kube-system", "coredns-57ff979f67-8ns9b", "eni9571956a6cc"),
-            ("default", "sample-pod", "enicc21c2d7785"),
-        ] {
-            assert_eq!(host_interface("eni", namespace, name), want);
-        }
     }
 }

@@ -354,7 +354,8 @@ mod tests {
     const STAT: &str = "cpu  46175 7 19060 599724 998 3 116 77 5 0\ncpu0 22438 0 8673 301555 259 0 24 33 0 0\ncpu1 1 0 1 1 1 0 1 1 0 0\nintr 531593 0 0\nctxt 694863\nbtime 1795231040\nprocesses 9000\nprocs_running 2\nprocs_blocked 1\n";
     const NET: &str = "Inter-|   Receive                                                |  Transmit\n face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n    lo:    3193      29    0    0    0     0          0         0     3193      29    0    0    0     0       0          0\n  eth0: 380357084   13169    1    2    0     0          0         0   675914    7259    3    4    0     0       0          0\neni1234567890a:12 1 0 0 0 0 0 0 24 2 0 0 0 0 0 0\n";
     const DISKS: &str = "   7       0 loop0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n 254       0 vda 80813 19004 20608186 52502 22381 93526 48783664 146536 3 24712 200538 7660 53 842192 1474 816 23\n";
-    const MOUNTS: &str = "22 1 259:1 / / rw,noatime shared:1 - xfs /dev/nvme0n1p1 rw,attr2\n30 22 0:25 / /mnt/a\\040b\\134 rw - tmpfs tmpfs rw,size=1k\n";
+    const MOUNTS: &str =
+        "22 1 259:1 / / rw,noatime shared:1 - xfs /dev/nvme0n1p1 rw,attr2\n30 22 0:25 / /mnt/a\\040b\\134 rw - tmpfs tmpfs rw,size=1k\n";
 
     #[test]
     fn stat_of_a_small_machine() {
@@ -394,7 +395,10 @@ mod tests {
         assert_eq!(loadavg("0.50 1.25 2.00 1/200 4242\n"), Some([0.5, 1.25, 2.0]));
         assert_eq!(uptime("350735.47 234388.90\n"), Some(350_735.47));
         let stat = process_stat("42 (a (b) c) S 1 1 1 0 -1 4194304 10 0 0 0 7 8 0 0 20 0 5 0 999 4096 33 18446744073709551615 1").unwrap();
-        assert_eq!(stat, ProcessStat { user_ticks: 7, system_ticks: 8, threads: 5, start_ticks: 999, virtual_bytes: 4096, resident_pages: 33 });
+        assert_eq!(
+            stat,
+            ProcessStat { user_ticks: 7, system_ticks: 8, threads: 5, start_ticks: 999, virtual_bytes: 4096, resident_pages: 33 }
+        );
     }
 
     fn parse_everything(text: &str) -> usize {

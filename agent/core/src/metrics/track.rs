@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::cgroup::{CpuCounters, MemoryCounters};
 use super::model::{
-    ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample, PodSample, Snapshot, Traffic,
+    ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample, PodSample,
+    Snapshot, Traffic,
 };
 use super::pods::{ContainerState, PodMeta, PodTable};
 use super::proc::{self, InterfaceCounters, MemInfo, Stat};
@@ -18,7 +19,7 @@ const IGNORED_INTERFACES: [&str; 8] = ["lo", "veth", "docker", "cni", "nerdctl",
 const IGNORED_DISKS: [&str; 5] = ["loop", "ram", "zram", "sr", "fd"];
 
 /// What one pass read: counters as the kernel gives them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Readings<'a> {
     /// Monotonic time of the reads of /proc.
     pub at: Duration,
@@ -44,9 +45,12 @@ pub struct Readings<'a> {
     pub filesystems: Vec<FilesystemSample>,
     /// Cgroups of pods and containers.
     pub cgroups: &'a [CgroupReading],
-    /// Containers' own files, by pod uid and container name, where the kubelet told.
-    pub container_files: &'a HashMap<(String, String), FilesystemSize>,
+    /// Containers' own files, where the kubelet told.
+    pub container_files: &'a ContainerFiles,
 }
+
+/// Containers' own files by pod uid, each with the container's name.
+pub type ContainerFiles = HashMap<String, Vec<(String, FilesystemSize)>>;
 
 /// Which cgroup it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -129,7 +133,9 @@ impl Tracker {
                 Some(id) => {
                     // The sandbox has a cgroup but no container status.
                     let Some(index) = pod.meta.containers.iter().position(|container| container.id == *id) else { continue };
-                    let files = readings.container_files.get(&(pod.meta.uid.clone(), pod.meta.containers[index].name.clone())).copied();
+                    let name = &pod.meta.containers[index].name;
+                    let files = readings.container_files.get(&pod.meta.uid).and_then(|of| of.iter().find(|(of, _)| of == name));
+                    let files = files.map(|(_, size)| *size);
                     pod.containers.push(ContainerSample { index, cpu, memory, restarts: 0, files });
                 }
             }

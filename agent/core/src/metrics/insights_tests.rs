@@ -1,0 +1,303 @@
+//! Every document that comes out is held against the catalog, and some figures against arithmetic done by hand.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::catalog::{DocType, Field, NAMESPACE, Preset, Unit, field_name, fields_of};
+use super::cgroup::{CpuCounters, MemoryCounters};
+use super::insights::{Encoder, NodeIdentity, Selection};
+use super::model::{FilesystemSample, FilesystemSize, Snapshot};
+use super::pods::PodTable;
+use super::proc::{CpuTicks, MemInfo, Stat};
+use super::track::{CgroupId, CgroupReading, ContainerFiles, Figures, Readings, Tracker};
+use crate::cluster::ClusterState;
+use crate::network::names::host_veth_name;
+use crate::objects::{Node, Pod, Service};
+
+const MIB: u64 = 1 << 20;
+
+pub(super) fn cluster() -> ClusterState {
+    #[derive(serde::Deserialize)]
+    struct List {
+        items: Vec<Pod>,
+    }
+    let list: List = serde_json::from_str(include_str!("../../testdata/kubelet/pods.json")).unwrap();
+    let mut state = ClusterState::default();
+    for pod in list.items {
+        state.pods.insert(pod.full_name(), Arc::new(pod));
+    }
+    let mut service = Service::default();
+    service.metadata.name = "web-svc".into();
+    service.metadata.namespace = "default".into();
+    service.spec.selector.insert("app".into(), "web".into());
+    state.services.insert(crate::ids::PodName::new("default", "web-svc"), Arc::new(service));
+    let node: Node = serde_json::from_value(serde_json::json!({
+        "metadata": { "name": "node1" },
+        "status": { "capacity": { "pods": "110" }, "allocatable": { "pods": "109" }, "conditions": [{ "type": "Ready", "status": "True" }] }
+    }))
+    .unwrap();
+    state.nodes.insert("node1".into(), Arc::new(node));
+    state
+}
+
+fn identity() -> NodeIdentity {
+    NodeIdentity {
+        cluster: "demo \"quoted\"".into(),
+        node: "node1".into(),
+        instance_id: "i-0123456789abcdef0".into(),
+        instance_type: "m5.large".into(),
+        availability_zone: "eu-west-1a".into(),
+        auto_scaling_group: Some("workers".into()),
+    }
+}
+
+/// Two passes over a machine of two cores and 1,000 MiB, `seconds` apart, everything having counted `seconds` units of its rate.
+pub(super) struct Machine {
+    tracker: Tracker,
+    table: PodTable,
+}
+
+impl Machine {
+    pub(super) fn new(figures: Figures) -> Self {
+        Self { tracker: Tracker::new(figures), table: PodTable::default().refreshed(&cluster(), "node1", "eni") }
+    }
+
+    pub(super) fn pass(&mut self, second: u64) -> Snapshot {
+        self.pass_after_reset(second, second)
+    }
+
+    /// At `at` everything counted for `second` seconds.
+    fn pass_after_reset(&mut self, at: u64, second: u64) -> Snapshot {
+        let web = self.table.pods().find(|pod| pod.name.ends_with("8zpz5")).unwrap();
+        let veth = host_veth_name("eni", &crate::ids::PodName::new("default", web.name.clone()), 0);
+        let net_dev = format!(
+            "eth0: {} {second} 0 {second} 0 0 0 0 {} {second} 0 0 0 0 0 0\n{veth}: {} 1 0 0 0 0 0 0 {} 1 0 0 0 0 0 0\nlo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n",
+            second * 1000,
+            second * 500,
+            second * 70,
+            second * 30,
+        );
+        let diskstats = format!(
+            " 259 0 nvme0n1 {second} 0 {} 0 {second} 0 {} 0 0 0 0\n 259 1 nvme0n1p1 9 0 9 0 9 0 9 0 0 0 0\n 259 2 nvme1n1 {} 0 0 0 1 0 0 0 0 0 0\n",
+            second * 2,
+            second * 4,
+            second * 7
+        );
+        let cgroup = |uid: &str, container: Option<&str>, cores: u64| CgroupReading {
+            id: Arc::new(CgroupId { pod_uid: uid.into(), container: container.map(str::to_owned) }),
+            at: Duration::from_secs(at),
+            cpu: Some(CpuCounters { usage_ns: second * cores * 100_000_000, user_ns: second * 60_000_000, system_ns: second * 40_000_000 }),
+            memory: Some(MemoryCounters {
+                usage: 32 * MIB,
+                inactive_file: 16 * MIB,
+                pgfault: second * 3,
+                hierarchical_pgfault: second * 5,
+                ..Default::default()
+            }),
+        };
+        let mut cgroups = vec![cgroup("not-known", None, 1)];
+        for pod in self.table.pods() {
+            cgroups.push(cgroup(&pod.uid, None, 1));
+            cgroups.push(cgroup(&pod.uid, Some(&pod.containers[0].id), 1));
+            cgroups.push(cgroup(&pod.uid, Some("the sandbox"), 1));
+        }
+        let ticks = CpuTicks { user: second * 40, system: second * 10, idle: second * 140, steal: second * 10, ..Default::default() };
+        let size = FilesystemSize { capacity: 100, available: 55, usage: 40, inodes: 10, inodes_free: 9 };
+        let files = ContainerFiles::from([(web.uid.clone(), vec![("c".to_owned(), size)])]);
+        let readings = Readings {
+            at: Duration::from_secs(at),
+            wall_ms: 1_795_232_118_300 + i64::try_from(second).unwrap() * 1000,
+            stat: Stat { cpu: ticks, online: 2, ..Default::default() },
+            meminfo: MemInfo { total: 1000 * MIB, free: 600 * MIB, inactive_file: 100 * MIB, ..Default::default() },
+            root_memory: None,
+            load: [0.5, 0.4, 0.3],
+            net_dev: &net_dev,
+            physical_interfaces: &BTreeSet::from(["eth0".to_owned()]),
+            diskstats: &diskstats,
+            disks: &HashMap::from([("nvme0n1".to_owned(), Some("vol-0a".to_owned())), ("nvme1n1".to_owned(), None)]),
+            filesystems: vec![FilesystemSample { device: "/dev/nvme0n1p1".into(), volume: Some("vol-0a".into()), size }],
+            cgroups: &cgroups,
+            container_files: &files,
+        };
+        self.tracker.observe(&readings, &self.table)
+    }
+}
+
+fn documents(selection: Selection) -> Vec<Value> {
+    let mut machine = Machine::new(Figures::Correct);
+    machine.pass(100);
+    let snapshot = machine.pass(160);
+    let mut encoder = Encoder::new(identity(), selection);
+    encoder.documents(&snapshot).iter().map(|text| serde_json::from_str(text).expect("a document is JSON")).collect()
+}
+
+fn of_type<'a>(documents: &'a [Value], doc: DocType) -> Vec<&'a Value> {
+    documents.iter().filter(|document| document["Type"] == doc.name()).collect()
+}
+
+/// The rules of version 0 and of the catalog, for one document.
+fn check(document: &Value, preset: Preset) {
+    let members = document.as_object().unwrap();
+    assert_eq!(document["Version"], "0");
+    document["Timestamp"].as_str().and_then(|ms| ms.parse::<i64>().ok()).expect("a text of milliseconds");
+    assert!(!members.contains_key("_aws"), "that is version 1");
+    let doc = DocType::ALL.into_iter().find(|doc| document["Type"] == doc.name()).expect("a known type");
+    assert_eq!(document["Sources"], serde_json::from_str::<Value>(doc.sources()).unwrap());
+    assert_eq!(document["kubernetes"]["host"], "node1");
+    let known: BTreeMap<String, Field> = fields_of(doc)
+        .iter()
+        .map(|field| {
+            let (prefix, name) = field_name(doc, field);
+            (format!("{prefix}{name}"), field)
+        })
+        .collect();
+    for (name, value) in members {
+        assert_eq!(value.is_number(), known.contains_key(name), "{}: {name} = {value}", doc.name());
+    }
+    let mut told = BTreeSet::new();
+    for directive in document["CloudWatchMetrics"].as_array().into_iter().flatten() {
+        assert_eq!(directive["Namespace"], NAMESPACE);
+        for set in directive["Dimensions"].as_array().unwrap() {
+            for tag in set.as_array().unwrap() {
+                let value = members[tag.as_str().unwrap()].as_str().expect("a dimension's value is a text");
+                assert!((1..=1024).contains(&value.len()));
+            }
+        }
+        let metrics = directive["Metrics"].as_array().unwrap();
+        assert!((1..=100).contains(&metrics.len()));
+        for metric in metrics {
+            let name = metric["Name"].as_str().unwrap();
+            let field = known[name];
+            assert!(members[name].is_number(), "{name} is told but not there");
+            assert_eq!(metric.get("Unit").and_then(Value::as_str), field.unit().directive(), "{name}");
+            assert_eq!(field.unit() == Unit::Millicores, metric.get("Unit").is_none());
+            told.insert(field);
+        }
+    }
+    let wanted = preset.directives().iter().filter(|directive| directive.doc == doc);
+    for field in wanted.flat_map(|directive| directive.fields.iter()) {
+        let (prefix, name) = field_name(doc, field);
+        assert_eq!(told.contains(&field), members.contains_key(&format!("{prefix}{name}")), "{name} on {}", doc.name());
+    }
+}
+
+#[test]
+fn every_document_of_every_preset_obeys_the_catalog() {
+    for preset in Preset::ALL {
+        let documents = documents(Selection { preset, ..Selection::default() });
+        let types: BTreeSet<_> = documents.iter().map(|document| document["Type"].as_str().unwrap()).collect();
+        assert_eq!(types.len(), DocType::ALL.len(), "{types:?}");
+        for document in &documents {
+            check(document, preset);
+            assert_eq!(document.get("CloudWatchMetrics").is_some(), preset.directives().iter().any(|d| document["Type"] == d.doc.name()));
+        }
+    }
+}
+
+#[test]
+fn node_figures() {
+    let documents = documents(Selection::default());
+    let [node] = of_type(&documents, DocType::Node)[..] else { panic!("one node") };
+    assert_eq!((&node["ClusterName"], &node["AutoScalingGroupName"]), (&"demo \"quoted\"".into(), &"workers".into()));
+    assert_eq!((&node["InstanceId"], &node["InstanceType"]), (&"i-0123456789abcdef0".into(), &"m5.large".into()));
+    let number = |name: &str| node[name].as_f64().unwrap_or_else(|| panic!("{name}"));
+    // 50 of 100 ticks a second is half a core; stolen time is not use.
+    assert_eq!((number("node_cpu_usage_total"), number("node_cpu_usage_user"), number("node_cpu_usage_system")), (500.0, 400.0, 100.0));
+    assert_eq!((number("node_cpu_limit"), number("node_cpu_utilization")), (2000.0, 25.0));
+    assert_eq!((number("node_cpu_request"), number("node_cpu_reserved_capacity")), (400.0, 20.0));
+    assert_eq!(number("node_memory_working_set"), (300 * MIB) as f64);
+    assert_eq!((number("node_memory_utilization"), number("node_memory_limit")), (30.0, (1000 * MIB) as f64));
+    assert_eq!(number("node_memory_reserved_capacity"), 12.8);
+    // The pod's host end is not added to eth0.
+    assert_eq!(
+        (number("node_network_rx_bytes"), number("node_network_tx_bytes"), number("node_network_total_bytes")),
+        (1000.0, 500.0, 1500.0)
+    );
+    assert_eq!((number("node_number_of_running_pods"), number("node_number_of_running_containers")), (3.0, 3.0));
+    assert_eq!((number("node_status_condition_ready"), number("node_status_allocatable_pods")), (1.0, 109.0));
+}
+
+#[test]
+fn each_disk_has_its_own_rates() {
+    let documents = documents(Selection::default());
+    let disks = of_type(&documents, DocType::NodeDiskIO);
+    assert_eq!(disks.iter().map(|disk| disk["device"].as_str().unwrap()).collect::<Vec<_>>(), ["/dev/nvme0n1", "/dev/nvme1n1"]);
+    assert_eq!(disks[0]["node_diskio_io_service_bytes_read"], 1024);
+    assert_eq!(disks[0]["node_diskio_io_service_bytes_total"], 3072);
+    assert_eq!(disks[0]["node_diskio_io_serviced_total"], 2);
+    assert_eq!(disks[0]["EBSVolumeId"], "aws://eu-west-1a/vol-0a");
+    assert_eq!((&disks[1]["node_diskio_io_serviced_read"], disks[1].get("EBSVolumeId")), (&7.into(), None));
+    let [filesystem] = of_type(&documents, DocType::NodeFS)[..] else { panic!("one file system") };
+    assert_eq!((&filesystem["node_filesystem_utilization"], &filesystem["node_filesystem_inodes_free"]), (&40.into(), &9.into()));
+}
+
+#[test]
+fn pod_and_container_figures() {
+    let documents = documents(Selection { preset: Preset::Enhanced, ..Selection::default() });
+    let pods = of_type(&documents, DocType::Pod);
+    let web = pods.iter().find(|pod| pod["FullPodName"] == "web-6b9c4cb4dc-8zpz5").unwrap();
+    assert_eq!((&web["PodName"], &web["Namespace"], &web["Service"]), (&"web".into(), &"default".into(), &"web-svc".into()));
+    let number = |name: &str| web[name].as_f64().unwrap_or_else(|| panic!("{name}"));
+    assert_eq!((number("pod_cpu_usage_total"), number("pod_cpu_utilization")), (100.0, 5.0));
+    assert_eq!((number("pod_cpu_limit"), number("pod_cpu_utilization_over_pod_limit")), (200.0, 50.0));
+    assert_eq!((number("pod_memory_working_set"), number("pod_memory_utilization_over_pod_limit")), ((16 * MIB) as f64, 25.0));
+    assert_eq!((number("pod_memory_pgfault"), number("pod_memory_hierarchical_pgfault")), (3.0, 5.0));
+    // What the host end sends is what the pod receives.
+    assert_eq!((number("pod_network_rx_bytes"), number("pod_network_tx_bytes")), (30.0, 70.0));
+    assert_eq!((number("pod_status_running"), number("pod_status_pending"), number("pod_status_ready")), (1.0, 0.0, 1.0));
+    assert_eq!((number("pod_number_of_containers"), number("pod_number_of_running_containers")), (1.0, 1.0));
+    let bare = pods.iter().find(|pod| pod["FullPodName"] == "cli").unwrap();
+    for absent in ["pod_cpu_limit", "pod_cpu_utilization_over_pod_limit", "pod_network_rx_bytes", "Service"] {
+        assert_eq!(bare.get(absent), None, "{absent}");
+    }
+    let containers = of_type(&documents, DocType::Container);
+    assert_eq!(containers.len(), 3, "sandboxes are no containers");
+    assert_eq!((&containers[0]["ContainerName"], &containers[0]["container_status"]), (&"c".into(), &"Running".into()));
+    assert_eq!(containers[0]["kubernetes"]["containerd"]["container_id"].as_str().map(str::len), Some(64));
+    assert_eq!(containers[0]["number_of_container_restarts"], 0);
+    let [files] = of_type(&documents, DocType::ContainerFS)[..] else { panic!("one container told its files") };
+    assert_eq!(files["container_filesystem_utilization"], 40);
+}
+
+#[test]
+fn upstreams_figures_on_request() {
+    let mut machine = Machine::new(Figures::Upstream);
+    machine.pass(1);
+    let node = machine.pass(2).node;
+    assert_eq!(node.net.unwrap().rx.bytes, 1070.0, "the pod's host end counts again");
+    assert_eq!(node.cpu.unwrap().total, 600.0, "with stolen time");
+}
+
+#[test]
+fn what_is_deselected_is_not_told() {
+    let selection = Selection {
+        preset: Preset::Enhanced,
+        without_types: BTreeSet::from([DocType::Container, DocType::PodNet]),
+        without_metrics: super::catalog::Fields::of(&[Field::CpuUtilization]),
+    };
+    let documents = documents(selection);
+    assert!(of_type(&documents, DocType::Container).is_empty() && of_type(&documents, DocType::PodNet).is_empty());
+    for pod in of_type(&documents, DocType::Pod) {
+        assert!(pod["pod_cpu_utilization"].is_number(), "the figure stays in the document");
+        assert!(!pod["CloudWatchMetrics"].to_string().contains("\"pod_cpu_utilization\""));
+    }
+}
+
+#[test]
+fn the_first_pass_and_a_restarted_container_have_no_rates() {
+    let mut machine = Machine::new(Figures::Correct);
+    let first = machine.pass(100);
+    assert!(first.node.cpu.is_none() && first.disks.is_empty() && first.interfaces.is_empty());
+    assert!(first.pods.iter().all(|pod| pod.cpu.is_none() && pod.memory.is_some_and(|memory| memory.faults.is_none())));
+    assert_eq!(first.unknown_pods, 1);
+    let second = machine.pass(160);
+    assert!(second.pods.iter().all(|pod| pod.cpu.is_some()));
+    // Counters begin again: no figure, then figures again; never a spike.
+    let reset = machine.pass_after_reset(220, 5);
+    assert!(reset.pods.iter().all(|pod| pod.cpu.is_none()));
+    let after = machine.pass_after_reset(280, 65);
+    assert!(after.pods.iter().all(|pod| pod.cpu.is_some_and(|cpu| (cpu.total - 100.0).abs() < 1e-9)));
+}
