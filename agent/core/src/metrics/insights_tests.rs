@@ -134,7 +134,7 @@ fn documents(selection: Selection) -> Vec<Value> {
     encoder.documents(&snapshot).iter().map(|text| serde_json::from_str(text).expect("a document is JSON")).collect()
 }
 
-fn of_type<'a>(documents: &'a [Value], doc: DocType) -> Vec<&'a Value> {
+fn of_type(documents: &[Value], doc: DocType) -> Vec<&Value> {
     documents.iter().filter(|document| document["Type"] == doc.name()).collect()
 }
 

@@ -138,7 +138,8 @@ impl Cgroups {
             match old.next_if(|known| known.memory == memory) {
                 Some(known) => self.known.push(known),
                 None => {
-                    self.known.push(Known { id: Arc::new(CgroupId { pod_uid, container }), cpu: self.cpu.path().join(&relative), memory })
+                    let id = Arc::new(CgroupId { pod_uid, container });
+                    self.known.push(Known { id, cpu: self.cpu.path().join(&relative), memory });
                 }
             }
         }

@@ -84,7 +84,6 @@ async fn documents_of_the_real_kernel_arrive_after_an_outage() {
     assert!(used >= 0.0 && used <= node["node_cpu_limit"].as_f64().unwrap() * 1.2, "{used}");
     assert!(node["node_memory_working_set"].as_f64().unwrap() < node["node_memory_limit"].as_f64().unwrap());
     assert!(state.messages.iter().any(|message| message.contains("\"Type\":\"NodeFS\"")));
-    assert!(handle.shipped().sent.load(Ordering::Relaxed) >= state.messages.len() as u64 - 20);
     assert_eq!(handle.shipped().dropped.load(Ordering::Relaxed), 0);
     assert!(handle.snapshot().node.memory_limit > 0);
 }
