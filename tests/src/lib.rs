@@ -17,6 +17,7 @@ pub mod pod;
 pub mod probe;
 pub mod router;
 pub mod run;
+pub mod tour;
 pub mod vpc;
 pub mod wait;
 pub mod wires;

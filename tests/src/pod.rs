@@ -13,7 +13,7 @@ use crate::node::Node;
 use crate::probe::{Answer, End, PATIENCE, Protocol, Servers, probe};
 
 /// Spec version of the lab's network configuration.
-pub const CNI_VERSION: &str = "1.0.0";
+pub const CNI_VERSION: &str = "1.1.0";
 /// Name of the network, as EKS has it.
 pub const NETWORK: &str = "aws-cni";
 

@@ -1,0 +1,78 @@
+//! What arrived in the fake CloudWatch Logs.
+
+use std::collections::BTreeMap;
+
+use anyhow::bail;
+use serde_json::Value;
+use stanchion_lab::fake_aws::Cloud;
+use stanchion_lab::node::CLUSTER_NAME;
+
+/// A container's line as it arrived.
+#[derive(Clone, Debug)]
+pub(crate) struct Record {
+    pub(crate) group: String,
+    pub(crate) stream: String,
+    pub(crate) record: Value,
+}
+
+/// All container lines that arrived, by their text.
+#[derive(Debug, Default)]
+pub(crate) struct Delivered {
+    by_text: BTreeMap<String, Vec<Record>>,
+}
+
+impl Delivered {
+    pub(crate) fn read(cloud: &Cloud) -> Self {
+        let mut delivered = Self::default();
+        let group = format!("/aws/containerinsights/{CLUSTER_NAME}/application");
+        for stream in cloud.log_streams(&group) {
+            for event in cloud.events(&group, &stream) {
+                let Ok(record) = serde_json::from_str::<Value>(&event.message) else { continue };
+                let text = record["log"].as_str().unwrap_or_default().trim_end().to_owned();
+                let record = Record { group: group.clone(), stream: stream.clone(), record };
+                delivered.by_text.entry(text).or_default().push(record);
+            }
+        }
+        delivered
+    }
+
+    pub(crate) fn find(&self, text: &str) -> Option<&Record> {
+        self.by_text.get(text)?.first()
+    }
+
+    pub(crate) fn exactly_once(&self, lines: impl IntoIterator<Item = String>) -> anyhow::Result<()> {
+        self.count(lines, |count| count == 1)
+    }
+
+    /// After a crash, what was not acknowledged is sent again.
+    pub(crate) fn at_least_once(&self, lines: impl IntoIterator<Item = String>) -> anyhow::Result<()> {
+        self.count(lines, |count| count >= 1)
+    }
+
+    fn count(&self, lines: impl IntoIterator<Item = String>, right: impl Fn(usize) -> bool) -> anyhow::Result<()> {
+        for line in lines {
+            let count = self.by_text.get(&line).map_or(0, Vec::len);
+            if !right(count) {
+                let start: String = line.chars().take(60).collect();
+                bail!("{start:?} arrived {count} times; {} lines arrived in all", self.by_text.len());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The newest Container Insights document of a node.
+pub(crate) fn node_document(cloud: &Cloud, node: &str) -> Option<Value> {
+    let group = format!("/aws/containerinsights/{CLUSTER_NAME}/performance");
+    let streams = cloud.log_streams(&group);
+    let events = streams.iter().flat_map(|stream| cloud.events(&group, stream));
+    let documents = events.filter_map(|event| serde_json::from_str::<Value>(&event.message).ok());
+    documents.filter(|document| document["Type"] == "Node" && document["NodeName"] == node).reduce(|_, newer| newer)
+}
+
+/// A few of a document's fields, for people.
+pub(crate) fn numbers(document: &Value) -> String {
+    let fields = ["ClusterName", "NodeName", "Type", "node_cpu_utilization", "node_memory_utilization", "node_network_total_bytes"];
+    let fields = fields.iter().filter(|field| !document[**field].is_null());
+    fields.map(|field| format!("{field}: {}", document[*field])).collect::<Vec<_>>().join("\n")
+}

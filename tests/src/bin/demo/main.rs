@@ -1,0 +1,47 @@
+//! The main job end to end, as a story: `cargo xtask demo`. Ends 0 only if every check held.
+
+mod cloudwatch;
+mod leftovers;
+mod scenes;
+mod story;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::scenes::Stage;
+use crate::story::Story;
+
+#[derive(Parser)]
+#[command(about = "Plays stanchion's main job in a VPC made of network namespaces, and checks each step")]
+struct Args {
+    /// Leave the lab up before the pods are deleted, and say how to look around
+    #[arg(long)]
+    keep: bool,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let mut story = Story::begin();
+    // Ctrl-C drops the stage, and with it everything in the lab.
+    let outcome = tokio::select! {
+        outcome = play(&mut story, args.keep) => outcome,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    story.end(&outcome);
+    if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+async fn play(story: &mut Story, keep: bool) -> anyhow::Result<()> {
+    let mut stage = Stage::set(story).await?;
+    let played = stage.play(story, keep).await;
+    if let Err(error) = &played
+        && keep
+    {
+        println!("\n{error:#}\nThe lab stays up as it is.");
+        stage.look_around().await?;
+    }
+    played?;
+    stage.strike(story).await
+}
