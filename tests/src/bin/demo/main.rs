@@ -1,7 +1,5 @@
 //! The main job end to end, as a story: `cargo xtask demo`. Ends 0 only if every check held.
 
-mod cloudwatch;
-mod leftovers;
 mod scenes;
 mod story;
 

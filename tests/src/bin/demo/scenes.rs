@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use stanchion_lab::Vpc;
 use stanchion_lab::agent::Agent;
+use stanchion_lab::cloudwatch::{self, Delivered};
 use stanchion_lab::container_log::Output;
 use stanchion_lab::netns::{Netns, names};
 use stanchion_lab::node::Node;
@@ -14,9 +14,8 @@ use stanchion_lab::pod::{Pod, PodSpec};
 use stanchion_lab::probe::{Answer, Conversation, End, Matrix, PATIENCE, Protocol};
 use stanchion_lab::vpc::EXAMPLE_HOST;
 use stanchion_lab::wait::wait_for;
+use stanchion_lab::{Vpc, leftovers};
 
-use crate::cloudwatch::{self, Delivered};
-use crate::leftovers;
 use crate::story::{Story, table};
 
 const SOON: Duration = Duration::from_secs(20);

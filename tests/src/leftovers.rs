@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::Path;
 
+use crate::netns::ip_json;
+use crate::node::Node;
 use serde_json::Value;
-use stanchion_lab::netns::ip_json;
-use stanchion_lab::node::Node;
 
 /// Everything on the node that belongs to some pod, one sentence each.
-pub(crate) fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
+pub fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     for link in list(&ip_json(node.netns(), &["link", "show"])?) {

@@ -2,27 +2,31 @@
 
 use std::collections::BTreeMap;
 
+use crate::fake_aws::Cloud;
+use crate::node::CLUSTER_NAME;
 use anyhow::bail;
 use serde_json::Value;
-use stanchion_lab::fake_aws::Cloud;
-use stanchion_lab::node::CLUSTER_NAME;
 
 /// A container's line as it arrived.
 #[derive(Clone, Debug)]
-pub(crate) struct Record {
-    pub(crate) group: String,
-    pub(crate) stream: String,
-    pub(crate) record: Value,
+pub struct Record {
+    /// Log group.
+    pub group: String,
+    /// Log stream.
+    pub stream: String,
+    /// The event's JSON.
+    pub record: Value,
 }
 
 /// All container lines that arrived, by their text.
 #[derive(Debug, Default)]
-pub(crate) struct Delivered {
+pub struct Delivered {
     by_text: BTreeMap<String, Vec<Record>>,
 }
 
 impl Delivered {
-    pub(crate) fn read(cloud: &Cloud) -> Self {
+    /// Reads the cluster's application group.
+    pub fn read(cloud: &Cloud) -> Self {
         let mut delivered = Self::default();
         let group = format!("/aws/containerinsights/{CLUSTER_NAME}/application");
         for stream in cloud.log_streams(&group) {
@@ -36,16 +40,18 @@ impl Delivered {
         delivered
     }
 
-    pub(crate) fn find(&self, text: &str) -> Option<&Record> {
+    /// The first record with this text.
+    pub fn find(&self, text: &str) -> Option<&Record> {
         self.by_text.get(text)?.first()
     }
 
-    pub(crate) fn exactly_once(&self, lines: impl IntoIterator<Item = String>) -> anyhow::Result<()> {
+    /// Each line arrived, and once only.
+    pub fn exactly_once(&self, lines: impl IntoIterator<Item = String>) -> anyhow::Result<()> {
         self.count(lines, |count| count == 1)
     }
 
-    /// After a crash, what was not acknowledged is sent again.
-    pub(crate) fn at_least_once(&self, lines: impl IntoIterator<Item = String>) -> anyhow::Result<()> {
+    /// Each line arrived: after a crash, what was not acknowledged is sent again.
+    pub fn at_least_once(&self, lines: impl IntoIterator<Item = String>) -> anyhow::Result<()> {
         self.count(lines, |count| count >= 1)
     }
 
@@ -62,7 +68,7 @@ impl Delivered {
 }
 
 /// The newest Container Insights document of a node.
-pub(crate) fn node_document(cloud: &Cloud, node: &str) -> Option<Value> {
+pub fn node_document(cloud: &Cloud, node: &str) -> Option<Value> {
     let group = format!("/aws/containerinsights/{CLUSTER_NAME}/performance");
     let streams = cloud.log_streams(&group);
     let events = streams.iter().flat_map(|stream| cloud.events(&group, stream));
@@ -71,7 +77,7 @@ pub(crate) fn node_document(cloud: &Cloud, node: &str) -> Option<Value> {
 }
 
 /// A few of a document's fields, for people.
-pub(crate) fn numbers(document: &Value) -> String {
+pub fn numbers(document: &Value) -> String {
     let fields = ["ClusterName", "NodeName", "Type", "node_cpu_utilization", "node_memory_utilization", "node_network_total_bytes"];
     let fields = fields.iter().filter(|field| !document[**field].is_null());
     fields.map(|field| format!("{field}: {}", document[*field])).collect::<Vec<_>>().join("\n")

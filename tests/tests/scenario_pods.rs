@@ -1,0 +1,105 @@
+//! Pods on two nodes, their addresses on several ENIs, and everything gone after them.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use anyhow::ensure;
+use stanchion_lab::cluster::{Cluster, SOON};
+use stanchion_lab::node::Node;
+use stanchion_lab::pod::PodSpec;
+use stanchion_lab::probe::{Answer, Protocol};
+use stanchion_lab::vpc::EXAMPLE_HOST;
+use stanchion_lab::wait::wait_for;
+
+/// Device index of the ENI that an address is assigned to in EC2.
+fn device_of(cluster: &Cluster, address: IpAddr) -> u16 {
+    let eni = cluster.vpc().cloud().owner_of(address).unwrap_or_else(|| panic!("{address} is nobody's in EC2"));
+    cluster.vpc().cloud().eni(&eni).and_then(|eni| eni.attachment).expect("attached").device_index
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_of_every_eni_reach_each_other_and_the_internet_and_leave_nothing() {
+    let mut cluster = Cluster::start(&["t3.small", "m5.large"], &[("WARM_IP_TARGET", "1")]).await.expect("the cluster starts");
+    for pod in 0..7 {
+        cluster.add_pod(0, PodSpec::new("x", &format!("a-{pod}"))).await.expect("a pod on node1");
+    }
+    for pod in 0..2 {
+        cluster.add_pod(1, PodSpec::new("y", &format!("b-{pod}"))).await.expect("a pod on node2");
+    }
+    let addresses: BTreeSet<IpAddr> = cluster.pods().map(|(_, pod)| pod.address()).collect();
+    assert_eq!(addresses.len(), 9);
+    // A t3.small's ENI holds three: seven need three ENIs.
+    let devices: BTreeSet<u16> = cluster.pods().map(|(_, pod)| device_of(&cluster, pod.address())).collect();
+    assert_eq!(devices, BTreeSet::from([0, 1, 2]));
+
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        cluster.settles(protocol, 80, |_, _| true).await.expect("all pairs talk");
+    }
+    for (node, pod) in cluster.pods() {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let answer = pod.probe(protocol, EXAMPLE_HOST.into(), 80).await.expect("the socket works");
+            assert_eq!(answer, Answer::Reached { seen_as: node.public() }, "{} {protocol:?}", pod.name());
+        }
+        // Within the VPC nothing is translated.
+        let (_, other) = cluster.pods().find(|(_, other)| other.name() != pod.name()).expect("nine pods");
+        let answer = pod.probe(Protocol::Tcp, other.address(), 80).await.expect("the socket works");
+        assert_eq!(answer, Answer::Reached { seen_as: pod.address() });
+    }
+    assert_eq!(cluster.vpc().refused().expect("counters").wrong_source, 0);
+
+    for name in cluster.pod_names() {
+        cluster.delete_pod(&name).await.expect("deleted");
+    }
+    wait_for("clean nodes", SOON, || async {
+        let left = cluster.leftovers()?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await
+    .expect("nothing of the pods stays");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_pods_gets_addresses_although_the_pool_was_small() {
+    let cluster = Cluster::start(&["m5.large"], &[("WARM_IP_TARGET", "1"), ("MINIMUM_IP_TARGET", "1")]).await.expect("the cluster starts");
+    let node = cluster.node(0).clone();
+    let starts = (0..20).map(|pod| {
+        let node: Node = node.clone();
+        tokio::spawn(async move { node.add_pod(PodSpec::new("x", &format!("burst-{pod}"))).await })
+    });
+    let mut pods = Vec::new();
+    for start in starts.collect::<Vec<_>>() {
+        pods.push(start.await.expect("no panic").expect("an address in time"));
+    }
+    let addresses: BTreeSet<IpAddr> = pods.iter().map(|pod| pod.address()).collect();
+    assert_eq!(addresses.len(), pods.len());
+    for pod in &pods {
+        let answer = pod.probe(Protocol::Tcp, EXAMPLE_HOST.into(), 80).await.expect("the socket works");
+        assert_eq!(answer, Answer::Reached { seen_as: node.public() }, "{}", pod.name());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn add_and_del_may_be_repeated_and_del_needs_nothing() {
+    let mut cluster = Cluster::start(&["m5.large"], &[("WARM_IP_TARGET", "2")]).await.expect("the cluster starts");
+    cluster.add_pod(0, PodSpec::new("x", "a")).await.expect("a pod");
+    let (node, sandbox, result) = {
+        let pod = cluster.pod("x/a");
+        (cluster.node(0).clone(), cluster.node(0).sandbox(pod), pod.result().clone())
+    };
+    assert!(node.plugin("CHECK", &sandbox, Some(&result)).expect("runs").success);
+    // Without prevResult, then again, then with the namespace gone: the runtime does all three.
+    for round in 0..2 {
+        let reply = node.plugin("DEL", &sandbox, None).expect("runs");
+        assert!(reply.success, "round {round}: {} {}", reply.json, reply.stderr);
+    }
+    cluster.pod("x/a").netns().remove().expect("removed");
+    let reply = node.plugin("DEL", &sandbox, Some(&result)).expect("runs");
+    assert!(reply.success, "{} {}", reply.json, reply.stderr);
+    let mut never = sandbox.clone();
+    never.container_id = "0".repeat(64);
+    never.netns.clear();
+    let reply = node.plugin("DEL", &never, None).expect("runs");
+    assert!(reply.success, "{} {}", reply.json, reply.stderr);
+    assert_eq!(cluster.leftovers().expect("looked"), Vec::<String>::new());
+}
