@@ -1,19 +1,35 @@
 //! Network policy in the kernel.
 //!
+//! One task, the actor, owns all of it. Input: requests of the CNI server, the cluster's state, a timer. Output: map
+//! writes, attached programs, flow records. If it panics, what is in the kernel stays in force; handles answer `Busy`.
+//!
 //! | file | what is there |
 //! |---|---|
 //! | `handle` | requests, replies and views; what others use |
+//! | `actor` | the task |
+//! | `rules` | the policy engine as the actor uses it |
+//! | `slots` | which sandbox holds which slot, on disk |
+//! | `interfaces` | which pod is behind which veth |
 //! | `maps` | the kernel's maps behind `PolicyMaps` |
+//! | `flows`, `conntrack` | flow tables: collection, seeding from the kernel's connection tracking |
+//! | `events` | the ring buffer, with names |
 //! | `attach` | TCX links and clsact filters |
-//! | `object` | the eBPF object: loading and pinning |
-//! | `clock` | the flow table's clock |
+//! | `object`, `clock` | loading, pinning, time |
 
+mod actor;
 mod attach;
 mod clock;
+mod conntrack;
+mod events;
+mod flows;
 mod handle;
+mod interfaces;
 mod maps;
 mod object;
+mod rules;
+mod slots;
 
+pub use actor::{NetpolParts, SpawnError, spawn};
 pub use attach::{AttachError, AttachMode, attach, detach};
 pub use clock::Clock;
 pub use handle::*;

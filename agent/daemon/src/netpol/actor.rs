@@ -1,0 +1,606 @@
+//! The task that owns endpoints, rules, maps and programs.
+//!
+//! Kernel calls are made in the task itself: each takes microseconds, and their order is the safety argument.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use stanchion_core::cluster::ClusterState;
+use stanchion_core::ids::ContainerId;
+use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Slot};
+use stanchion_ebpf_abi::{Config, FlowEntry, flow_state};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::attach::{AttachMode, attach, detach, pinned_interfaces};
+use super::conntrack::{self, Connection};
+use super::events::{Events, Names, record};
+use super::flows::{FlowKey, Flows, state_name};
+use super::handle::{
+    ActivateError, ActivateReport, ActivateRequest, EndpointView, EnforcingMode, FLOW_BACKLOG, FlowRecord, FlowView, InterfaceView,
+    MAILBOX, Message, NetpolHandle, NetpolSnapshot,
+};
+use super::interfaces::{Interfaces, exists, node_addresses};
+use super::maps::KernelMaps;
+use super::object::{LoadError, Loaded};
+use super::rules::Rules;
+use super::slots::{Sandbox, Slots};
+use crate::cluster::ClusterHandle;
+
+/// How often idle flows are collected and reality is compared with the records.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// How often the event ring is emptied: it holds about 8,000 events.
+const DRAIN: Duration = Duration::from_millis(100);
+
+/// What the actor is made of.
+#[derive(Debug)]
+pub struct NetpolParts {
+    /// The eBPF object, see [`super::load`].
+    pub loaded: Loaded,
+    /// How to attach; [`AttachMode::of_this_kernel`] outside tests.
+    pub attach: AttachMode,
+    /// Policies, pods, namespaces.
+    pub cluster: ClusterHandle,
+    /// This node's name in the cluster.
+    pub node_name: String,
+    /// What happens to pods that start before the cluster's state is known.
+    pub mode: EnforcingMode,
+    /// How long such a pod waits for it.
+    pub sync_wait: Duration,
+    /// Flows a pod may have at once; more are judged packet by packet.
+    pub pod_flows: u32,
+    /// Room of each flow table, as loaded.
+    pub flow_capacity: u32,
+    /// Where `endpoints.json` lives.
+    pub state_dir: PathBuf,
+    /// Ends the task; nothing is detached.
+    pub shutdown: CancellationToken,
+}
+
+/// Why the actor did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// The object lacks a map.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The slot table of an earlier agent cannot be read.
+    #[error("cannot read {path}")]
+    Slots {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The pinned maps cannot be read.
+    #[error("cannot read the pinned maps")]
+    Maps(#[source] MapError),
+}
+
+/// Starts the actor: takes over what an earlier agent left in the kernel, replaces its programs, and from then on keeps the
+/// maps as the cluster's state says. Must run in the node's network namespace, on every thread of the runtime.
+///
+/// # Errors
+/// See [`SpawnError`]; nothing was changed then.
+pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), SpawnError> {
+    let NetpolParts { mut loaded, attach, cluster, node_name, mode, sync_wait, pod_flows, flow_capacity, state_dir, shutdown } = parts;
+    let slots = Slots::open(&state_dir).map_err(|source| SpawnError::Slots { path: state_dir.join("endpoints.json"), source })?;
+    let maps = KernelMaps::new(&mut loaded)?;
+    let flows = Flows::new(&mut loaded, Config { flags: 0, pod_flows })?;
+    let events = Events::new(&mut loaded)?;
+    let interfaces = Interfaces::new(&mut loaded)?;
+    let kernel = maps.read().map_err(SpawnError::Maps)?;
+    let isolated = kernel.endpoints.iter().filter(|(_, e)| is_isolated(e)).map(|(slot, _)| *slot).collect();
+    let strays: Vec<Slot> = kernel.endpoints.keys().copied().filter(|slot| slots.get(*slot).is_none()).collect();
+    let (mailbox, inbox) = mpsc::channel(MAILBOX);
+    let (records, _) = broadcast::channel(FLOW_BACKLOG);
+    let (ready, is_ready) = watch::channel(false);
+    let mut actor = Actor {
+        loaded,
+        attach,
+        rules: Rules::new(&node_name, kernel),
+        maps,
+        interfaces,
+        flows,
+        events,
+        slots,
+        isolated,
+        backlog: VecDeque::new(),
+        waiting: Vec::new(),
+        gone: HashMap::new(),
+        names: Names::default(),
+        cluster: cluster.watch(),
+        state: cluster.latest(),
+        mode,
+        sync_wait,
+        flow_capacity,
+        live: HashMap::new(),
+        families: [0; 2],
+        last_error: String::new(),
+        synced: false,
+        ready,
+        records: records.clone(),
+    };
+    actor.take_over(&strays);
+    let handle = NetpolHandle { mailbox, flows: records, ready: is_ready };
+    Ok((handle, tokio::spawn(actor.run(inbox, shutdown))))
+}
+
+fn is_isolated(endpoint: &EndpointImage) -> bool {
+    endpoint.ingress.is_some() || endpoint.egress.is_some()
+}
+
+/// An activation that waits for the cluster's state.
+struct Waiting {
+    request: ActivateRequest,
+    reply: oneshot::Sender<Result<ActivateReport, ActivateError>>,
+    since: Instant,
+}
+
+struct Actor {
+    loaded: Loaded,
+    attach: AttachMode,
+    rules: Rules,
+    maps: KernelMaps,
+    interfaces: Interfaces,
+    flows: Flows,
+    events: Events,
+    slots: Slots,
+    /// Endpoints that the kernel polices, so that one that becomes so is noticed.
+    isolated: BTreeSet<Slot>,
+    /// Operations that the kernel refused, and all after them: tried again at every sweep, in order.
+    backlog: VecDeque<MapOp>,
+    waiting: Vec<Waiting>,
+    /// Sandboxes whose interfaces were gone at the last sweep.
+    gone: HashMap<ContainerId, ()>,
+    names: Names,
+    cluster: watch::Receiver<Arc<ClusterState>>,
+    state: Arc<ClusterState>,
+    mode: EnforcingMode,
+    sync_wait: Duration,
+    flow_capacity: u32,
+    live: HashMap<u16, u64>,
+    families: [u64; 2],
+    last_error: String,
+    synced: bool,
+    ready: watch::Sender<bool>,
+    records: broadcast::Sender<Arc<FlowRecord>>,
+}
+
+impl Actor {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Message>, shutdown: CancellationToken) {
+        let mut sweep = interval(SWEEP);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut drain = interval(DRAIN);
+        drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.follow();
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                message = inbox.recv() => match message {
+                    Some(message) => self.answer(message),
+                    None => return,
+                },
+                changed = self.cluster.changed() => match changed {
+                    Ok(()) => self.follow(),
+                    // The source of the cluster's state is gone with the rest of the agent; policies stay as they are.
+                    Err(_) => return,
+                },
+                _ = drain.tick() => {
+                    self.tell();
+                    self.expire_waiting();
+                }
+                _ = sweep.tick() => self.sweep(),
+            }
+        }
+    }
+
+    /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go.
+    fn take_over(&mut self, strays: &[Slot]) {
+        for slot in strays {
+            let ops = self.rules.remove_endpoint(*slot);
+            self.apply(ops);
+        }
+        let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
+        for sandbox in known {
+            if !sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
+                self.release(&sandbox);
+                continue;
+            }
+            if let Err(cause) = self.put(&sandbox) {
+                self.fail("cannot attach again", &cause);
+            }
+        }
+        self.save();
+    }
+
+    fn answer(&mut self, message: Message) {
+        // A caller that went away needs no answer.
+        match message {
+            Message::Activate(request, reply) if !self.synced => {
+                self.waiting.push(Waiting { request, reply, since: Instant::now() });
+                self.expire_waiting();
+            }
+            Message::Activate(request, reply) => drop(reply.send(self.activate(request, Instant::now()))),
+            Message::Deactivate(container, reply) => drop(reply.send(self.deactivate(&container))),
+            Message::Snapshot(reply) => drop(reply.send(Arc::new(self.snapshot()))),
+            Message::Flows(reply) => drop(reply.send(self.conntrack())),
+            Message::TellAllowed(on, reply) => {
+                if let Err(cause) = self.flows.tell_allowed(on) {
+                    self.fail("cannot change the settings", &cause);
+                }
+                let _unheard = reply.send(());
+            }
+        }
+    }
+
+    /// Takes the newest state of the cluster.
+    fn follow(&mut self) {
+        self.state = Arc::clone(&self.cluster.borrow_and_update());
+        if !self.state.synced {
+            return;
+        }
+        let start = Instant::now();
+        let ops = self.rules.set_cluster(&self.state);
+        let count = ops.len();
+        self.apply(ops);
+        debug!(operations = count, micros = start.elapsed().as_micros() as u64, "cluster state applied");
+        if !self.synced {
+            self.synced = true;
+            info!(endpoints = self.slots.len(), operations = count, "policies are in force");
+            self.ready.send_replace(true);
+            for Waiting { request, reply, since } in std::mem::take(&mut self.waiting) {
+                drop(reply.send(self.activate(request, since)));
+            }
+        }
+    }
+
+    fn expire_waiting(&mut self) {
+        let (expired, waiting): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|waiting| waiting.since.elapsed() >= self.sync_wait);
+        self.waiting = waiting;
+        for Waiting { request, reply, since } in expired {
+            let result = match self.mode {
+                EnforcingMode::Strict => Err(ActivateError::NotSynced { waited: since.elapsed() }),
+                EnforcingMode::Standard => {
+                    warn!(pod = %request.pod, "starts without policy: the cluster's state is not known yet, and the enforcing mode is standard");
+                    self.activate(request, since)
+                }
+            };
+            drop(reply.send(result));
+        }
+    }
+
+    fn activate(&mut self, request: ActivateRequest, since: Instant) -> Result<ActivateReport, ActivateError> {
+        let used = self.slots.len();
+        let sandbox = self.slots.assign(request).ok_or(ActivateError::NoSlot { used })?;
+        let result = self.try_activate(&sandbox);
+        if let Err(cause) = result {
+            self.fail("cannot activate", &cause);
+            self.release(&sandbox);
+            self.save();
+            return Err(cause);
+        }
+        let policy_us = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
+        info!(pod = %sandbox.pod, slot = sandbox.slot, micros = policy_us, "activated");
+        Ok(ActivateReport { policy_us })
+    }
+
+    fn try_activate(&mut self, sandbox: &Sandbox) -> Result<(), ActivateError> {
+        self.slots.save().map_err(|source| ActivateError::NotDurable { path: self.slots.path(), source })?;
+        self.refresh_node_addresses();
+        if self.rules.endpoint(sandbox.slot()).is_none() {
+            self.flows.clear_counters(sandbox.slot).map_err(ActivateError::Maps)?;
+        }
+        let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, sandbox.addresses());
+        // Its first packet is still to come: there is nothing to seed.
+        self.isolated.extend(ops.iter().filter_map(newly_isolated));
+        self.apply_or_queue(ops).map_err(ActivateError::Maps)?;
+        self.put(sandbox)
+    }
+
+    /// Interface records, then programs: never a program without a record.
+    fn put(&mut self, sandbox: &Sandbox) -> Result<(), ActivateError> {
+        self.interfaces.set(sandbox).map_err(ActivateError::Maps)?;
+        for interface in &sandbox.interfaces {
+            attach(&mut self.loaded, self.attach, &interface.name, interface.index).map_err(ActivateError::Attach)?;
+        }
+        Ok(())
+    }
+
+    fn deactivate(&mut self, container: &ContainerId) -> bool {
+        let Some(sandbox) = self.slots.of(container).cloned() else {
+            return false;
+        };
+        self.release(&sandbox);
+        self.save();
+        info!(pod = %sandbox.pod, slot = sandbox.slot, "deactivated");
+        true
+    }
+
+    /// Takes a sandbox out. Its programs stay on veths that still exist and let nothing pass; they go with the veth.
+    fn release(&mut self, sandbox: &Sandbox) {
+        for interface in &sandbox.interfaces {
+            if let Err(cause) = self.interfaces.remove(interface.index) {
+                self.fail("cannot forget an interface", &cause);
+            }
+            if !exists(&interface.name, interface.index)
+                && let Err(cause) = detach(&self.loaded, self.attach, &interface.name, interface.index)
+            {
+                self.fail("cannot detach", &cause);
+            }
+        }
+        let ops = self.rules.remove_endpoint(sandbox.slot());
+        self.apply(ops);
+        self.isolated.remove(&sandbox.slot());
+        self.slots.release(sandbox.slot());
+    }
+
+    fn save(&mut self) {
+        if let Err(cause) = self.slots.save() {
+            self.fail("cannot write the slot table", &cause);
+        }
+    }
+
+    fn fail(&mut self, what: &'static str, cause: &dyn std::error::Error) {
+        let chain: Vec<String> = std::iter::successors(Some(cause), |cause| cause.source()).map(ToString::to_string).collect();
+        let chain = chain.join(": ");
+        error!(cause = %chain, "{what}");
+        self.last_error = format!("{what}: {chain}");
+    }
+
+    /// Applies operations; what the kernel refuses is tried again at the next sweep.
+    fn apply(&mut self, ops: Vec<MapOp>) {
+        if let Err(cause) = self.apply_or_queue(ops) {
+            self.fail("cannot write policy", &cause);
+        }
+    }
+
+    fn apply_or_queue(&mut self, ops: Vec<MapOp>) -> Result<(), MapError> {
+        self.backlog.extend(ops);
+        if self.backlog.is_empty() {
+            return Ok(());
+        }
+        let first: BTreeSet<Slot> = self.backlog.iter().filter_map(newly_isolated).filter(|slot| !self.isolated.contains(slot)).collect();
+        self.seed(&first);
+        let result = match self.maps.apply(self.backlog.make_contiguous()) {
+            Ok(()) => {
+                self.backlog.clear();
+                Ok(())
+            }
+            Err((index, cause)) => {
+                self.backlog.drain(..index);
+                Err(cause)
+            }
+        };
+        // Once more for what opened meanwhile.
+        self.seed(&first);
+        for (slot, isolated) in self.slots.iter().filter_map(|s| Some((s.slot(), is_isolated(self.rules.endpoint(s.slot())?)))) {
+            if isolated {
+                self.isolated.insert(slot)
+            } else {
+                self.isolated.remove(&slot)
+            };
+        }
+        result
+    }
+
+    /// Gives pods that get their first policy the flows they have, from the kernel's connection tracking.
+    fn seed(&mut self, slots: &BTreeSet<Slot>) {
+        if slots.is_empty() {
+            return;
+        }
+        let seeded = conntrack::dump()
+            .map_err(|cause| self.fail("cannot read the kernel's connections; open ones of newly policed pods may break", &cause));
+        let (Ok(connections), Ok(now)) = (seeded, self.loaded.clock.now()) else {
+            return;
+        };
+        for slot in slots {
+            let Some(sandbox) = self.slots.get(*slot) else { continue };
+            let addresses = sandbox.addresses();
+            let flows: Vec<(FlowKey, u8)> = connections.iter().flat_map(|connection| seeds(*slot, &addresses, connection)).collect();
+            for (key, state) in flows {
+                if let Err(cause) = self.flows.seed(key, state, now) {
+                    self.fail("cannot seed a flow", &cause);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn refresh_node_addresses(&mut self) {
+        match node_addresses() {
+            Ok(addresses) => {
+                let ops = self.rules.set_node_addresses(&addresses);
+                self.apply(ops);
+            }
+            Err(cause) => self.fail("cannot read the node's addresses", &cause),
+        }
+    }
+
+    fn sweep(&mut self) {
+        self.last_error.clear();
+        self.refresh_node_addresses();
+        self.apply(Vec::new());
+        self.collect();
+        let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
+        let mut gone = HashMap::new();
+        let mut released = false;
+        for sandbox in &known {
+            if sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
+                if let Err(cause) = self.put(sandbox) {
+                    self.fail("cannot attach again", &cause);
+                }
+            } else if self.gone.contains_key(&sandbox.container_id) {
+                // Twice in a row: its DEL was lost, or is on its way to find nothing.
+                self.release(sandbox);
+                released = true;
+            } else {
+                gone.insert(sandbox.container_id.clone(), ());
+            }
+        }
+        self.gone = gone;
+        if released {
+            self.save();
+        }
+        for index in pinned_interfaces(&self.loaded) {
+            let used = self.slots.iter().any(|sandbox| sandbox.interfaces.iter().any(|interface| interface.index == index));
+            let exists = nix::net::if_::if_indextoname(index).is_ok();
+            if !used
+                && !exists
+                && let Err(cause) = detach(&self.loaded, self.attach, "", index)
+            {
+                self.fail("cannot remove a stale link", &cause);
+            }
+        }
+    }
+
+    fn collect(&mut self) {
+        let result = self.loaded.clock.now().map_err(|cause| MapError {
+            map: "clock",
+            operation: "read".to_owned(),
+            full: false,
+            message: cause.to_string(),
+        });
+        let purge = self.slots.cooling().to_vec();
+        let result = result.and_then(|now| {
+            let collected = self.flows.collect(now, &purge)?;
+            let slots = self.slots.iter().map(|sandbox| sandbox.slot).chain(purge.iter().copied());
+            self.flows.settle(slots, &collected.live)?;
+            Ok(collected)
+        });
+        match result {
+            Ok(collected) => {
+                self.slots.cooled();
+                self.live = collected.live;
+                self.families = collected.families;
+            }
+            Err(cause) => self.fail("cannot collect idle flows", &cause),
+        }
+    }
+
+    /// Passes events on; without a subscriber they only make room in the ring.
+    fn tell(&mut self) {
+        let events = self.events.take();
+        if events.is_empty() || self.records.receiver_count() == 0 {
+            return;
+        }
+        self.names.follow(&self.state);
+        let time = SystemTime::now();
+        for event in &events {
+            let pod = self.slots.get(Slot(event.slot)).map(|sandbox| &sandbox.pod);
+            let names = if event.rule == 0 { Default::default() } else { self.rules.names(event.rule) };
+            // The last subscriber may just have left.
+            let _unheard = self.records.send(Arc::new(record(event, time, pod, &self.names, names)));
+        }
+    }
+
+    fn snapshot(&mut self) -> NetpolSnapshot {
+        let mut endpoints = Vec::with_capacity(self.slots.len());
+        for sandbox in self.slots.iter() {
+            let image = self.rules.endpoint(sandbox.slot());
+            endpoints.push(EndpointView {
+                slot: sandbox.slot,
+                pod: sandbox.pod.clone(),
+                pod_uid: sandbox.pod_uid.clone(),
+                container_id: sandbox.container_id.clone(),
+                interfaces: sandbox
+                    .interfaces
+                    .iter()
+                    .map(|interface| InterfaceView {
+                        name: interface.name.clone(),
+                        index: interface.index,
+                        addresses: interface.addresses().collect(),
+                        attached: self.attach.name(),
+                    })
+                    .collect(),
+                ingress_isolated: image.is_some_and(|image| image.ingress.is_some()),
+                egress_isolated: image.is_some_and(|image| image.egress.is_some()),
+                audit: image.is_some_and(|image| image.audit),
+                revision: image.map_or(0, |image| image.revision),
+                flows: self.live.get(&sandbox.slot).copied().unwrap_or(0),
+                counters: self.flows.counters(sandbox.slot).unwrap_or_default(),
+            });
+        }
+        let reason = if !self.synced {
+            "the cluster's state is not known yet".to_owned()
+        } else if !self.backlog.is_empty() {
+            format!("{} map writes wait: {}", self.backlog.len(), self.last_error)
+        } else {
+            String::new()
+        };
+        NetpolSnapshot {
+            ready: reason.is_empty(),
+            reason,
+            endpoints,
+            flows: self.families,
+            flow_capacity: self.flow_capacity,
+            alarms: self.flows.alarms().unwrap_or_default(),
+            map_writes: self.maps.writes(),
+            last_error: self.last_error.clone(),
+        }
+    }
+
+    fn conntrack(&self) -> Vec<FlowView> {
+        let Ok(now) = self.loaded.clock.now() else {
+            return Vec::new();
+        };
+        let tick = self.loaded.clock.tick_seconds();
+        let seconds = |ticks: u32| (f64::from(ticks) * tick) as u32;
+        let view = |(key, entry): (FlowKey, FlowEntry)| {
+            let sandbox = self.slots.get(Slot(key.slot));
+            FlowView {
+                pod: sandbox.map(|sandbox| sandbox.pod.clone()),
+                local: sandbox.and_then(|sandbox| sandbox.addresses().get(usize::from(key.local)).copied()),
+                local_port: key.local_port,
+                remote: key.remote,
+                remote_port: key.remote_port,
+                protocol: key.protocol,
+                opened_by_pod: entry.state & flow_state::OPENED_BY_POD != 0,
+                state: state_name(key.protocol, entry.state),
+                idle_seconds: seconds(now.wrapping_sub(entry.seen)),
+                timeout_seconds: seconds(u32::from(entry.timeout)),
+                current: self.rules.endpoint(Slot(key.slot)).is_some_and(|image| image.revision == entry.revision),
+            }
+        };
+        self.flows.all().into_iter().map(view).collect()
+    }
+}
+
+/// The slot of an operation that sets an isolated endpoint.
+fn newly_isolated(op: &MapOp) -> Option<Slot> {
+    match op {
+        MapOp::SetEndpoint(slot, image) if is_isolated(image) => Some(*slot),
+        _ => None,
+    }
+}
+
+/// The flows of a pod in a tracked connection: as the one who opened it, as the one who answers, or both.
+fn seeds(slot: Slot, addresses: &[std::net::IpAddr], connection: &Connection) -> impl Iterator<Item = (FlowKey, u8)> {
+    let Connection { original, reply, replied, open } = connection;
+    let state = if *replied { flow_state::REPLIED } else { 0 };
+    let key = |local: &std::net::IpAddr, local_port, remote, remote_port| {
+        let position = addresses.iter().position(|address| address == local)?;
+        let local = u8::try_from(position).ok()?;
+        Some(FlowKey { slot: slot.0, local, protocol: original.protocol, local_port, remote_port, remote })
+    };
+    let icmp = matches!(original.protocol, 1 | 58);
+    // What a pod sends is the original tuple before translation; what reaches a pod is the reply tuple turned round. An
+    // ICMP identifier stands on the pod's side whoever asked.
+    let as_client = key(&original.source, original.source_port, original.destination, original.destination_port);
+    let (server_port, client_port) = if icmp { (original.source_port, 0) } else { (reply.source_port, reply.destination_port) };
+    let as_server = key(&reply.source, server_port, reply.destination, client_port);
+    let open = *open;
+    [as_client.map(|key| (key, state | flow_state::OPENED_BY_POD)), as_server.map(|key| (key, state))]
+        .into_iter()
+        .flatten()
+        .filter(move |_| open)
+}

@@ -1,0 +1,133 @@
+//! Events of the ring buffer, given the names of pods and rules.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use aya::maps::{MapData as AyaMap, RingBuf};
+use stanchion_core::cluster::ClusterState;
+use stanchion_core::ids::PodName;
+use stanchion_ebpf_abi::{Event, direction, event_verdict, ipv4_octets, ipv6_octets, map_name, reason};
+
+use super::handle::{FlowDirection, FlowRecord, FlowVerdict};
+use super::object::{LoadError, Loaded};
+
+/// Events read in one go, so that a flood cannot keep the actor from its mailbox; the ring holds about 8,000.
+const BATCH: usize = 2_048;
+
+/// The ring's reader.
+pub(super) struct Events {
+    ring: RingBuf<AyaMap>,
+}
+
+impl Events {
+    pub(super) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
+        Ok(Self { ring: loaded.map(map_name::EVENTS)? })
+    }
+
+    /// Takes what is there, up to a batch.
+    pub(super) fn take(&mut self) -> Vec<Event> {
+        let mut events = Vec::new();
+        while events.len() < BATCH
+            && let Some(item) = self.ring.next()
+        {
+            // An entry of another size is of another layout's program: none is left attached, but a record may be.
+            if item.len() == size_of::<Event>() {
+                // SAFETY: `Event` is plain data of that size; the ring gives no promise of alignment.
+                events.push(unsafe { std::ptr::read_unaligned(item.as_ptr().cast::<Event>()) });
+            }
+        }
+        events
+    }
+}
+
+/// Names by address; kept until the cluster's pods change.
+#[derive(Default)]
+pub(super) struct Names {
+    of: Option<Arc<ClusterState>>,
+    pods: HashMap<IpAddr, PodName>,
+}
+
+impl Names {
+    /// Makes this the state that names are taken from.
+    pub(super) fn follow(&mut self, cluster: &Arc<ClusterState>) {
+        if self.of.as_ref().is_some_and(|known| Arc::ptr_eq(known, cluster)) {
+            return;
+        }
+        self.pods.clear();
+        for (name, pod) in cluster.pods.iter().filter(|(_, pod)| !pod.spec.host_network && !pod.is_completed()) {
+            for address in pod.addresses() {
+                self.pods.insert(address, name.clone());
+            }
+        }
+        self.of = Some(Arc::clone(cluster));
+    }
+
+    pub(super) fn pod(&self, address: IpAddr) -> Option<&PodName> {
+        self.pods.get(&address)
+    }
+}
+
+/// The addresses of an event: `(local, remote)`; unspecified where the packet had none.
+fn ends(event: &Event) -> (IpAddr, IpAddr) {
+    let address = |words: [u32; 4]| -> IpAddr {
+        if event.family == 6 { Ipv6Addr::from(ipv6_octets(words)).into() } else { Ipv4Addr::from(ipv4_octets(words[0])).into() }
+    };
+    (address(event.local), address(event.remote))
+}
+
+/// Makes a record of an event. `pod` is the endpoint's, `rule` the names of its rule id.
+pub(super) fn record(
+    event: &Event,
+    time: SystemTime,
+    pod: Option<&PodName>,
+    names: &Names,
+    (policy, rule): (String, String),
+) -> FlowRecord {
+    let (local, remote) = ends(event);
+    let ports = (u16::from_be_bytes(event.local_port), u16::from_be_bytes(event.remote_port));
+    let ingress = event.direction == direction::INGRESS;
+    let ((source, destination), (source_port, destination_port)) =
+        if ingress { ((remote, local), (ports.1, ports.0)) } else { ((local, remote), ports) };
+    FlowRecord {
+        time,
+        verdict: match event.verdict {
+            event_verdict::ALLOWED => FlowVerdict::Allowed,
+            event_verdict::AUDITED => FlowVerdict::Audited,
+            _ => FlowVerdict::Denied,
+        },
+        direction: if ingress { FlowDirection::Ingress } else { FlowDirection::Egress },
+        pod: pod.cloned(),
+        peer: names.pod(remote).cloned(),
+        source,
+        destination,
+        protocol: protocol_name(event),
+        source_port,
+        destination_port,
+        length: event.length,
+        policy,
+        rule,
+        reason: match event.reason {
+            reason::POLICY => "policy",
+            reason::SOURCE => "source",
+            reason::MALFORMED => "malformed",
+            reason::ETHERTYPE => "ethertype",
+            reason::FRAGMENT => "fragment",
+            reason::NO_ENDPOINT => "no-endpoint",
+            _ => "exempt",
+        },
+    }
+}
+
+fn protocol_name(event: &Event) -> String {
+    match (event.family, event.protocol) {
+        (0, _) => "none".to_owned(),
+        (_, 6) => "TCP".to_owned(),
+        (_, 17) => "UDP".to_owned(),
+        (_, 132) => "SCTP".to_owned(),
+        (4, 1) => "ICMP".to_owned(),
+        (6, 58) => "ICMPv6".to_owned(),
+        (_, number) => number.to_string(),
+    }
+}

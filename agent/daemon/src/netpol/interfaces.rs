@@ -1,0 +1,100 @@
+//! Which pod is behind which host veth, for the programs; and which addresses are the node's own.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use aya::maps::{Array, HashMap, MapData as AyaMap, MapError as AyaError};
+use stanchion_core::policy::image::MapError;
+use stanchion_ebpf_abi::{INTERFACE_PLACES, Interface, interface_flag, ipv4_word, ipv6_words, map_name};
+
+use super::maps::refused;
+use super::object::{LoadError, Loaded, Raw};
+use super::slots::Sandbox;
+
+/// The interface records.
+pub(super) struct Interfaces {
+    near: Array<AyaMap, Raw<Interface>>,
+    far: HashMap<AyaMap, u32, Raw<Interface>>,
+}
+
+impl Interfaces {
+    pub(super) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
+        Ok(Self { near: loaded.map(map_name::INTERFACES)?, far: loaded.map(map_name::INTERFACES_FAR)? })
+    }
+
+    /// Writes the records of a sandbox's host veths.
+    pub(super) fn set(&mut self, sandbox: &Sandbox) -> Result<(), MapError> {
+        let mut position = 0u8;
+        let mut next = || {
+            position += 1;
+            position - 1
+        };
+        let flags = if sandbox.interfaces.len() > 1 { interface_flag::MORE_ADDRESSES } else { 0 };
+        for interface in &sandbox.interfaces {
+            let local4 = interface.ipv4.map_or(0, |_| next());
+            let local6 = interface.ipv6.map_or(0, |_| next());
+            self.set_one(Interface {
+                if_index: interface.index,
+                slot: sandbox.slot,
+                flags,
+                local4,
+                local6,
+                ipv4: interface.ipv4.map_or(0, |address| ipv4_word(address.octets())),
+                ipv6: interface.ipv6.map_or([0; 4], |address| ipv6_words(address.octets())),
+                ..Interface::default()
+            })?;
+        }
+        Ok(())
+    }
+
+    fn set_one(&mut self, interface: Interface) -> Result<(), MapError> {
+        let (index, place) = (interface.if_index, interface.if_index % INTERFACE_PLACES);
+        let Raw(present) = refused(map_name::INTERFACES, &index, self.near.get(&place, 0))?;
+        if present == interface {
+            return Ok(());
+        }
+        if present.if_index == 0 || present.if_index == index {
+            return refused(map_name::INTERFACES, &index, self.near.set(place, Raw(interface), 0));
+        }
+        refused(map_name::INTERFACES_FAR, &index, self.far.insert(index, Raw(interface), 0))
+    }
+
+    /// Forgets an interface; programs still attached there let nothing pass.
+    pub(super) fn remove(&mut self, index: u32) -> Result<(), MapError> {
+        let place = index % INTERFACE_PLACES;
+        let Raw(present) = refused(map_name::INTERFACES, &index, self.near.get(&place, 0))?;
+        if present.if_index == index {
+            return refused(map_name::INTERFACES, &index, self.near.set(place, Raw(Interface::default()), 0));
+        }
+        match self.far.remove(&index) {
+            Ok(()) | Err(AyaError::KeyNotFound) => Ok(()),
+            Err(AyaError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            other => refused(map_name::INTERFACES_FAR, &index, other),
+        }
+    }
+}
+
+/// True if the name still belongs to that index.
+pub(super) fn exists(name: &str, index: u32) -> bool {
+    nix::net::if_::if_nametoindex(name).is_ok_and(|present| present == index)
+}
+
+/// The addresses of this network namespace, without loopback's and link-local ones.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn node_addresses() -> nix::Result<BTreeSet<IpAddr>> {
+    let addresses = nix::ifaddrs::getifaddrs()?.filter_map(|interface| {
+        let address = interface.address?;
+        if let Some(four) = address.as_sockaddr_in() {
+            return Some(IpAddr::from(four.ip()));
+        }
+        Some(IpAddr::from(address.as_sockaddr_in6()?.ip()))
+    });
+    Ok(addresses
+        .filter(|address| match address {
+            IpAddr::V4(a) => !a.is_loopback(),
+            IpAddr::V6(a) => !a.is_loopback() && !a.is_unicast_link_local(),
+        })
+        .collect())
+}

@@ -1,0 +1,221 @@
+//! Which sandbox holds which endpoint slot, on disk so that the next agent finds the kernel's records again.
+//!
+//! The file is replaced by rename without fsync: what it describes dies with the kernel's maps, so it need only survive
+//! this process.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use stanchion_core::ids::{ContainerId, PodName};
+use stanchion_core::policy::image::Slot;
+use stanchion_ebpf_abi::ENDPOINT_SLOTS;
+
+use super::handle::{ActivateIf, ActivateRequest};
+
+/// Bumped when the file's meaning changes; another version is refused, not guessed at.
+const VERSION: u32 = 1;
+
+/// A sandbox's place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Sandbox {
+    pub(super) slot: u16,
+    pub(super) pod: PodName,
+    pub(super) pod_uid: String,
+    pub(super) container_id: ContainerId,
+    pub(super) interfaces: Vec<HostInterface>,
+}
+
+/// A host veth of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct HostInterface {
+    pub(super) name: String,
+    pub(super) index: u32,
+    pub(super) ipv4: Option<Ipv4Addr>,
+    pub(super) ipv6: Option<Ipv6Addr>,
+}
+
+impl HostInterface {
+    pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.ipv4.map(IpAddr::from).into_iter().chain(self.ipv6.map(IpAddr::from))
+    }
+}
+
+impl From<ActivateIf> for HostInterface {
+    fn from(ActivateIf { host_if_name, host_if_index, ipv4, ipv6 }: ActivateIf) -> Self {
+        Self { name: host_if_name, index: host_if_index, ipv4, ipv6 }
+    }
+}
+
+impl Sandbox {
+    pub(super) fn slot(&self) -> Slot {
+        Slot(self.slot)
+    }
+
+    /// The pod's addresses; the positions are those of the endpoint's image.
+    pub(super) fn addresses(&self) -> Vec<IpAddr> {
+        self.interfaces.iter().flat_map(HostInterface::addresses).collect()
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct File {
+    version: u32,
+    endpoints: Vec<Sandbox>,
+}
+
+/// The slot table.
+#[derive(Debug)]
+pub(super) struct Slots {
+    path: PathBuf,
+    sandboxes: BTreeMap<u16, Sandbox>,
+    /// Freed slots whose flows are not collected yet: a new pod must not find them.
+    cooling: Vec<u16>,
+    /// Where the search for a free one goes on, so that a slot rests as long as possible.
+    next: u16,
+}
+
+impl Slots {
+    /// Reads the table; none is an empty one.
+    pub(super) fn open(state_dir: &Path) -> io::Result<Self> {
+        let path = state_dir.join("endpoints.json");
+        let sandboxes = match fs::read(&path) {
+            Ok(bytes) => {
+                let file: File = serde_json::from_slice(&bytes)?;
+                if file.version != VERSION {
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, format!("version {} is not {VERSION}", file.version)));
+                }
+                file.endpoints
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(state_dir)?;
+                Vec::new()
+            }
+            Err(error) => return Err(error),
+        };
+        let sandboxes: BTreeMap<u16, Sandbox> = sandboxes.into_iter().map(|sandbox| (sandbox.slot, sandbox)).collect();
+        let next = sandboxes.last_key_value().map_or(1, |(slot, _)| slot + 1);
+        Ok(Self { path, sandboxes, cooling: Vec::new(), next })
+    }
+
+    pub(super) fn path(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Sandbox> {
+        self.sandboxes.values()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.sandboxes.len()
+    }
+
+    pub(super) fn get(&self, slot: Slot) -> Option<&Sandbox> {
+        self.sandboxes.get(&slot.0)
+    }
+
+    pub(super) fn of(&self, container: &ContainerId) -> Option<&Sandbox> {
+        self.iter().find(|sandbox| sandbox.container_id == *container)
+    }
+
+    /// Gives the sandbox the slot it has, or a free one; not on disk before [`Self::save`].
+    pub(super) fn assign(&mut self, request: ActivateRequest) -> Option<Sandbox> {
+        let slot = match self.of(&request.container_id) {
+            Some(sandbox) => sandbox.slot,
+            None => self.free()?,
+        };
+        let ActivateRequest { pod, pod_uid, container_id, endpoints } = request;
+        let interfaces = endpoints.into_iter().map(HostInterface::from).collect();
+        let sandbox = Sandbox { slot, pod, pod_uid, container_id, interfaces };
+        self.sandboxes.insert(slot, sandbox.clone());
+        Some(sandbox)
+    }
+
+    fn free(&mut self) -> Option<u16> {
+        let last = u16::try_from(ENDPOINT_SLOTS - 1).expect("slots fit");
+        let next = self.next.clamp(1, last);
+        let slot = (next..=last).chain(1..next).find(|slot| !self.sandboxes.contains_key(slot) && !self.cooling.contains(slot))?;
+        self.next = if slot == last { 1 } else { slot + 1 };
+        Some(slot)
+    }
+
+    /// Takes a sandbox out; its slot cools until [`Self::cooled`].
+    pub(super) fn release(&mut self, slot: Slot) -> Option<Sandbox> {
+        let sandbox = self.sandboxes.remove(&slot.0)?;
+        self.cooling.push(slot.0);
+        Some(sandbox)
+    }
+
+    /// The slots that cool.
+    pub(super) fn cooling(&self) -> &[u16] {
+        &self.cooling
+    }
+
+    /// Their flows are gone.
+    pub(super) fn cooled(&mut self) {
+        self.cooling.clear();
+    }
+
+    /// Puts the table on disk.
+    pub(super) fn save(&self) -> io::Result<()> {
+        let file = File { version: VERSION, endpoints: self.sandboxes.values().cloned().collect() };
+        let fresh = self.path.with_extension("json.new");
+        fs::write(&fresh, serde_json::to_vec(&file)?)?;
+        fs::rename(&fresh, &self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(container: &str) -> ActivateRequest {
+        let endpoint = ActivateIf { host_if_name: "eni1".to_owned(), host_if_index: 9, ipv4: Some(Ipv4Addr::new(10, 0, 0, 1)), ipv6: None };
+        ActivateRequest {
+            pod: PodName::new("x", container),
+            pod_uid: String::new(),
+            container_id: ContainerId::from(container),
+            endpoints: vec![endpoint],
+        }
+    }
+
+    #[test]
+    fn a_sandbox_keeps_its_slot_over_repetition_and_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut slots = Slots::open(dir.path()).unwrap();
+        let first = slots.assign(request("a")).unwrap();
+        let second = slots.assign(request("b")).unwrap();
+        assert_ne!(first.slot, second.slot);
+        assert_eq!(slots.assign(request("a")).unwrap(), first);
+        slots.save().unwrap();
+        let again = Slots::open(dir.path()).unwrap();
+        assert_eq!(again.of(&ContainerId::from("b")), Some(&second));
+        assert_eq!(again.len(), 2);
+    }
+
+    #[test]
+    fn a_freed_slot_is_given_again_only_after_cooling_and_none_is_given_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut slots = Slots::open(dir.path()).unwrap();
+        let all: Vec<u16> = (1..ENDPOINT_SLOTS).map(|i| slots.assign(request(&i.to_string())).unwrap().slot).collect();
+        let mut distinct = all.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert_eq!(distinct.len(), all.len());
+        assert_eq!(slots.assign(request("more")), None);
+        slots.release(Slot(7)).unwrap();
+        assert_eq!(slots.assign(request("more")), None);
+        slots.cooled();
+        assert_eq!(slots.assign(request("more")).unwrap().slot, 7);
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("endpoints.json"), br#"{"version":2,"endpoints":[]}"#).unwrap();
+        assert_eq!(Slots::open(dir.path()).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+}
