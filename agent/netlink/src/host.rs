@@ -1,0 +1,134 @@
+//! The real [`HostNetwork`]: a thread that lives in one namespace and applies plans there.
+
+use std::sync::mpsc;
+
+use stanchion_core::network::diff::{diff, missing, wanted_sysctls};
+use stanchion_core::network::{FailedOp, HostError, HostNetwork, HostObserved, HostPlan, HostReport, NetOp};
+use tokio::sync::oneshot;
+
+use crate::netns::{Netns, NetnsError};
+use crate::socket::{Netlink, NetlinkError};
+use crate::{nft, sysctl};
+
+type Job = (HostPlan, oneshot::Sender<Result<HostReport, HostError>>);
+
+/// Applies plans to the namespace in which it was created. Cheap to clone.
+///
+/// Its own thread, because sysctls and `nft` act on the namespace of the thread, and because netlink requests block.
+#[derive(Clone, Debug)]
+pub struct HostNet {
+    // Unbounded, but callers wait for the answer: as many jobs as callers, and that is ipamd alone.
+    jobs: mpsc::Sender<Job>,
+}
+
+/// Why the thread could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No netlink socket.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// No thread.
+    #[error("cannot start the host network thread")]
+    Thread(#[source] std::io::Error),
+}
+
+// === impl HostNet ===
+
+impl HostNet {
+    /// For the calling thread's namespace.
+    ///
+    /// # Errors
+    /// When there is no netlink socket or thread to be had.
+    pub fn open() -> Result<Self, OpenError> {
+        Self::open_in(Netns::current()?)
+    }
+
+    /// For `netns`.
+    ///
+    /// # Errors
+    /// When there is no netlink socket or thread to be had.
+    pub fn open_in(netns: Netns) -> Result<Self, OpenError> {
+        let netlink = netns.run(Netlink::open)??;
+        let (jobs, inbox) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("host-network".to_owned())
+            .spawn(move || {
+                if let Err(error) = netns.enter() {
+                    tracing::error!(%error, "host network thread ends");
+                    return;
+                }
+                work(netlink, &inbox);
+            })
+            .map_err(OpenError::Thread)?;
+        Ok(Self { jobs })
+    }
+}
+
+impl HostNetwork for HostNet {
+    async fn apply(&self, desired: &HostPlan) -> Result<HostReport, HostError> {
+        let (reply, answer) = oneshot::channel();
+        self.jobs.send((desired.clone(), reply)).map_err(|_| HostError::Closed)?;
+        answer.await.map_err(|_| HostError::Closed)?
+    }
+}
+
+fn work(mut netlink: Netlink, inbox: &mpsc::Receiver<Job>) {
+    while let Ok((desired, reply)) = inbox.recv() {
+        // Nobody waits any more: the work is done all the same, the next plan finds it done.
+        let _ = reply.send(apply(&mut netlink, &desired));
+    }
+}
+
+fn apply(netlink: &mut Netlink, desired: &HostPlan) -> Result<HostReport, HostError> {
+    let observed = observe(netlink, desired)?;
+    let ops = diff(desired, &observed);
+    let mut report = HostReport { missing: missing(desired, &observed), ..HostReport::default() };
+    // In the plan's order: runs of netlink operations go out as one batch each.
+    let is_netlink = |op: &NetOp| !matches!(op, NetOp::Sysctl { .. } | NetOp::Nft { .. });
+    for run in ops.chunk_by(|a, b| is_netlink(a) == is_netlink(b)) {
+        if is_netlink(&run[0]) {
+            let results = netlink.perform(run).map_err(|error| HostError::Observe { what: "answers", error: error.chain() })?;
+            for (op, result) in run.iter().zip(results) {
+                record(&mut report, op, result.map_err(|error| error.chain()));
+            }
+        } else {
+            for op in run {
+                let result = match op {
+                    NetOp::Sysctl { path, value } => sysctl::ensure(path, value).map_err(|error| format!("sysctl {path}: {error}")),
+                    NetOp::Nft { document } => nft::apply(document),
+                    _ => Ok(()),
+                };
+                record(&mut report, op, result);
+            }
+        }
+    }
+    Ok(report)
+}
+
+fn record(report: &mut HostReport, op: &NetOp, result: Result<(), String>) {
+    match result {
+        Ok(()) => report.applied.push(op.clone()),
+        Err(error) => report.failed.push(FailedOp { op: op.clone(), error }),
+    }
+}
+
+fn observe(netlink: &mut Netlink, desired: &HostPlan) -> Result<HostObserved, HostError> {
+    let failed = |what| move |error: NetlinkError| HostError::Observe { what, error: error.chain() };
+    let mut observed = HostObserved {
+        // Rules before routes before links: see HostObserved.
+        rules: netlink.rules().map_err(failed("rules"))?,
+        routes: netlink.routes().map_err(failed("routes"))?,
+        addresses: netlink.addresses().map_err(failed("addresses"))?,
+        links: netlink.links().map_err(failed("links"))?,
+        ..HostObserved::default()
+    };
+    for (path, _) in wanted_sysctls(desired, &observed) {
+        let value = sysctl::read(&path).map_err(|error| HostError::Observe { what: "sysctls", error: format!("{path}: {error}") })?;
+        observed.sysctls.extend(value.map(|value| (path, value)));
+    }
+    observed.nft = nft::observe().map_err(|error| HostError::Observe { what: "nft ruleset", error })?;
+    Ok(observed)
+}

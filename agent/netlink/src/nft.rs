@@ -1,0 +1,49 @@
+//! The `nft` binary: one document in, one transaction; JSON out.
+
+use std::io::{self, Write as _};
+use std::process::{Command, Stdio};
+
+use stanchion_core::network::nft::{TABLE, parse_listing};
+use stanchion_core::network::ops::NftObserved;
+
+/// Applies a document in one transaction, in the calling thread's namespace.
+pub(crate) fn apply(document: &str) -> Result<(), String> {
+    let mut child = Command::new("nft")
+        .args(["-j", "-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(not_started)?;
+    let mut stdin = child.stdin.take().ok_or("nft: no standard input")?;
+    let written = stdin.write_all(document.as_bytes());
+    drop(stdin);
+    let output = child.wait_with_output().map_err(|error| format!("nft: {error}"))?;
+    if !output.status.success() {
+        return Err(complaint(&output.stderr));
+    }
+    written.map_err(|error| format!("nft: cannot write the document: {error}"))
+}
+
+/// Our table as the kernel has it; `None`: there is none.
+pub(crate) fn observe() -> Result<Option<NftObserved>, String> {
+    let output = Command::new("nft").args(["-j", "list", "table", "ip", TABLE]).output().map_err(not_started)?;
+    if output.status.success() {
+        let text = String::from_utf8_lossy(&output.stdout);
+        return parse_listing(&text).map(Some).map_err(|error| format!("nft: cannot read its listing: {error}"));
+    }
+    let complaint = complaint(&output.stderr);
+    if complaint.contains("No such file or directory") { Ok(None) } else { Err(complaint) }
+}
+
+fn not_started(error: io::Error) -> String {
+    if error.kind() == io::ErrorKind::NotFound {
+        "nft is not installed: source NAT and node-port marks need it (package nftables)".to_owned()
+    } else {
+        format!("nft: {error}")
+    }
+}
+
+fn complaint(stderr: &[u8]) -> String {
+    format!("nft: {}", String::from_utf8_lossy(stderr).trim())
+}

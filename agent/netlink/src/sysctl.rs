@@ -1,0 +1,33 @@
+//! Sysctls of the calling thread's network namespace, read before they are written.
+
+use std::io;
+use std::path::PathBuf;
+
+fn file(path: &str) -> PathBuf {
+    PathBuf::from("/proc/sys").join(path)
+}
+
+/// The present value; `None` when the kernel has no such sysctl.
+///
+/// # Errors
+/// When it is there but cannot be read.
+pub fn read(path: &str) -> io::Result<Option<String>> {
+    match std::fs::read_to_string(file(path)) {
+        Ok(text) => Ok(Some(text.trim().to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes a value if it is another one: a read-only `/proc/sys` with the wanted values is good enough. A sysctl
+/// that the kernel does not have (IPv6 switched off at boot) is left out silently.
+///
+/// # Errors
+/// When it has another value and cannot be written.
+pub fn ensure(path: &str, value: &str) -> io::Result<()> {
+    match read(path)? {
+        None => Ok(()),
+        Some(present) if present == value => Ok(()),
+        Some(_) => std::fs::write(file(path), value),
+    }
+}

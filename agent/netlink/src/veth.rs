@@ -1,0 +1,90 @@
+//! Veth pairs, each end created where it shall live.
+
+use std::os::fd::{AsFd, AsRawFd as _};
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::{LinkUnspec, LinkVeth};
+use stanchion_core::ids::Mac;
+use stanchion_core::network::NodeIf;
+
+use crate::observe::node_if;
+use crate::socket::{Mode, Netlink, NetlinkError, Request};
+
+/// One end of a pair.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VethEnd {
+    /// Its name.
+    pub name: String,
+    /// Its Ethernet address.
+    pub mac: Mac,
+}
+
+/// An interface and what a veth says of its other end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkFacts {
+    /// The interface.
+    pub link: NodeIf,
+    /// The other end's number, in the other end's namespace.
+    pub peer_index: Option<u32>,
+}
+
+impl Netlink {
+    /// Creates a pair: `own` in this socket's namespace and up, `peer` in `peer_netns` and down.
+    ///
+    /// Creating both ends in one namespace and moving one would make the kernel wait for an RCU barrier with the network lock
+    /// held (aws/amazon-vpc-cni-k8s PR 3764: 5 s against 0.75 s for a burst of 30 pods).
+    ///
+    /// # Errors
+    /// When a name is taken or the kernel refuses.
+    pub fn create_veth(&mut self, own: &VethEnd, peer: &VethEnd, peer_netns: impl AsFd, mtu: u32) -> Result<(), NetlinkError> {
+        let peer_message =
+            LinkUnspec::new_with_name(&peer.name).mtu(mtu).address(peer.mac.0.to_vec()).setns_by_fd(peer_netns.as_fd().as_raw_fd()).build();
+        let message = LinkVeth::new(&own.name, &peer.name)
+            .mtu(mtu)
+            .address(own.mac.0.to_vec())
+            .up()
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer_message)))
+            .build();
+        let words = format!("create veth {} with peer {}", own.name, peer.name);
+        self.request(Request { message: RouteNetlinkMessage::NewLink(message), mode: Mode::Create, words })
+    }
+
+    /// The interface with this name; `None` when there is none.
+    ///
+    /// # Errors
+    /// When the kernel could not be asked.
+    pub fn link(&mut self, name: &str) -> Result<Option<LinkFacts>, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        match self.get(RouteNetlinkMessage::GetLink(message), &format!("get link {name}")) {
+            Ok(RouteNetlinkMessage::NewLink(message)) => Ok(Some(facts(&message))),
+            Ok(_) => Ok(None),
+            Err(error) if error.is_absent() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes an interface, with a veth its other end; whether there was one.
+    ///
+    /// # Errors
+    /// When it is there and the kernel refuses.
+    pub fn delete_link(&mut self, name: &str) -> Result<bool, NetlinkError> {
+        let message = LinkUnspec::new_with_name(name).build();
+        let request = Request { message: RouteNetlinkMessage::DelLink(message), mode: Mode::Change, words: format!("delete link {name}") };
+        match self.request(request) {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_absent() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn facts(message: &LinkMessage) -> LinkFacts {
+    let link = node_if(message);
+    let peer_index = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(index) if link.kind == "veth" => Some(*index),
+        _ => None,
+    });
+    LinkFacts { link, peer_index }
+}
