@@ -1,6 +1,6 @@
 //! Performs operations; decides nothing.
 
-use stanchion_core::network::NetOp;
+use stanchion_core::network::{NetOp, Rule};
 
 use crate::message::request;
 use crate::socket::{Netlink, NetlinkError};
@@ -15,6 +15,19 @@ impl Netlink {
         debug_assert!(!ops.iter().any(|op| matches!(op, NetOp::Sysctl { .. } | NetOp::Nft { .. })), "not netlink's");
         let results = self.batch(ops.iter().filter_map(request).collect())?;
         Ok(results.into_iter().zip(ops).map(|(result, op)| tolerate(op, result)).collect())
+    }
+
+    /// Deletes one rule; whether there was one. Table 0 stands for any.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn delete_rule(&mut self, rule: &Rule) -> Result<bool, NetlinkError> {
+        let Some(request) = request(&NetOp::DeleteRule(rule.clone())) else { return Ok(false) };
+        match self.request(request) {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_absent() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Performs netlink operations and stops caring at the first failure, which it returns; the later ones of the batch were tried too.

@@ -81,6 +81,30 @@ impl Netlink {
         }
         Ok(routes)
     }
+
+    /// Which interface a packet to `address` would leave by; `None` when it is unreachable.
+    ///
+    /// # Errors
+    /// When the kernel could not be asked.
+    pub fn egress(&mut self, address: IpAddr) -> Result<Option<u32>, NetlinkError> {
+        let mut message = RouteMessage::default();
+        let (family, destination) = match address {
+            IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address)),
+            IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address)),
+        };
+        message.header.address_family = family;
+        message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
+        message.attributes.push(RouteAttribute::Destination(destination));
+        match self.get(RouteNetlinkMessage::GetRoute(message), &format!("get route to {address}")) {
+            Ok(RouteNetlinkMessage::NewRoute(answer)) => Ok(answer.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            })),
+            Ok(_) => Ok(None),
+            Err(error) if matches!(error.errno(), Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 pub(crate) fn node_if(message: &LinkMessage) -> NodeIf {

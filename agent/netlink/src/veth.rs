@@ -57,12 +57,39 @@ impl Netlink {
     pub fn link(&mut self, name: &str) -> Result<Option<LinkFacts>, NetlinkError> {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-        match self.get(RouteNetlinkMessage::GetLink(message), &format!("get link {name}")) {
+        self.get_link(message, &format!("get link {name}"))
+    }
+
+    /// The interface with this number; `None` when there is none.
+    ///
+    /// # Errors
+    /// When the kernel could not be asked.
+    pub fn link_by_index(&mut self, index: u32) -> Result<Option<LinkFacts>, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        self.get_link(message, &format!("get link {index}"))
+    }
+
+    fn get_link(&mut self, message: LinkMessage, words: &str) -> Result<Option<LinkFacts>, NetlinkError> {
+        match self.get(RouteNetlinkMessage::GetLink(message), words) {
             Ok(RouteNetlinkMessage::NewLink(message)) => Ok(Some(facts(&message))),
             Ok(_) => Ok(None),
             Err(error) if error.is_absent() => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The number of an interface that must be there.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn link_index(&mut self, name: &str) -> Result<u32, NetlinkError> {
+        let absent = || NetlinkError::Refused {
+            request: format!("get link {name}"),
+            detail: String::new(),
+            source: std::io::Error::from_raw_os_error(libc::ENODEV),
+        };
+        self.link(name)?.map(|facts| facts.link.index).ok_or_else(absent)
     }
 
     /// Deletes an interface, with a veth its other end; whether there was one.

@@ -36,10 +36,24 @@ pub struct NetConf {
     pub mtu: Option<u32>,
     /// The pod's annotation asks for several interfaces.
     pub multi_nic: bool,
-    /// What an earlier ADD returned.
-    pub prev_result: Option<PrevResult>,
+    /// What an earlier ADD returned, unread: a DEL must not fail on it.
+    pub prev_result: Option<serde_json::Value>,
     /// GC: the attachments that live.
     pub valid_attachments: Vec<ValidAttachment>,
+    /// `pluginLogFile`: a file, or `stderr`; `None`: no log.
+    pub log_file: Option<PathBuf>,
+    /// `pluginLogLevel`.
+    pub log_level: LogLevel,
+}
+
+/// Which calls are logged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogLevel {
+    /// All: `DEBUG` and `INFO`.
+    #[default]
+    Calls,
+    /// Those that failed: `WARN`, `ERROR`, `FATAL`.
+    Failures,
 }
 
 /// An attachment that the runtime still knows (`cni.dev/valid-attachments`).
@@ -63,6 +77,8 @@ struct Wire {
     socket: Option<PathBuf>,
     spool_dir: Option<PathBuf>,
     veth_prefix: Option<String>,
+    plugin_log_file: Option<PathBuf>,
+    plugin_log_level: Option<String>,
     #[serde(default, deserialize_with = "number_or_text")]
     mtu: Option<u32>,
     #[serde(default)]
@@ -94,6 +110,23 @@ fn number_or_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u
     }
 }
 
+// === impl LogLevel ===
+
+impl LogLevel {
+    /// aws-node's words in any case; another one means `DEBUG`, as there.
+    fn parse(text: &str) -> Self {
+        match text.to_ascii_uppercase().as_str() {
+            "WARN" | "ERROR" | "FATAL" => Self::Failures,
+            _ => Self::Calls,
+        }
+    }
+
+    /// Whether a call with this outcome is logged.
+    pub fn wants(self, failed: bool) -> bool {
+        failed || self == Self::Calls
+    }
+}
+
 // === impl NetConf ===
 
 impl NetConf {
@@ -117,9 +150,13 @@ impl NetConf {
         }
         let socket = wire.socket.unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET));
         let spool_dir = wire.spool_dir.unwrap_or_else(|| spool_beside(&socket));
+        let log_file = wire.plugin_log_file.filter(|path| !path.as_os_str().is_empty());
+        if log_file.as_deref() == Some(Path::new("stdout")) {
+            return Err(invalid("pluginLogFile is stdout, which is where the result goes; use a file or stderr".to_owned()));
+        }
         let (key, value) = MULTI_NIC;
         let multi_nic = wire.runtime_config.annotations.unwrap_or_default().get(key).is_some_and(|text| text == value);
-        let prev_result = wire.prev_result.filter(|value| !value.is_null()).map(PrevResult::from_json).transpose()?;
+        let prev_result = wire.prev_result.filter(|value| !value.is_null());
         Ok(Self {
             version,
             name: wire.name,
@@ -130,6 +167,8 @@ impl NetConf {
             multi_nic,
             prev_result,
             valid_attachments: wire.valid_attachments,
+            log_file,
+            log_level: LogLevel::parse(wire.plugin_log_level.as_deref().unwrap_or_default()),
         })
     }
 
@@ -141,6 +180,14 @@ impl NetConf {
             version: Option<String>,
         }
         serde_json::from_slice::<Peek>(text).ok()?.version
+    }
+
+    /// What an earlier ADD returned; `None` when the runtime sent nothing.
+    ///
+    /// # Errors
+    /// Code 6 when it is no result.
+    pub fn read_prev_result(&self) -> Result<Option<PrevResult>, CniError> {
+        self.prev_result.clone().map(PrevResult::from_json).transpose()
     }
 
     /// A result in the configuration's version.
@@ -187,6 +234,7 @@ mod tests {
             ("[]", ErrorCode::Decode),
             (r#"{"cniVersion":"9.9.9","name":"x"}"#, ErrorCode::IncompatibleVersion),
             (r#"{"cniVersion":"1.0.0"}"#, ErrorCode::InvalidConfig),
+            (r#"{"cniVersion":"1.0.0","name":"x","pluginLogFile":"stdout"}"#, ErrorCode::InvalidConfig),
             (r#"{"cniVersion":"1.0.0","name":"x","mtu":100}"#, ErrorCode::InvalidConfig),
             (r#"{"cniVersion":"1.0.0","name":"x","mtu":"many"}"#, ErrorCode::Decode),
             (r#"{"cniVersion":"1.0.0","name":"x","vethPrefix":"toolong"}"#, ErrorCode::InvalidConfig),

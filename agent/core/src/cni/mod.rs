@@ -7,10 +7,12 @@ pub mod args;
 pub mod config;
 pub mod error;
 pub mod result;
+pub mod spool;
 pub mod version;
 
 pub use args::{Invocation, Verb};
 pub use config::NetConf;
 pub use error::{CniError, ErrorCode};
 pub use result::{CniResult, Interface, IpConfig, PrevResult};
+pub use spool::Spooled;
 pub use version::Version;

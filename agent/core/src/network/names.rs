@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use sha1::{Digest as _, Sha1};
 
-use crate::ids::PodName;
+use crate::ids::{Mac, PodName};
 
 /// The prefix of host veths when nobody says otherwise (`AWS_VPC_K8S_CNI_VETHPREFIX`).
 pub const DEFAULT_VETH_PREFIX: &str = "eni";
@@ -45,6 +45,19 @@ pub fn host_veth_name(prefix: &str, pod: &PodName, index: usize) -> String {
 /// The pod end's name: what the runtime asked for, then `mNicIf1`, `mNicIf2`, …
 pub fn pod_if_name(requested: &str, index: usize) -> String {
     if index == 0 { requested.to_owned() } else { format!("mNicIf{index}") }
+}
+
+/// The Ethernet addresses of a veth's host and pod end: locally administered, unicast, the same whenever the same attachment is
+/// set up again.
+pub fn veth_macs(container_id: &str, if_name: &str) -> (Mac, Mac) {
+    let end = |side: &str| {
+        let digest = Sha1::digest(format!("{side}/{container_id}/{if_name}").as_bytes());
+        let mut bytes = [0; 6];
+        bytes.copy_from_slice(&digest[..6]);
+        bytes[0] = bytes[0] & 0xfc | 0x02;
+        Mac(bytes)
+    };
+    (end("host"), end("pod"))
 }
 
 /// The name of the interface that aws-node invents in its results to carry a VLAN id and a device number.
@@ -96,6 +109,15 @@ mod tests {
         let pod = PodName::new("default", "sample-pod");
         assert_ne!(host_veth_name("eni", &pod, 1), host_veth_name("eni", &pod, 0));
         assert!(host_veth_name("abcd", &pod, 7).len() <= MAX_IF_NAME);
+    }
+
+    #[test]
+    fn macs_are_local_unicast_and_of_one_attachment() {
+        let (host, pod) = veth_macs("57601f51", "eth0");
+        assert_eq!(veth_macs("57601f51", "eth0"), (host, pod));
+        assert_ne!(host, pod);
+        assert_ne!(veth_macs("57601f51", "mNicIf1").1, pod);
+        assert!([host, pod].iter().all(|mac| mac.0[0] & 3 == 2));
     }
 
     #[test]

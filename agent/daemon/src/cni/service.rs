@@ -1,0 +1,220 @@
+//! The service `Cni` of `stanchion.proto`.
+
+use std::time::Duration;
+
+use stanchion_core::ids::ContainerId;
+use stanchion_proto as wire;
+use stanchion_proto::cni_server::{Cni, CniServer};
+use tokio::time::Instant;
+use tonic::{Request, Response, Status};
+use tracing::{info, warn};
+
+use super::convert::{activate_status, assign_status, attachments, caller, endpoint, key, release_status};
+use crate::ipamd::{AssignRequest, Assignment, IpamHandle};
+use crate::netpol::{ActivateIf, ActivateRequest, NetpolHandle};
+
+/// The longest wait for an address that a request may ask for.
+const MAX_WAIT: Duration = Duration::from_secs(110);
+/// The wait of a request that does not say.
+const DEFAULT_WAIT: Duration = Duration::from_secs(20);
+
+/// What the plugin is told with each address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniSettings {
+    /// `POD_MTU` in bytes.
+    pub pod_mtu: u32,
+    /// `AWS_VPC_K8S_CNI_VETHPREFIX`.
+    pub veth_prefix: String,
+    /// Pods do not start while the policy is not known (`NETWORK_POLICY_ENFORCING_MODE=strict`).
+    pub strict_policy: bool,
+}
+
+/// Answers the plugin.
+#[derive(Clone, Debug)]
+pub struct CniService {
+    ipam: IpamHandle,
+    /// `None`: network policy is off, the plugin skips `ActivateEndpoint`.
+    netpol: Option<NetpolHandle>,
+    settings: CniSettings,
+}
+
+/// The service for a tonic router.
+pub fn service(ipam: IpamHandle, netpol: Option<NetpolHandle>, settings: CniSettings) -> CniServer<CniService> {
+    CniServer::new(CniService { ipam, netpol, settings })
+}
+
+// === impl CniService ===
+
+#[tonic::async_trait]
+impl Cni for CniService {
+    async fn add_network(&self, request: Request<wire::AddNetworkRequest>) -> Result<Response<wire::AddNetworkReply>, Status> {
+        let request = request.into_inner();
+        let caller = caller(request.sandbox)?;
+        let wait = if request.wait_ms == 0 { DEFAULT_WAIT } else { Duration::from_millis(request.wait_ms.into()).min(MAX_WAIT) };
+        let started = Instant::now();
+        let assign = AssignRequest {
+            key: caller.key.clone(),
+            pod: caller.pod.clone(),
+            pod_uid: caller.pod_uid,
+            multi_nic: request.multi_nic,
+            deadline: started + wait,
+        };
+        let assignment = self.ipam.assign(assign).await.map_err(|error| {
+            warn!(pod = %caller.pod, key = %caller.key, error = &error as &dyn std::error::Error, "no address");
+            assign_status(&error)
+        })?;
+        let attachments = attachments(&assignment);
+        let ip = attachments.first().map(|attachment| format!("{}{}", attachment.ipv4, attachment.ipv6)).unwrap_or_default();
+        info!(pod = %caller.pod, key = %caller.key, ip, waited_us = started.elapsed().as_micros(), "assigned");
+        let policy_mode = match (&self.netpol, self.settings.strict_policy) {
+            (None, _) => "",
+            (Some(_), false) => "standard",
+            (Some(_), true) => "strict",
+        };
+        Ok(Response::new(wire::AddNetworkReply {
+            attachments,
+            external_snat: assignment.external_snat,
+            vpc_cidrs: assignment.vpc_cidrs.iter().map(ToString::to_string).collect(),
+            policy_mode: policy_mode.to_owned(),
+            pod_mtu: self.settings.pod_mtu,
+            veth_prefix: self.settings.veth_prefix.clone(),
+            branch: None,
+        }))
+    }
+
+    async fn activate_endpoint(
+        &self,
+        request: Request<wire::ActivateEndpointRequest>,
+    ) -> Result<Response<wire::ActivateEndpointReply>, Status> {
+        let request = request.into_inner();
+        let caller = caller(request.sandbox)?;
+        let endpoints = request.endpoints.iter().map(endpoint).collect::<Result<Vec<_>, _>>()?;
+        let Some(netpol) = &self.netpol else { return Ok(Response::new(wire::ActivateEndpointReply::default())) };
+        let activate =
+            ActivateRequest { pod: caller.pod.clone(), pod_uid: caller.pod_uid, container_id: caller.key.container_id, endpoints };
+        let report = netpol.activate(activate).await.map_err(|error| {
+            warn!(pod = %caller.pod, error = &error as &dyn std::error::Error, "policy not in force");
+            activate_status(&error)
+        })?;
+        Ok(Response::new(wire::ActivateEndpointReply { policy_us: report.policy_us }))
+    }
+
+    async fn del_network(&self, request: Request<wire::DelNetworkRequest>) -> Result<Response<wire::DelNetworkReply>, Status> {
+        let request = request.into_inner();
+        let caller = caller(request.sandbox)?;
+        // First the policy: an address that is free belongs to no endpoint.
+        if let Some(netpol) = &self.netpol {
+            netpol.deactivate(caller.key.container_id.clone()).await;
+        }
+        let released = self.ipam.release(caller.key.clone(), &request.reason).await.map_err(|error| {
+            warn!(pod = %caller.pod, key = %caller.key, error = &error as &dyn std::error::Error, "not released");
+            release_status(&error)
+        })?;
+        if released.is_some() {
+            info!(pod = %caller.pod, key = %caller.key, reason = request.reason, "released");
+        }
+        let attachments = released.as_ref().map(attachments).unwrap_or_default();
+        Ok(Response::new(wire::DelNetworkReply { attachments, vlan_id: 0 }))
+    }
+
+    async fn check_network(&self, request: Request<wire::CheckNetworkRequest>) -> Result<Response<wire::CheckNetworkReply>, Status> {
+        let request = request.into_inner();
+        let caller = caller(request.sandbox)?;
+        let seen = request.endpoints.iter().map(endpoint).collect::<Result<Vec<_>, _>>()?;
+        let held = self.ipam.lookup(caller.key).await.map_err(|busy| Status::unavailable(busy.to_string()))?;
+        let mut differences = address_differences(held.as_ref(), &seen);
+        if let Some(netpol) = &self.netpol {
+            let snapshot = netpol.snapshot().await;
+            let active = snapshot.endpoints.iter().find(|endpoint| endpoint.pod == caller.pod);
+            for veth in &seen {
+                if !active.is_some_and(|endpoint| endpoint.interfaces.iter().any(|interface| interface.index == veth.host_if_index)) {
+                    differences.push(format!("no network policy is in force on {}", veth.host_if_name));
+                }
+            }
+        }
+        Ok(Response::new(wire::CheckNetworkReply { differences }))
+    }
+
+    async fn collect_garbage(
+        &self,
+        request: Request<wire::CollectGarbageRequest>,
+    ) -> Result<Response<wire::CollectGarbageReply>, Status> {
+        let wire::CollectGarbageRequest { network_name, valid } = request.into_inner();
+        if network_name.is_empty() {
+            return Err(Status::invalid_argument("the request names no network"));
+        }
+        let living: Vec<ContainerId> = valid.iter().map(|attachment| ContainerId::new(attachment.container_id.as_str())).collect();
+        let keys = valid.into_iter().map(|a| key(network_name.clone(), &a.container_id, a.if_name)).collect();
+        if let Some(netpol) = &self.netpol {
+            for endpoint in netpol.snapshot().await.endpoints.iter().filter(|endpoint| !living.contains(&endpoint.container_id)) {
+                netpol.deactivate(endpoint.container_id.clone()).await;
+            }
+        }
+        let released = self.ipam.collect_garbage(&network_name, keys).await.map_err(|error| release_status(&error))?;
+        info!(released, "garbage collected");
+        Ok(Response::new(wire::CollectGarbageReply { released }))
+    }
+
+    async fn status(&self, _: Request<wire::StatusRequest>) -> Result<Response<wire::StatusReply>, Status> {
+        let status = self.ipam.status();
+        if !status.ready {
+            return Ok(Response::new(wire::StatusReply { ready: false, reason: status.reason }));
+        }
+        // In standard mode pods may start before their policy is known.
+        if let (Some(netpol), true) = (&self.netpol, self.settings.strict_policy)
+            && !*netpol.ready().borrow()
+        {
+            let reason = "the cluster's policies are not read yet, and NETWORK_POLICY_ENFORCING_MODE is strict".to_owned();
+            return Ok(Response::new(wire::StatusReply { ready: false, reason }));
+        }
+        Ok(Response::new(wire::StatusReply { ready: true, reason: String::new() }))
+    }
+}
+
+/// What the books hold against what the plugin saw on the veths.
+fn address_differences(held: Option<&Assignment>, seen: &[ActivateIf]) -> Vec<String> {
+    let Some(held) = held else { return vec!["the agent holds no address for this sandbox".to_owned()] };
+    let mut differences = Vec::new();
+    for address in &held.attachments {
+        for address in address.ipv4.map(std::net::IpAddr::V4).into_iter().chain(address.ipv6.map(std::net::IpAddr::V6)) {
+            if !seen.iter().any(|veth| veth.addresses().any(|present| present == address)) {
+                differences.push(format!("the agent holds {address} for this sandbox, which no veth carries"));
+            }
+        }
+    }
+    for veth in seen {
+        for address in veth.addresses() {
+            let known = held.attachments.iter().any(|a| a.ipv4.is_some_and(|v4| v4 == address) || a.ipv6.is_some_and(|v6| v6 == address));
+            if !known {
+                differences.push(format!("{} carries {address}, which the agent does not hold for this sandbox", veth.host_if_name));
+            }
+        }
+    }
+    differences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ipamd::AssignedAddress;
+
+    fn veth(ipv4: &str) -> ActivateIf {
+        ActivateIf { host_if_name: "eni1".into(), host_if_index: 7, ipv4: Some(ipv4.parse().unwrap()), ipv6: None }
+    }
+
+    #[test]
+    fn check_names_each_difference() {
+        let address = AssignedAddress {
+            ipv4: Some("10.0.0.9".parse().unwrap()),
+            ipv6: None,
+            eni: "eni-1".into(),
+            device_index: 1,
+            network_card: 0,
+            route_table: 2,
+        };
+        let held = Assignment { attachments: vec![address], external_snat: false, vpc_cidrs: vec![] };
+        assert_eq!(address_differences(Some(&held), &[veth("10.0.0.9")]), Vec::<String>::new());
+        assert_eq!(address_differences(Some(&held), &[veth("10.0.0.8")]).len(), 2);
+        assert_eq!(address_differences(None, &[veth("10.0.0.9")]).len(), 1);
+    }
+}

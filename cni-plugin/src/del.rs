@@ -1,0 +1,65 @@
+//! DEL: as often as the runtime likes, with or without the agent, the namespace and the earlier result.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use stanchion_core::cni::{CniError, ErrorCode, Invocation, NetConf};
+use stanchion_core::network::names::host_veth_name;
+use stanchion_netlink::Netlink;
+use stanchion_proto::DelNetworkReply;
+
+use crate::agent::{self, Agent};
+use crate::journal::Journal;
+use crate::{sandbox, spool};
+
+/// For the agent's part.
+const PATIENCE: Duration = Duration::from_secs(10);
+const REASON: &str = "PodDeleted";
+/// As many attachments as names are made up for when there is no earlier result.
+const ATTACHMENTS: usize = 8;
+
+/// Takes the network down, then gives the addresses back: an address whose network still exists is never free.
+pub(crate) async fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal) -> Result<(), CniError> {
+    let mut host = Netlink::open().map_err(|error| sandbox::kernel_error(&error))?;
+    // An unreadable result is no reason to keep the address.
+    let prev = conf.read_prev_result().unwrap_or_default().unwrap_or_default();
+    let mut addresses: Vec<IpAddr> = prev.ips.iter().map(|ip| ip.address).collect();
+    let mut own_names: Vec<String> = prev.interfaces.iter().map(|interface| interface.name.clone()).collect();
+    own_names.extend((0..ATTACHMENTS).map(|index| host_veth_name(&conf.veth_prefix, &invocation.pod, index)));
+
+    if let Some(path) = invocation.netns.as_deref() {
+        match sandbox::open_netns(path) {
+            Ok(netns) => addresses.extend(sandbox::remove_veths(&netns, &invocation.if_name)?),
+            // Gone, and the kernel takes the veth with it.
+            Err(error) if error.code == ErrorCode::UnknownContainer => journal.note("the namespace is gone"),
+            Err(error) => journal.note(&error.msg),
+        }
+    }
+    addresses.sort_unstable();
+    addresses.dedup();
+    sandbox::remove_rules(&mut host, &addresses, &own_names)?;
+    journal.phase("kernel");
+
+    let who = agent::sandbox(invocation, conf);
+    let released = match Agent::connect(&conf.socket, PATIENCE).await {
+        Ok(mut agent) => agent.release(who.clone(), REASON).await,
+        Err(error) => Err(error),
+    };
+    let outcome = match released {
+        Ok(reply) => {
+            // What the agent knew and we did not: no earlier result, no namespace.
+            let unknown: Vec<IpAddr> = held(&reply).filter(|address| !addresses.contains(address)).collect();
+            sandbox::remove_rules(&mut host, &unknown, &own_names)
+        }
+        Err(error) => {
+            journal.note(&error.msg);
+            spool::leave(&conf.spool_dir, &who, REASON)
+        }
+    };
+    journal.phase("release");
+    outcome
+}
+
+fn held(reply: &DelNetworkReply) -> impl Iterator<Item = IpAddr> {
+    reply.attachments.iter().flat_map(|attachment| [&attachment.ipv4, &attachment.ipv6]).filter_map(|text| text.parse().ok())
+}
