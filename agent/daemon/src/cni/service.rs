@@ -135,10 +135,7 @@ impl Cni for CniService {
         Ok(Response::new(wire::CheckNetworkReply { differences }))
     }
 
-    async fn collect_garbage(
-        &self,
-        request: Request<wire::CollectGarbageRequest>,
-    ) -> Result<Response<wire::CollectGarbageReply>, Status> {
+    async fn collect_garbage(&self, request: Request<wire::CollectGarbageRequest>) -> Result<Response<wire::CollectGarbageReply>, Status> {
         let wire::CollectGarbageRequest { network_name, valid } = request.into_inner();
         if network_name.is_empty() {
             return Err(Status::invalid_argument("the request names no network"));
