@@ -192,6 +192,11 @@ impl Cloud {
         }
     }
 
+    /// IMDS gives the instances keys of this role, each good for `lifetime`.
+    pub fn set_instance_role(&self, role: &str, lifetime: Duration) {
+        self.lock().instance_role = Some((role.to_owned(), lifetime));
+    }
+
     /// Makes an access key that requests must be signed with. Without any key, signatures are not looked at.
     pub fn add_access_key(&self, id: &str, secret: &str, session_token: Option<&str>, expires_in: Option<Duration>) {
         let mut state = self.lock();
@@ -204,6 +209,18 @@ impl Cloud {
 // === breaking ===
 
 impl Cloud {
+    /// Whether CloudWatch Logs reads compressed bodies.
+    pub fn set_takes_gzip(&self, takes: bool) {
+        self.lock().takes_gzip = takes;
+    }
+
+    /// Ends every session: keys that expire have expired.
+    pub fn expire_keys(&self) {
+        let mut state = self.lock();
+        let now = state.now();
+        state.keys.values_mut().for_each(|key| key.expires = key.expires.map(|_| now));
+    }
+
     /// Adds a scripted fault; they are tried in the order of their adding.
     pub fn inject(&self, fault: Fault) {
         self.lock().faults.add(fault);
@@ -434,6 +451,15 @@ impl Cloud {
     pub(super) fn imds<R>(&self, path: &str, act: impl FnOnce(&mut State) -> Result<R, ApiError>) -> Outcome<R> {
         let unavailable = || ApiError::with_status(503, "ServiceUnavailable", "");
         self.call(&format!("imds:{path}"), unavailable, act)
+    }
+
+    /// One call to a credential endpoint.
+    pub(super) fn credential_call<R>(&self, action: &str, act: impl FnOnce(&mut State) -> Result<R, ApiError>) -> Outcome<R> {
+        self.call(action, throttled_by_logs, act)
+    }
+
+    pub(super) fn takes_gzip(&self) -> bool {
+        self.lock().takes_gzip
     }
 
     fn call<R>(&self, action: &str, throttled: fn() -> ApiError, act: impl FnOnce(&mut State) -> Result<R, ApiError>) -> Outcome<R> {

@@ -3,7 +3,7 @@
 //! [`Cloud`] is a VPC with subnets, ENIs and instances, and the log groups of an account, behind one mutex and a
 //! [`Clock`]. It is as strict as the services are and as unreliable: limits a type, addresses counted one by one, /28s
 //! that need a whole block, lag between a change and what Describe and IMDS show, throttling, lost replies.
-//! The same model is reached over HTTP by the real SDK and without HTTP, on paused time, through the product's own traits ([`DirectEc2`], [`DirectImds`], [`DirectLogs`]).
+//! The same model is reached over HTTP by the real SDK ([`serve_ec2`], [`serve_imds`], [`serve_logs`]) and without HTTP, on paused time, through the product's own traits ([`DirectEc2`], [`DirectImds`], [`DirectLogs`]).
 //! No call does anything in the background: whatever happens later (an attachment that completes, lag that ends) is
 //! computed from the clock when it is asked for. A subscriber of [`Cloud::subscribe`] gets every change of an ENI.
 
@@ -12,10 +12,16 @@ mod cloud;
 mod direct;
 mod ec2;
 mod faults;
+mod http;
+mod imds_view;
 mod logs;
 mod logs_wire;
 mod model;
+mod query;
+mod servers;
+mod sigv4;
 mod subnet;
+mod xml;
 
 pub use clock::Clock;
 pub use cloud::{Cloud, LoggedCall};
@@ -24,4 +30,5 @@ pub use ec2::{Ec2Call, Ec2Reply, Filter, Page};
 pub use faults::{ApiError, Bucket, Chaos, Effect, Fault};
 pub use logs::{GroupView, KeepEvents, LogsCall, LogsReply, LogsTotals, StoredEvent};
 pub use model::{CloudConfig, EniEvent, InstanceSpec, InstanceView, SubnetSpec, Timing};
+pub use servers::{serve_credentials, serve_ec2, serve_imds, serve_logs};
 pub use subnet::Placement;

@@ -228,6 +228,10 @@ pub(super) struct State {
     pub(super) logs: LogsState,
     /// Access keys that sign requests: secret, session token, when it expires.
     pub(super) keys: BTreeMap<String, AccessKey>,
+    /// Name of the role that IMDS gives keys of, and how long they live.
+    pub(super) instance_role: Option<(String, Duration)>,
+    /// Compressed PutLogEvents bodies are read.
+    pub(super) takes_gzip: bool,
     pub(super) serial: u64,
     /// Versions written, for the jitter.
     draws: u64,
@@ -241,7 +245,29 @@ pub(super) struct AccessKey {
     pub(super) expires: Option<Duration>,
 }
 
+/// A key that was just made, in the texts that credential endpoints give.
+#[derive(Clone, Debug)]
+pub(super) struct MintedKey {
+    pub(super) id: String,
+    pub(super) secret: String,
+    pub(super) session_token: String,
+    pub(super) issued: String,
+    pub(super) expiration: String,
+}
+
 impl State {
+    /// Makes a key that expires.
+    pub(super) fn mint_key(&mut self, lifetime: Duration) -> MintedKey {
+        let (id, secret, session_token) = (self.fresh_hex(), self.fresh_hex(), self.fresh_hex());
+        let id = format!("ASIA{}", id.to_uppercase());
+        let (now, unix_ms) = (self.now(), self.clock.unix_ms());
+        let time = |ms: i64| jiff::Timestamp::from_millisecond(ms).map(|t| t.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
+        let until = unix_ms.saturating_add(i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX / 2));
+        let key = AccessKey { secret: secret.clone(), session_token: Some(session_token.clone()), expires: Some(now + lifetime) };
+        self.keys.insert(id.clone(), key);
+        MintedKey { id, secret, session_token, issued: time(unix_ms).unwrap_or_default(), expiration: time(until).unwrap_or_default() }
+    }
+
     pub(super) fn new(config: CloudConfig, clock: Clock, mut limits: BTreeMap<String, InstanceLimits>) -> Self {
         limits.extend(config.instance_types.iter().map(|limits| (limits.instance_type.clone(), limits.clone())));
         Self {
@@ -258,6 +284,8 @@ impl State {
             subscribers: Vec::new(),
             logs: LogsState::default(),
             keys: BTreeMap::new(),
+            instance_role: None,
+            takes_gzip: true,
             serial: 0,
             draws: 0,
         }

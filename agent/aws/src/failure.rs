@@ -1,0 +1,108 @@
+//! An SDK error, reduced to what the product asks of it.
+
+use std::error::Error;
+use std::time::Duration;
+
+use aws_credential_types::provider::error::CredentialsError;
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use aws_smithy_runtime_api::client::result::SdkError;
+use aws_smithy_types::error::metadata::ProvideErrorMetadata;
+
+/// Longest pause that a service can ask for; more is taken for nonsense.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
+
+/// What became of a request that gave no result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// The service said no.
+    Refused { code: String, message: String, status: u16, retry_after: Option<Duration> },
+    /// No credentials to sign with.
+    NoCredentials(String),
+    /// It was not sent: a mistake in the request.
+    NotSent(String),
+    /// Nobody knows: no reply, half a reply, or one that cannot be read.
+    NoReply(String),
+}
+
+impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> for Failure {
+    fn from(error: SdkError<E, HttpResponse>) -> Self {
+        match &error {
+            SdkError::ServiceError(context) => {
+                let raw = context.raw();
+                let meta = context.err().meta();
+                let status = raw.status().as_u16();
+                let code = meta.code().map_or_else(|| format!("HTTP {status}"), str::to_owned);
+                Self::Refused {
+                    code,
+                    message: meta.message().unwrap_or_default().to_owned(),
+                    status,
+                    retry_after: raw.headers().get("retry-after").and_then(parse_retry_after),
+                }
+            }
+            SdkError::ConstructionFailure(_) if has_source::<CredentialsError>(&error) => Self::NoCredentials(chain(&error)),
+            SdkError::DispatchFailure(_) if has_source::<CredentialsError>(&error) => Self::NoCredentials(chain(&error)),
+            SdkError::ConstructionFailure(_) => Self::NotSent(chain(&error)),
+            // An error status with a body that is no error document (a proxy's page) is still an answer.
+            SdkError::ResponseError(context) if context.raw().status().is_server_error() => Self::Refused {
+                code: format!("HTTP {}", context.raw().status().as_u16()),
+                message: chain(&error),
+                status: context.raw().status().as_u16(),
+                retry_after: context.raw().headers().get("retry-after").and_then(parse_retry_after),
+            },
+            _ => Self::NoReply(chain(&error)),
+        }
+    }
+}
+
+/// Every message of the chain, without repeating one.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let message = cause.to_string();
+        if !text.ends_with(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn has_source<T: Error + 'static>(error: &(dyn Error + 'static)) -> bool {
+    let mut source = error.source();
+    while let Some(cause) = source {
+        if cause.is::<T>() {
+            return true;
+        }
+        source = cause.source();
+    }
+    false
+}
+
+/// Seconds; the form with a date is not used by the services.
+fn parse_retry_after(text: &str) -> Option<Duration> {
+    let seconds = text.trim().parse::<u64>().ok()?;
+    Some(Duration::from_secs(seconds)).filter(|pause| *pause <= MAX_RETRY_AFTER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retry_after_is_seconds_within_reason() {
+        assert_eq!(parse_retry_after(" 7 "), Some(Duration::from_secs(7)));
+        for nonsense in ["", "-1", "soon", "Wed, 21 Oct 2026 07:28:00 GMT", "99999999999999999999", "301"] {
+            assert_eq!(parse_retry_after(nonsense), None, "{nonsense:?}");
+        }
+    }
+
+    #[test]
+    fn a_chain_names_each_cause_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer")]
+        struct Outer(#[source] std::io::Error);
+        assert_eq!(chain(&Outer(std::io::Error::other("inner"))), "outer: inner");
+    }
+}

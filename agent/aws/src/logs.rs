@@ -1,0 +1,155 @@
+//! CloudWatch Logs over the SDK.
+
+use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use aws_sdk_cloudwatchlogs::Client;
+use aws_sdk_cloudwatchlogs::types::LogGroupClass;
+use aws_smithy_types::body::SdkBody;
+use bytes::Bytes;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
+use stanchion_core::logs::LogBatch;
+
+use crate::classify::sink_error;
+use crate::failure::Failure;
+
+/// Level 1: of 8:1 and more on container logs at a tenth of level 6's CPU.
+const GZIP_LEVEL: u32 = 1;
+
+/// [`LogSink`] over the SDK. Each method is one request (a new group with retention: two), sent once.
+///
+/// [`LogBatch`] owns the encoded request; it replaces the SDK's serialisation before signing, so that a batch costs one
+/// SHA-256 and the transport, and no copy of an event.
+#[derive(Clone, Debug)]
+pub struct CloudWatchSink {
+    client: Client,
+    /// Bodies go compressed; the first endpoint that does not take them turns it off for good.
+    gzip: Arc<AtomicBool>,
+}
+
+impl CloudWatchSink {
+    pub(crate) fn new(client: Client) -> Self {
+        Self { client, gzip: Arc::new(AtomicBool::new(false)) }
+    }
+
+    /// Compresses bodies: less network for more CPU. The service bills the bytes before compression either way.
+    #[must_use]
+    pub fn with_gzip(self, on: bool) -> Self {
+        self.gzip.store(on, Ordering::Relaxed);
+        self
+    }
+
+    /// Whether bodies go compressed now.
+    pub fn gzip(&self) -> bool {
+        self.gzip.load(Ordering::Relaxed)
+    }
+
+    async fn send(&self, batch: &LogBatch, body: Bytes, gzip: bool) -> Result<Rejected, Failure> {
+        let emf = batch.is_emf();
+        let reply = self
+            .client
+            .put_log_events()
+            .log_group_name(batch.group())
+            .log_stream_name(batch.stream())
+            .set_log_events(Some(Vec::new()))
+            .customize()
+            .mutate_request(move |request| {
+                let length = body.len().to_string();
+                *request.body_mut() = SdkBody::from(body.clone());
+                let headers = request.headers_mut();
+                headers.insert("content-length", length);
+                if gzip {
+                    headers.insert("content-encoding", "gzip");
+                }
+                if emf {
+                    headers.insert("x-amzn-logs-format", "json/emf");
+                }
+            })
+            .send()
+            .await?;
+        let index = |index: Option<i32>| index.and_then(|index| usize::try_from(index).ok());
+        Ok(reply.rejected_log_events_info().map_or_else(Rejected::default, |info| Rejected {
+            too_new_from: index(info.too_new_log_event_start_index()),
+            too_old_until: index(info.too_old_log_event_end_index()),
+            expired_until: index(info.expired_log_event_end_index()),
+        }))
+    }
+}
+
+impl LogSink for CloudWatchSink {
+    async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
+        if self.gzip() {
+            match self.send(batch, compress(batch.body()), true).await {
+                Err(failure) if says_no_gzip(&failure) => {
+                    tracing::warn!(group = batch.group(), "the endpoint takes no gzip bodies: sent plain from now on");
+                    self.gzip.store(false, Ordering::Relaxed);
+                }
+                reply => return reply.map_err(to_sink_error),
+            }
+        }
+        self.send(batch, batch.body().clone(), false).await.map_err(to_sink_error)
+    }
+
+    async fn create_group(&self, group: &str, spec: &LogGroupSpec) -> Result<(), SinkError> {
+        let mut call = self.client.create_log_group().log_group_name(group);
+        if !spec.class.is_empty() {
+            call = call.log_group_class(LogGroupClass::from(spec.class.as_str()));
+        }
+        if !spec.tags.is_empty() {
+            call = call.set_tags(Some(spec.tags.clone().into_iter().collect()));
+        }
+        match call.send().await.map_err(Failure::from) {
+            // Whoever made it has set its retention.
+            Err(failure) if already_exists(&failure) => return Ok(()),
+            reply => reply.map_err(to_sink_error)?,
+        };
+        if let Some(days) = spec.retention_days {
+            let days = i32::try_from(days).map_err(|_| SinkError::Invalid(format!("a retention of {days} days")))?;
+            let call = self.client.put_retention_policy().log_group_name(group).retention_in_days(days);
+            call.send().await.map_err(|error| to_sink_error(Failure::from(error)))?;
+        }
+        Ok(())
+    }
+
+    async fn create_stream(&self, group: &str, stream: &str) -> Result<(), SinkError> {
+        let call = self.client.create_log_stream().log_group_name(group).log_stream_name(stream);
+        match call.send().await.map_err(Failure::from) {
+            Err(failure) if already_exists(&failure) => Ok(()),
+            reply => reply.map(|_| ()).map_err(to_sink_error),
+        }
+    }
+}
+
+fn compress(body: &[u8]) -> Bytes {
+    let mut encoder = GzEncoder::new(Vec::with_capacity(body.len() / 4), Compression::new(GZIP_LEVEL));
+    encoder.write_all(body).expect("a Vec takes every write");
+    encoder.finish().expect("a Vec takes every write").into()
+}
+
+/// What an endpoint says that reads a compressed body as it is.
+fn says_no_gzip(failure: &Failure) -> bool {
+    match failure {
+        Failure::Refused { status: 415, .. } => true,
+        Failure::Refused { code, .. } => matches!(
+            code.as_str(),
+            "SerializationException" | "UnsupportedMediaType" | "UnsupportedMediaTypeException" | "UnknownOperationException"
+        ),
+        _ => false,
+    }
+}
+
+fn already_exists(failure: &Failure) -> bool {
+    matches!(failure, Failure::Refused { code, .. } if code == "ResourceAlreadyExistsException")
+}
+
+fn to_sink_error(failure: Failure) -> SinkError {
+    match failure {
+        Failure::Refused { code, message, status, retry_after } => sink_error(&code, status, &message, retry_after),
+        Failure::NoCredentials(message) => SinkError::Unauthorized(message),
+        Failure::NotSent(message) => SinkError::Invalid(message),
+        Failure::NoReply(message) => SinkError::Unavailable(message),
+    }
+}
