@@ -20,6 +20,7 @@ pub mod pod;
 pub mod probe;
 pub mod router;
 pub mod run;
+mod sctp;
 pub mod tour;
 pub mod vpc;
 pub mod wait;

@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 
 use crate::netns::Netns;
+use crate::sctp;
 
 /// What a probe speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,6 +21,8 @@ pub enum Protocol {
     Tcp,
     /// A datagram which the server answers likewise.
     Udp,
+    /// An INIT, answered by an INIT-ACK whose cookie says whom the server sees.
+    Sctp,
 }
 
 /// What came of a probe.
@@ -49,13 +52,20 @@ pub const PATIENCE: Duration = Duration::from_millis(800);
 /// Servers in one namespace; dropping it stops them.
 #[derive(Debug)]
 pub struct Servers {
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 impl Servers {
-    /// Serves every port on TCP and UDP, on all addresses of the namespace.
+    /// Serves every port on TCP, UDP and SCTP, on all addresses of the namespace.
     pub fn start(netns: &Netns, ports: &[u16]) -> anyhow::Result<Self> {
-        Self::start_on(netns, Ipv4Addr::UNSPECIFIED, ports)
+        let mut servers = Self::start_on(netns, Ipv4Addr::UNSPECIFIED, ports)?;
+        let (netns, ports) = (netns.clone(), ports.to_vec());
+        servers.tasks.spawn(async move {
+            if let Err(error) = sctp::serve(netns, ports).await {
+                eprintln!("lab: the SCTP server ended: {error}");
+            }
+        });
+        Ok(servers)
     }
 
     /// Serves every port on TCP and UDP, on one address.
@@ -73,7 +83,7 @@ impl Servers {
                 }
             });
         }
-        Ok(Self { _tasks: tasks })
+        Ok(Self { tasks })
     }
 }
 
@@ -102,6 +112,7 @@ pub fn probe(netns: &Netns, protocol: Protocol, to: SocketAddr, patience: Durati
         let answer = match protocol {
             Protocol::Tcp => tcp(to, patience),
             Protocol::Udp => udp(to, patience),
+            Protocol::Sctp => sctp::probe(to, patience),
         };
         match answer {
             Ok(seen_as) => Ok(Answer::Reached { seen_as }),

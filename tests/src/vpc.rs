@@ -1,6 +1,7 @@
 //! The VPC as a whole: cloud, router, internet, nodes.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
@@ -13,12 +14,12 @@ use tokio::task::JoinSet;
 
 use crate::binaries::Binaries;
 use crate::cables::{Cables, Socket};
-use crate::fake_aws::{Clock, Cloud, CloudConfig, InstanceSpec, SubnetSpec, Timing};
+use crate::fake_aws::{Clock, Cloud, CloudConfig, InstanceSpec, SubnetSpec, Timing, serve_ec2, serve_imds, serve_logs};
 use crate::manifests::Manifests;
 use crate::netns::{self, Netns};
 use crate::node::{ACCESS_KEY, Inner, Node, aws_env};
 use crate::probe::{End, Servers};
-use crate::router::{Refused, Router};
+use crate::router::{IMDS_ADDRESS, Refused, Router};
 use crate::run::Run;
 use crate::wait::wait_for;
 use crate::wires::gateway;
@@ -41,7 +42,7 @@ pub struct VpcBuilder {
 #[derive(Debug)]
 pub struct Vpc {
     // Before `run`, whose drop removes the namespaces they live in.
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
     _servers: Servers,
     cloud: Cloud,
     cables: Cables,
@@ -82,9 +83,13 @@ impl VpcBuilder {
         let cables = Cables::new(built, cloud.clone());
         let mut tasks = JoinSet::new();
         tasks.spawn(cables.clone().follow(cloud.subscribe()));
+        let ec2 = internet.tcp_listener(SocketAddr::from((EC2_ADDRESS, 80)))?;
+        tasks.spawn(never(serve_ec2(ec2, cloud.clone())));
+        let logs = internet.tcp_listener(SocketAddr::from((LOGS_ADDRESS, 80)))?;
+        tasks.spawn(never(serve_logs(logs, cloud.clone(), None)));
         let servers = Servers::start_on(&internet, EXAMPLE_HOST, &[80])?;
         let manifests = Manifests::create(run.dir().join("manifests"))?;
-        Ok(Vpc { _tasks: tasks, _servers: servers, cloud, cables, router, internet, manifests, binaries, nodes: 0, subnets, run })
+        Ok(Vpc { tasks, _servers: servers, cloud, cables, router, internet, manifests, binaries, nodes: 0, subnets, run })
     }
 }
 
@@ -179,6 +184,9 @@ impl Vpc {
                 gateway(wire.subnet)
             ),
         )?;
+        // The metadata service answers on the node's own cable, so that it knows who asks.
+        let listener = self.router.tcp_listener_on(SocketAddr::from((IMDS_ADDRESS, 80)), &wire.router_if())?;
+        self.tasks.spawn(never(serve_imds(listener, self.cloud.clone(), instance.clone())));
         self.manifests.node(name, wire.primary.into(), instance_type)?;
         Ok(Node {
             inner: Arc::new(Inner {
@@ -203,4 +211,8 @@ impl Vpc {
     pub fn assigned(&self, node: &Node) -> Vec<IpAddr> {
         self.cloud.enis_of(node.instance()).into_iter().flat_map(|eni| eni.secondary_ipv4).map(IpAddr::from).collect()
     }
+}
+
+async fn never(service: impl Future<Output = Infallible>) {
+    match service.await {}
 }

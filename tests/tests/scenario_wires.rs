@@ -1,6 +1,7 @@
 //! The lab itself: wires that behave as a VPC does, before any agent runs in it.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +13,8 @@ use stanchion_lab::fake_aws::DirectEc2;
 use stanchion_lab::netns::{self, ip_batch, ip_json};
 use stanchion_lab::node::Node;
 use stanchion_lab::probe::{Answer, PATIENCE, Protocol, Servers, probe};
-use stanchion_lab::vpc::EXAMPLE_HOST;
+use stanchion_lab::router::IMDS_ADDRESS;
+use stanchion_lab::vpc::{EC2_ADDRESS, EXAMPLE_HOST};
 use stanchion_lab::wait::wait_for;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -47,8 +49,10 @@ async fn nodes_reach_each_other_and_the_internet_as_their_public_address() {
     let mut vpc = Vpc::builder().start().await.expect("the lab starts");
     let (one, two) = (vpc.node("n1", "m5.large").await.expect("n1"), vpc.node("n2", "m5.large").await.expect("n2"));
     let _servers = Servers::start(two.netns(), &[80]).expect("servers");
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
+    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
         assert_eq!(ask(&one, protocol, two.primary()), Answer::Reached { seen_as: one.primary() });
+    }
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
         assert_eq!(ask(&one, protocol, EXAMPLE_HOST.into()), Answer::Reached { seen_as: one.public() });
     }
     assert_eq!(vpc.refused().expect("counters").wrong_source, 0);
@@ -107,6 +111,34 @@ async fn an_address_works_only_through_the_eni_that_it_is_assigned_to() {
     })
     .await
     .expect("it vanishes");
+}
+
+/// A request from inside the node's namespace; the reply's body.
+fn http(node: &Node, to: Ipv4Addr, request: &str) -> String {
+    node.netns()
+        .run(|| {
+            let mut stream = TcpStream::connect((to, 80)).expect("connected");
+            stream.write_all(format!("{request}Host: x\r\nConnection: close\r\n\r\n").as_bytes()).expect("sent");
+            let mut reply = String::new();
+            stream.read_to_string(&mut reply).expect("a reply");
+            reply.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).expect("a body")
+        })
+        .expect("entered")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_metadata_service_knows_who_asks_and_ec2_answers() {
+    let mut vpc = Vpc::builder().start().await.expect("the lab starts");
+    let nodes = [vpc.node("n1", "t3.small").await.expect("n1"), vpc.node("n2", "m5.large").await.expect("n2")];
+    for node in &nodes {
+        let seconds = "X-aws-ec2-metadata-token-ttl-seconds: 60\r\n";
+        let token = http(node, IMDS_ADDRESS, &format!("PUT /latest/api/token HTTP/1.1\r\n{seconds}Content-Length: 0\r\n"));
+        let get = |path: &str| http(node, IMDS_ADDRESS, &format!("GET /latest/{path} HTTP/1.1\r\nX-aws-ec2-metadata-token: {token}\r\n"));
+        assert_eq!(get("meta-data/instance-id"), node.instance().as_str());
+        assert_eq!(get("meta-data/instance-type"), node.instance_type());
+        let unsigned = http(node, EC2_ADDRESS, "POST / HTTP/1.1\r\nContent-Length: 0\r\n");
+        assert!(unsigned.contains("MissingAuthenticationToken"), "{unsigned}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
