@@ -121,6 +121,7 @@ impl Machine {
             filesystems: vec![FilesystemSample { device: "/dev/nvme0n1p1".into(), volume: Some("vol-0a".into()), size }],
             cgroups: &cgroups,
             container_files: &files,
+            pod_counters: &HashMap::new(),
         };
         self.tracker.observe(&readings, &self.table)
     }

@@ -10,12 +10,15 @@
 //! | [`track`] | readings and pods to samples, keeping the counters of the last tick |
 //! | [`catalog`] | every metric of Container Insights: type, field, unit, dimensions, preset |
 //! | [`insights`] | samples to Container Insights documents (EMF version 0) |
+//! | [`exposition`], [`families`] | Prometheus and OpenMetrics text; the families on :61678/metrics |
 //!
 //! The parsers take text as the kernel writes it and never panic on anything else: a malformed line is left out, a
 //! malformed file is `None`.
 
 pub mod catalog;
 pub mod cgroup;
+pub mod exposition;
+pub mod families;
 pub mod insights;
 #[cfg(test)]
 mod insights_tests;

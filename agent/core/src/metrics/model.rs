@@ -248,6 +248,8 @@ pub struct PodSample {
     pub net: Option<Traffic>,
     /// Restarts of its containers since the last tick.
     pub restarts: u64,
+    /// Packets a second that policy dropped; `None` for a pod without policy.
+    pub denied: Option<f64>,
     /// Its containers that have a cgroup.
     pub containers: Vec<ContainerSample>,
 }

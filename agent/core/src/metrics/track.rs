@@ -47,6 +47,15 @@ pub struct Readings<'a> {
     pub cgroups: &'a [CgroupReading],
     /// Containers' own files, where the kubelet told.
     pub container_files: &'a ContainerFiles,
+    /// What other parts of the agent counted, by pod uid.
+    pub pod_counters: &'a HashMap<String, PodCounters>,
+}
+
+/// What other parts of the agent counted for a pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodCounters {
+    /// Packets that policy dropped, both directions.
+    pub denied: u64,
 }
 
 /// Containers' own files by pod uid, each with the container's name.
@@ -94,7 +103,7 @@ pub struct Tracker {
     cgroups: HashMap<Arc<CgroupId>, CgroupState>,
     interfaces: HashMap<String, Seen<[Rate; 8]>>,
     disks: HashMap<String, Seen<[Rate; 4]>>,
-    restarts: HashMap<String, Seen<Vec<(String, Delta)>>>,
+    pods: HashMap<String, Seen<PodState>>,
 }
 
 #[derive(Debug, Default)]
@@ -102,6 +111,13 @@ struct CgroupState {
     tick: u64,
     cpu: [Rate; 3],
     faults: [Rate; 4],
+}
+
+/// What is remembered of a pod besides its cgroups.
+#[derive(Debug, Default)]
+struct PodState {
+    restarts: Vec<(String, Delta)>,
+    denied: Rate,
 }
 
 #[derive(Debug, Default)]
@@ -141,11 +157,14 @@ impl Tracker {
             }
         }
         for pod in &mut pods {
-            let deltas = self.restart_deltas(&pod.meta);
+            let meta = Arc::clone(&pod.meta);
+            let state = self.pod_state(&meta.uid);
+            let deltas: Vec<u64> = meta.containers.iter().map(|container| state.restarted(&container.name, container.restarts)).collect();
             pod.restarts = deltas.iter().sum();
             for container in &mut pod.containers {
                 container.restarts = deltas.get(container.index).copied().unwrap_or(0);
             }
+            pod.denied = readings.pod_counters.get(&meta.uid).and_then(|counters| state.denied.update(readings.at, counters.denied));
         }
         let interfaces = self.node_interfaces(readings, table, &traffic);
         let node = self.node(readings, table, &interfaces);
@@ -194,27 +213,19 @@ impl Tracker {
             memory: None,
             net: net.map(|traffic| traffic.seen_from_the_other_end()),
             restarts: 0,
+            denied: None,
             containers: Vec::new(),
         }
     }
 
-    fn restart_deltas(&mut self, meta: &PodMeta) -> Vec<u64> {
+    fn pod_state(&mut self, uid: &str) -> &mut PodState {
         let tick = self.tick;
-        let entry = match self.restarts.get_mut(&meta.uid) {
-            Some(entry) => entry,
-            None => self.restarts.entry(meta.uid.clone()).or_default(),
-        };
+        if !self.pods.contains_key(uid) {
+            self.pods.insert(uid.to_owned(), Seen::default());
+        }
+        let entry = self.pods.get_mut(uid).expect("just inserted");
         entry.tick = tick;
-        meta.containers
-            .iter()
-            .map(|container| {
-                let at = entry.state.iter().position(|(name, _)| *name == container.name).unwrap_or_else(|| {
-                    entry.state.push((container.name.clone(), Delta::default()));
-                    entry.state.len() - 1
-                });
-                entry.state[at].1.update(container.restarts)
-            })
-            .collect()
+        &mut entry.state
     }
 
     fn node_interfaces(&self, readings: &Readings<'_>, table: &PodTable, traffic: &HashMap<&str, Traffic>) -> Vec<InterfaceSample> {
@@ -291,7 +302,18 @@ impl Tracker {
         self.cgroups.retain(|_, state| state.tick == tick);
         self.interfaces.retain(|_, seen| seen.tick == tick);
         self.disks.retain(|_, seen| seen.tick == tick);
-        self.restarts.retain(|_, seen| seen.tick == tick);
+        self.pods.retain(|_, seen| seen.tick == tick);
+    }
+}
+
+impl PodState {
+    /// Restarts of a container since the last tick.
+    fn restarted(&mut self, container: &str, restarts: u64) -> u64 {
+        let at = self.restarts.iter().position(|(name, _)| name == container).unwrap_or_else(|| {
+            self.restarts.push((container.to_owned(), Delta::default()));
+            self.restarts.len() - 1
+        });
+        self.restarts[at].1.update(restarts)
     }
 }
 

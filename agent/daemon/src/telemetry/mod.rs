@@ -8,21 +8,25 @@
 //! A tick that comes late is skipped, never queued: rates are over the time that passed.
 
 mod cgroups;
+mod prometheus;
 mod read;
 mod ship;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::Serialize;
 use stanchion_core::cloud::{LogEvent, LogSink};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::metrics::insights::{Encoder, NodeIdentity, Selection};
 use stanchion_core::metrics::model::Snapshot;
 use stanchion_core::metrics::pods::PodTable;
-use stanchion_core::metrics::track::{ContainerFiles, Figures, Tracker};
+use stanchion_core::metrics::track::{ContainerFiles, Figures, PodCounters, Tracker};
 use stanchion_core::network::names::DEFAULT_VETH_PREFIX;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -30,6 +34,9 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::netpol::{EndpointCounters, NetpolHandle};
+
+pub use prometheus::{Sources, render};
 pub use read::{ReadError, Roots};
 pub use ship::ShipCounters;
 
@@ -74,6 +81,8 @@ pub struct TelemetryParts<S> {
     pub identity: NodeIdentity,
     /// What is told.
     pub settings: TelemetrySettings,
+    /// Counts packets that policy dropped, where the network role runs too.
+    pub netpol: Option<NetpolHandle>,
     /// Ends the tasks.
     pub shutdown: CancellationToken,
 }
@@ -83,6 +92,35 @@ pub struct TelemetryParts<S> {
 pub struct TelemetryHandle {
     snapshot: watch::Receiver<Arc<Snapshot>>,
     shipped: Arc<ShipCounters>,
+    ticks: Arc<TickCounters>,
+}
+
+/// What became of ticks, since the start.
+#[derive(Debug, Default)]
+pub struct TickCounters {
+    /// Gave samples.
+    pub done: AtomicU64,
+    /// Could not read the kernel's figures.
+    pub failed: AtomicU64,
+    /// CPU time of the last one, microseconds.
+    pub cpu_us: AtomicU64,
+}
+
+/// Telemetry on one line, for `stanchion status`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TelemetryStatus {
+    /// Milliseconds since 1970 of the last tick; 0 before the first.
+    pub last_tick_ms: i64,
+    /// Ticks that gave samples.
+    pub ticks: u64,
+    /// Ticks that failed.
+    pub failed_ticks: u64,
+    /// CPU time of the last tick, microseconds.
+    pub tick_cpu_us: u64,
+    /// Documents that CloudWatch took.
+    pub documents_sent: u64,
+    /// Documents dropped.
+    pub documents_dropped: u64,
 }
 
 impl TelemetryHandle {
@@ -100,67 +138,115 @@ impl TelemetryHandle {
     pub fn shipped(&self) -> &ShipCounters {
         &self.shipped
     }
+
+    /// What became of ticks.
+    pub fn ticks(&self) -> &TickCounters {
+        &self.ticks
+    }
+
+    /// All of it on one line.
+    pub fn status(&self) -> TelemetryStatus {
+        TelemetryStatus {
+            last_tick_ms: self.snapshot.borrow().wall_ms,
+            ticks: self.ticks.done.load(Ordering::Relaxed),
+            failed_ticks: self.ticks.failed.load(Ordering::Relaxed),
+            tick_cpu_us: self.ticks.cpu_us.load(Ordering::Relaxed),
+            documents_sent: self.shipped.sent.load(Ordering::Relaxed),
+            documents_dropped: self.shipped.dropped.load(Ordering::Relaxed),
+        }
+    }
 }
 
 /// Starts the tasks. The join handle ends when both have.
 pub fn spawn<S: LogSink>(parts: TelemetryParts<S>) -> (TelemetryHandle, JoinHandle<()>) {
-    let TelemetryParts { sink, cluster, roots, identity, settings, shutdown } = parts;
+    let TelemetryParts { sink, cluster, roots, identity, settings, netpol, shutdown } = parts;
     let (publish, snapshot) = watch::channel(Arc::default());
-    let shipped = Arc::new(ShipCounters::default());
+    let (shipped, ticks) = (Arc::new(ShipCounters::default()), Arc::new(TickCounters::default()));
     let (documents, received) = mpsc::channel(WAITING_TICKS);
     let ship = ship::run(sink, identity.log_group(), identity.node.clone(), received, Arc::clone(&shipped), shutdown.clone());
     let collector = Collector::new(roots, cluster, identity, &settings);
-    let handle = TelemetryHandle { snapshot, shipped: Arc::clone(&shipped) };
+    let handle = TelemetryHandle { snapshot, shipped: Arc::clone(&shipped), ticks: Arc::clone(&ticks) };
+    let ticker = Ticker { interval: settings.interval, publish, documents, shipped, ticks, netpol, shutdown };
     let task = tokio::spawn(async move {
-        tokio::join!(ship, tick(collector, settings.interval, publish, documents, shipped, shutdown));
+        tokio::join!(ship, ticker.run(collector));
     });
     (handle, task)
 }
 
-/// Ticks until the shutdown. The first pass only sets the counters' baseline.
-async fn tick(
-    mut collector: Collector,
+/// The tick task.
+struct Ticker {
     interval: Duration,
     publish: watch::Sender<Arc<Snapshot>>,
     documents: mpsc::Sender<Vec<LogEvent>>,
     shipped: Arc<ShipCounters>,
+    ticks: Arc<TickCounters>,
+    netpol: Option<NetpolHandle>,
     shutdown: CancellationToken,
-) {
-    let phase = spread(&collector.encoder.identity().node, interval);
-    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + interval + phase, interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let mut first = true;
-    loop {
-        if !first {
-            tokio::select! {
-                _ = ticks.tick() => {}
-                () = shutdown.cancelled() => return,
-            }
-        }
-        // The kernel answers these reads at once, but a file system that hangs must not take a worker thread with it.
-        let pass = tokio::task::spawn_blocking(move || {
-            let outcome = collector.collect();
-            (collector, outcome)
-        });
-        let Ok((returned, outcome)) = pass.await else { return };
-        collector = returned;
-        match outcome {
-            Ok((snapshot, messages)) => {
-                let timestamp_ms = snapshot.wall_ms;
-                publish.send_replace(Arc::new(snapshot));
-                if !first {
-                    let count = messages.len() as u64;
-                    let events = messages.into_iter().map(|message| LogEvent { timestamp_ms, message }).collect();
-                    if documents.try_send(events).is_err() {
-                        shipped.dropped.fetch_add(count, std::sync::atomic::Ordering::Relaxed);
-                        warn!(documents = count, "metric documents dropped: the shipping task does not take them");
-                    }
+}
+
+impl Ticker {
+    /// Ticks until the shutdown. The first pass only sets the counters' baseline.
+    async fn run(self, mut collector: Collector) {
+        let phase = spread(&collector.encoder.identity().node, self.interval);
+        let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + self.interval + phase, self.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut first = true;
+        loop {
+            if !first {
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = self.shutdown.cancelled() => return,
                 }
             }
-            Err(error) => warn!(error = &error as &dyn std::error::Error, "no metrics this time"),
+            collector.pod_counters = self.pod_counters().await;
+            // The kernel answers these reads at once, but a file system that hangs must not take a worker thread with it.
+            let pass = tokio::task::spawn_blocking(move || {
+                let before = thread_cpu();
+                let outcome = collector.collect();
+                (collector, outcome, thread_cpu().saturating_sub(before))
+            });
+            let Ok((returned, outcome, cpu)) = pass.await else { return };
+            collector = returned;
+            self.ticks.cpu_us.store(u64::try_from(cpu.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            match outcome {
+                Ok((snapshot, messages)) => {
+                    self.ticks.done.fetch_add(1, Ordering::Relaxed);
+                    let timestamp_ms = snapshot.wall_ms;
+                    self.publish.send_replace(Arc::new(snapshot));
+                    if !first {
+                        self.send(timestamp_ms, messages);
+                    }
+                }
+                Err(error) => {
+                    self.ticks.failed.fetch_add(1, Ordering::Relaxed);
+                    warn!(error = &error as &dyn std::error::Error, "no metrics this time");
+                }
+            }
+            first = false;
         }
-        first = false;
     }
+
+    fn send(&self, timestamp_ms: i64, messages: Vec<String>) {
+        let count = messages.len() as u64;
+        let events = messages.into_iter().map(|message| LogEvent { timestamp_ms, message }).collect();
+        if self.documents.try_send(events).is_err() {
+            self.shipped.dropped.fetch_add(count, Ordering::Relaxed);
+            warn!(documents = count, "metric documents dropped: the shipping task does not take them");
+        }
+    }
+
+    /// What the other parts counted for each pod.
+    async fn pod_counters(&self) -> HashMap<String, PodCounters> {
+        let Some(netpol) = &self.netpol else { return HashMap::new() };
+        let snapshot = netpol.snapshot().await;
+        let denied = |counters: &EndpointCounters| counters.ingress_denied.packets + counters.egress_denied.packets;
+        snapshot.endpoints.iter().map(|endpoint| (endpoint.pod_uid.clone(), PodCounters { denied: denied(&endpoint.counters) })).collect()
+    }
+}
+
+/// CPU time of the calling thread.
+fn thread_cpu() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// A node's place in the interval, so that a thousand nodes do not send in the same second.
@@ -181,6 +267,7 @@ pub struct Collector {
     veth_prefix: String,
     encoder: Encoder,
     files: ContainerFiles,
+    pod_counters: HashMap<String, PodCounters>,
     fresh: bool,
 }
 
@@ -195,6 +282,7 @@ impl Collector {
             veth_prefix: settings.veth_prefix.clone(),
             encoder: Encoder::new(identity, settings.selection.clone()),
             files: ContainerFiles::new(),
+            pod_counters: HashMap::new(),
             fresh: true,
         }
     }
@@ -209,7 +297,7 @@ impl Collector {
             self.table = self.table.refreshed(&state, &self.encoder.identity().node, &self.veth_prefix);
             self.fresh = false;
         }
-        let snapshot = self.reader.pass(&mut self.tracker, &self.table, &self.files)?;
+        let snapshot = self.reader.pass(&mut self.tracker, &self.table, &self.files, &self.pod_counters)?;
         let documents = self.encoder.documents(&snapshot);
         debug!(pods = snapshot.pods.len(), documents = documents.len(), "metric tick");
         Ok((snapshot, documents))

@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use stanchion_core::metrics::model::{FilesystemSample, FilesystemSize, Snapshot};
 use stanchion_core::metrics::pods::PodTable;
 use stanchion_core::metrics::proc;
-use stanchion_core::metrics::track::{CgroupReading, ContainerFiles, Readings, Tracker};
+use stanchion_core::metrics::track::{CgroupReading, ContainerFiles, PodCounters, Readings, Tracker};
 
 use super::cgroups::{Cgroups, KernelFile};
 
@@ -76,7 +76,13 @@ impl Reader {
     }
 
     /// One pass, turned into samples.
-    pub(super) fn pass(&mut self, tracker: &mut Tracker, table: &PodTable, files: &ContainerFiles) -> Result<Snapshot, ReadError> {
+    pub(super) fn pass(
+        &mut self,
+        tracker: &mut Tracker,
+        table: &PodTable,
+        files: &ContainerFiles,
+        pod_counters: &HashMap<String, PodCounters>,
+    ) -> Result<Snapshot, ReadError> {
         let proc_root = self.roots.proc.as_path();
         let missing = |name: &str| ReadError::Unreadable { path: proc_root.join(name) };
         let at = self.started.elapsed();
@@ -106,6 +112,7 @@ impl Reader {
             filesystems,
             cgroups: &self.readings,
             container_files: files,
+            pod_counters,
         };
         Ok(tracker.observe(&readings, table))
     }

@@ -1,11 +1,14 @@
 //! The tasks over the real kernel and over trees made by the test.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use stanchion_core::cloud::{LogGroupSpec, Rejected, SinkError};
 use stanchion_core::logs::batch::LogBatch;
+use stanchion_core::metrics::exposition::{Family, Format, Kind};
+use stanchion_core::metrics::families;
 use tokio::time::timeout;
 
 use super::*;
@@ -69,6 +72,7 @@ async fn documents_of_the_real_kernel_arrive_after_an_outage() {
         roots: Roots::default(),
         identity: identity(),
         settings,
+        netpol: None,
         shutdown: shutdown.clone(),
     });
     timeout(LIMIT, sink.taken.notified()).await.expect("documents arrive");
@@ -157,5 +161,90 @@ fn check_layout(root: &Path, container: &str) {
         assert_eq!(found, [(UID, None), (UID, Some(ID))], "{container}");
         assert_eq!(out.iter().map(|reading| reading.cpu.unwrap().usage_ns).collect::<Vec<_>>(), [2_000_000, 1_000_000]);
         assert!(out.iter().all(|reading| reading.memory.unwrap().working_set() == 4000));
+    }
+}
+
+/// A text as a scraper reads it: headings before samples, each family once and known, labels as declared, numbers readable.
+fn check_exposition(text: &str, format: Format) -> BTreeSet<String> {
+    let known: HashMap<&str, &Family> = families::AWS_NODE.iter().chain(families::OWN).map(|family| (family.name, *family)).collect();
+    let (mut seen, mut current) = (BTreeSet::new(), String::new());
+    let mut lines = text.lines().peekable();
+    while let Some(line) = lines.next() {
+        if line == "# EOF" {
+            assert!(format == Format::OpenMetrics && lines.peek().is_none());
+        } else if let Some(rest) = line.strip_prefix("# HELP ") {
+            current = rest.split(' ').next().unwrap().to_owned();
+            assert!(seen.insert(current.clone()), "{current} is told twice");
+            let kind = lines.next().unwrap();
+            assert!(kind.starts_with(&format!("# TYPE {current} ")), "{kind}");
+            let full = if known.contains_key(current.as_str()) { current.clone() } else { format!("{current}_total") };
+            let wanted = known.get(full.as_str()).unwrap_or_else(|| panic!("{current} is in no table"));
+            let unknown = format == Format::OpenMetrics && wanted.kind == Kind::Counter && !wanted.name.ends_with("_total");
+            assert!(kind.ends_with(if unknown { "unknown" } else { wanted.kind.name() }), "{kind}");
+            current = full;
+        } else {
+            let (series, value) = line.rsplit_once(' ').unwrap();
+            value.parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
+            let name = series.split('{').next().unwrap();
+            assert!(
+                name.strip_prefix(current.as_str()).is_some_and(|suffix| ["", "_sum", "_count", "_bucket"].contains(&suffix)),
+                "{line}"
+            );
+            for label in known[current.as_str()].labels {
+                assert!(series.contains(&format!("{label}=\"")), "{line}");
+            }
+        }
+    }
+    seen
+}
+
+#[test]
+fn a_scrape_of_a_busy_node_is_valid_and_bounded() {
+    let mut ipam = crate::ipamd::IpamSnapshot { max_enis: 3, max_addresses: 27, ..Default::default() };
+    ipam.pools.push(crate::ipamd::PoolView { total: 18, assigned: 4, ..Default::default() });
+    ipam.counters.startup_seconds = Some(1.5);
+    ipam.counters.add_requests = 7;
+    ipam.counters.del_requests.insert("PodDeleted".into(), 3);
+    ipam.counters.errors.insert("assignPodIPv4AddressUnsafe", 1);
+    for (error, count) in [(None, 2), (Some("Throttled".to_owned()), 1), (Some("Other \"x\"".to_owned()), 1)] {
+        ipam.counters.ec2_calls.push(crate::ipamd::Ec2CallStats { api: "CreateNetworkInterface", error, count, total_ms: 50.0 });
+    }
+    let mut netpol = crate::netpol::NetpolSnapshot { ready: true, ..Default::default() };
+    for index in 0..300 {
+        let endpoint = crate::netpol::EndpointView {
+            slot: index,
+            pod: stanchion_core::ids::PodName::new("default", format!("p-{index}")),
+            pod_uid: String::new(),
+            container_id: "c".into(),
+            interfaces: Vec::new(),
+            ingress_isolated: true,
+            egress_isolated: false,
+            audit: false,
+            revision: 1,
+            flows: 0,
+            counters: EndpointCounters::default(),
+        };
+        netpol.endpoints.push(endpoint);
+    }
+    let sources = Sources { ipam: Some(&ipam), netpol: Some(&netpol), version: "0.1.0", ..Default::default() };
+    for format in [Format::Prometheus, Format::OpenMetrics] {
+        let text = render(&sources, format);
+        let seen = check_exposition(&text, format);
+        for name in [
+            "awscni_eni_max",
+            "awscni_total_ip_addresses",
+            "awscni_add_ip_req_count",
+            "awscni_ec2api_error_count",
+            "process_resident_memory_bytes",
+        ] {
+            assert!(seen.contains(name), "{name}");
+        }
+        assert!(text.contains(
+            "awscni_ipamd_startup_duration_seconds_bucket{success=\"true\",with_api_server=\"true\",failure_reason=\"\",le=\"2.5\"} 1\n"
+        ));
+        assert!(text.contains("awscni_aws_api_latency_ms_count{api=\"CreateNetworkInterface\",error=\"true\",status=\"400\"} 2\n"));
+        assert!(text.contains("awscni_aws_api_error_count{api=\"CreateNetworkInterface\",error=\"Other \\\"x\\\"\"} 1\n"));
+        // 300 policed pods have 1,200 series a family: 1,000 are told, the rest is counted.
+        assert!(text.contains("stanchion_metrics_capped_samples 400\n"));
     }
 }
