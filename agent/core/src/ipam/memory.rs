@@ -1,0 +1,333 @@
+//! What the planner remembers of EC2's answers: subnets without addresses, and how often each action may be called.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::types::Time;
+use crate::cloud::{AddressRequest, Ec2Action, Ec2Error};
+use crate::ids::SubnetId;
+
+/// First pause after a subnet refused even one address; doubles with each further refusal.
+const FIRST_SUBNET_PAUSE: Duration = Duration::from_secs(10);
+/// Longest: addresses come back when other nodes shrink, which takes minutes.
+const LONGEST_SUBNET_PAUSE: Duration = Duration::from_secs(600);
+/// First pause of an action that failed for no reason that we know; doubles.
+const FIRST_ACTION_PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause of a failing action.
+const LONGEST_ACTION_PAUSE: Duration = Duration::from_secs(60);
+/// Calls that may follow each other at once. EC2's buckets hold 100 to 200 mutating calls for a whole account; a node that
+/// starts needs about one for each ENI.
+const BURST: f64 = 8.0;
+/// Calls a second after the burst, until EC2 throttles.
+const FULL_RATE: f64 = 2.0;
+/// The lowest rate that throttling brings us to: one call in 20 s.
+const LOWEST_RATE: f64 = 0.05;
+/// What a success adds to the rate, so that a storm's end is found in about a dozen calls.
+const RATE_STEP: f64 = 0.15;
+
+/// What a subnet can be short of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AddressKind {
+    /// Single IPv4 addresses.
+    Addresses,
+    /// /28 prefixes: sixteen free addresses in a row.
+    Prefixes,
+    /// /80 prefixes.
+    Ipv6,
+}
+
+impl AddressKind {
+    /// The kind and number that a request asks for.
+    pub fn of(request: AddressRequest) -> (Self, u16) {
+        match request {
+            AddressRequest::Ipv4(count) => (Self::Addresses, count),
+            AddressRequest::Ipv4Prefixes(count) => (Self::Prefixes, count),
+            AddressRequest::Ipv6Prefixes(count) => (Self::Ipv6, count),
+        }
+    }
+
+    /// The request for that many.
+    pub fn request(self, count: u16) -> AddressRequest {
+        match self {
+            Self::Addresses => AddressRequest::Ipv4(count),
+            Self::Prefixes => AddressRequest::Ipv4Prefixes(count),
+            Self::Ipv6 => AddressRequest::Ipv6Prefixes(count),
+        }
+    }
+
+    /// As in snapshots.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Addresses => "addresses",
+            Self::Prefixes => "prefixes",
+            Self::Ipv6 => "ipv6",
+        }
+    }
+}
+
+/// A subnet that refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Shortage {
+    /// First refusal of the row.
+    pub since: Time,
+    /// Not asked again before.
+    pub until: Time,
+    /// The most to ask for in one call: halves with each refusal, doubles with each success.
+    pub at_most: u16,
+    /// Refusals of a single one in a row.
+    pub refusals: u32,
+    /// EC2's words.
+    pub error: String,
+}
+
+/// How often an action may be called.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Budget {
+    tokens: f64,
+    rate: f64,
+    updated: Time,
+    paused_until: Time,
+    failures: u32,
+    /// The failure behind the pause, if any.
+    pub error: Option<String>,
+}
+
+impl Budget {
+    fn new(now: Time) -> Self {
+        Self { tokens: BURST, rate: FULL_RATE, updated: now, paused_until: Time(0), failures: 0, error: None }
+    }
+
+    fn tokens_at(&self, now: Time) -> f64 {
+        (self.tokens + now.since(self.updated).as_secs_f64() * self.rate).min(BURST)
+    }
+
+    fn ready_at(&self, now: Time) -> Time {
+        let missing = 1.0 - self.tokens_at(now);
+        let refill = if missing <= 0.0 { now } else { now + Duration::from_secs_f64(missing / self.rate) + Duration::from_millis(1) };
+        refill.max(self.paused_until)
+    }
+}
+
+/// The planner's memory; the actor feeds it with every answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Memory {
+    shortages: BTreeMap<(SubnetId, AddressKind), Shortage>,
+    budgets: BTreeMap<Ec2Action, Budget>,
+    /// Since when each card has more than its targets, without interruption.
+    pub surplus_since: BTreeMap<u16, Time>,
+    jitter: u64,
+}
+
+impl Memory {
+    /// `seed` (from the instance id) spreads the pauses of a fleet.
+    pub fn new(seed: u64) -> Self {
+        Self { jitter: seed, ..Self::default() }
+    }
+
+    /// Subnets that refused lately.
+    pub fn shortages(&self) -> &BTreeMap<(SubnetId, AddressKind), Shortage> {
+        &self.shortages
+    }
+
+    /// The shortage of a subnet, paused or not.
+    pub fn shortage(&self, subnet: &SubnetId, kind: AddressKind) -> Option<&Shortage> {
+        self.shortages.get(&(subnet.clone(), kind))
+    }
+
+    /// How many of `wanted` a subnet may be asked for now; `Err` is when to ask again.
+    pub fn allowance(&self, subnet: &SubnetId, kind: AddressKind, wanted: u16, now: Time) -> Result<u16, Time> {
+        match self.shortage(subnet, kind) {
+            Some(shortage) if shortage.until > now => Err(shortage.until),
+            Some(shortage) => Ok(wanted.min(shortage.at_most)),
+            None => Ok(wanted),
+        }
+    }
+
+    /// Whether an action may be called now; `Err` is when.
+    pub fn may_call(&self, action: Ec2Action, now: Time) -> Result<(), Time> {
+        match self.budgets.get(&action).map(|budget| budget.ready_at(now)) {
+            Some(at) if at > now => Err(at),
+            _ => Ok(()),
+        }
+    }
+
+    /// Why an action is paused, if it failed.
+    pub fn pause_reason(&self, action: Ec2Action) -> Option<&str> {
+        self.budgets.get(&action)?.error.as_deref()
+    }
+
+    /// Takes a token; the caller asked [`Self::may_call`].
+    pub fn called(&mut self, action: Ec2Action, now: Time) {
+        let budget = self.budgets.entry(action).or_insert_with(|| Budget::new(now));
+        budget.tokens = budget.tokens_at(now) - 1.0;
+        budget.updated = now;
+    }
+
+    /// Pauses an action after an unlucky number of tries elsewhere (a shortage has its own memory).
+    fn pause(&mut self, action: Ec2Action, error: String, now: Time) {
+        let jitter = self.next_jitter();
+        let budget = self.budgets.entry(action).or_insert_with(|| Budget::new(now));
+        let pause = doubled(FIRST_ACTION_PAUSE, budget.failures, LONGEST_ACTION_PAUSE);
+        budget.failures = budget.failures.saturating_add(1);
+        budget.paused_until = now + stretched(pause, jitter);
+        budget.error = Some(error);
+    }
+
+    /// EC2 did it: the action's rate grows, its pauses end.
+    pub fn succeeded(&mut self, action: Ec2Action, now: Time) {
+        let Some(budget) = self.budgets.get_mut(&action) else { return };
+        budget.tokens = budget.tokens_at(now);
+        budget.updated = now;
+        budget.rate = (budget.rate + RATE_STEP).min(FULL_RATE);
+        budget.failures = 0;
+        budget.paused_until = Time(0);
+        budget.error = None;
+    }
+
+    /// EC2 gave what was asked of a subnet.
+    pub fn subnet_gave(&mut self, subnet: &SubnetId, request: AddressRequest) {
+        let (kind, count) = AddressKind::of(request);
+        let key = (subnet.clone(), kind);
+        if let Some(shortage) = self.shortages.get_mut(&key) {
+            shortage.refusals = 0;
+            shortage.at_most = shortage.at_most.max(count).saturating_mul(2);
+            if shortage.at_most >= 64 {
+                self.shortages.remove(&key);
+            }
+        }
+    }
+
+    /// EC2 did not do it. `asked` is what was asked of which subnet, for the actions that ask one.
+    pub fn failed(&mut self, error: &Ec2Error, asked: Option<(&SubnetId, AddressRequest)>, now: Time) {
+        match error {
+            Ec2Error::Throttled { action, .. } => {
+                self.pause(*action, error.to_string(), now);
+                if let Some(budget) = self.budgets.get_mut(action) {
+                    budget.rate = (budget.rate / 2.0).max(LOWEST_RATE);
+                    budget.tokens = 0.0;
+                    budget.updated = now;
+                }
+            }
+            Ec2Error::InsufficientAddresses { action, .. } => match asked {
+                Some((subnet, request)) => self.subnet_refused(subnet, request, error.to_string(), now),
+                None => self.pause(*action, error.to_string(), now),
+            },
+            // The picture is stale; reading it anew is the cure, not waiting. A short pause keeps a lie from spinning.
+            Ec2Error::AddressLimit { action, .. }
+            | Ec2Error::AttachmentConflict { action, .. }
+            | Ec2Error::NotFound { action, .. }
+            | Ec2Error::Unauthorized { action, .. }
+            | Ec2Error::NoReply { action, .. }
+            | Ec2Error::Other { action, .. } => self.pause(*action, error.to_string(), now),
+        }
+    }
+
+    fn subnet_refused(&mut self, subnet: &SubnetId, request: AddressRequest, error: String, now: Time) {
+        let (kind, count) = AddressKind::of(request);
+        let jitter = self.next_jitter();
+        let shortage = self.shortages.entry((subnet.clone(), kind)).or_insert_with(|| Shortage {
+            since: now,
+            until: now,
+            at_most: count,
+            refusals: 0,
+            error: String::new(),
+        });
+        shortage.error = error;
+        shortage.at_most = (count / 2).max(1);
+        if count <= 1 {
+            let pause = doubled(FIRST_SUBNET_PAUSE, shortage.refusals, LONGEST_SUBNET_PAUSE);
+            shortage.until = now + stretched(pause, jitter);
+            shortage.refusals = shortage.refusals.saturating_add(1);
+        }
+    }
+
+    /// When the earliest pause ends.
+    pub fn next_pause_end(&self, now: Time) -> Option<Time> {
+        let subnets = self.shortages.values().map(|shortage| shortage.until);
+        let actions = self.budgets.values().map(|budget| budget.paused_until);
+        subnets.chain(actions).filter(|until| *until > now).min()
+    }
+
+    /// A number in 0..1 (splitmix64).
+    fn next_jitter(&mut self) -> f64 {
+        self.jitter = self.jitter.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.jitter;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        f64::from(u32::try_from((mixed ^ (mixed >> 31)) >> 32).unwrap_or(0)) / f64::from(u32::MAX)
+    }
+}
+
+fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
+    first.saturating_mul(1 << times.min(16)).min(longest)
+}
+
+/// Up to a quarter longer.
+fn stretched(pause: Duration, jitter: f64) -> Duration {
+    pause.mul_f64(1.0 + jitter / 4.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ACTION: Ec2Action = Ec2Action::AssignPrivateIpAddresses;
+
+    fn insufficient() -> Ec2Error {
+        Ec2Error::InsufficientAddresses { action: ACTION, code: "InsufficientFreeAddressesInSubnet".to_owned(), message: "no".to_owned() }
+    }
+
+    #[test]
+    fn a_refusing_subnet_is_asked_for_half_and_then_paused_longer_each_time() {
+        let subnet = SubnetId::from("subnet-1");
+        let mut memory = Memory::new(1);
+        let mut now = Time(0);
+        for (asked, next) in [(9u16, 4u16), (4, 2), (2, 1)] {
+            memory.failed(&insufficient(), Some((&subnet, AddressRequest::Ipv4(asked))), now);
+            assert_eq!(memory.allowance(&subnet, AddressKind::Addresses, 9, now), Ok(next));
+        }
+        let mut last = Duration::ZERO;
+        for _ in 0..10 {
+            memory.failed(&insufficient(), Some((&subnet, AddressRequest::Ipv4(1))), now);
+            let until = memory.allowance(&subnet, AddressKind::Addresses, 9, now).expect_err("paused");
+            assert!(until.since(now) <= LONGEST_SUBNET_PAUSE.mul_f64(1.25));
+            assert!(until.since(now) >= last.mul_f64(0.8));
+            last = until.since(now);
+            now = until;
+        }
+        assert!(last >= LONGEST_SUBNET_PAUSE);
+        assert_eq!(memory.allowance(&subnet, AddressKind::Prefixes, 9, now), Ok(9), "another kind is not concerned");
+        assert_eq!(memory.allowance(&SubnetId::from("subnet-2"), AddressKind::Addresses, 9, now), Ok(9));
+        for _ in 0..7 {
+            memory.subnet_gave(&subnet, AddressRequest::Ipv4(1));
+        }
+        assert!(memory.shortages().is_empty());
+    }
+
+    #[test]
+    fn throttling_halves_the_rate_and_success_restores_it() {
+        let mut memory = Memory::new(7);
+        let mut now = Time(1_000);
+        let throttled = Ec2Error::Throttled { action: ACTION, code: "RequestLimitExceeded".to_owned() };
+        for _ in 0..8 {
+            assert_eq!(memory.may_call(ACTION, now), Ok(()));
+            memory.called(ACTION, now);
+        }
+        assert!(memory.may_call(ACTION, now).is_err(), "the burst is spent");
+        for _ in 0..10 {
+            memory.failed(&throttled, None, now);
+            now = memory.may_call(ACTION, now).expect_err("paused");
+            assert_eq!(memory.may_call(ACTION, now), Ok(()), "the time that is named is enough");
+            memory.called(ACTION, now);
+        }
+        for _ in 0..20 {
+            memory.succeeded(ACTION, now);
+        }
+        now = now + Duration::from_secs(1);
+        assert_eq!(memory.may_call(ACTION, now), Ok(()));
+        assert_eq!(memory.may_call(Ec2Action::CreateNetworkInterface, now), Ok(()), "other actions have their own budget");
+    }
+}
