@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod container_log;
 pub mod fake_aws;
 pub mod fake_kube;
+pub mod ipam_world;
 pub mod leftovers;
 pub mod manifests;
 pub mod netns;

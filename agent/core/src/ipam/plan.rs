@@ -10,7 +10,9 @@ use super::memory::Memory;
 use super::store::{Datastore, PoolMode};
 use super::types::Time;
 use crate::cloud::{AddressRequest, Ec2Action};
+use crate::config::PoolConfig;
 use crate::ids::{EniId, SecurityGroupId, SubnetId};
+use crate::limits::InstanceLimits;
 
 /// How much to keep ready: aws-node's variables.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -27,6 +29,30 @@ pub struct Targets {
     pub warm_prefix: u32,
     /// One ENI of card 0 is kept for the trunk until one is attached.
     pub reserve_trunk: bool,
+}
+
+impl Targets {
+    /// What the settings ask for on this type. Prefix delegation falls back to single addresses where the type has none;
+    /// IPv6 cannot, and the error says so.
+    ///
+    /// # Errors
+    /// A sentence for the start's refusal.
+    pub fn from_config(config: &PoolConfig, limits: &InstanceLimits) -> Result<Self, String> {
+        let mode = match (config.ipv6, config.prefix_delegation && limits.supports_prefixes()) {
+            (true, true) => PoolMode::Ipv6Prefixes,
+            (true, false) => return Err(format!("IPv6 needs prefix delegation, which {} does not have", limits.instance_type)),
+            (false, true) => PoolMode::Prefixes,
+            (false, false) => PoolMode::SecondaryIps,
+        };
+        Ok(Self {
+            mode,
+            warm_eni: config.warm_eni_target,
+            warm_ip: config.warm_ip_target,
+            minimum_ip: config.minimum_ip_target,
+            warm_prefix: config.warm_prefix_target,
+            reserve_trunk: false,
+        })
+    }
 }
 
 /// What the instance can hold.

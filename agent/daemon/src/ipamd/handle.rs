@@ -9,13 +9,18 @@ use serde::Serialize;
 use stanchion_core::ids::{EniId, PodName};
 use stanchion_core::ipam::IpamKey;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::snapshot::IpamSnapshot;
 
 /// Requests that may wait in the mailbox. A node holds at most a few hundred pods and each has one ADD or DEL at a time,
 /// so a full mailbox means that the actor hangs, and a caller should hear it rather than queue.
 pub(super) const MAILBOX: usize = 512;
+
+/// The actor answers at the deadline; a caller hears at the latest this much later that it is still starting.
+const REPLY_GRACE: Duration = Duration::from_millis(200);
+/// A release needs no EC2, so only a starting actor takes this long. The runtime repeats a DEL.
+const RELEASE_WITHIN: Duration = Duration::from_secs(5);
 
 /// The mailbox is full, or the actor is gone: try again later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -159,8 +164,13 @@ impl IpamHandle {
     /// free. A caller that stops waiting keeps nothing: what was assigned meanwhile is released.
     pub async fn assign(&self, request: AssignRequest) -> Result<Assignment, AssignError> {
         let (reply, answer) = oneshot::channel();
+        let deadline = request.deadline + REPLY_GRACE;
         self.send(Message::Assign(request, reply))?;
-        answer.await.unwrap_or(Err(AssignError::Busy(Busy)))
+        match timeout_at(deadline, answer).await {
+            Ok(answer) => answer.unwrap_or(Err(AssignError::Busy(Busy))),
+            // The actor answers at the deadline itself unless it is still starting.
+            Err(_) => Err(AssignError::NotReady { reason: self.status().reason }),
+        }
     }
 
     /// What the attachment holds, for CHECK.
@@ -175,14 +185,22 @@ impl IpamHandle {
     pub async fn release(&self, key: IpamKey, reason: &str) -> Result<Option<Assignment>, ReleaseError> {
         let (reply, answer) = oneshot::channel();
         self.send(Message::Release(key, reason.to_owned(), reply))?;
-        answer.await.unwrap_or(Err(ReleaseError::Busy(Busy)))
+        self.released(answer).await
     }
 
     /// Releases every attachment of the network that is not in `valid`; returns how many.
     pub async fn collect_garbage(&self, network_name: &str, valid: Vec<IpamKey>) -> Result<u32, ReleaseError> {
         let (reply, answer) = oneshot::channel();
         self.send(Message::CollectGarbage(network_name.to_owned(), valid, reply))?;
-        answer.await.unwrap_or(Err(ReleaseError::Busy(Busy)))
+        self.released(answer).await
+    }
+
+    /// A release that is queued while the agent starts is done later all the same.
+    async fn released<T>(&self, answer: oneshot::Receiver<Result<T, ReleaseError>>) -> Result<T, ReleaseError> {
+        match timeout(RELEASE_WITHIN, answer).await {
+            Ok(answer) => answer.unwrap_or(Err(ReleaseError::Busy(Busy))),
+            Err(_) => Err(ReleaseError::NotReady { reason: self.status().reason }),
+        }
     }
 
     /// Whether an ADD could succeed now.

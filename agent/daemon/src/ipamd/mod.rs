@@ -4,8 +4,19 @@
 //! checkpoint on disk, the host network, EC2 calls. A panic ends the agent's network role: the supervisor starts it anew
 //! and everything is read back from EC2, IMDS and the checkpoint.
 
+mod actor;
+mod clock;
+mod execute;
+mod files;
 mod handle;
+mod meter;
+mod observe;
+mod pool;
 mod snapshot;
+mod start;
+mod views;
 
+pub use files::FileError;
 pub use handle::{AssignError, AssignRequest, AssignedAddress, Assignment, Busy, IpamHandle, IpamStatus, ReleaseError};
 pub use snapshot::{AddressView, CidrView, Ec2CallStats, EniView, IpamCounters, IpamSnapshot, PoolView, RecentError, SubnetView};
+pub use start::{IpamdParts, StartError, spawn};

@@ -1,0 +1,259 @@
+//! From what IMDS and EC2 show to what the store holds: which ENIs are ours, what pods may use, what is gone.
+//!
+//! IMDS is eventually consistent (seconds, sometimes a minute, and an ENI may be missing for a while), so nothing is
+//! deleted on its word.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::plan::Placement;
+use super::store::{EniRole, StoredEni};
+use super::types::Time;
+use crate::cloud::{Eni, EniKind, ImdsEni, InstanceIdentity, Subnet};
+use crate::ids::{InstanceId, SecurityGroupId, SubnetId};
+use crate::network::eni_route_table;
+use crate::objects::{EniConfig, Node};
+
+/// The instance for which an ENI was made.
+pub const TAG_INSTANCE: &str = "node.k8s.amazonaws.com/instance_id";
+/// When it was made, RFC 3339.
+pub const TAG_CREATED: &str = "node.k8s.amazonaws.com/createdAt";
+/// "true" keeps us from touching an ENI.
+pub const TAG_NO_MANAGE: &str = "node.k8s.amazonaws.com/no_manage";
+/// The cluster.
+pub const TAG_CLUSTER: &str = "cluster.k8s.amazonaws.com/name";
+/// Who makes ENIs, for the VPC resource controller's sweep.
+const TAG_OWNER: (&str, &str) = ("eks:eni:owner", "amazon-vpc-cni");
+/// Descriptions of our ENIs begin with it.
+pub const DESCRIPTION_PREFIX: &str = "aws-K8S-";
+/// "0" keeps pods out of a subnet, anything else lets them in.
+const TAG_SUBNET_ROLE: &str = "kubernetes.io/role/cni";
+/// Subnets with such a tag are for the named clusters only.
+const TAG_SUBNET_CLUSTER: &str = "cni.networking.k8s.aws/cluster/";
+
+/// An ENI found `available` that is older than this was left behind.
+const LEAKED_AFTER: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// What decides an ENI's role.
+#[derive(Clone, Debug)]
+pub struct Adoption<'a> {
+    /// This instance.
+    pub identity: &'a InstanceIdentity,
+    /// AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG.
+    pub custom_networking: bool,
+    /// MANAGE_UNTAGGED_ENI.
+    pub manage_untagged: bool,
+    /// Cards whose ENIs are managed.
+    pub cards: &'a [u16],
+    /// Subnets tagged `kubernetes.io/role/cni=0`.
+    pub excluded_subnets: &'a BTreeSet<SubnetId>,
+    /// Slots of an ENI besides its own address.
+    pub slots: u16,
+    /// Now.
+    pub now: Time,
+}
+
+impl Adoption<'_> {
+    /// The role of an ENI; `ec2` is `None` when EC2 could not be asked.
+    pub fn role(&self, imds: Option<&ImdsEni>, ec2: Option<&Eni>) -> EniRole {
+        let primary = imds.map(|eni| eni.mac).or(ec2.map(|eni| eni.mac)) == Some(self.identity.primary_mac);
+        let subnet = ec2.map(|eni| &eni.subnet).or(imds.map(|eni| &eni.subnet));
+        let excluded = subnet.is_some_and(|subnet| self.excluded_subnets.contains(subnet));
+        if primary {
+            return match (self.custom_networking, excluded) {
+                (true, _) => EniRole::PrimaryOfCustomNetworking,
+                (false, true) => EniRole::ExcludedSubnet,
+                (false, false) => EniRole::Pods,
+            };
+        }
+        let kind = kind_of(imds, ec2);
+        if matches!(kind, EniKind::EfaOnly) {
+            return EniRole::EfaOnly;
+        }
+        if let Some(eni) = ec2 {
+            let ours = eni.tags.get(TAG_INSTANCE).is_some_and(|instance| *instance == self.identity.instance.as_str());
+            let hands_off = eni.tags.get(TAG_NO_MANAGE).is_some_and(|value| value == "true");
+            if hands_off || (!ours && !self.manage_untagged) || matches!(kind, EniKind::Branch | EniKind::Other) {
+                return EniRole::Unmanaged;
+            }
+        }
+        let card =
+            imds.map(|eni| eni.network_card).or(ec2.and_then(|eni| eni.attachment.as_ref()).map(|attachment| attachment.network_card));
+        match (kind, card) {
+            (EniKind::Trunk, _) => EniRole::Trunk,
+            (_, Some(card)) if !self.cards.contains(&card) => EniRole::OtherCard,
+            _ if excluded => EniRole::ExcludedSubnet,
+            _ => EniRole::Pods,
+        }
+    }
+
+    /// The record of an ENI that IMDS or EC2 (or both) show as attached to this instance; `None` when neither knows how.
+    /// EC2's addresses count where EC2 was asked: an address that only a stale IMDS shows is not ours to give out.
+    pub fn record(&self, imds: Option<&ImdsEni>, ec2: Option<&Eni>, subnet: Option<&Subnet>) -> Option<StoredEni> {
+        let attachment = ec2.and_then(|eni| eni.attachment.as_ref());
+        let device_index = imds.map(|eni| eni.device_index).or(attachment.map(|attachment| attachment.device_index))?;
+        let network_card = imds.map(|eni| eni.network_card).or(attachment.map(|attachment| attachment.network_card))?;
+        let primary_ipv4 = ec2.and_then(|eni| eni.primary_ipv4).or(imds.and_then(|eni| eni.local_ipv4s.first().copied()));
+        let cidrs = match (ec2, imds) {
+            (Some(eni), _) => ec2_cidrs(eni),
+            (None, Some(eni)) => imds_cidrs(eni),
+            (None, None) => return None,
+        };
+        Some(StoredEni {
+            id: ec2.map(|eni| eni.id.clone()).or(imds.map(|eni| eni.id.clone()))?,
+            mac: ec2.map(|eni| eni.mac).or(imds.map(|eni| eni.mac))?,
+            device_index,
+            network_card,
+            subnet: ec2.map(|eni| eni.subnet.clone()).or(imds.map(|eni| eni.subnet.clone()))?,
+            subnet_cidr: imds.and_then(|eni| eni.subnet_cidr).or(subnet.map(|subnet| subnet.cidr)),
+            subnet_ipv6_cidrs: imds
+                .map(|eni| eni.subnet_ipv6_cidrs.clone())
+                .or(subnet.map(|subnet| subnet.ipv6_cidrs.clone()))
+                .unwrap_or_default(),
+            primary_ipv4,
+            kind: kind_of(imds, ec2),
+            attachment: attachment.map(|attachment| attachment.id.clone()),
+            security_groups: ec2.map(|eni| eni.security_groups.clone()).or(imds.map(|eni| eni.security_groups.clone())).unwrap_or_default(),
+            role: self.role(imds, ec2),
+            added: self.now,
+            slots: self.slots,
+            route_table: eni_route_table(u32::from(network_card), u32::from(device_index)),
+            releasing: false,
+            cidrs: cidrs.into_iter().filter(|cidr| Some(cidr.addr()) != primary_ipv4.map(Into::into)).map(|cidr| (cidr, false)).collect(),
+        })
+    }
+}
+
+fn kind_of(imds: Option<&ImdsEni>, ec2: Option<&Eni>) -> EniKind {
+    match (ec2, imds) {
+        (Some(eni), _) => eni.kind,
+        // Only EFA-only devices have no address at all.
+        (None, Some(eni)) if eni.local_ipv4s.is_empty() && eni.ipv6s.is_empty() => EniKind::EfaOnly,
+        _ => EniKind::Interface,
+    }
+}
+
+/// What pods could use of an ENI as EC2 describes it.
+pub fn ec2_cidrs(eni: &Eni) -> Vec<IpNet> {
+    let singles = eni.secondary_ipv4.iter().map(|address| IpNet::V4(Ipv4Net::from(*address)));
+    singles.chain(eni.prefixes_v4.iter().copied().map(IpNet::V4)).chain(eni.prefixes_v6.iter().copied().map(IpNet::V6)).collect()
+}
+
+/// What pods could use of an ENI as IMDS shows it: the first address is the ENI's own.
+pub fn imds_cidrs(eni: &ImdsEni) -> Vec<IpNet> {
+    let singles = eni.local_ipv4s.iter().skip(1).map(|address| IpNet::V4(Ipv4Net::from(*address)));
+    singles.chain(eni.prefixes_v4.iter().copied().map(IpNet::V4)).chain(eni.prefixes_v6.iter().copied().map(IpNet::V6)).collect()
+}
+
+/// Tags of a new ENI; `created` is RFC 3339.
+pub fn tags_for_new(
+    instance: &InstanceId,
+    cluster: &str,
+    additional: &BTreeMap<String, String>,
+    created: String,
+) -> BTreeMap<String, String> {
+    let mut tags = additional.clone();
+    tags.insert(TAG_INSTANCE.to_owned(), instance.to_string());
+    tags.insert(TAG_CREATED.to_owned(), created);
+    if !cluster.is_empty() {
+        tags.insert(TAG_CLUSTER.to_owned(), cluster.to_owned());
+        tags.insert(TAG_OWNER.0.to_owned(), TAG_OWNER.1.to_owned());
+    }
+    tags
+}
+
+/// Tags that an attached ENI of ours lacks.
+pub fn missing_tags(eni: &Eni, instance: &InstanceId, cluster: &str, additional: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut tags = tags_for_new(instance, cluster, additional, String::new());
+    // An ENI that we did not make has no birthday that we know.
+    tags.remove(TAG_CREATED);
+    tags.retain(|key, _| !eni.tags.contains_key(key));
+    tags
+}
+
+/// What to do with an ENI that is `available` and carries our tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leak {
+    /// Not ours, or too young: another node may be about to attach it.
+    Leave,
+    /// Nobody knows its age: tag it with the time and look again.
+    TagAge,
+    /// Left behind.
+    Delete,
+}
+
+/// Judges an `available` ENI. One that was made for this very instance and that no action of ours has in hand is left
+/// behind whatever its age: the process that made it is gone.
+pub fn judge_leak(eni: &Eni, own: &InstanceId, in_hand: bool, now: Time) -> Leak {
+    if eni.attachment.is_some() || eni.status != "available" || !eni.description.starts_with(DESCRIPTION_PREFIX) || in_hand {
+        return Leak::Leave;
+    }
+    if eni.tags.get(TAG_INSTANCE).is_some_and(|instance| instance == own.as_str()) {
+        return Leak::Delete;
+    }
+    let created = eni.tags.get(TAG_CREATED).and_then(|created| created.parse::<jiff::Timestamp>().ok());
+    match created.and_then(|created| u64::try_from(created.as_millisecond()).ok()) {
+        None => Leak::TagAge,
+        Some(created) if now.since(Time(created)) > LEAKED_AFTER => Leak::Delete,
+        Some(_) => Leak::Leave,
+    }
+}
+
+/// The ENIConfig that a node's label, annotation or zone names: aws-node's order.
+pub fn eni_config_name<'a>(node: &'a Node, annotation: &str, label: &str) -> &'a str {
+    let meta = &node.metadata;
+    meta.labels
+        .get("vpc.amazonaws.com/externalEniConfig")
+        .or_else(|| meta.annotations.get(annotation))
+        .or_else(|| meta.labels.get(label))
+        .map_or("default", String::as_str)
+}
+
+/// Where custom networking puts new ENIs.
+pub fn place_by_eni_config(name: &str, config: Option<&EniConfig>, primary_groups: &[SecurityGroupId]) -> Placement {
+    let Some(config) = config else {
+        return Placement::Nowhere(format!("the node asks for ENIConfig {name:?}, which does not exist"));
+    };
+    if config.spec.subnet.is_empty() {
+        return Placement::Nowhere(format!("ENIConfig {name:?} names no subnet"));
+    }
+    let mut groups: Vec<_> = config.spec.security_groups.iter().map(|group| SecurityGroupId::new(group.clone())).collect();
+    if groups.is_empty() {
+        groups = primary_groups.to_vec();
+    }
+    groups.sort();
+    Placement::Subnets { subnets: vec![SubnetId::new(config.spec.subnet.clone())], security_groups: groups }
+}
+
+/// Where new ENIs go without custom networking: the primary ENI's subnet and, with discovery, tagged ones of the zone, those
+/// with the most free addresses first. `subnets` are those of the VPC and zone.
+pub fn place_by_discovery(subnets: &[Subnet], primary: &SubnetId, cluster: &str, discovery: bool, groups: &[SecurityGroupId]) -> Placement {
+    let mut groups = groups.to_vec();
+    groups.sort();
+    let mut usable: Vec<&Subnet> = subnets.iter().filter(|subnet| discovery && subnet_is_usable(subnet, primary, cluster)).collect();
+    usable.sort_by_key(|subnet| (std::cmp::Reverse(subnet.available_addresses), subnet.id.clone()));
+    let mut chosen: Vec<SubnetId> = usable.into_iter().map(|subnet| subnet.id.clone()).collect();
+    if !discovery || subnets.is_empty() {
+        chosen = vec![primary.clone()];
+    }
+    if chosen.is_empty() {
+        return Placement::Nowhere("every subnet of the zone is excluded by its tags".to_owned());
+    }
+    Placement::Subnets { subnets: chosen, security_groups: groups }
+}
+
+/// Subnets that pods must not use.
+pub fn excluded_subnets(subnets: &[Subnet]) -> BTreeSet<SubnetId> {
+    subnets.iter().filter(|subnet| is_excluded(subnet)).map(|subnet| subnet.id.clone()).collect()
+}
+
+fn is_excluded(subnet: &Subnet) -> bool {
+    subnet.tags.get(TAG_SUBNET_ROLE).is_some_and(|role| role == "0")
+}
+
+fn subnet_is_usable(subnet: &Subnet, primary: &SubnetId, cluster: &str) -> bool {
+    let tagged = subnet.tags.contains_key(TAG_SUBNET_ROLE);
+    let of_clusters: Vec<_> = subnet.tags.keys().filter_map(|key| key.strip_prefix(TAG_SUBNET_CLUSTER)).collect();
+    !is_excluded(subnet) && (tagged || subnet.id == *primary) && (of_clusters.is_empty() || of_clusters.contains(&cluster))
+}

@@ -1,0 +1,95 @@
+//! The checkpoint on disk: temp file, fsync, rename, fsync of the directory.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use stanchion_core::ipam::{Checkpoint, CheckpointError, CoolingFile, Datastore, Time};
+
+/// The checkpoint of card 0 and the cool-downs beside it.
+#[derive(Clone, Debug)]
+pub(super) struct Files {
+    checkpoint: PathBuf,
+    cooling: PathBuf,
+}
+
+/// Why a file could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The file system said no.
+    #[error("{op} {path}")]
+    Io {
+        /// `read`, `write`, `rename` ...
+        op: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not a checkpoint, or of another version. Starting anew would give pods' addresses away: a person must look.
+    #[error("{path}: move it away only if no pod runs on this node")]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: CheckpointError,
+    },
+}
+
+impl Files {
+    /// `checkpoint` is AWS_VPC_K8S_CNI_BACKING_STORE; the second file lies beside it.
+    pub(super) fn new(checkpoint: &Path) -> Self {
+        let cooling = checkpoint.with_file_name("stanchion-cooling.json");
+        Self { checkpoint: checkpoint.to_path_buf(), cooling }
+    }
+
+    pub(super) fn checkpoint_path(&self) -> &Path {
+        &self.checkpoint
+    }
+
+    /// What is held; `None` on a fresh node.
+    pub(super) fn read_checkpoint(&self) -> Result<Option<Checkpoint>, FileError> {
+        let Some(text) = read(&self.checkpoint)? else { return Ok(None) };
+        Checkpoint::parse(&text).map(Some).map_err(|source| FileError::Content { path: self.checkpoint.clone(), source })
+    }
+
+    /// Cool-downs; none when the file is missing. A file that cannot be read is told and ignored: it is a courtesy to
+    /// others' connection tables, not ownership.
+    pub(super) fn read_cooling(&self) -> Result<Option<CoolingFile>, FileError> {
+        let Some(text) = read(&self.cooling)? else { return Ok(None) };
+        CoolingFile::parse(&text).map(Some).map_err(|source| FileError::Content { path: self.cooling.clone(), source })
+    }
+
+    /// Makes what is held durable.
+    pub(super) fn write_checkpoint(&self, store: &Datastore) -> Result<(), FileError> {
+        write(&self.checkpoint, &Checkpoint::of(store, 0))
+    }
+
+    /// Makes the cool-downs durable.
+    pub(super) fn write_cooling(&self, store: &Datastore, now: Time) -> Result<(), FileError> {
+        write(&self.cooling, &CoolingFile::of(store, now))
+    }
+}
+
+fn read(path: &Path) -> Result<Option<String>, FileError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(FileError::Io { op: "read", path: path.to_path_buf(), source }),
+    }
+}
+
+fn write(path: &Path, content: &impl Serialize) -> Result<(), FileError> {
+    let fail = |op: &'static str| move |source: io::Error| FileError::Io { op, path: path.to_path_buf(), source };
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(directory).map_err(fail("create the directory of"))?;
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let text = serde_json::to_vec(content).map_err(|error| fail("serialise")(error.into()))?;
+    let mut file = File::create(&temporary).map_err(fail("create"))?;
+    file.write_all(&text).map_err(fail("write"))?;
+    file.sync_all().map_err(fail("fsync"))?;
+    fs::rename(&temporary, path).map_err(fail("rename"))?;
+    File::open(directory).and_then(|directory| directory.sync_all()).map_err(fail("fsync the directory of"))
+}

@@ -1,0 +1,505 @@
+//! What is attached to this instance: read at start, compared from time to time, healed on the host.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use stanchion_core::cloud::{Ec2Api, Eni, EniKind, Imds, ImdsEni, Subnet};
+use stanchion_core::config::RandomizeSnat;
+use stanchion_core::ids::{EniId, SubnetId};
+use stanchion_core::ipam::{
+    Action, Adoption, EniRole, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name, excluded_subnets, imds_cidrs,
+    judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
+};
+use stanchion_core::network::{EniPlan, EniRole as HostRole, HostNetwork, HostPlan, HostReport, NetOp, PodHost, Randomize, Snat};
+use tokio::time::Instant;
+
+use super::actor::{Actor, Joining, Work, chain};
+use super::execute::Executor;
+
+/// How often IMDS is read when nothing happens.
+const OBSERVE_EVERY: Duration = Duration::from_secs(60);
+/// How often the host network is healed.
+const HEAL_EVERY: Duration = Duration::from_secs(15);
+/// How often the zone's subnets are read.
+const SUBNETS_EVERY: Duration = Duration::from_secs(600);
+/// How often leaked ENIs are looked for.
+pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(3600);
+/// EC2 must miss something this long before it is forgotten: Describe lags behind, too.
+const GONE_AFTER: Duration = Duration::from_secs(30);
+/// Pauses between looks for the interface of a new ENI.
+const LINK_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// What IMDS and, if it was asked, EC2 show.
+#[derive(Debug)]
+pub(super) struct Observation {
+    pub(super) imds: Result<Vec<ImdsEni>, String>,
+    pub(super) ec2: Option<Result<Vec<Eni>, String>>,
+    pub(super) vpc_cidrs: Option<(Vec<Ipv4Net>, Vec<Ipv6Net>)>,
+}
+
+/// Reads IMDS, and EC2 when IMDS shows something else than `known`.
+pub(super) async fn observe<E: Ec2Api, I: Imds>(
+    executor: Executor<E>,
+    imds: Arc<I>,
+    primary: stanchion_core::ids::Mac,
+    known: BTreeMap<EniId, BTreeSet<IpNet>>,
+    ask_ec2: AskEc2,
+) -> Observation {
+    let shown = imds.enis().await;
+    let differs = match &shown {
+        Ok(enis) => {
+            let shown: BTreeMap<EniId, BTreeSet<IpNet>> =
+                enis.iter().map(|eni| (eni.id.clone(), imds_cidrs(eni).into_iter().collect())).collect();
+            shown != known
+        }
+        Err(_) => false,
+    };
+    let ec2 = match ask_ec2 {
+        AskEc2::Never => None,
+        AskEc2::IfDifferent if !differs => None,
+        AskEc2::IfDifferent | AskEc2::Always => Some(executor.attached().await.map_err(|error| chain(&error))),
+    };
+    let vpc_cidrs = match (imds.vpc_ipv4_cidrs(primary).await, imds.vpc_ipv6_cidrs(primary).await) {
+        (Ok(v4), Ok(v6)) => Some((v4, v6)),
+        _ => None,
+    };
+    Observation { imds: shown.map_err(|error| chain(&error)), ec2, vpc_cidrs }
+}
+
+/// Whether EC2 is asked for the attached ENIs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AskEc2 {
+    Never,
+    IfDifferent,
+    Always,
+}
+
+impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
+    pub(super) fn adoption(&self, now: Time) -> Adoption<'_> {
+        Adoption {
+            identity: &self.identity,
+            custom_networking: self.config.pool.custom_networking,
+            manage_untagged: self.config.pool.manage_untagged_eni,
+            cards: &[0],
+            excluded_subnets: &self.excluded,
+            slots: self.limits.slots_per_eni(),
+            now,
+        }
+    }
+
+    pub(super) fn known_subnet_cidr(&self, subnet: &SubnetId) -> Option<Ipv4Net> {
+        let of_enis = self.store.enis().values().find(|eni| eni.subnet == *subnet).and_then(|eni| eni.subnet_cidr);
+        of_enis.or_else(|| self.subnets.iter().find(|known| known.id == *subnet).map(|known| known.cidr))
+    }
+
+    /// Starts what is due, each at most once at a time.
+    pub(super) fn start_due_tasks(&mut self) {
+        let now = Instant::now();
+        if !self.host_running && self.host_due.is_some_and(|due| due <= now) {
+            self.host_running = true;
+            self.host_due = None;
+            let (host, plan) = (Arc::clone(&self.host), self.host_plan());
+            self.host_planned = plan.enis.iter().map(|eni| eni.id.clone()).collect();
+            self.tasks.spawn(async move { Work::Host(host.apply(&plan).await.map_err(|error| chain(&error))) });
+        }
+        if !self.observing && self.observe_due <= now {
+            self.observing = true;
+            let known = self.store.enis().values().map(|eni| (eni.id.clone(), eni.cidrs.keys().copied().collect())).collect();
+            let ask = match (self.config.pool.imds_only, self.ec2_verified && self.missing.is_empty()) {
+                (true, _) => AskEc2::Never,
+                (false, true) => AskEc2::IfDifferent,
+                (false, false) => AskEc2::Always,
+            };
+            let (executor, imds, primary) = (self.executor.clone(), Arc::clone(&self.imds), self.identity.primary_mac);
+            *self.counters.reconciles.entry("eniReconcileAdd").or_default() += 1;
+            self.tasks.spawn(async move { Work::Observed(observe(executor, imds, primary, known, ask).await) });
+        }
+        if self.subnets_due <= now {
+            self.subnets_due = now + SUBNETS_EVERY;
+            if self.wants_subnets() {
+                self.read_subnets();
+            }
+        }
+        if self.sweep_due <= now {
+            self.sweep_due = now + SWEEP_EVERY;
+            if !self.config.pool.disable_leaked_eni_cleanup && !self.config.pool.ipv6 && !self.config.pool.disable_provisioning {
+                self.sweep();
+            }
+        }
+    }
+
+    fn wants_subnets(&self) -> bool {
+        self.config.pool.subnet_discovery && !self.config.pool.imds_only && !self.config.pool.disable_provisioning
+    }
+
+    fn read_subnets(&mut self) {
+        let Some(vpc) = self.vpc.clone() else { return };
+        let (executor, zone) = (self.executor.clone(), self.identity.availability_zone.clone());
+        self.tasks.spawn(async move {
+            let call = executor.ec2.describe_subnets(&vpc, &zone);
+            let result = executor.meter.run(stanchion_core::cloud::Ec2Action::DescribeSubnets, call).await;
+            Work::Subnets(result.map_err(|error| chain(&error)))
+        });
+    }
+
+    pub(super) fn subnets_read(&mut self, result: Result<Vec<Subnet>, String>) {
+        match result {
+            Ok(subnets) => {
+                self.excluded = excluded_subnets(&subnets);
+                self.subnets = subnets;
+                self.place();
+            }
+            Err(error) => self.error_text("describe subnets", error),
+        }
+    }
+
+    /// Where new ENIs go, from the settings, the cluster and the subnets.
+    pub(super) fn place(&mut self) {
+        let Some(primary) = self.store.enis().values().find(|eni| eni.is_primary()) else { return };
+        let pool = &self.config.pool;
+        self.placement = if pool.custom_networking {
+            let cluster = self.cluster.borrow();
+            match cluster.nodes.get(&self.node_name) {
+                None => stanchion_core::ipam::Placement::Nowhere(format!("node {} is not known yet", self.node_name)),
+                Some(node) => {
+                    let name = eni_config_name(node, &pool.eni_config_annotation, &pool.eni_config_label);
+                    place_by_eni_config(name, cluster.eni_configs.get(name).map(Arc::as_ref), &primary.security_groups)
+                }
+            }
+        } else {
+            place_by_discovery(&self.subnets, &primary.subnet, &pool.cluster_name, pool.subnet_discovery, &primary.security_groups)
+        };
+    }
+
+    pub(super) fn cluster_changed(&mut self) {
+        self.cluster.borrow_and_update();
+        self.place();
+        self.set_max_pods();
+    }
+
+    /// The kubelet's limit if it is known, else the type's.
+    pub(super) fn set_max_pods(&mut self) {
+        let capacity = self.cluster.borrow().nodes.get(&self.node_name).and_then(|node| node.status.capacity.get("pods")?.value());
+        let usable =
+            self.pool_limits.cards.first().map_or(1, |(_, enis)| *enis).saturating_sub(u16::from(self.config.pool.custom_networking));
+        let prefixes = self.targets.mode != stanchion_core::ipam::PoolMode::SecondaryIps;
+        self.pool_limits.max_pods = match capacity {
+            Some(pods) if pods >= 1.0 && pods <= f64::from(u16::MAX) => pods as u32,
+            _ => self.limits.max_pods(usable, prefixes),
+        };
+    }
+
+    /// Compares what is shown with what is known: adopts at once, forgets only what EC2 has missed for a while.
+    pub(super) fn observed(&mut self, observation: Observation) {
+        self.observing = false;
+        self.observe_due = Instant::now() + OBSERVE_EVERY;
+        if let Some((v4, v6)) = observation.vpc_cidrs
+            && (v4 != self.vpc_cidrs || v6 != self.vpc_ipv6_cidrs)
+        {
+            (self.vpc_cidrs, self.vpc_ipv6_cidrs) = (v4, v6);
+            self.host_due = Some(Instant::now());
+        }
+        let imds = observation.imds.unwrap_or_else(|error| {
+            self.error_text("read IMDS", error);
+            Vec::new()
+        });
+        match observation.ec2 {
+            Some(Ok(ec2)) => {
+                self.ec2_verified = true;
+                self.adopt(&imds, Some(&ec2));
+                self.forget_missing(&ec2);
+                if !self.missing.is_empty() {
+                    self.observe_due = Instant::now() + GONE_AFTER;
+                }
+            }
+            Some(Err(error)) => {
+                self.ec2_verified = false;
+                self.error_text("describe ENIs", error);
+            }
+            None if self.config.pool.imds_only => self.adopt(&imds, None),
+            None => {}
+        }
+    }
+
+    /// Takes what is shown and not known.
+    pub(super) fn adopt(&mut self, imds: &[ImdsEni], ec2: Option<&[Eni]>) {
+        let now = self.clock.now();
+        let ids: BTreeSet<&EniId> = match ec2 {
+            Some(ec2) => ec2.iter().map(|eni| &eni.id).collect(),
+            None => imds.iter().map(|eni| &eni.id).collect(),
+        };
+        for id in ids {
+            let shown = imds.iter().find(|eni| eni.id == *id);
+            let described = ec2.and_then(|enis| enis.iter().find(|eni| eni.id == *id));
+            let subnet = described.map(|eni| &eni.subnet).and_then(|subnet| self.subnets.iter().find(|known| known.id == *subnet));
+            let Some(mut record) = self.adoption(now).record(shown, described, subnet) else { continue };
+            if self.joining.iter().any(|joining| joining.eni.id == record.id) || self.is_in_hand(&record) {
+                continue;
+            }
+            record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
+            match self.store.eni_mut(&record.id) {
+                Some(known) => {
+                    known.role = record.role;
+                    known.kind = record.kind;
+                    known.attachment = record.attachment.or(known.attachment.take());
+                    known.security_groups = record.security_groups;
+                    known.primary_ipv4 = record.primary_ipv4.or(known.primary_ipv4);
+                    known.subnet_cidr = record.subnet_cidr.or(known.subnet_cidr);
+                    let id = record.id;
+                    self.store.add_cidrs(&id, record.cidrs.into_keys());
+                }
+                None if is_hands_off(record.role) => self.store.put_eni(record),
+                None => {
+                    tracing::info!(eni = %record.id, mac = %record.mac, role = ?record.role, "adopted");
+                    self.joining.push(Joining { eni: record, action: None, since: now });
+                    self.host_due = Some(Instant::now());
+                }
+            }
+            if let Some(eni) = described {
+                self.tag(eni);
+            }
+        }
+        self.place();
+    }
+
+    /// An action of ours is changing it: what Describe shows meanwhile is neither old nor new.
+    fn is_in_hand(&self, record: &StoredEni) -> bool {
+        self.in_flight.values().any(|action| match action {
+            Action::AttachEni { network_card, device_index, .. } => {
+                *network_card == record.network_card && *device_index == record.device_index
+            }
+            other => other.eni() == Some(&record.id),
+        })
+    }
+
+    fn tag(&mut self, eni: &Eni) {
+        let pool = &self.config.pool;
+        let stored = self.store.enis().get(&eni.id).or(self.joining.iter().map(|joining| &joining.eni).find(|stored| stored.id == eni.id));
+        let managed = stored.is_some_and(|stored| !is_hands_off(stored.role) && stored.kind != EniKind::Trunk);
+        if !managed || pool.disable_provisioning || !self.tagged.insert(eni.id.clone()) {
+            return;
+        }
+        let tags = missing_tags(eni, &self.identity.instance, &pool.cluster_name, &pool.additional_eni_tags);
+        if tags.is_empty() {
+            return;
+        }
+        let (executor, id) = (self.executor.clone(), eni.id.clone());
+        self.tasks.spawn(async move {
+            let result = executor.create_tags(&id, &tags).await;
+            Work::Swept(result.map(|()| 0).map_err(|error| format!("tagging {id}: {}", chain(&error))))
+        });
+    }
+
+    /// Forgets ENIs and CIDRs that EC2 did not show in two looks at least [`GONE_AFTER`] apart. Allocations stay: they end
+    /// with their pods.
+    fn forget_missing(&mut self, ec2: &[Eni]) {
+        let now = self.clock.now();
+        let mut missing = BTreeMap::new();
+        for eni in self.store.enis().values() {
+            if eni.releasing || self.in_flight.values().any(|action| action.eni() == Some(&eni.id)) {
+                continue;
+            }
+            match ec2.iter().find(|described| described.id == eni.id) {
+                None => drop(missing.insert((eni.id.clone(), None), now)),
+                Some(described) => {
+                    let there = ec2_cidrs(described);
+                    for cidr in eni.cidrs.keys().filter(|cidr| !there.contains(cidr)) {
+                        missing.insert((eni.id.clone(), Some(*cidr)), now);
+                    }
+                }
+            }
+        }
+        for (what, since) in &mut missing {
+            if let Some(first) = self.missing.get(what) {
+                *since = *first;
+            }
+        }
+        let gone: Vec<_> = missing.iter().filter(|(_, since)| now.since(**since) >= GONE_AFTER).map(|(what, _)| what.clone()).collect();
+        for what in gone {
+            missing.remove(&what);
+            self.forget(&what.0, what.1);
+        }
+        self.missing = missing;
+    }
+
+    fn forget(&mut self, id: &EniId, cidr: Option<IpNet>) {
+        let held = |cidr: &IpNet| self.store.assigned_in(*cidr);
+        match cidr {
+            Some(cidr) => {
+                self.counters.force_removed_ips += held(&cidr);
+                tracing::warn!(eni = %id, %cidr, "EC2 no longer has this CIDR");
+                self.store.remove_cidr(id, cidr);
+            }
+            None => {
+                let pods: u64 = self.store.enis().get(id).map_or(0, |eni| eni.cidrs.keys().map(held).sum());
+                self.counters.force_removed_enis += u64::from(pods > 0);
+                tracing::warn!(eni = %id, pods, "EC2 no longer has this ENI attached");
+                self.store.remove_eni(id);
+                self.host_due = Some(Instant::now());
+            }
+        }
+    }
+
+    /// What the host network shall be.
+    pub(super) fn host_plan(&self) -> HostPlan {
+        let network = &self.config.network;
+        let enis = self.store.enis().values().chain(self.joining.iter().map(|joining| &joining.eni));
+        let managed = enis.filter(|eni| !is_hands_off(eni.role) && !eni.releasing);
+        let primary = self.store.enis().values().find(|eni| eni.is_primary()).and_then(|eni| eni.primary_ipv4).or(self.identity.local_ipv4);
+        let bypass = self.vpc_cidrs.iter().chain(&network.exclude_snat_cidrs).copied().collect();
+        let randomize = match network.randomize_snat {
+            RandomizeSnat::Prng => Randomize::Fully,
+            RandomizeSnat::HashRandom => Randomize::Hash,
+            RandomizeSnat::None => Randomize::No,
+        };
+        HostPlan {
+            enis: managed.map(|eni| eni_plan(eni, network.eni_mtu)).collect(),
+            pods: self.pod_hosts(),
+            veth_prefix: network.veth_prefix.clone(),
+            snat: primary.filter(|_| !network.external_snat && !self.config.pool.ipv6).map(|to| Snat { to, bypass, randomize }),
+            node_port_support: network.node_port_support,
+            mark: network.connmark,
+            external_service_cidrs: network.external_service_cidrs.clone(),
+            ipv6: self.config.pool.ipv6,
+            tcp_early_demux: true,
+        }
+    }
+
+    fn pod_hosts(&self) -> Vec<PodHost> {
+        let prefix = &self.config.network.veth_prefix;
+        let named = self.store.allocations().values().filter(|allocation| !allocation.pod.name.is_empty());
+        named
+            .flat_map(|allocation| {
+                allocation.held.iter().enumerate().filter_map(|(index, held)| {
+                    let table = self.store.eni_of(held.address)?.route_table;
+                    Some(PodHost::new(prefix, &allocation.pod, index, held.address, table))
+                })
+            })
+            .collect()
+    }
+
+    /// ENIs whose interface is there and whose operations all succeeded begin to serve.
+    pub(super) fn host_done(&mut self, report: Result<HostReport, String>) {
+        self.host_running = false;
+        let now = Instant::now();
+        let heal_at = now + HEAL_EVERY;
+        let report = match report {
+            Ok(report) => report,
+            Err(error) => {
+                self.error_text("host network", error);
+                self.host_pause = (self.host_pause * 2).clamp(LINK_PAUSE.0, HEAL_EVERY);
+                self.host_due = Some(now + self.host_pause);
+                return;
+            }
+        };
+        for failed in &report.failed {
+            self.error_text("host network", format!("{:?}: {}", failed.op, failed.error));
+        }
+        if !report.applied.is_empty() {
+            tracing::info!(operations = report.applied.len(), "host network changed");
+        }
+        let trouble = !report.failed.is_empty();
+        let joining = std::mem::take(&mut self.joining);
+        let mut progress = false;
+        for entry in joining {
+            // One that joined after the plan was made waits for the next.
+            let newer = !self.host_planned.contains(&entry.eni.id);
+            let refused = report.failed.iter().any(|failed| concerns(&failed.op, &entry.eni));
+            if newer || refused || report.missing.contains(&entry.eni.mac) {
+                self.joining.push(entry);
+                continue;
+            }
+            progress = true;
+            tracing::info!(eni = %entry.eni.id, device = entry.eni.device_index, table = entry.eni.route_table, "ENI serves pods");
+            if let Some(action) = entry.action {
+                self.in_flight.remove(&action);
+            }
+            self.store.put_eni(entry.eni);
+        }
+        let again = if self.joining.is_empty() && !trouble {
+            self.host_pause = LINK_PAUSE.0;
+            heal_at
+        } else {
+            self.host_pause = if progress { LINK_PAUSE.0 } else { (self.host_pause * 2).clamp(LINK_PAUSE.0, LINK_PAUSE.1) };
+            now + self.host_pause
+        };
+        self.host_due = Some(self.host_due.map_or(again, |due| due.min(again)));
+    }
+
+    /// Deletes ENIs that nodes of this cluster left behind.
+    fn sweep(&mut self) {
+        let Some(vpc) = self.vpc.clone() else { return };
+        let own_in_hand = self.in_flight.values().any(|action| matches!(action, Action::AttachEni { .. } | Action::ReleaseEni { .. }));
+        let (executor, own, now) = (self.executor.clone(), self.identity.instance.clone(), self.clock.now());
+        let mut tags = BTreeMap::new();
+        if !self.config.pool.cluster_name.is_empty() {
+            tags.insert(TAG_CLUSTER.to_owned(), self.config.pool.cluster_name.clone());
+        }
+        self.tasks.spawn(async move {
+            let call = executor.ec2.describe_leaked(&vpc, &tags);
+            let found = match executor.meter.run(stanchion_core::cloud::Ec2Action::DescribeNetworkInterfaces, call).await {
+                Ok(found) => found,
+                Err(error) => return Work::Swept(Err(chain(&error))),
+            };
+            let mut deleted = 0;
+            for eni in found {
+                let ours = eni.tags.get(stanchion_core::ipam::TAG_INSTANCE).is_some_and(|instance| instance == own.as_str());
+                match judge_leak(&eni, &own, ours && own_in_hand, now) {
+                    Leak::Leave => {}
+                    Leak::TagAge => {
+                        let tag = BTreeMap::from([(TAG_CREATED.to_owned(), now.to_string())]);
+                        if let Err(error) = executor.create_tags(&eni.id, &tag).await {
+                            return Work::Swept(Err(format!("tagging {}: {}", eni.id, chain(&error))));
+                        }
+                    }
+                    Leak::Delete => deleted += u32::from(executor.delete(&eni.id).await),
+                }
+            }
+            Work::Swept(Ok(deleted))
+        });
+    }
+
+    pub(super) fn swept(&mut self, result: Result<u32, String>) {
+        match result {
+            Ok(0) => {}
+            Ok(deleted) => tracing::info!(deleted, "deleted ENIs that were left behind"),
+            Err(error) => self.error_text("sweep", error),
+        }
+    }
+}
+
+fn is_hands_off(role: EniRole) -> bool {
+    matches!(role, EniRole::Unmanaged | EniRole::EfaOnly | EniRole::OtherCard)
+}
+
+/// The operation makes the ENI's table, rule or address.
+fn concerns(op: &NetOp, eni: &StoredEni) -> bool {
+    match op {
+        NetOp::ReplaceRoute(route) => route.table == eni.route_table,
+        NetOp::AddRule(rule) => rule.table == eni.route_table,
+        NetOp::AddAddress { address, .. } => Some(address.addr()) == eni.primary_ipv4.map(Into::into),
+        _ => false,
+    }
+}
+
+fn eni_plan(eni: &StoredEni, mtu: u32) -> EniPlan {
+    let role = match eni.role {
+        _ if eni.is_primary() => HostRole::Primary,
+        EniRole::Trunk => HostRole::Trunk,
+        _ => HostRole::Secondary,
+    };
+    let length = eni.subnet_cidr.map_or(32, |cidr| cidr.prefix_len());
+    EniPlan {
+        id: eni.id.clone(),
+        mac: eni.mac,
+        role,
+        device_index: u32::from(eni.device_index),
+        network_card: u32::from(eni.network_card),
+        ipv4: eni.primary_ipv4.and_then(|address| Ipv4Net::new(address, length).ok()),
+        ipv6: None,
+        table: eni.route_table,
+        mtu,
+    }
+}

@@ -1,0 +1,248 @@
+//! Planning, starting actions and taking their results.
+
+use std::time::Duration;
+
+use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api, Ec2Error, Imds};
+use stanchion_core::ids::SubnetId;
+use stanchion_core::ipam::{Action, Blocked, DESCRIPTION_PREFIX, Demand, Placement, PlanInput, Provisioning, plan, tags_for_new};
+use stanchion_core::network::HostNetwork;
+use tokio::time::Instant;
+
+use super::actor::{Actor, Joining, Work};
+use super::execute::{Done, Outcome};
+
+/// How soon EC2's picture is read after an action left ours in doubt.
+const DOUBT: Duration = Duration::from_secs(2);
+
+impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
+    /// Asks the planner and starts what it says.
+    pub(super) fn plan(&mut self) {
+        let now = self.clock.now();
+        self.demand.clear();
+        let bound = self.bound_pods();
+        for (position, (card, _)) in self.pool_limits.cards.iter().enumerate() {
+            let waiting = self.waiting.iter().filter(|waiting| position == 0 || waiting.request.multi_nic).count();
+            let demand = Demand { waiting: u32::try_from(waiting).unwrap_or(u32::MAX), bound: if position == 0 { bound } else { 0 } };
+            self.demand.insert(*card, demand);
+        }
+        let in_flight: Vec<Action> = self.in_flight.values().cloned().collect();
+        let planned = plan(&PlanInput {
+            store: &self.store,
+            in_flight: &in_flight,
+            memory: &self.memory,
+            targets: &self.targets,
+            limits: &self.pool_limits,
+            demand: &self.demand,
+            placement: &self.placement,
+            provisioning: self.provisioning(),
+            now,
+        });
+        self.blocked = planned.blocked;
+        self.memory.surplus_since = planned.surplus_since;
+        self.wake_at = planned.wake_at;
+        self.ever_had_addresses |= self.pool_limits.cards.iter().any(|(card, _)| self.store.stats(*card, now).total > 0);
+        for action in planned.actions {
+            self.start(action);
+        }
+    }
+
+    fn provisioning(&self) -> Provisioning {
+        if self.terminating {
+            return Provisioning::Terminating;
+        }
+        if self.config.pool.disable_provisioning {
+            return Provisioning::Disabled;
+        }
+        let cordoned = self.cluster.borrow().nodes.get(&self.node_name).is_some_and(|node| {
+            node.spec.unschedulable
+                || node.spec.taints.iter().any(|taint| taint.key == "node.kubernetes.io/unschedulable" && taint.effect == "NoSchedule")
+        });
+        if cordoned && !self.config.pool.manage_non_schedulable { Provisioning::Unschedulable } else { Provisioning::On }
+    }
+
+    fn start(&mut self, action: Action) {
+        let now = self.clock.now();
+        for call in action.ec2_actions() {
+            self.memory.called(*call, now);
+        }
+        self.next_action += 1;
+        let id = self.next_action;
+        tracing::info!(%action, reason = %action.reason(), "pool");
+        if let Some(card) = self.card_of(&action) {
+            let decisions = self.decisions.entry(card).or_default();
+            decisions.push(format!("{now}: {action}, as {}", action.reason()));
+            let surplus = decisions.len().saturating_sub(8);
+            decisions.drain(..surplus);
+        }
+        let executor = self.executor.clone();
+        match &action {
+            Action::Assign { eni, request, .. } => {
+                let (eni, request) = (eni.clone(), *request);
+                self.tasks.spawn(async move { Work::Action(id, executor.assign(eni, request).await) });
+            }
+            Action::AttachEni { network_card, device_index, subnet, request, .. } => {
+                let create = self.create_request(id, subnet, *request);
+                let (index, card) = (*device_index, *network_card);
+                self.tasks.spawn(async move { Work::Action(id, executor.attach(create, index, card).await) });
+            }
+            Action::Unassign { eni, cidrs, .. } => {
+                let (eni, cidrs) = (eni.clone(), cidrs.clone());
+                cidrs.iter().for_each(|cidr| self.store.set_leaving(&eni, *cidr, true));
+                self.tasks.spawn(async move { Work::Action(id, executor.unassign(eni, cidrs).await) });
+            }
+            Action::ReleaseEni { eni, .. } => {
+                let attachment = self.store.enis().get(eni).and_then(|eni| eni.attachment.clone());
+                if let Some(eni) = self.store.eni_mut(eni) {
+                    eni.releasing = true;
+                }
+                let eni = eni.clone();
+                self.tasks.spawn(async move { Work::Action(id, executor.release(eni, attachment).await) });
+            }
+        }
+        self.in_flight.insert(id, action);
+    }
+
+    fn card_of(&self, action: &Action) -> Option<u16> {
+        match action {
+            Action::AttachEni { network_card, .. } => Some(*network_card),
+            other => other.eni().and_then(|id| self.store.enis().get(id)).map(|eni| eni.network_card),
+        }
+    }
+
+    /// The token is unique to this try of this process and the same for every repetition of its request.
+    fn create_request(&self, id: u64, subnet: &SubnetId, request: AddressRequest) -> CreateEni {
+        let security_groups = match &self.placement {
+            Placement::Subnets { security_groups, .. } => security_groups.clone(),
+            Placement::Nowhere(_) => Vec::new(),
+        };
+        let now = self.clock.now();
+        let instance = &self.identity.instance;
+        let tags = tags_for_new(instance, &self.config.pool.cluster_name, &self.config.pool.additional_eni_tags, now.to_string());
+        CreateEni {
+            client_token: format!("{instance}-{}-{id}", now.0),
+            subnet: subnet.clone(),
+            security_groups,
+            description: format!("{DESCRIPTION_PREFIX}{instance}"),
+            tags,
+            addresses: Some(request),
+        }
+    }
+
+    /// Takes the result of an action.
+    pub(super) fn action_done(&mut self, id: u64, outcome: Outcome) {
+        let now = self.clock.now();
+        let Some(action) = self.in_flight.get(&id).cloned() else { return };
+        let asked = match &action {
+            Action::Assign { subnet, request, .. } | Action::AttachEni { subnet, request, .. } => Some((subnet, *request)),
+            Action::Unassign { .. } | Action::ReleaseEni { .. } => None,
+        };
+        for (call, error) in &outcome.steps {
+            match error {
+                None => self.memory.succeeded(*call, now),
+                Some(error) => self.memory.failed(error, asked, now),
+            }
+        }
+        if !matches!(outcome.result, Done::Attached(_)) {
+            self.in_flight.remove(&id);
+        }
+        match outcome.result {
+            Done::Assigned { eni, cidrs } => {
+                if let Some((subnet, request)) = asked {
+                    self.memory.subnet_gave(subnet, request);
+                }
+                self.store.add_cidrs(&eni, cidrs);
+            }
+            Done::Refreshed { eni, cidrs } => {
+                self.store.add_cidrs(&eni, cidrs);
+                self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
+            }
+            Done::Attached(eni) => {
+                if let Some((subnet, request)) = asked {
+                    self.memory.subnet_gave(subnet, request);
+                }
+                tracing::info!(eni = %eni.id, mac = %eni.mac, subnet = %eni.subnet, "attached");
+                let subnet = self.subnets.iter().find(|subnet| subnet.id == eni.subnet);
+                match self.adoption(now).record(None, Some(&eni), subnet) {
+                    Some(mut record) => {
+                        record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
+                        self.joining.push(Joining { eni: record, action: Some(id), since: now });
+                        self.host_due = Some(Instant::now());
+                    }
+                    None => drop(self.in_flight.remove(&id)),
+                }
+            }
+            Done::Unassigned { eni, cidrs } => cidrs.into_iter().for_each(|cidr| self.store.remove_cidr(&eni, cidr)),
+            Done::Released { eni, deleted } => {
+                if !deleted {
+                    self.error_text("delete ENI", format!("{eni} is detached but could not be deleted; the sweep tries again"));
+                }
+                self.store.remove_eni(&eni);
+                self.host_due = Some(Instant::now());
+            }
+            Done::Failed(error) => self.action_failed(&action, &error),
+        }
+    }
+
+    fn action_failed(&mut self, action: &Action, error: &Ec2Error) {
+        match action {
+            Action::Unassign { eni, cidrs, .. } => cidrs.iter().for_each(|cidr| self.store.set_leaving(eni, *cidr, false)),
+            Action::ReleaseEni { eni, .. } => {
+                if let Some(eni) = self.store.eni_mut(eni) {
+                    eni.releasing = false;
+                }
+            }
+            Action::Assign { .. } | Action::AttachEni { .. } => {}
+        }
+        // What EC2 does not find, or has another opinion of, we must look at.
+        if matches!(
+            error,
+            Ec2Error::NotFound { .. } | Ec2Error::AttachmentConflict { .. } | Ec2Error::AddressLimit { .. } | Ec2Error::NoReply { .. }
+        ) {
+            self.ec2_verified = false;
+            self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
+        }
+        let operation = match action {
+            Action::Assign { .. } => "increaseIPPool",
+            Action::AttachEni { .. } => "increaseIPPoolAllocENI",
+            Action::Unassign { .. } => "decreaseIPPool",
+            Action::ReleaseEni { .. } => "tryFreeENI",
+        };
+        self.error_text(operation, format!("{action}: {error}"));
+    }
+
+    /// For the kubelet's event: everything that stands between a pod and an address.
+    pub(super) fn why_no_address(&self) -> String {
+        let now = self.clock.now();
+        let mut parts = Vec::new();
+        for (card, max) in &self.pool_limits.cards {
+            let stats = self.store.stats(*card, now);
+            let enis = self.store.enis().values().filter(|eni| eni.network_card == *card);
+            let full = enis.clone().filter(|eni| eni.serves_pods() && eni.room() == 0).count();
+            parts.push(format!(
+                "{} of {} ENIs full (limit {max}), {} addresses, {} held, {} cooling down",
+                full,
+                enis.count(),
+                stats.total,
+                stats.assigned,
+                stats.cooling
+            ));
+        }
+        parts.extend(self.blocked.iter().map(|(_, blocked)| blocked.to_string()));
+        parts.extend(self.in_flight.values().map(|action| format!("under way: {action}")));
+        let now_ms = now;
+        parts.extend(self.joining.iter().map(|joining| {
+            format!(
+                "{} is attached but its interface {} is not ready since {} s",
+                joining.eni.id,
+                joining.eni.mac,
+                now_ms.since(joining.since).as_secs()
+            )
+        }));
+        if !self.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::Subnet { .. } | Blocked::ActionPaused { error: Some(_), .. }))
+            && let Some(last) = self.errors.back()
+        {
+            parts.push(format!("last failure at {}: {}", last.time, last.error));
+        }
+        parts.join("; ")
+    }
+}

@@ -1,0 +1,293 @@
+//! From nothing to a serving actor: who am I, what is attached, who holds what.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, Subnet};
+use stanchion_core::cluster::ClusterState;
+use stanchion_core::config::Config;
+use stanchion_core::ids::PodName;
+use stanchion_core::ipam::{Datastore, Memory, Placement, PoolLimits, PoolMode, Targets, excluded_subnets, restore};
+use stanchion_core::limits::InstanceLimits;
+use stanchion_core::network::{HostNetwork, host_veth_name};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::actor::{Actor, chain};
+use super::clock::Clock;
+use super::execute::Executor;
+use super::files::{FileError, Files};
+use super::handle::{IpamHandle, IpamStatus, MAILBOX};
+use super::meter::Meter;
+use super::snapshot::{IpamCounters, IpamSnapshot};
+
+/// Pauses between tries of a start that IMDS or the instance's limits held up.
+const START_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
+/// Tries of EC2 before the start goes on with what IMDS shows: a node without EC2 must still serve what it has.
+const EC2_TRIES: u32 = 3;
+/// The first sweep comes within this time after the start, spread over the fleet.
+const FIRST_SWEEP_WITHIN: u64 = 300;
+
+/// What the actor is made of.
+#[derive(Debug)]
+pub struct IpamdParts<E, I, H> {
+    /// Every setting.
+    pub config: Arc<Config>,
+    /// EC2.
+    pub ec2: E,
+    /// IMDS.
+    pub imds: I,
+    /// The host network.
+    pub host: H,
+    /// The checkpoint; `config.pool.backing_store` in production. The cool-downs are kept beside it.
+    pub checkpoint: PathBuf,
+    /// Names of the host's interfaces at start: an allocation whose pod has no veth is given up.
+    pub interfaces: BTreeSet<String>,
+    /// The cluster's objects: pods bound to this node, ENIConfigs, whether the node is cordoned.
+    pub cluster: watch::Receiver<Arc<ClusterState>>,
+    /// This node's name.
+    pub node_name: String,
+    /// Ends the actor; nothing is removed.
+    pub shutdown: CancellationToken,
+}
+
+/// Why the actor cannot start at all; what may pass by itself is tried again instead.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The settings do not fit this instance.
+    #[error("the settings do not fit this instance: {0}")]
+    Settings(String),
+    /// The checkpoint cannot be read.
+    #[error("the checkpoint cannot be used")]
+    Checkpoint(#[from] FileError),
+}
+
+/// What may pass by itself.
+#[derive(Debug, thiserror::Error)]
+enum NotYet {
+    #[error(transparent)]
+    Imds(#[from] ImdsError),
+    #[error("IMDS does not show the primary ENI {0} yet")]
+    NoPrimary(stanchion_core::ids::Mac),
+    #[error("the limits of {instance_type} are not in the table and EC2 does not tell them")]
+    Limits { instance_type: String, source: Ec2Error },
+}
+
+/// Starts the actor. The handle can be used at once: requests wait until the start is through.
+pub fn spawn<E: Ec2Api, I: Imds, H: HostNetwork>(parts: IpamdParts<E, I, H>) -> (IpamHandle, JoinHandle<Result<(), StartError>>) {
+    let (mailbox, inbox) = mpsc::channel(MAILBOX);
+    let (snapshots, snapshot) = watch::channel(Arc::new(IpamSnapshot {
+        status: IpamStatus { ready: false, reason: "starting: asking IMDS who this instance is".to_owned() },
+        ..IpamSnapshot::default()
+    }));
+    let handle = IpamHandle { mailbox, snapshot };
+    let task = tokio::spawn(async move {
+        let shutdown = parts.shutdown.clone();
+        let actor = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return Ok(()),
+            actor = start(parts, snapshots) => actor?,
+        };
+        actor.run(inbox, shutdown).await;
+        Ok(())
+    });
+    (handle, task)
+}
+
+/// What was found out before the actor can be built.
+struct Found {
+    identity: InstanceIdentity,
+    limits: InstanceLimits,
+    imds: Vec<ImdsEni>,
+}
+
+async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
+    parts: IpamdParts<E, I, H>,
+    snapshots: watch::Sender<Arc<IpamSnapshot>>,
+) -> Result<Actor<E, I, H>, StartError> {
+    let started = Instant::now();
+    let clock = Clock::new();
+    let meter = Meter::default();
+    let ec2 = Arc::new(parts.ec2);
+    let imds = Arc::new(parts.imds);
+    let mut pause = START_PAUSE.0;
+    let found = loop {
+        match find_out(&*imds, &*ec2, &meter).await {
+            Ok(found) => break found,
+            Err(error) => {
+                let reason = format!("starting: {}", chain(&error));
+                tracing::warn!(reason, "ipamd");
+                snapshots.send_modify(|snapshot| Arc::make_mut(snapshot).status.reason = reason);
+                sleep(pause).await;
+                pause = (pause * 2).min(START_PAUSE.1);
+            }
+        }
+    };
+    let Found { identity, limits, imds: shown } = found;
+    let targets = Targets::from_config(&parts.config.pool, &limits).map_err(StartError::Settings)?;
+    if parts.config.pool.prefix_delegation && targets.mode == PoolMode::SecondaryIps {
+        tracing::warn!(instance_type = identity.instance_type, "no prefix delegation on this type: single addresses are used");
+    }
+    let executor = Executor { ec2, meter, instance: identity.instance.clone() };
+    let vpc = shown.iter().find(|eni| eni.mac == identity.primary_mac).map(|eni| eni.vpc.clone());
+    let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await.unwrap_or_default();
+    let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await.unwrap_or_default();
+    let may_ask = !parts.config.pool.imds_only;
+    let attached = if may_ask { ask_attached(&executor).await } else { None };
+    let subnets = match &vpc {
+        Some(vpc) if may_ask && parts.config.pool.subnet_discovery && !parts.config.pool.disable_provisioning => {
+            let call = executor.ec2.describe_subnets(vpc, &identity.availability_zone);
+            executor.meter.run(Ec2Action::DescribeSubnets, call).await
+        }
+        _ => Ok(Vec::new()),
+    };
+
+    let seed = seed_of(identity.instance.as_str());
+    let eni_limit = parts.config.pool.max_eni.map_or(limits.max_enis, |max| max.min(limits.max_enis));
+    let now = Instant::now();
+    let mut actor = Actor {
+        files: Files::new(&parts.checkpoint),
+        clock,
+        executor,
+        imds,
+        host: Arc::new(parts.host),
+        cluster: parts.cluster,
+        cluster_open: true,
+        node_name: parts.node_name,
+        pool_limits: PoolLimits { cards: vec![(0, eni_limit)], slots_per_eni: limits.slots_per_eni(), max_pods: 0 },
+        placement: Placement::Nowhere("the primary ENI is not known yet".to_owned()),
+        subnets: Vec::new(),
+        excluded: BTreeSet::new(),
+        vpc,
+        vpc_cidrs,
+        vpc_ipv6_cidrs,
+        store: Datastore::new(targets.mode, parts.config.pool.ip_cooldown),
+        memory: Memory::new(seed),
+        in_flight: BTreeMap::new(),
+        joining: Vec::new(),
+        waiting: VecDeque::new(),
+        demand: BTreeMap::new(),
+        blocked: Vec::new(),
+        decisions: BTreeMap::new(),
+        tasks: JoinSet::new(),
+        next_action: 0,
+        missing: BTreeMap::new(),
+        tagged: BTreeSet::new(),
+        ec2_verified: attached.is_some(),
+        host_due: Some(now),
+        host_running: false,
+        host_planned: BTreeSet::new(),
+        host_pause: Duration::from_millis(100),
+        observe_due: now + Duration::from_secs(if attached.is_some() { 60 } else { 10 }),
+        observing: false,
+        subnets_due: now + Duration::from_secs(600),
+        sweep_due: now + Duration::from_secs(seed % FIRST_SWEEP_WITHIN),
+        wake_at: None,
+        ever_had_addresses: false,
+        started,
+        counters: IpamCounters::default(),
+        errors: VecDeque::new(),
+        snapshots,
+        terminating: false,
+        config: parts.config,
+        identity,
+        limits,
+        targets,
+    };
+    match subnets {
+        Ok(subnets) => actor.take_subnets(subnets),
+        Err(error) => actor.error("describe subnets", &error),
+    }
+    actor.take_enis(&shown, attached.as_deref());
+    actor.take_checkpoint(&parts.interfaces)?;
+    actor.set_max_pods();
+    actor.place();
+    Ok(actor)
+}
+
+async fn find_out(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Result<Found, NotYet> {
+    let identity = imds.identity().await?;
+    let shown = imds.enis().await?;
+    if !shown.iter().any(|eni| eni.mac == identity.primary_mac) {
+        return Err(NotYet::NoPrimary(identity.primary_mac));
+    }
+    let limits = match InstanceLimits::lookup(&identity.instance_type) {
+        Some(limits) => limits.clone(),
+        None => {
+            let call = ec2.describe_instance_type(&identity.instance_type);
+            let told = meter.run(Ec2Action::DescribeInstanceTypes, call).await;
+            told.map_err(|source| NotYet::Limits { instance_type: identity.instance_type.clone(), source })?
+        }
+    };
+    Ok(Found { identity, limits, imds: shown })
+}
+
+async fn ask_attached<E: Ec2Api>(executor: &Executor<E>) -> Option<Vec<Eni>> {
+    let mut pause = START_PAUSE.0;
+    for _ in 0..EC2_TRIES {
+        match executor.attached().await {
+            Ok(enis) => return Some(enis),
+            Err(error) => tracing::warn!(error = chain(&error), "EC2 does not tell what is attached; IMDS is used meanwhile"),
+        }
+        sleep(pause).await;
+        pause *= 2;
+    }
+    None
+}
+
+/// FNV-1a: spreads a fleet's pauses and sweeps.
+fn seed_of(instance: &str) -> u64 {
+    instance.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
+    fn take_subnets(&mut self, subnets: Vec<Subnet>) {
+        self.excluded = excluded_subnets(&subnets);
+        self.subnets = subnets;
+    }
+
+    /// The primary ENI's interface is the node's own and there; the others join when theirs are ready.
+    fn take_enis(&mut self, shown: &[ImdsEni], attached: Option<&[Eni]>) {
+        self.adopt(shown, attached);
+        let (primary, joining) = std::mem::take(&mut self.joining).into_iter().partition(|joining| joining.eni.is_primary());
+        self.joining = joining;
+        let primary: Vec<_> = primary;
+        primary.into_iter().for_each(|joining| self.store.put_eni(joining.eni));
+    }
+
+    /// Who holds what, by the checkpoint; what it lacks cannot be known.
+    fn take_checkpoint(&mut self, interfaces: &BTreeSet<String>) -> Result<(), StartError> {
+        let now = self.clock.now();
+        match self.files.read_cooling() {
+            Ok(Some(file)) => file.cooling.iter().for_each(|entry| self.store.restore_cooling(entry.address, entry.until)),
+            Ok(None) => {}
+            Err(error) => self.error("read cool-downs", &error),
+        }
+        let Some(file) = self.files.read_checkpoint()? else { return Ok(()) };
+        let suffixes: BTreeSet<&str> = interfaces.iter().filter_map(|name| name.get(name.len().checked_sub(VETH_HASH)?..)).collect();
+        let restored = restore(&mut self.store, &file, 0, now, |pod| suffixes.contains(veth_hash(pod).as_str()));
+        tracing::info!(kept = restored.kept, released = restored.released.len(), "checkpoint read");
+        for (key, address) in &restored.refused {
+            self.error_text("restore", format!("{address} is held twice in the checkpoint; {key} loses it"));
+        }
+        if !restored.without_eni.is_empty() {
+            // The picture of the ENIs may be stale; EC2 tells.
+            self.ec2_verified = false;
+            self.observe_due = Instant::now();
+        }
+        self.files.write_cooling(&self.store, now)?;
+        self.files.write_checkpoint(&self.store)?;
+        Ok(())
+    }
+}
+
+/// Hex digits of the pod's hash in a host veth's name, whatever its prefix.
+const VETH_HASH: usize = 11;
+
+fn veth_hash(pod: &PodName) -> String {
+    host_veth_name("", pod, 0)
+}
