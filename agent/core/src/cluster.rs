@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::ids::PodName;
 use crate::objects::{EndpointSlice, EniConfig, Namespace, NetworkPolicy, Node, Pod, Service};
+use crate::policy::objects::{ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
 
 /// Objects of a namespaced kind, by namespace and name.
 pub type Namespaced<T> = BTreeMap<PodName, Arc<T>>;
@@ -31,6 +32,12 @@ pub struct ClusterState {
     pub endpoint_slices: Namespaced<EndpointSlice>,
     /// NetworkPolicies.
     pub network_policies: Namespaced<NetworkPolicy>,
+    /// ClusterNetworkPolicies of both groups, by [`ClusterNetworkPolicy::key`].
+    pub cluster_network_policies: Named<ClusterNetworkPolicy>,
+    /// NetworkPolicies as AWS's controller resolved them.
+    pub policy_endpoints: Namespaced<PolicyEndpoint>,
+    /// ClusterNetworkPolicies as AWS's controller resolved them.
+    pub cluster_policy_endpoints: Named<ClusterPolicyEndpoint>,
     /// Where custom networking puts pods.
     pub eni_configs: Named<EniConfig>,
     /// The `kube-system/amazon-vpc-cni` ConfigMap's data.
@@ -52,6 +59,12 @@ pub enum Object {
     EndpointSlice(EndpointSlice),
     /// networking.k8s.io/v1
     NetworkPolicy(NetworkPolicy),
+    /// policy.networking.k8s.io or networking.k8s.aws
+    ClusterNetworkPolicy(ClusterNetworkPolicy),
+    /// networking.k8s.aws/v1alpha1
+    PolicyEndpoint(PolicyEndpoint),
+    /// networking.k8s.aws/v1alpha1
+    ClusterPolicyEndpoint(ClusterPolicyEndpoint),
     /// crd.k8s.amazonaws.com/v1alpha1
     EniConfig(EniConfig),
     /// v1, only `kube-system/amazon-vpc-cni`
@@ -133,6 +146,9 @@ impl ClusterState {
             Object::Service(o) => put(&mut self.services, full(&o.metadata), o),
             Object::EndpointSlice(o) => put(&mut self.endpoint_slices, full(&o.metadata), o),
             Object::NetworkPolicy(o) => put(&mut self.network_policies, full(&o.metadata), o),
+            Object::ClusterNetworkPolicy(o) => put(&mut self.cluster_network_policies, o.key(), o),
+            Object::PolicyEndpoint(o) => put(&mut self.policy_endpoints, full(&o.metadata), o),
+            Object::ClusterPolicyEndpoint(o) => put(&mut self.cluster_policy_endpoints, o.metadata.name.clone(), o),
             Object::EniConfig(o) => put(&mut self.eni_configs, o.metadata.name.clone(), o),
             Object::VpcCniConfig(data) => {
                 if self.vpc_cni_config.as_deref() != Some(&data) {
@@ -192,6 +208,9 @@ impl ClusterState {
         share(&self.services, &mut next.services);
         share(&self.endpoint_slices, &mut next.endpoint_slices);
         share(&self.network_policies, &mut next.network_policies);
+        share(&self.cluster_network_policies, &mut next.cluster_network_policies);
+        share(&self.policy_endpoints, &mut next.policy_endpoints);
+        share(&self.cluster_policy_endpoints, &mut next.cluster_policy_endpoints);
         share(&self.eni_configs, &mut next.eni_configs);
         if self.vpc_cni_config == next.vpc_cni_config {
             next.vpc_cni_config.clone_from(&self.vpc_cni_config);

@@ -112,6 +112,9 @@ fn read_document(file: &str, index: usize, document: Value, objects: &mut Vec<Ob
         "NetworkPolicy" if group.starts_with("networking.k8s.io/") || group.is_empty() => {
             Object::NetworkPolicy(reader.read(in_namespace(document))?)
         }
+        "ClusterNetworkPolicy" => Object::ClusterNetworkPolicy(reader.read(document)?),
+        "PolicyEndpoint" => Object::PolicyEndpoint(reader.read(in_namespace(document))?),
+        "ClusterPolicyEndpoint" => Object::ClusterPolicyEndpoint(reader.read(document)?),
         "ENIConfig" => Object::EniConfig(reader.read(document)?),
         "ConfigMap" if name == "amazon-vpc-cni" && namespace == "kube-system" => {
             Object::VpcCniConfig(reader.read::<ConfigMap>(document)?.data.unwrap_or_default())
