@@ -95,6 +95,12 @@ pub enum Kind {
     EndpointSlice,
     /// networking.k8s.io/v1
     NetworkPolicy,
+    /// policy.networking.k8s.io or networking.k8s.aws
+    ClusterNetworkPolicy,
+    /// networking.k8s.aws/v1alpha1
+    PolicyEndpoint,
+    /// networking.k8s.aws/v1alpha1
+    ClusterPolicyEndpoint,
     /// crd.k8s.amazonaws.com/v1alpha1
     EniConfig,
     /// v1, only `kube-system/amazon-vpc-cni`
@@ -111,6 +117,11 @@ impl Object {
             Self::Service(o) => (Kind::Service, &o.metadata),
             Self::EndpointSlice(o) => (Kind::EndpointSlice, &o.metadata),
             Self::NetworkPolicy(o) => (Kind::NetworkPolicy, &o.metadata),
+            Self::ClusterNetworkPolicy(o) => {
+                return ObjectKey { kind: Kind::ClusterNetworkPolicy, name: PodName::new("", o.key()) };
+            }
+            Self::PolicyEndpoint(o) => (Kind::PolicyEndpoint, &o.metadata),
+            Self::ClusterPolicyEndpoint(o) => (Kind::ClusterPolicyEndpoint, &o.metadata),
             Self::EniConfig(o) => (Kind::EniConfig, &o.metadata),
             Self::VpcCniConfig(_) => {
                 return ObjectKey { kind: Kind::VpcCniConfig, name: PodName::new("kube-system", "amazon-vpc-cni") };
@@ -167,6 +178,9 @@ impl ClusterState {
             Kind::Service => drop(self.services.remove(&key.name)),
             Kind::EndpointSlice => drop(self.endpoint_slices.remove(&key.name)),
             Kind::NetworkPolicy => drop(self.network_policies.remove(&key.name)),
+            Kind::ClusterNetworkPolicy => drop(self.cluster_network_policies.remove(&key.name.name)),
+            Kind::PolicyEndpoint => drop(self.policy_endpoints.remove(&key.name)),
+            Kind::ClusterPolicyEndpoint => drop(self.cluster_policy_endpoints.remove(&key.name.name)),
             Kind::EniConfig => drop(self.eni_configs.remove(&key.name.name)),
             Kind::VpcCniConfig => self.vpc_cni_config = None,
         }
@@ -187,6 +201,9 @@ impl ClusterState {
             Kind::Service => namespaced(kind, &self.services),
             Kind::EndpointSlice => namespaced(kind, &self.endpoint_slices),
             Kind::NetworkPolicy => namespaced(kind, &self.network_policies),
+            Kind::ClusterNetworkPolicy => named(kind, &self.cluster_network_policies),
+            Kind::PolicyEndpoint => namespaced(kind, &self.policy_endpoints),
+            Kind::ClusterPolicyEndpoint => named(kind, &self.cluster_policy_endpoints),
             Kind::EniConfig => named(kind, &self.eni_configs),
             Kind::VpcCniConfig => {
                 let name = PodName::new("kube-system", "amazon-vpc-cni");

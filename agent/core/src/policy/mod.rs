@@ -1,4 +1,17 @@
 //! Network policy, pure: model, resolve, compile, diff, verdict and explanation.
 
+mod classes;
+pub mod engine;
 pub mod image;
+mod intern;
+pub mod maps;
+pub mod model;
 pub mod objects;
+mod order;
+pub mod ports;
+mod program;
+pub mod resolve;
+mod subjects;
+pub mod world;
+
+pub use intern::RuleName;

@@ -1,0 +1,424 @@
+//! The compiler as a state machine: a cluster snapshot and the local pods in, map operations in safe order out.
+//!
+//! Work is done for what changed only: policies whose objects changed, pods whose objects changed, and what depends on them.
+//! An address's identity is the interned [`Signature`] of the address, an endpoint's policy set the interned list of the
+//! policies that select it; the verdict entries are a function of the two.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::cluster::ClusterState;
+use crate::ids::PodName;
+use crate::objects::Pod;
+
+use super::image::{EndpointImage, MapImage, MapOp, Slot};
+use super::intern::{Interned, Pairs, RuleName};
+use super::model::{Direction, Problem};
+use super::order::Meanings as _;
+use super::order::{Change, image_entries, moved, order};
+use super::subjects::{Stale, Subjects};
+use super::world;
+
+/// Namespace annotation: `"true"` reports what policies would deny in the namespace's pods and denies nothing.
+pub const AUDIT_ANNOTATION: &str = "policy.stanchion.dev/audit";
+
+/// What to do with a local pod that the cluster snapshot does not have (yet).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnknownPod {
+    /// Nothing passes but the own node's traffic (`strict`).
+    #[default]
+    Closed,
+    /// Everything passes (`standard`).
+    Open,
+}
+
+/// What the engine is told once.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// The own node: traffic with its addresses always passes.
+    pub node_name: String,
+    /// Pods whose policies cannot be known.
+    pub unknown_pod: UnknownPod,
+}
+
+/// A local pod as the datapath attached it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct LocalPod {
+    pub(super) name: PodName,
+    pub(super) uid: String,
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+impl LocalPod {
+    /// Its object, unless that is of an earlier pod of the same name.
+    pub(super) fn object<'a>(&self, cluster: &'a ClusterState) -> Option<&'a Arc<Pod>> {
+        let pod = cluster.pods.get(&self.name)?;
+        let uids_differ = !self.uid.is_empty() && !pod.metadata.uid.is_empty() && self.uid != pod.metadata.uid;
+        (!uids_differ && world::is_networked(pod)).then_some(pod)
+    }
+}
+
+/// Which policy sets an endpoint has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Binding {
+    pub(super) ingress: Option<u32>,
+    pub(super) egress: Option<u32>,
+    pub(super) audit: bool,
+}
+
+/// What an update has to look at.
+#[derive(Default)]
+struct Dirty {
+    policies: bool,
+    namespaces: bool,
+    nodes: bool,
+    services: bool,
+    pods: BTreeSet<PodName>,
+    slots: BTreeSet<Slot>,
+}
+
+/// The policy compiler of one node.
+#[derive(Debug)]
+pub struct Engine {
+    settings: Settings,
+    cluster: Option<Arc<ClusterState>>,
+    local: BTreeMap<Slot, LocalPod>,
+    bindings: BTreeMap<Slot, Binding>,
+    interned: Interned,
+    subjects: Subjects,
+    extra_node_addresses: Vec<IpAddr>,
+    /// The image is not what earlier operations made.
+    rebased: bool,
+    image: MapImage,
+}
+
+impl Engine {
+    /// Without a cluster and without pods.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            cluster: None,
+            local: BTreeMap::new(),
+            bindings: BTreeMap::new(),
+            interned: Interned::default(),
+            subjects: Subjects::default(),
+            extra_node_addresses: Vec::new(),
+            rebased: false,
+            image: MapImage::default(),
+        }
+    }
+
+    /// What the maps hold once every operation given so far was applied.
+    pub fn image(&self) -> &MapImage {
+        &self.image
+    }
+
+    /// What is wrong in the policies of the last snapshot.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.interned.problems()
+    }
+
+    /// The rule behind the number in a verdict; `None` for 0, the default of an isolated direction.
+    pub fn rule(&self, id: u32) -> Option<&RuleName> {
+        self.interned.rule(id)
+    }
+
+    /// Whether policies can be judged for the pod: a snapshot is there and has the pod, of that uid if both are known.
+    pub fn knows(&self, pod: &PodName, uid: &str) -> bool {
+        let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: Vec::new() };
+        self.cluster.as_deref().is_some_and(|cluster| local.object(cluster).is_some())
+    }
+
+    /// The cluster has changed (or is known for the first time).
+    pub fn set_cluster(&mut self, cluster: &Arc<ClusterState>) -> Vec<MapOp> {
+        let dirty = match &self.cluster {
+            None => Dirty {
+                policies: true,
+                namespaces: true,
+                nodes: true,
+                services: true,
+                pods: cluster.pods.keys().cloned().collect(),
+                slots: self.local.keys().copied().collect(),
+            },
+            Some(old) => Dirty {
+                policies: !same(&old.network_policies, &cluster.network_policies)
+                    || !same(&old.cluster_network_policies, &cluster.cluster_network_policies),
+                namespaces: !same(&old.namespaces, &cluster.namespaces),
+                nodes: !same(&old.nodes, &cluster.nodes),
+                services: !same(&old.services, &cluster.services) || !same(&old.endpoint_slices, &cluster.endpoint_slices),
+                pods: changed(&old.pods, &cluster.pods),
+                slots: BTreeSet::new(),
+            },
+        };
+        self.cluster = Some(Arc::clone(cluster));
+        self.update(dirty)
+    }
+
+    /// Addresses of the own node beyond those in its Node object (secondary ENIs, link-local).
+    pub fn set_node_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) -> Vec<MapOp> {
+        self.extra_node_addresses = addresses.into_iter().collect();
+        self.update(Dirty { nodes: true, ..Dirty::default() })
+    }
+
+    /// A pod was attached, or its addresses changed. Its addresses are the pod's from now on, whatever its status says.
+    pub fn add_endpoint(&mut self, slot: Slot, pod: &PodName, uid: &str, addresses: &[IpAddr]) -> Vec<MapOp> {
+        let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: addresses.to_vec() };
+        let mut dirty = Dirty { pods: BTreeSet::from([pod.clone()]), slots: BTreeSet::from([slot]), ..Dirty::default() };
+        if let Some(replaced) = self.local.insert(slot, local) {
+            dirty.pods.insert(replaced.name);
+        }
+        self.update(dirty)
+    }
+
+    /// A pod was detached.
+    pub fn remove_endpoint(&mut self, slot: Slot) -> Vec<MapOp> {
+        let Some(gone) = self.local.remove(&slot) else { return Vec::new() };
+        self.update(Dirty { pods: BTreeSet::from([gone.name]), slots: BTreeSet::from([slot]), ..Dirty::default() })
+    }
+
+    /// The maps hold `image`, not what the engine believes: gives what is missing. At start, before the first snapshot,
+    /// nothing is written and pods that were enforced stay so; policy sets and identities whose content is unchanged keep
+    /// their numbers when the snapshot comes, so that a restart without a change writes nothing.
+    pub fn rebase(&mut self, image: MapImage) -> Vec<MapOp> {
+        self.interned.avoid(&image);
+        self.image = image;
+        self.rebased = true;
+        if self.cluster.is_none() { Vec::new() } else { self.write() }
+    }
+
+    fn update(&mut self, dirty: Dirty) -> Vec<MapOp> {
+        let Some(cluster) = self.cluster.clone() else {
+            // Who may talk to the pod is not known yet; one that the maps already know keeps its record.
+            return dirty.slots.into_iter().flat_map(|slot| self.unknown_endpoint(slot)).collect();
+        };
+        if dirty.policies {
+            self.interned.resolve(&cluster);
+        }
+        let everyone = dirty.policies || dirty.namespaces;
+        let slots: Vec<Slot> = self.local.keys().copied().collect();
+        for slot in slots {
+            let local = &self.local[&slot];
+            if everyone || dirty.slots.contains(&slot) || dirty.pods.contains(&local.name) {
+                let binding = self.bind(&cluster, slot);
+                self.bindings.insert(slot, binding);
+            }
+        }
+        self.bindings.retain(|slot, _| self.local.contains_key(slot));
+        let sets: BTreeSet<u32> = self.bindings.values().flat_map(|b| [b.ingress, b.egress]).flatten().collect();
+        self.interned.use_sets(sets);
+        if dirty.nodes {
+            self.subjects.set_own_node(&cluster, &self.settings.node_name, &self.extra_node_addresses);
+        }
+        let stale = Stale { namespaces: dirty.namespaces, nodes: dirty.nodes, services: dirty.services, pods: dirty.pods };
+        self.subjects.update(&cluster, &self.local, &mut self.interned, &stale);
+        self.write()
+    }
+
+    /// The record of a pod without a cluster snapshot.
+    fn unknown_endpoint(&mut self, slot: Slot) -> Vec<MapOp> {
+        let op = match self.local.get(&slot) {
+            None if self.image.endpoints.contains_key(&slot) => MapOp::RemoveEndpoint(slot),
+            None => return Vec::new(),
+            Some(local) => {
+                let present = self.image.endpoints.get(&slot);
+                if present.is_some_and(|image| image.addresses == local.addresses) {
+                    return Vec::new();
+                }
+                let (ingress, egress) = match self.settings.unknown_pod {
+                    UnknownPod::Open => (None, None),
+                    UnknownPod::Closed => (Some(self.interned.closed(Direction::Ingress)), Some(self.interned.closed(Direction::Egress))),
+                };
+                let revision = present.map_or(1, |image| image.revision + 1);
+                MapOp::SetEndpoint(slot, EndpointImage { addresses: local.addresses.clone(), ingress, egress, revision, audit: false })
+            }
+        };
+        self.image.apply(&op);
+        vec![op]
+    }
+
+    /// Which policies select a local pod.
+    fn bind(&mut self, cluster: &ClusterState, slot: Slot) -> Binding {
+        let local = &self.local[&slot];
+        let audit = cluster
+            .namespaces
+            .get(&local.name.namespace)
+            .is_some_and(|ns| ns.metadata.annotations.get(AUDIT_ANNOTATION).is_some_and(|value| value == "true"));
+        let Some(pod) = local.object(cluster) else {
+            return match self.settings.unknown_pod {
+                UnknownPod::Open => Binding { audit, ..Binding::default() },
+                UnknownPod::Closed => Binding {
+                    ingress: Some(self.interned.closed(Direction::Ingress)),
+                    egress: Some(self.interned.closed(Direction::Egress)),
+                    audit,
+                },
+            };
+        };
+        let [ingress, egress] = Direction::BOTH.map(|direction| self.interned.set_of(cluster, pod, direction));
+        Binding { ingress, egress, audit }
+    }
+
+    /// From what the maps hold to what they are to hold.
+    fn write(&mut self) -> Vec<MapOp> {
+        let all = std::mem::take(&mut self.rebased);
+        let (mut added, mut removed) = self.interned.update_pairs(self.subjects.identities());
+        if all {
+            (added, removed) = self.compare_pairs();
+        }
+        let addresses = self.subjects.changed_addresses(&self.image, all);
+        let cidrs = self.subjects.changed_cidrs(&self.image, all);
+        let endpoints = self.changed_endpoints(&moved(&self.image, &addresses, cidrs.as_ref()));
+        let change = Change {
+            old: &self.image,
+            addresses: &addresses,
+            cidrs: cidrs.as_ref(),
+            endpoints: &endpoints,
+            added: &added,
+            removed: &removed,
+            node_addresses: self.subjects.own_node(),
+        };
+        let ops = order(&change, &mut self.interned);
+        for op in &ops {
+            self.image.apply(op);
+        }
+        self.interned.forget_unused();
+        ops
+    }
+
+    /// Pairs that the image lacks, and pairs that it should not have.
+    fn compare_pairs(&self) -> (Pairs, Pairs) {
+        let present: Pairs = self.image.verdicts.keys().map(|(key, _)| (key.policy, key.identity)).collect();
+        let wanted: Pairs = self.interned.pairs().collect();
+        let complete = |(set, identity): &(u32, u32)| {
+            let direction = self.interned.direction(*set)?;
+            let mut entries = self.interned.entries(*set, *identity)?;
+            entries.sort_unstable();
+            let mut there = image_entries(&self.image, *set, *identity, direction);
+            there.sort_unstable();
+            Some(entries == there)
+        };
+        let added = wanted.iter().filter(|pair| complete(pair) != Some(true)).copied().collect();
+        (added, present.difference(&wanted).copied().collect())
+    }
+
+    /// Records of endpoints that change. A revision grows if a flow of the pod could be revoked.
+    fn changed_endpoints(&self, moved: &Pairs) -> BTreeMap<Slot, Option<EndpointImage>> {
+        let mut changed = BTreeMap::new();
+        let mut known = HashMap::new();
+        for (slot, local) in &self.local {
+            let binding = self.bindings.get(slot).copied().unwrap_or_default();
+            let old = self.image.endpoints.get(slot);
+            let mut endpoint = EndpointImage {
+                addresses: local.addresses.clone(),
+                ingress: binding.ingress,
+                egress: binding.egress,
+                revision: old.map_or(1, |old| old.revision),
+                audit: binding.audit,
+            };
+            if let Some(old) = old {
+                let mut revokes = |before, after| *known.entry((before, after)).or_insert_with(|| self.revokes(before, after, moved));
+                let revoked = [(old.ingress, binding.ingress), (old.egress, binding.egress)];
+                if revoked.into_iter().any(|(before, after)| revokes(before, after)) || (old.audit && !endpoint.audit) {
+                    endpoint.revision = old.revision.wrapping_add(1);
+                }
+            }
+            if old != Some(&endpoint) {
+                changed.insert(*slot, Some(endpoint));
+            }
+        }
+        changed.extend(self.image.endpoints.keys().filter(|slot| !self.local.contains_key(*slot)).map(|slot| (*slot, None)));
+        changed
+    }
+
+    /// Whether something that was allowed is not any more, for an endpoint whose set was `before` and becomes `after`.
+    fn revokes(&self, before: Option<u32>, after: Option<u32>, moved: &Pairs) -> bool {
+        let Some(after) = after else { return false };
+        let Some(before) = before else { return true };
+        let stationary = (before != after)
+            .then(|| self.interned.identities_of(before).into_iter().chain(self.interned.identities_of(after)))
+            .into_iter()
+            .flatten()
+            .chain((before != after).then_some(0));
+        let pairs = stationary.map(|identity| (identity, identity)).chain(moved.iter().copied());
+        // What is not known (from before a restart) may have been allowed.
+        let within = |(from, to)| match (self.interned.decide(before, from), self.interned.decide(after, to)) {
+            (Some(old), Some(new)) => old.is_within(&new),
+            _ => false,
+        };
+        !pairs.into_iter().all(within)
+    }
+}
+
+/// Whether two snapshots have the same objects of a kind.
+fn same<K: PartialEq, T>(left: &BTreeMap<K, Arc<T>>, right: &BTreeMap<K, Arc<T>>) -> bool {
+    left.len() == right.len() && left.iter().zip(right).all(|((lk, lv), (rk, rv))| Arc::ptr_eq(lv, rv) && lk == rk)
+}
+
+/// Names of the objects that two snapshots do not share.
+pub(super) fn changed<K: Ord + Clone, T>(old: &BTreeMap<K, Arc<T>>, new: &BTreeMap<K, Arc<T>>) -> BTreeSet<K> {
+    let mut names = BTreeSet::new();
+    let (mut left, mut right) = (old.iter().peekable(), new.iter().peekable());
+    loop {
+        let order = match (left.peek(), right.peek()) {
+            (None, None) => return names,
+            (Some(_), None) => std::cmp::Ordering::Less,
+            (None, Some(_)) => std::cmp::Ordering::Greater,
+            (Some((l, _)), Some((r, _))) => l.cmp(r),
+        };
+        let gone = order.is_le().then(|| left.next()).flatten();
+        let come = order.is_ge().then(|| right.next()).flatten();
+        match (gone, come) {
+            (Some((_, l)), Some((_, r))) if Arc::ptr_eq(l, r) => {}
+            (Some((name, _)), _) | (None, Some((name, _))) => drop(names.insert(name.clone())),
+            (None, None) => return names,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifests;
+    use crate::policy::maps::image_allows;
+
+    const CLUSTER: &str = r#"
+{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1"},"status":{"addresses":[{"type":"InternalIP","address":"10.0.0.1"}]}}
+{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"x"}}
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a","namespace":"x","labels":{"pod":"a"}},"spec":{"nodeName":"n1"},"status":{"podIP":"192.168.1.1"}}
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"b","namespace":"x","labels":{"pod":"b"}},"spec":{"nodeName":"n2"},"status":{"podIP":"192.168.1.2"}}
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"c","namespace":"x","labels":{"pod":"c"}},"spec":{"nodeName":"n2"},"status":{"podIP":"192.168.1.3"}}
+"#;
+    const POLICY: &str = r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"p","namespace":"x"},
+        "spec":{"podSelector":{"matchLabels":{"pod":"a"}},"ingress":[{"from":[{"podSelector":{"matchLabels":{"pod":"b"}}}],"ports":[{"port":80}]}]}}"#;
+
+    fn cluster(texts: &[&str]) -> Arc<ClusterState> {
+        let objects = texts.iter().flat_map(|text| manifests::parse("test.json", text).unwrap());
+        Arc::new(ClusterState::default().replaced_by(objects))
+    }
+
+    #[test]
+    fn one_policy_one_pod() {
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        let name = PodName::new("x", "a");
+        let own: IpAddr = "192.168.1.1".parse().unwrap();
+        let (slot, from) = (Slot(1), |engine: &Engine, peer: &str, port| {
+            image_allows(engine.image(), Slot(1), Direction::Ingress, peer.parse().unwrap(), 6, port)
+        });
+        assert!(!engine.knows(&name, ""));
+        let ops = engine.add_endpoint(slot, &name, "", &[own]);
+        assert!(matches!(ops.as_slice(), [MapOp::SetEndpoint(Slot(1), image)] if image.ingress.is_some()), "closed until known");
+        engine.set_cluster(&cluster(&[CLUSTER]));
+        assert!(engine.knows(&name, ""));
+        assert!(from(&engine, "192.168.1.3", 80));
+        let ops = engine.set_cluster(&cluster(&[CLUSTER, POLICY]));
+        assert!(from(&engine, "192.168.1.2", 80));
+        assert!(!from(&engine, "192.168.1.2", 81));
+        assert!(!from(&engine, "192.168.1.3", 80));
+        assert!(from(&engine, "10.0.0.1", 81), "the own node");
+        assert!(matches!(ops.last(), Some(MapOp::SetEndpoint(..))), "entries first, then the flip: {ops:?}");
+        assert!(engine.set_cluster(&cluster(&[CLUSTER, POLICY])).is_empty());
+        assert!(!engine.remove_endpoint(slot).is_empty());
+        let node = MapImage { node_addresses: vec!["10.0.0.1".parse().unwrap()], ..MapImage::default() };
+        assert_eq!(*engine.image(), node, "nothing is left but the node");
+    }
+}

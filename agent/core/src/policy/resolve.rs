@@ -1,0 +1,399 @@
+//! From Kubernetes objects to [`Policy`]: defaults filled in, CIDRs parsed and masked, rules checked.
+//!
+//! What is wrong in an object costs as little as possible and never opens anything: a bad peer or port of a rule that
+//! allows matches nothing, while isolation stays; of a rule that denies or passes, the rule denies everything in its direction
+//! (ClusterNetworkPolicy's "fail closed"). Each such case is a [`Problem`].
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use super::model::{
+    Action, Direction, DomainPattern, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Subject,
+    Tier,
+};
+use super::objects::{AwsPort, ClusterNetworkPolicy, ClusterPeer, ClusterProtocol, ClusterRule, ClusterSubject, DestinationPort};
+use crate::objects::{IntOrString, IpBlock, LabelSelector, NetworkPolicy, PolicyPeer, PolicyPort, Protocol};
+
+/// Kind of a NetworkPolicy in names and messages.
+pub const NETWORK_POLICY: &str = "NetworkPolicy";
+/// Kind of a ClusterNetworkPolicy in names and messages.
+pub const CLUSTER_NETWORK_POLICY: &str = "ClusterNetworkPolicy";
+/// The same for AWS's kind of that name.
+pub const AWS_CLUSTER_NETWORK_POLICY: &str = "ClusterNetworkPolicy.networking.k8s.aws";
+
+const NOTHING: &str = "it matches nothing";
+const CLOSED: &str = "the rule denies everything in its direction";
+const IGNORED: &str = "the policy is not applied";
+
+/// Collects problems of one object.
+struct Report<'a> {
+    policy: &'a PolicyName,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl Report<'_> {
+    fn tell(&mut self, field: String, problem: String, consequence: &'static str, remedy: &'static str) {
+        self.problems.push(Problem { policy: self.policy.clone(), field, problem, consequence, remedy });
+    }
+}
+
+/// A NetworkPolicy in the common form. Problems are added to `problems`.
+pub fn network_policy(object: &NetworkPolicy, problems: &mut Vec<Problem>) -> Policy {
+    let namespace = object.metadata.namespace.clone();
+    let name = PolicyName { kind: NETWORK_POLICY, namespace: namespace.clone(), name: object.metadata.name.clone() };
+    let mut report = Report { policy: &name, problems };
+    let spec = &object.spec;
+    let has_egress = spec.egress.as_ref().is_some_and(|rules| !rules.is_empty());
+    let (mut ingress_listed, mut egress_listed) = (true, has_egress);
+    if let Some(types) = spec.policy_types.as_ref().filter(|types| !types.is_empty()) {
+        ingress_listed = types.iter().any(|t| t == "Ingress");
+        egress_listed = types.iter().any(|t| t == "Egress");
+        for (index, unknown) in types.iter().enumerate().filter(|(_, t)| *t != "Ingress" && *t != "Egress") {
+            // Which direction was meant is unknown: both are isolated.
+            (ingress_listed, egress_listed) = (true, true);
+            let field = format!("spec.policyTypes[{index}]");
+            report.tell(field, format!("{unknown:?} is no direction"), "both directions are isolated", "Write Ingress or Egress.");
+        }
+    }
+    let ingress = ingress_listed.then(|| {
+        let rules = spec.ingress.iter().flatten().enumerate();
+        rules.map(|(i, rule)| namespaced_rule(&mut report, &namespace, Direction::Ingress, i, &rule.from, &rule.ports)).collect()
+    });
+    let egress = egress_listed.then(|| {
+        let rules = spec.egress.iter().flatten().enumerate();
+        rules.map(|(i, rule)| namespaced_rule(&mut report, &namespace, Direction::Egress, i, &rule.to, &rule.ports)).collect()
+    });
+    let subject = Subject::Pods(PodMatch { namespaces: NamespaceMatch::Name(namespace), pods: spec.pod_selector.clone() });
+    Policy { name: name.clone(), tier: Tier::Namespace, priority: 0, subject, ingress, egress }
+}
+
+fn namespaced_rule(
+    report: &mut Report<'_>,
+    namespace: &str,
+    direction: Direction,
+    index: usize,
+    peers: &[PolicyPeer],
+    ports: &[PolicyPort],
+) -> Rule {
+    let field = format!("spec.{direction}[{index}]");
+    let end = if direction == Direction::Ingress { "from" } else { "to" };
+    let peers = if peers.is_empty() {
+        Peers::Any
+    } else {
+        let peers = peers.iter().enumerate();
+        Peers::List(peers.filter_map(|(i, peer)| namespaced_peer(report, namespace, &format!("{field}.{end}[{i}]"), peer)).collect())
+    };
+    let ports = if ports.is_empty() {
+        Ports::Any
+    } else {
+        let ports = ports.iter().enumerate();
+        Ports::List(ports.filter_map(|(i, port)| namespaced_port(report, &format!("{field}.ports[{i}]"), port)).collect())
+    };
+    Rule { name: String::new(), index, action: Action::Allow, peers, ports }
+}
+
+fn namespaced_peer(report: &mut Report<'_>, namespace: &str, field: &str, peer: &PolicyPeer) -> Option<Peer> {
+    match (&peer.ip_block, &peer.namespace_selector, &peer.pod_selector) {
+        (Some(block), None, None) => ip_block(report, field, block),
+        (Some(_), _, _) => {
+            let problem = "ipBlock together with a selector".to_owned();
+            report.tell(field.to_owned(), problem, NOTHING, "Write two peers: one with ipBlock, one with the selectors.");
+            None
+        }
+        (None, None, None) => {
+            report.tell(field.to_owned(), "no peer in it".to_owned(), NOTHING, "Give podSelector, namespaceSelector or ipBlock.");
+            None
+        }
+        (None, None, Some(pods)) => {
+            Some(Peer::Pods(PodMatch { namespaces: NamespaceMatch::Name(namespace.to_owned()), pods: pods.clone() }))
+        }
+        (None, Some(namespaces), pods) => {
+            let pods = pods.clone().unwrap_or_default();
+            Some(Peer::Pods(PodMatch { namespaces: NamespaceMatch::Labels(namespaces.clone()), pods }))
+        }
+    }
+}
+
+fn ip_block(report: &mut Report<'_>, field: &str, block: &IpBlock) -> Option<Peer> {
+    let Some(net) = cidr(&block.cidr) else {
+        let problem = format!("{:?} is no CIDR", block.cidr);
+        report.tell(format!("{field}.ipBlock.cidr"), problem, NOTHING, "Write an address and a prefix length, such as 10.0.0.0/8.");
+        return None;
+    };
+    let mut except = Vec::with_capacity(block.except.len());
+    for (index, text) in block.except.iter().enumerate() {
+        let Some(cut) = cidr(text) else {
+            // What should have been cut out is unknown: the whole block matches nothing.
+            let problem = format!("{text:?} is no CIDR");
+            report.tell(
+                format!("{field}.ipBlock.except[{index}]"),
+                problem,
+                "the whole ipBlock matches nothing",
+                "Write a CIDR inside ipBlock.cidr.",
+            );
+            return None;
+        };
+        except.push(cut);
+    }
+    except.sort_unstable();
+    except.dedup();
+    Some(Peer::Block { net, except })
+}
+
+/// A CIDR with its host bits masked; a bare address is a host's CIDR.
+pub fn cidr(text: &str) -> Option<IpNet> {
+    let text = text.trim();
+    let net = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))?;
+    Some(net.trunc())
+}
+
+fn namespaced_port(report: &mut Report<'_>, field: &str, port: &PolicyPort) -> Option<PortMatch> {
+    let protocol = port.protocol.unwrap_or_default();
+    match (&port.port, port.end_port) {
+        (None, None) => Some(PortMatch::Range(protocol, 0, u16::MAX)),
+        (Some(IntOrString::Str(name)), None) => Some(PortMatch::Named(Some(protocol), name.clone())),
+        (Some(IntOrString::Int(first)), last) => {
+            let last = last.unwrap_or(*first);
+            if last < *first {
+                let problem = format!("{last} is less than port {first}");
+                report.tell(format!("{field}.endPort"), problem, NOTHING, "Write an endPort that is not less than port.");
+                return None;
+            }
+            Some(PortMatch::Range(protocol, *first, last))
+        }
+        (None | Some(IntOrString::Str(_)), Some(_)) => {
+            report.tell(format!("{field}.endPort"), "endPort without a numeric port".to_owned(), NOTHING, "Give port as a number.");
+            None
+        }
+    }
+}
+
+/// A ClusterNetworkPolicy of either group in the common form; `None` if it cannot be applied at all.
+pub fn cluster_network_policy(object: &ClusterNetworkPolicy, problems: &mut Vec<Problem>) -> Option<Policy> {
+    let kind = if object.is_aws() { AWS_CLUSTER_NETWORK_POLICY } else { CLUSTER_NETWORK_POLICY };
+    let name = PolicyName { kind, namespace: String::new(), name: object.metadata.name.clone() };
+    let mut report = Report { policy: &name, problems };
+    let tier = tier(&mut report, &object.spec.tier)?;
+    let subject = cluster_subject(&mut report, &object.spec.subject)?;
+    let mut rules = |direction: Direction, rules: &[ClusterRule]| {
+        let mut resolved: Vec<Rule> =
+            rules.iter().enumerate().map(|(i, rule)| cluster_rule(&mut report, object.is_aws(), direction, i, rule)).collect();
+        if object.is_aws() {
+            // AWS's kind does not keep the order of rules: at one priority Deny beats Accept beats Pass.
+            resolved.sort_by_key(|rule| rule.action);
+        }
+        (!resolved.is_empty()).then_some(resolved)
+    };
+    let ingress = rules(Direction::Ingress, &object.spec.ingress);
+    let egress = rules(Direction::Egress, &object.spec.egress);
+    Some(Policy { name: name.clone(), tier, priority: object.spec.priority, subject: Subject::Pods(subject), ingress, egress })
+}
+
+fn tier(report: &mut Report<'_>, text: &str) -> Option<Tier> {
+    match text {
+        "Admin" => Some(Tier::Admin),
+        "Baseline" => Some(Tier::Baseline),
+        other => {
+            report.tell("spec.tier".to_owned(), format!("{other:?} is no tier"), IGNORED, "Write Admin or Baseline.");
+            None
+        }
+    }
+}
+
+fn cluster_subject(report: &mut Report<'_>, subject: &ClusterSubject) -> Option<PodMatch> {
+    match (&subject.namespaces, &subject.pods) {
+        (Some(namespaces), None) => {
+            Some(PodMatch { namespaces: NamespaceMatch::Labels(namespaces.clone()), pods: LabelSelector::default() })
+        }
+        (None, Some(pods)) => {
+            let namespaces = NamespaceMatch::Labels(pods.namespace_selector.clone());
+            Some(PodMatch { namespaces, pods: pods.pod_selector.clone() })
+        }
+        _ => {
+            let problem = "not exactly one of namespaces and pods".to_owned();
+            report.tell("spec.subject".to_owned(), problem, IGNORED, "Give namespaces or pods.");
+            None
+        }
+    }
+}
+
+fn cluster_rule(report: &mut Report<'_>, aws: bool, direction: Direction, index: usize, rule: &ClusterRule) -> Rule {
+    let field = format!("spec.{direction}[{index}]");
+    let closed = |action| Rule { name: rule.name.clone(), index, action, peers: Peers::Any, ports: Ports::Any };
+    let action = match rule.action.as_str() {
+        "Accept" | "Allow" => Action::Allow,
+        "Deny" => Action::Deny,
+        "Pass" => Action::Pass,
+        other => {
+            report.tell(format!("{field}.action"), format!("{other:?} is no action"), CLOSED, "Write Accept, Deny or Pass.");
+            return closed(Action::Deny);
+        }
+    };
+    let (end, peers) = match direction {
+        Direction::Ingress => ("from", &rule.from),
+        Direction::Egress => ("to", &rule.to),
+    };
+    let consequence = if action == Action::Allow { NOTHING } else { CLOSED };
+    let mut bad = false;
+    if peers.is_empty() {
+        report.tell(format!("{field}.{end}"), "no peer".to_owned(), consequence, "List at least one peer.");
+        bad = true;
+    }
+    let mut resolved = Vec::new();
+    for (i, peer) in peers.iter().enumerate() {
+        bad |= !cluster_peer(report, consequence, direction, action, &format!("{field}.{end}[{i}]"), peer, &mut resolved);
+    }
+    let ports = cluster_ports(report, consequence, aws, &field, rule, &mut bad);
+    if bad && action != Action::Allow {
+        return closed(Action::Deny);
+    }
+    Rule { name: rule.name.clone(), index, action, peers: Peers::List(resolved.into()), ports }
+}
+
+/// Adds what the peer means; false if it means nothing that is known.
+fn cluster_peer(
+    report: &mut Report<'_>,
+    consequence: &'static str,
+    direction: Direction,
+    action: Action,
+    field: &str,
+    peer: &ClusterPeer,
+    resolved: &mut Vec<Peer>,
+) -> bool {
+    let given =
+        [peer.namespaces.is_some(), peer.pods.is_some(), peer.nodes.is_some(), peer.networks.is_some(), peer.domain_names.is_some()];
+    if given.iter().filter(|there| **there).count() != 1 {
+        let remedy = "Give exactly one of namespaces, pods, nodes, networks, domainNames.";
+        report.tell(field.to_owned(), "not exactly one kind of peer".to_owned(), consequence, remedy);
+        return false;
+    }
+    if direction == Direction::Ingress && (peer.nodes.is_some() || peer.networks.is_some() || peer.domain_names.is_some()) {
+        let problem = "a peer that only egress rules may have".to_owned();
+        report.tell(field.to_owned(), problem, consequence, "Use namespaces or pods in ingress rules.");
+        return false;
+    }
+    if let Some(namespaces) = &peer.namespaces {
+        resolved.push(Peer::Pods(PodMatch { namespaces: NamespaceMatch::Labels(namespaces.clone()), pods: LabelSelector::default() }));
+    }
+    if let Some(pods) = &peer.pods {
+        let namespaces = NamespaceMatch::Labels(pods.namespace_selector.clone());
+        resolved.push(Peer::Pods(PodMatch { namespaces, pods: pods.pod_selector.clone() }));
+    }
+    if let Some(nodes) = &peer.nodes {
+        resolved.push(Peer::Nodes(nodes.clone()));
+    }
+    let mut good = true;
+    for (i, text) in peer.networks.iter().flatten().enumerate() {
+        if let Some(net) = cidr(text) {
+            resolved.push(Peer::Block { net, except: Vec::new() });
+        } else {
+            good = false;
+            let problem = format!("{text:?} is no CIDR");
+            report.tell(
+                format!("{field}.networks[{i}]"),
+                problem,
+                consequence,
+                "Write an address and a prefix length, such as 10.0.0.0/8.",
+            );
+        }
+    }
+    for (i, text) in peer.domain_names.iter().flatten().enumerate() {
+        let problem = if action == Action::Deny {
+            Some("a rule that denies by name (the name's other addresses would stay open)".to_owned())
+        } else {
+            domain(text).map(|pattern| resolved.push(Peer::Domain(pattern))).is_none().then(|| format!("{text:?} is no DNS name"))
+        };
+        if let Some(problem) = problem {
+            good = false;
+            let remedy = "Write a name such as example.com or *.example.com, in a rule with Accept.";
+            report.tell(format!("{field}.domainNames[{i}]"), problem, consequence, remedy);
+        }
+    }
+    good
+}
+
+/// A DNS name pattern; `None` if the text is none.
+pub fn domain(text: &str) -> Option<DomainPattern> {
+    let lower = text.trim().trim_end_matches('.').to_ascii_lowercase();
+    let (wildcard, name) = match lower.strip_prefix("*.") {
+        Some(rest) => (true, rest),
+        None => (false, lower.as_str()),
+    };
+    let label = |l: &str| !l.is_empty() && l.len() <= 63 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    (name.len() <= 253 && name.split('.').all(label)).then(|| DomainPattern { name: name.to_owned(), wildcard })
+}
+
+fn cluster_ports(report: &mut Report<'_>, consequence: &'static str, aws: bool, field: &str, rule: &ClusterRule, bad: &mut bool) -> Ports {
+    let mut resolved = Vec::new();
+    let listed = if aws { rule.ports.len() } else { rule.protocols.len() };
+    let (wrong_field, wrong) = if aws { ("protocols", rule.protocols.len()) } else { ("ports", rule.ports.len()) };
+    if wrong > 0 {
+        let problem = "not a field of this API group".to_owned();
+        let remedy = "Use protocols in policy.networking.k8s.io and ports in networking.k8s.aws.";
+        report.tell(format!("{field}.{wrong_field}"), problem, consequence, remedy);
+        *bad = true;
+        return Ports::List(Vec::new());
+    }
+    if listed == 0 {
+        return Ports::Any;
+    }
+    for (i, protocol) in rule.protocols.iter().enumerate() {
+        if !kubernetes_ports(protocol, &mut resolved) {
+            *bad = true;
+            let remedy = "Give exactly one of tcp, udp, sctp (with destinationPort number or range) and destinationNamedPort.";
+            report.tell(format!("{field}.protocols[{i}]"), "no valid protocol and port".to_owned(), consequence, remedy);
+        }
+    }
+    for (i, port) in rule.ports.iter().enumerate() {
+        if !aws_ports(port, &mut resolved) {
+            *bad = true;
+            let remedy = "Give exactly one of portNumber, portRange (start not above end) and namedPort.";
+            report.tell(format!("{field}.ports[{i}]"), "no valid port".to_owned(), consequence, remedy);
+        }
+    }
+    Ports::List(resolved)
+}
+
+fn kubernetes_ports(entry: &ClusterProtocol, resolved: &mut Vec<PortMatch>) -> bool {
+    let transports = [(Protocol::Tcp, &entry.tcp), (Protocol::Udp, &entry.udp), (Protocol::Sctp, &entry.sctp)];
+    let mut given = transports.into_iter().filter_map(|(protocol, ports)| ports.as_ref().map(|ports| (protocol, ports)));
+    match (given.next(), given.next(), &entry.destination_named_port) {
+        (None, None, Some(name)) if !name.is_empty() => resolved.push(PortMatch::Named(None, name.clone())),
+        (Some((protocol, ports)), None, None) => match &ports.destination_port {
+            None => resolved.push(PortMatch::Range(protocol, 0, u16::MAX)),
+            Some(DestinationPort { number: Some(number), range: None }) => resolved.push(PortMatch::Range(protocol, *number, *number)),
+            Some(DestinationPort { number: None, range: Some(range) }) if range.start <= range.end => {
+                resolved.push(PortMatch::Range(protocol, range.start, range.end));
+            }
+            Some(_) => return false,
+        },
+        _ => return false,
+    }
+    true
+}
+
+fn aws_ports(entry: &AwsPort, resolved: &mut Vec<PortMatch>) -> bool {
+    match (&entry.port_number, &entry.port_range, &entry.named_port) {
+        (Some(number), None, None) if number.port == 0 => resolved.push(PortMatch::Range(number.protocol, 0, u16::MAX)),
+        (Some(number), None, None) => resolved.push(PortMatch::Range(number.protocol, number.port, number.port)),
+        (None, Some(range), None) if range.start <= range.end => {
+            resolved.push(PortMatch::Range(range.protocol, range.start, range.end));
+        }
+        (None, None, Some(name)) if !name.is_empty() => resolved.push(PortMatch::Named(None, name.clone())),
+        _ => return false,
+    }
+    true
+}
+
+/// Every policy of a snapshot, in no particular order.
+pub fn all(
+    network: impl IntoIterator<Item = Arc<NetworkPolicy>>,
+    cluster: impl IntoIterator<Item = Arc<ClusterNetworkPolicy>>,
+    problems: &mut Vec<Problem>,
+) -> Vec<Policy> {
+    let mut policies: Vec<Policy> = network.into_iter().map(|object| network_policy(&object, problems)).collect();
+    policies.extend(cluster.into_iter().filter_map(|object| cluster_network_policy(&object, problems)));
+    policies
+}

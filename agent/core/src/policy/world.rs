@@ -1,0 +1,147 @@
+//! What policies ask of pods, nodes, namespaces and services, read from one snapshot of the cluster.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use crate::cluster::ClusterState;
+use crate::ids::PodName;
+use crate::objects::{IntOrString, Labels, Pod, Protocol, Service};
+
+use super::model::{PodMatch, Policy, Subject};
+
+/// Annotation in which the VPC CNI publishes a pod's addresses before its status has them.
+pub const POD_IPS_ANNOTATION: &str = "vpc.amazonaws.com/pod-ips";
+/// Label that names an EndpointSlice's service.
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
+static NO_LABELS: Labels = Labels::new();
+
+/// Whether the pod has a network of its own that policies can speak of: neither in the node's network nor finished.
+/// A terminating pod still counts.
+pub fn is_networked(pod: &Pod) -> bool {
+    !pod.spec.host_network && !pod.is_completed()
+}
+
+/// A pod's addresses, from status and annotation.
+pub fn addresses(pod: &Pod) -> Vec<IpAddr> {
+    let mut all: Vec<IpAddr> = pod.addresses().collect();
+    if let Some(text) = pod.metadata.annotations.get(POD_IPS_ANNOTATION) {
+        for address in text.split(',').filter_map(|part| part.trim().parse().ok()) {
+            if !all.contains(&address) {
+                all.push(address);
+            }
+        }
+    }
+    all
+}
+
+/// A pod's named ports, sidecars included.
+pub fn named_ports(pod: &Pod) -> impl Iterator<Item = (&str, Protocol, u16)> {
+    let sidecars = pod.spec.init_containers.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
+    let ports = pod.spec.containers.iter().chain(sidecars).flat_map(|container| &container.ports);
+    ports.filter(|port| !port.name.is_empty()).map(|port| (port.name.as_str(), port.protocol, port.container_port))
+}
+
+/// A namespace's labels; none if it is not known.
+pub fn namespace_labels<'a>(cluster: &'a ClusterState, namespace: &str) -> &'a Labels {
+    cluster.namespaces.get(namespace).map_or(&NO_LABELS, |object| &object.metadata.labels)
+}
+
+/// Whether a pod is meant. The pod must be networked.
+pub fn matches(cluster: &ClusterState, wanted: &PodMatch, pod: &Pod) -> bool {
+    let namespace = &pod.metadata.namespace;
+    wanted.namespaces.matches(namespace, namespace_labels(cluster, namespace)) && wanted.pods.matches(&pod.metadata.labels)
+}
+
+/// Whether a policy speaks for a pod. The pod must be networked.
+pub fn selects(cluster: &ClusterState, policy: &Policy, pod: &Pod) -> bool {
+    match &policy.subject {
+        Subject::Pods(wanted) => matches(cluster, wanted, pod),
+        Subject::Listed(names) => names.binary_search(&pod.full_name()).is_ok(),
+    }
+}
+
+/// Which of two pods that claim one address has it: a pod that is not on its way out, then the younger, then by name.
+pub fn claims_before(left: &Pod, right: &Pod) -> bool {
+    fn rank(pod: &Pod) -> (bool, Option<&String>, &str, &str) {
+        (!pod.is_terminating(), pod.metadata.creation_timestamp.as_ref(), &pod.metadata.namespace, &pod.metadata.name)
+    }
+    rank(left) > rank(right)
+}
+
+/// One port of a service address with what is behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePortBackends {
+    /// The service.
+    pub service: PodName,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Its port.
+    pub port: u16,
+    /// Addresses and target ports, sorted.
+    pub backends: Vec<(IpAddr, u16)>,
+}
+
+/// Every service address with its ports and backends. Headless services have none.
+pub fn service_addresses(cluster: &ClusterState) -> BTreeMap<IpAddr, Vec<ServicePortBackends>> {
+    let mut slices: BTreeMap<PodName, Vec<&crate::objects::EndpointSlice>> = BTreeMap::new();
+    for (name, slice) in &cluster.endpoint_slices {
+        if let Some(service) = slice.metadata.labels.get(SERVICE_NAME_LABEL) {
+            slices.entry(PodName::new(name.namespace.clone(), service.clone())).or_default().push(slice);
+        }
+    }
+    let mut all: BTreeMap<IpAddr, Vec<ServicePortBackends>> = BTreeMap::new();
+    for (name, service) in &cluster.services {
+        for address in virtual_addresses(service) {
+            for port in &service.spec.ports {
+                let mut backends = Vec::new();
+                for slice in slices.get(name).into_iter().flatten() {
+                    slice_backends(slice, &port.name, port.protocol, target(port), address.is_ipv4(), &mut backends);
+                }
+                backends.sort_unstable();
+                backends.dedup();
+                let entry = ServicePortBackends { service: name.clone(), protocol: port.protocol, port: port.port, backends };
+                all.entry(address).or_default().push(entry);
+            }
+        }
+    }
+    all
+}
+
+/// The numeric target port, for slices that leave theirs out.
+fn target(port: &crate::objects::ServicePort) -> u16 {
+    match &port.target_port {
+        Some(IntOrString::Int(number)) if *number != 0 => *number,
+        _ => port.port,
+    }
+}
+
+/// Addresses that kube-proxy translates to backends.
+fn virtual_addresses(service: &Service) -> Vec<IpAddr> {
+    let spec = &service.spec;
+    let texts = std::iter::once(&spec.cluster_ip).chain(&spec.cluster_ips).chain(&spec.external_ips);
+    let mut all: Vec<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+fn slice_backends(
+    slice: &crate::objects::EndpointSlice,
+    port_name: &str,
+    protocol: Protocol,
+    fallback: u16,
+    ipv4: bool,
+    backends: &mut Vec<(IpAddr, u16)>,
+) {
+    for port in &slice.ports {
+        if port.name.as_deref().unwrap_or_default() != port_name || port.protocol != protocol {
+            continue;
+        }
+        for address in slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).filter_map(|text| text.parse::<IpAddr>().ok()) {
+            if address.is_ipv4() == ipv4 {
+                backends.push((address, port.port.unwrap_or(fallback)));
+            }
+        }
+    }
+}
