@@ -27,6 +27,8 @@ pub(crate) enum Failure {
 impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> for Failure {
     fn from(error: SdkError<E, HttpResponse>) -> Self {
         match &error {
+            // A success whose body cannot be read.
+            SdkError::ServiceError(context) if context.raw().status().is_success() => Self::NoReply(chain(&error)),
             SdkError::ServiceError(context) => {
                 let raw = context.raw();
                 let meta = context.err().meta();

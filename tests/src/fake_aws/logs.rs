@@ -53,6 +53,8 @@ pub struct LogsTotals {
     pub events: u64,
     /// Bytes as billed: UTF-8 plus 26 an event.
     pub billed_bytes: u64,
+    /// Puts that came with the header of the embedded metric format.
+    pub emf_puts: u64,
     /// Events rejected within accepted batches.
     pub rejected: u64,
 }
@@ -61,7 +63,7 @@ pub struct LogsTotals {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are the parameters of the action of that name")]
 pub enum LogsCall {
-    PutLogEvents { group: String, stream: String, events: Vec<(i64, String)> },
+    PutLogEvents { group: String, stream: String, events: Vec<(i64, String)>, emf: bool },
     CreateLogGroup { group: String, class: String, tags: BTreeMap<String, String> },
     CreateLogStream { group: String, stream: String },
     PutRetentionPolicy { group: String, days: u32 },
@@ -137,7 +139,11 @@ impl LogsCall {
 impl LogsState {
     pub(super) fn call(&mut self, call: LogsCall, now_ms: i64) -> Result<LogsReply, ApiError> {
         match call {
-            LogsCall::PutLogEvents { group, stream, events } => self.put(&group, &stream, events, now_ms),
+            LogsCall::PutLogEvents { group, stream, events, emf } => {
+                let reply = self.put(&group, &stream, events, now_ms)?;
+                self.totals.emf_puts += u64::from(emf);
+                Ok(reply)
+            }
             LogsCall::CreateLogGroup { group, class, tags } => self.create_group(group, class, tags, now_ms),
             LogsCall::CreateLogStream { group, stream } => self.create_stream(&group, stream),
             LogsCall::PutRetentionPolicy { group, days } => {
@@ -334,7 +340,7 @@ mod tests {
     }
 
     fn put(state: &mut LogsState, events: Vec<(i64, String)>) -> Result<LogsReply, ApiError> {
-        state.call(LogsCall::PutLogEvents { group: "/g".into(), stream: "s".into(), events }, NOW)
+        state.call(LogsCall::PutLogEvents { group: "/g".into(), stream: "s".into(), events, emf: false }, NOW)
     }
 
     #[test]
@@ -372,7 +378,7 @@ mod tests {
         let reply = put(&mut state, events.clone()).unwrap();
         assert_eq!(reply, LogsReply::Put { too_new_from: Some(4), too_old_until: Some(1), expired_until: None });
         assert_eq!(state.events("/g", "s").len(), 3);
-        assert_eq!(state.totals(), LogsTotals { puts: 1, events: 3, billed_bytes: 94, rejected: 2 });
+        assert_eq!(state.totals(), LogsTotals { puts: 1, events: 3, billed_bytes: 94, rejected: 2, emf_puts: 0 });
         state.call(LogsCall::PutRetentionPolicy { group: "/g".into(), days: 1 }, NOW).unwrap();
         let reply = put(&mut state, vec![(NOW - 25 * HOUR, "x".into()), (NOW - 24 * HOUR, "y".into())]).unwrap();
         assert_eq!(reply, LogsReply::Put { too_new_from: None, too_old_until: None, expired_until: Some(1) });
@@ -390,9 +396,9 @@ mod tests {
         for bad in ["", "aws/x", "with space", "colon:"] {
             assert_eq!(group(bad).as_deref(), Some("InvalidParameterException"), "{bad:?}");
         }
-        let missing = LogsCall::PutLogEvents { group: "/none".into(), stream: "s".into(), events: vec![(NOW, "x".into())] };
+        let missing = LogsCall::PutLogEvents { group: "/none".into(), stream: "s".into(), events: vec![(NOW, "x".into())], emf: false };
         assert!(state.call(missing, NOW).unwrap_err().message.contains("log group"));
-        let missing = LogsCall::PutLogEvents { group: "/g".into(), stream: "none".into(), events: vec![(NOW, "x".into())] };
+        let missing = LogsCall::PutLogEvents { group: "/g".into(), stream: "none".into(), events: vec![(NOW, "x".into())], emf: false };
         assert!(state.call(missing, NOW).unwrap_err().message.contains("log stream"));
         let retention = LogsCall::PutRetentionPolicy { group: "/g".into(), days: 2 };
         assert_eq!(state.call(retention, NOW).unwrap_err().code, "InvalidParameterException");

@@ -76,8 +76,8 @@ struct TagResource {
     tags: BTreeMap<String, String>,
 }
 
-/// Reads a request; `target` is the X-Amz-Target header.
-pub(super) fn parse(target: &str, body: &[u8]) -> Result<LogsCall, ApiError> {
+/// Reads a request; `target` is the X-Amz-Target header, `emf` whether x-amzn-logs-format names that format.
+pub(super) fn parse(target: &str, emf: bool, body: &[u8]) -> Result<LogsCall, ApiError> {
     let operation = target
         .strip_prefix("Logs_20140328.")
         .ok_or_else(|| ApiError::bad("UnknownOperationException", format!("unknown target {target:?}")))?;
@@ -87,7 +87,7 @@ pub(super) fn parse(target: &str, body: &[u8]) -> Result<LogsCall, ApiError> {
             if entity.is_some_and(|entity| !entity.is_object()) {
                 return Err(ApiError::bad("SerializationException", "entity is not an object"));
             }
-            LogsCall::PutLogEvents { group, stream, events: log_events.into_iter().map(|e| (e.timestamp, e.message)).collect() }
+            LogsCall::PutLogEvents { group, stream, events: log_events.into_iter().map(|e| (e.timestamp, e.message)).collect(), emf }
         }
         "CreateLogGroup" => {
             let CreateLogGroup { log_group_name: group, log_group_class: class, tags } = from_json(body)?;

@@ -112,9 +112,10 @@ async fn logs(cloud: Cloud, parts: Parts, body: Bytes) -> Reply {
             return Err(ApiError::bad("UnknownOperationException", "not application/x-amz-json-1.1"));
         }
         let target = header_text(&parts, "x-amz-target");
+        let emf = header_text(&parts, "x-amzn-logs-format") == "json/emf";
         match header_text(&parts, "content-encoding") {
-            "" => logs_wire::parse(target, &body),
-            "gzip" if cloud.takes_gzip() => logs_wire::parse(target, &inflate(&body)?),
+            "" => logs_wire::parse(target, emf, &body),
+            "gzip" if cloud.takes_gzip() => logs_wire::parse(target, emf, &inflate(&body)?),
             // Such an endpoint reads the compressed bytes as JSON.
             _ => Err(ApiError::bad("SerializationException", "Unexpected character")),
         }
