@@ -2,10 +2,26 @@
 //!
 //! | module | what it decides |
 //! |---|---|
+//! | [`names`] | which container a file belongs to, which files are its rotated siblings |
+//! | [`cri`] | the parts of one line |
+//! | [`join`] | which lines are one event: split lines, then stack traces by the rules of [`multiline`] |
 //! | [`json`] | escaping on the hot path |
 //! | [`batch`] | when a batch is full, and its wire form |
+//! | [`ledger`] | how far a file is acknowledged |
+//! | [`positions`] | what of that survives a restart |
 
 pub mod batch;
+pub mod cri;
+pub mod enrich;
+pub mod join;
 pub mod json;
+pub mod ledger;
+pub mod merge;
+pub mod multiline;
+pub mod names;
+pub mod positions;
+pub mod record;
+pub mod route;
+pub mod settings;
 
 pub use batch::{BatchBuilder, LogBatch};

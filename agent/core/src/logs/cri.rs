@@ -1,0 +1,242 @@
+//! One line of a container log file: the CRI form of containerd and CRI-O, or docker's json-file.
+//!
+//! CRI: `<RFC 3339 time> <stdout|stderr> <tag[:tag…]> <content>`; the time has 0 to 9 fraction digits and `Z` or an offset;
+//! tag `P` says that the content goes on in the next line of the same stream. docker: `{"log":"…\n","stream":"…","time":"…"}`,
+//! a `log` without the newline goes on.
+
+use std::borrow::Cow;
+
+use memchr::memchr;
+use serde::{Deserialize, Serialize};
+
+/// Which of the container's outputs a line is from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Output {
+    /// File descriptor 1.
+    #[default]
+    Stdout,
+    /// File descriptor 2.
+    Stderr,
+}
+
+impl Output {
+    /// `stdout` or `stderr`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+        }
+    }
+}
+
+/// What a line carries besides its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Header<'a> {
+    /// A CRI line.
+    Cri {
+        /// As written, for records that repeat it.
+        time: &'a [u8],
+        /// The text of the tag field.
+        tag: &'a [u8],
+    },
+    /// A docker json-file line.
+    Docker {
+        /// As written.
+        time: &'a [u8],
+    },
+    /// Neither: the whole line is content.
+    None,
+}
+
+/// A parsed line; the newline is not part of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line<'a> {
+    /// What stood before the content.
+    pub header: Header<'a>,
+    /// Standard output for lines without a header.
+    pub output: Output,
+    /// Milliseconds since 1970; `None` where the line has no readable time.
+    pub timestamp_ms: Option<i64>,
+    /// More of the same line follows.
+    pub partial: bool,
+    /// Raw bytes, possibly not UTF-8; owned only where docker's escapes had to be undone.
+    pub content: Cow<'a, [u8]>,
+}
+
+impl<'a> Line<'a> {
+    /// Reads a line in whichever form it has; a line in none is all content.
+    pub fn parse(line: &'a [u8]) -> Self {
+        cri(line).or_else(|| docker(line)).unwrap_or_else(|| Self::plain(line))
+    }
+
+    /// A line that is all content.
+    pub fn plain(line: &'a [u8]) -> Self {
+        Self { header: Header::None, output: Output::Stdout, timestamp_ms: None, partial: false, content: Cow::Borrowed(line) }
+    }
+}
+
+/// Splits at the first space.
+fn word(text: &[u8]) -> Option<(&[u8], &[u8])> {
+    let at = memchr(b' ', text)?;
+    Some((&text[..at], &text[at + 1..]))
+}
+
+fn cri(line: &[u8]) -> Option<Line<'_>> {
+    let (time, rest) = word(line)?;
+    let (output, rest) = match rest.get(..7)? {
+        b"stdout " => (Output::Stdout, &rest[7..]),
+        b"stderr " => (Output::Stderr, &rest[7..]),
+        _ => return None,
+    };
+    // An empty content may come without its separator when something trimmed the line.
+    let (tag, content) = word(rest).unwrap_or((rest, b""));
+    if time.is_empty() {
+        return None;
+    }
+    let partial = tag.split(|&byte| byte == b':').next() == Some(b"P");
+    Some(Line { header: Header::Cri { time, tag }, output, timestamp_ms: timestamp_ms(time), partial, content: Cow::Borrowed(content) })
+}
+
+#[derive(Deserialize)]
+struct DockerLine<'a> {
+    #[serde(borrow)]
+    log: Cow<'a, str>,
+    #[serde(borrow, default)]
+    stream: Cow<'a, str>,
+    #[serde(default)]
+    time: &'a str,
+}
+
+fn docker(line: &[u8]) -> Option<Line<'_>> {
+    if line.first() != Some(&b'{') {
+        return None;
+    }
+    let parsed: DockerLine<'_> = serde_json::from_slice(line).ok()?;
+    let time = parsed.time.as_bytes();
+    let content = match parsed.log {
+        Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),
+        Cow::Owned(text) => Cow::Owned(text.into_bytes()),
+    };
+    Some(Line {
+        header: Header::Docker { time },
+        output: if parsed.stream == "stderr" { Output::Stderr } else { Output::Stdout },
+        timestamp_ms: timestamp_ms(time),
+        partial: !content.ends_with(b"\n"),
+        content,
+    })
+}
+
+/// Milliseconds since 1970 of an RFC 3339 time, fraction cut; `None` if it is not one.
+pub fn timestamp_ms(text: &[u8]) -> Option<i64> {
+    let digits = |from: usize, count: usize| -> Option<i64> {
+        text.get(from..from + count)?.iter().try_fold(0, |value, byte| byte.is_ascii_digit().then(|| value * 10 + i64::from(byte - b'0')))
+    };
+    let is = |at: usize, byte: u8| text.get(at) == Some(&byte);
+    if !(is(4, b'-') && is(7, b'-') && (is(10, b'T') || is(10, b't')) && is(13, b':') && is(16, b':')) {
+        return None;
+    }
+    let (year, month, day) = (digits(0, 4)?, digits(5, 2)?, digits(8, 2)?);
+    let (hour, minute, second) = (digits(11, 2)?, digits(14, 2)?, digits(17, 2)?);
+    if !(1..=12).contains(&month) || !(1..=31).contains(&day) || hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    let mut at = 19;
+    let mut milliseconds = 0;
+    if is(at, b'.') {
+        at += 1;
+        let fraction = text[at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+        if fraction == 0 {
+            return None;
+        }
+        for place in 0..3 {
+            milliseconds = milliseconds * 10 + if place < fraction { digits(at + place, 1)? } else { 0 };
+        }
+        at += fraction;
+    }
+    let offset_minutes = match text.get(at)? {
+        b'Z' | b'z' if text.len() == at + 1 => 0,
+        sign @ (b'+' | b'-') if text.len() == at + 6 && is(at + 3, b':') => {
+            let minutes = digits(at + 1, 2)? * 60 + digits(at + 4, 2)?;
+            if *sign == b'-' { -minutes } else { minutes }
+        }
+        _ => return None,
+    };
+    let minutes = (days_since_1970(year, month, day) * 24 + hour) * 60 + minute - offset_minutes;
+    Some((minutes * 60 + second) * 1000 + milliseconds)
+}
+
+/// Days since 1970-01-01 of a Gregorian date: years begin in March, so that the leap day is the last of one.
+fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let era = year.div_euclid(400);
+    let year_of_era = year.rem_euclid(400);
+    let day_of_year = (153 * month + 2) / 5 + day - 1;
+    era * 146_097 + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719_468
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_give_a_line_whose_content_is_part_of_them(bytes in proptest::collection::vec(any::<u8>(), 0..120)) {
+            let line = Line::parse(&bytes);
+            if let Cow::Borrowed(content) = line.content {
+                prop_assert!(content.len() <= bytes.len());
+            }
+        }
+
+        #[test]
+        fn cri_lines_read_back(content in proptest::collection::vec(any::<u8>().prop_filter("newline", |b| *b != b'\n'), 0..80),
+                               stderr in any::<bool>(), partial in any::<bool>()) {
+            let stream = if stderr { "stderr" } else { "stdout" };
+            let tag = if partial { "P" } else { "F" };
+            let mut bytes = format!("2026-11-20T10:00:01.5Z {stream} {tag} ").into_bytes();
+            bytes.extend_from_slice(&content);
+            let line = Line::parse(&bytes);
+            prop_assert_eq!(line.output.name(), stream);
+            prop_assert_eq!(line.partial, partial);
+            prop_assert_eq!(line.timestamp_ms, Some(1_795_168_801_500));
+            prop_assert_eq!(&*line.content, &content[..]);
+        }
+
+        #[test]
+        fn times_agree_with_jiff(seconds in 0_i64..4_000_000_000, nanos in 0_u32..1_000_000_000, digits in 0_usize..10, offset in -14_i32..15) {
+            let instant = jiff::Timestamp::new(seconds, i32::try_from(nanos).unwrap()).unwrap();
+            let zone = jiff::tz::Offset::from_hours(i8::try_from(offset).unwrap()).unwrap();
+            let fraction = format!("{nanos:09}");
+            let civil = zone.to_datetime(instant).strftime("%Y-%m-%dT%H:%M:%S").to_string();
+            let text = if digits == 0 { civil } else { format!("{civil}.{}", &fraction[..digits]) };
+            let zone = if offset == 0 { "Z".to_owned() } else { format!("{}{:02}:00", if offset < 0 { '-' } else { '+' }, offset.abs()) };
+            let shown: i64 = if digits == 0 { 0 } else { format!("{:0<3}", &fraction[..digits.min(3)]).parse().unwrap() };
+            prop_assert_eq!(timestamp_ms(format!("{text}{zone}").as_bytes()), Some(seconds * 1000 + shown));
+        }
+
+        #[test]
+        fn odd_times_do_not_panic(text in "[0-9TZ:.+-]{0,40}") {
+            timestamp_ms(text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn further_tags_and_a_trimmed_empty_content() {
+        let line = Line::parse(b"2026-11-20T10:00:12Z stdout P:x more");
+        assert!(line.partial);
+        let line = Line::parse(b"2026-11-20T10:00:12Z stderr F");
+        assert_eq!((line.partial, &*line.content), (false, &b""[..]));
+        assert_eq!(Line::parse(b"not a cri line at all"), Line::plain(b"not a cri line at all"));
+    }
+
+    #[test]
+    fn docker_lines_with_and_without_end() {
+        let line = Line::parse(br#"{"log":"a\tb\n","stream":"stderr","time":"2026-11-20T10:00:01.123456789Z"}"#);
+        assert_eq!((&*line.content, line.output, line.partial), (&b"a\tb\n"[..], Output::Stderr, false));
+        assert_eq!(line.timestamp_ms, Some(1_795_168_801_123));
+        assert!(Line::parse(br#"{"log":"a","stream":"stdout","time":"2026-11-20T10:00:01Z"}"#).partial);
+        assert_eq!(Line::parse(br#"{"msg":"not docker's"}"#).header, Header::None);
+    }
+}

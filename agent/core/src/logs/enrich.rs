@@ -1,0 +1,129 @@
+//! Who wrote a line: the pod's and container's identity, from the file's name and the pod table.
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::cri::Output;
+use super::names::ContainerRef;
+use crate::objects::{ContainerStatus, Labels, Pod};
+
+/// What is known of a container instance.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Identity {
+    /// From the names.
+    pub names: ContainerRef,
+    /// The pod's, if it was ever seen.
+    pub pod: Option<PodIdentity>,
+}
+
+/// What the pod object adds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PodIdentity {
+    /// Pod uid.
+    pub uid: String,
+    /// The node's name.
+    pub host: String,
+    /// The pod's address.
+    pub ip: String,
+    /// Labels.
+    pub labels: Labels,
+    /// Annotations.
+    pub annotations: Labels,
+    /// `repo@sha256:…`.
+    pub image_hash: String,
+    /// The image as the runtime resolved it.
+    pub image: String,
+}
+
+impl Identity {
+    /// Joins names and pod; `None` for the pod leaves what the names say.
+    pub fn new(names: &ContainerRef, pod: Option<&Pod>) -> Self {
+        let Some(pod) = pod.filter(|pod| is_same_pod(names, pod)) else { return Self { names: names.clone(), pod: None } };
+        let status = status(pod, &names.container);
+        let mut names = names.clone();
+        names.uid.clone_from(&pod.metadata.uid);
+        if names.id.is_empty() {
+            names.id = status.map(|status| container_id(&status.container_id)).unwrap_or_default();
+        }
+        let text = |field: Option<&String>| field.cloned().unwrap_or_default();
+        let known = PodIdentity {
+            uid: pod.metadata.uid.clone(),
+            host: pod.spec.node_name.clone(),
+            ip: pod.status.pod_ip.map(|ip| ip.to_string()).unwrap_or_default(),
+            labels: pod.metadata.labels.clone(),
+            annotations: pod.metadata.annotations.clone(),
+            image_hash: text(status.map(|status| &status.image_id)),
+            image: text(status.map(|status| &status.image)),
+        };
+        Self { names, pod: Some(known) }
+    }
+
+    /// The value of Fluent Bit's member `kubernetes`.
+    pub fn to_json(&self, labels: bool, annotations: bool) -> String {
+        let mut members = Vec::new();
+        let mut add = |name: &str, value: &str| {
+            if !value.is_empty() {
+                members.push((name.to_owned(), Value::from(value)));
+            }
+        };
+        add("pod_name", &self.names.pod);
+        add("namespace_name", &self.names.namespace);
+        if let Some(pod) = &self.pod {
+            add("pod_id", &pod.uid);
+            add("host", &pod.host);
+            add("pod_ip", &pod.ip);
+        }
+        add("container_name", &self.names.container);
+        add("docker_id", &self.names.id);
+        if let Some(pod) = &self.pod {
+            add("container_hash", &pod.image_hash);
+            add("container_image", &pod.image);
+            let map = |labels: &Labels| {
+                Value::Object(labels.iter().map(|(key, value)| (key.clone(), Value::from(value.as_str()))).collect::<Map<_, _>>())
+            };
+            let at = members.iter().position(|(name, _)| name == "host").unwrap_or(members.len());
+            if annotations {
+                members.insert(at, ("annotations".to_owned(), map(&pod.annotations)));
+            }
+            if labels {
+                members.insert(at, ("labels".to_owned(), map(&pod.labels)));
+            }
+        }
+        let text: Vec<_> = members.iter().map(|(name, value)| format!("\"{name}\":{value}")).collect();
+        format!("{{{}}}", text.join(","))
+    }
+
+    /// The annotation `fluentbit.io/<name>`, by Fluent Bit's precedence: `<name>_<output>-<container>`, `<name>_<output>`,
+    /// `<name>-<container>`, `<name>`.
+    pub fn fluent_bit_annotation(&self, name: &str, output: Output) -> Option<&str> {
+        let annotations = &self.pod.as_ref()?.annotations;
+        let (output, container) = (output.name(), &self.names.container);
+        [format!("{name}_{output}-{container}"), format!("{name}_{output}"), format!("{name}-{container}"), name.to_owned()]
+            .iter()
+            .find_map(|key| annotations.get(&format!("fluentbit.io/{key}")))
+            .map(String::as_str)
+    }
+
+    /// The pod asks that the output is not shipped.
+    pub fn is_excluded(&self, output: Output) -> bool {
+        self.fluent_bit_annotation("exclude", output)
+            .is_some_and(|value| matches!(value.to_ascii_lowercase().as_str(), "true" | "on" | "yes"))
+    }
+}
+
+/// A pod of the same name may be a later one; where the tree tells the uid it must agree (static pods have the hash of
+/// their manifest there, and an annotation that repeats it).
+fn is_same_pod(names: &ContainerRef, pod: &Pod) -> bool {
+    let hash = pod.metadata.annotations.get("kubernetes.io/config.hash");
+    names.uid.is_empty() || pod.metadata.uid.is_empty() || names.uid == pod.metadata.uid || hash == Some(&names.uid)
+}
+
+fn status<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {
+    let all = pod.status.container_statuses.iter().chain(&pod.status.init_container_statuses);
+    all.into_iter().find(|status| status.name == container)
+}
+
+/// `containerd://<id>` without the runtime.
+fn container_id(text: &str) -> String {
+    text.rsplit_once("://").map_or(text, |(_, id)| id).to_owned()
+}

@@ -1,0 +1,377 @@
+//! From lines to events: parts of a split line are joined, then lines of a stack trace.
+//!
+//! Both keep what is open for each output of the container, not of the file: parts may stand on both sides of a rotation.
+//! A complete line with nothing open passes through without a copy.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::cri::{Header, Line, Output};
+use super::multiline::{Rule, State};
+
+/// Where a line begins: a generation of the container's log file and the offset in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark {
+    /// Counts the container's files in the order they were written.
+    pub generation: u32,
+    /// Bytes from the file's start.
+    pub offset: u64,
+}
+
+/// First bytes of an event, one for each generation it has bytes in.
+pub type Marks = SmallVec<[Mark; 1]>;
+
+/// A complete event.
+#[derive(Clone, Copy, Debug)]
+pub struct Event<'a> {
+    /// Of its first line.
+    pub header: Header<'a>,
+    /// Which output.
+    pub output: Output,
+    /// Milliseconds since 1970: of its first line, or of its reading where that has none.
+    pub timestamp_ms: i64,
+    /// Joined bytes.
+    pub content: &'a [u8],
+    /// Where its bytes begin.
+    pub marks: &'a [Mark],
+}
+
+/// Bounds of what is kept open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// An event is closed when it has this many bytes; the rest becomes further events.
+    pub bytes: usize,
+    /// An open group of lines is closed when nothing came for this long; in milliseconds.
+    pub group_ms: i64,
+    /// An open partial line is closed when nothing came for this long; in milliseconds. A writer may pause in the middle of a line,
+    /// so this is longer.
+    pub partial_ms: i64,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { bytes: 1 << 20, group_ms: 2000, partial_ms: 60_000 }
+    }
+}
+
+/// Joins the lines of one container.
+#[derive(Debug)]
+pub struct Joiner {
+    rules: Arc<[Rule]>,
+    bounds: Bounds,
+    outputs: [OutputState; 2],
+}
+
+#[derive(Debug, Default)]
+struct OutputState {
+    partial: Open,
+    group: Open,
+    rule: Option<(usize, State)>,
+}
+
+/// An event that is not complete; `marks` is empty when there is none. The buffers are kept for the next.
+#[derive(Debug, Default)]
+struct Open {
+    marks: Marks,
+    kind: Kind,
+    time: Vec<u8>,
+    tag: Vec<u8>,
+    timestamp_ms: i64,
+    content: Vec<u8>,
+    touched_ms: i64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+enum Kind {
+    #[default]
+    None,
+    Cri,
+    Docker,
+}
+
+impl Open {
+    fn is_open(&self) -> bool {
+        !self.marks.is_empty()
+    }
+
+    fn begin(&mut self, event: &Event<'_>, now_ms: i64) {
+        self.content.clear();
+        // The rest of a line that the reader had to cut has no header of its own: what is kept of its beginning stands.
+        if matches!(event.header, Header::Cri { time: b"", .. }) {
+            return self.add(event, now_ms);
+        }
+        self.time.clear();
+        self.tag.clear();
+        self.kind = match event.header {
+            Header::Cri { time, tag } => {
+                self.time.extend_from_slice(time);
+                self.tag.extend_from_slice(tag);
+                Kind::Cri
+            }
+            Header::Docker { time } => {
+                self.time.extend_from_slice(time);
+                Kind::Docker
+            }
+            Header::None => Kind::None,
+        };
+        self.timestamp_ms = event.timestamp_ms;
+        self.add(event, now_ms);
+    }
+
+    fn add(&mut self, event: &Event<'_>, now_ms: i64) {
+        self.content.extend_from_slice(event.content);
+        for mark in event.marks {
+            if !self.marks.iter().any(|known| known.generation == mark.generation) {
+                self.marks.push(*mark);
+            }
+        }
+        self.touched_ms = now_ms;
+    }
+
+    fn event(&self, output: Output) -> Event<'_> {
+        let header = match self.kind {
+            Kind::Cri => Header::Cri { time: &self.time, tag: &self.tag },
+            Kind::Docker => Header::Docker { time: &self.time },
+            Kind::None => Header::None,
+        };
+        Event { header, output, timestamp_ms: self.timestamp_ms, content: &self.content, marks: &self.marks }
+    }
+
+    fn close(&mut self) {
+        self.marks.clear();
+        // A rare giant must not stay allocated for the life of the container.
+        self.content.shrink_to(64 << 10);
+    }
+}
+
+impl Joiner {
+    /// For a container whose lines may form groups by `rules`, the first match first.
+    pub fn new(rules: Arc<[Rule]>, bounds: Bounds) -> Self {
+        Self { rules, bounds, outputs: Default::default() }
+    }
+
+    /// Takes a line that begins at `mark`; events that are complete go to `emit`.
+    pub fn line(&mut self, line: &Line<'_>, mark: Mark, now_ms: i64, emit: &mut impl FnMut(Event<'_>)) {
+        let event = Event {
+            header: line.header,
+            output: line.output,
+            timestamp_ms: line.timestamp_ms.unwrap_or(now_ms),
+            content: &line.content,
+            marks: &[mark],
+        };
+        let OutputState { partial, group, rule } = &mut self.outputs[line.output as usize];
+        let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms };
+        let joins = matches!(event.header, Header::Cri { .. } | Header::Docker { .. });
+        if !partial.is_open() || !joins {
+            if !line.partial {
+                return grouper.take(event, emit);
+            }
+            partial.begin(&event, now_ms);
+        } else {
+            partial.add(&event, now_ms);
+        }
+        if !line.partial || partial.content.len() >= self.bounds.bytes {
+            grouper.take(partial.event(line.output), emit);
+            partial.close();
+        }
+    }
+
+    /// Closes what has waited longer than the bounds say.
+    pub fn expire(&mut self, now_ms: i64, emit: &mut impl FnMut(Event<'_>)) {
+        self.close_if(now_ms, emit, |open, wait_ms| now_ms.saturating_sub(open.touched_ms) >= wait_ms);
+    }
+
+    /// Closes everything: no more lines come.
+    pub fn flush(&mut self, now_ms: i64, emit: &mut impl FnMut(Event<'_>)) {
+        self.close_if(now_ms, emit, |_, _| true);
+    }
+
+    fn close_if(&mut self, now_ms: i64, emit: &mut impl FnMut(Event<'_>), due: impl Fn(&Open, i64) -> bool) {
+        for (output, state) in [Output::Stdout, Output::Stderr].into_iter().zip(&mut self.outputs) {
+            let OutputState { partial, group, rule } = state;
+            if partial.is_open() && due(partial, self.bounds.partial_ms) {
+                Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms }.take(partial.event(output), emit);
+                partial.close();
+            }
+            if group.is_open() && due(group, self.bounds.group_ms) {
+                Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms }.close(output, emit);
+            }
+        }
+    }
+
+    /// Where reading of the generation would have to begin again so that nothing open is lost; `at` if nothing is open.
+    pub fn resume(&self, generation: u32, at: u64) -> u64 {
+        let open = self.outputs.iter().flat_map(|state| state.partial.marks.iter().chain(&state.group.marks));
+        open.filter(|mark| mark.generation == generation).map(|mark| mark.offset).min().unwrap_or(at)
+    }
+
+    /// Something is open: [`Self::expire`] has work later.
+    pub fn is_open(&self) -> bool {
+        self.outputs.iter().any(|state| state.partial.is_open() || state.group.is_open())
+    }
+}
+
+/// The second stage, for one output.
+struct Grouper<'a> {
+    rules: &'a [Rule],
+    bounds: Bounds,
+    group: &'a mut Open,
+    rule: &'a mut Option<(usize, State)>,
+    now_ms: i64,
+}
+
+impl Grouper<'_> {
+    fn take(&mut self, event: Event<'_>, emit: &mut impl FnMut(Event<'_>)) {
+        if self.rules.is_empty() {
+            return emit(event);
+        }
+        let line = event.content.strip_suffix(b"\n").unwrap_or(event.content);
+        if let Some((index, state)) = *self.rule {
+            let room = self.group.content.len() + event.content.len() < self.bounds.bytes;
+            match self.rules[index].next(state, line) {
+                Some(next) if room => {
+                    // docker's lines bring their newline.
+                    if !matches!(self.group.kind, Kind::Docker) {
+                        self.group.content.push(b'\n');
+                    }
+                    self.group.add(&event, self.now_ms);
+                    *self.rule = Some((index, next));
+                    if next == State::Done {
+                        self.close(event.output, emit);
+                    }
+                    return;
+                }
+                _ => self.close(event.output, emit),
+            }
+        }
+        match self.rules.iter().enumerate().find_map(|(index, rule)| Some((index, rule.start(line)?))) {
+            Some(started) => {
+                *self.rule = Some(started);
+                self.group.begin(&event, self.now_ms);
+            }
+            None => emit(event),
+        }
+    }
+
+    fn close(&mut self, output: Output, emit: &mut impl FnMut(Event<'_>)) {
+        *self.rule = None;
+        emit(self.group.event(output));
+        self.group.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Seen = Vec<(Output, i64, String, Vec<Mark>)>;
+
+    fn run(joiner: &mut Joiner, lines: &[String]) -> Seen {
+        let mut seen = Vec::new();
+        let mut offset = 0;
+        let mut emit = |event: Event<'_>| {
+            seen.push((event.output, event.timestamp_ms, String::from_utf8_lossy(event.content).into_owned(), event.marks.to_vec()));
+        };
+        for line in lines {
+            joiner.line(&Line::parse(line.as_bytes()), Mark { generation: 0, offset }, 5, &mut emit);
+            offset += line.len() as u64 + 1;
+        }
+        joiner.flush(5, &mut emit);
+        seen
+    }
+
+    fn plain(bytes: usize) -> Joiner {
+        Joiner::new([].into(), Bounds { bytes, ..Bounds::default() })
+    }
+
+    proptest! {
+        /// Any interleaving of parts of both outputs gives each output's bytes back, in order, in events within bounds.
+        #[test]
+        fn parts_are_joined(parts in proptest::collection::vec((any::<bool>(), any::<bool>(), "[a-z]{0,9}"), 0..60), bytes in 1_usize..40) {
+            let lines: Vec<_> = parts
+                .iter()
+                .map(|(err, partial, text)| {
+                    format!("2026-11-20T10:00:01Z {} {} {text}", if *err { "stderr" } else { "stdout" }, if *partial { "P" } else { "F" })
+                })
+                .collect();
+            let seen = run(&mut plain(bytes), &lines);
+            for output in [Output::Stdout, Output::Stderr] {
+                let sent: String = seen.iter().filter(|event| event.0 == output).map(|event| event.2.as_str()).collect();
+                let written: String = parts.iter().filter(|part| part.0 == (output == Output::Stderr)).map(|part| part.2.as_str()).collect();
+                prop_assert_eq!(sent, written);
+            }
+            prop_assert!(seen.iter().all(|event| event.2.len() <= bytes + 9));
+            let ends = parts.iter().filter(|part| !part.1).count();
+            prop_assert!(seen.len() >= ends);
+        }
+
+        /// Until an event is emitted, resuming begins at or before its first byte.
+        #[test]
+        fn resume_covers_what_is_open(parts in proptest::collection::vec((any::<bool>(), any::<bool>()), 1..40)) {
+            let mut joiner = plain(1000);
+            let mut open: [Option<u64>; 2] = [None, None];
+            for (index, (err, partial)) in parts.iter().enumerate() {
+                let offset = index as u64 * 10;
+                let line = format!("2026-11-20T10:00:01Z {} {} x", if *err { "stderr" } else { "stdout" }, if *partial { "P" } else { "F" });
+                joiner.line(&Line::parse(line.as_bytes()), Mark { generation: 3, offset }, 0, &mut |_| {});
+                let slot = &mut open[usize::from(*err)];
+                *slot = if *partial { slot.or(Some(offset)) } else { None };
+                let expected = open.iter().flatten().min().copied().unwrap_or(offset + 10);
+                prop_assert_eq!(joiner.resume(3, offset + 10), expected);
+                prop_assert_eq!(joiner.resume(2, 77), 77);
+            }
+        }
+    }
+
+    #[test]
+    fn stack_traces_are_joined_per_output() {
+        let mut joiner = Joiner::new([Rule::Java, Rule::Go, Rule::Python].into(), Bounds::default());
+        let lines: Vec<String> = [
+            "2026-11-20T10:00:01Z stdout F x.YException: a",
+            "2026-11-20T10:00:02Z stderr F other",
+            "2026-11-20T10:00:03Z stdout P \tat ",
+            "2026-11-20T10:00:03Z stdout F z",
+            "2026-11-20T10:00:04Z stdout F b",
+        ]
+        .map(String::from)
+        .into();
+        let seen = run(&mut joiner, &lines);
+        let texts: Vec<_> = seen.iter().map(|event| event.2.as_str()).collect();
+        assert_eq!(texts, ["other", "x.YException: a\n\tat z", "b"]);
+        assert_eq!(seen[1].3, [Mark { generation: 0, offset: 0 }]);
+    }
+
+    #[test]
+    fn an_open_part_and_an_open_group_expire() {
+        let mut joiner = Joiner::new([Rule::Java].into(), Bounds::default());
+        let mut seen = Vec::new();
+        let mut emit = |event: Event<'_>| seen.push(String::from_utf8_lossy(event.content).into_owned());
+        let line = |text: &'static str| Line::parse(text.as_bytes());
+        joiner.line(&line("2026-11-20T10:00:01Z stdout F xError: y"), Mark { generation: 0, offset: 0 }, 0, &mut emit);
+        joiner.line(&line("2026-11-20T10:00:01Z stderr P dying words"), Mark { generation: 0, offset: 40 }, 0, &mut emit);
+        assert!(joiner.is_open());
+        joiner.expire(1999, &mut emit);
+        joiner.expire(2000, &mut emit);
+        assert_eq!(joiner.resume(0, 80), 40);
+        joiner.expire(60_000, &mut emit);
+        assert!(!joiner.is_open());
+        assert_eq!(seen, ["xError: y", "dying words"]);
+    }
+
+    #[test]
+    fn parts_across_a_rotation_hold_both_files() {
+        let mut joiner = plain(1000);
+        let mut seen = Vec::new();
+        let mut emit = |event: Event<'_>| seen.push(event.marks.to_vec());
+        let part = Line::parse(b"2026-11-20T10:00:01Z stdout P a");
+        let end = Line::parse(b"2026-11-20T10:00:01Z stdout F b");
+        joiner.line(&part, Mark { generation: 1, offset: 90 }, 0, &mut emit);
+        joiner.line(&part, Mark { generation: 2, offset: 0 }, 0, &mut emit);
+        assert_eq!((joiner.resume(1, 120), joiner.resume(2, 30)), (90, 0));
+        joiner.line(&end, Mark { generation: 2, offset: 30 }, 0, &mut emit);
+        assert_eq!(seen, [vec![Mark { generation: 1, offset: 90 }, Mark { generation: 2, offset: 0 }]]);
+    }
+}

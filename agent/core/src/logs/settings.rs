@@ -1,0 +1,113 @@
+//! Every setting of log shipping, with its default.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use regex_lite::Regex;
+
+use super::join::Bounds;
+use super::multiline::Rule;
+use super::record::{Layout, RecordOptions};
+use super::route::{COMPACT_STREAM, FLUENT_BIT_GROUP, FLUENT_BIT_STREAM, Template};
+use crate::cloud::LogGroupSpec;
+
+/// Where reading of a file without position begins, if the file was there before the agent ever was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// Its first byte, rotated siblings included.
+    #[default]
+    Head,
+    /// Its end. Files that appear later are read from their first byte all the same.
+    Tail,
+}
+
+/// Times that the sink takes; `None` takes all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AgeWindow {
+    /// Older events are counted and dropped: the service refuses them. 14 days for CloudWatch Logs.
+    pub past: Duration,
+    /// Newer events get the present time. Two hours for CloudWatch Logs.
+    pub future: Duration,
+}
+
+/// What PutLogEvents takes: <https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutLogEvents.html>.
+pub const CLOUDWATCH_WINDOW: AgeWindow = AgeWindow { past: Duration::from_hours(14 * 24), future: Duration::from_hours(2) };
+
+/// Text that never leaves the node: each match is replaced.
+#[derive(Clone, Debug)]
+pub struct Redaction {
+    /// What to find.
+    pub pattern: Regex,
+    /// What stands there instead; `$1` is the first group.
+    pub replacement: String,
+}
+
+/// How log files become events.
+#[derive(Clone, Debug)]
+pub struct LogSettings {
+    /// Layout of messages.
+    pub record: RecordOptions,
+    /// Template of the log group.
+    pub group: Template,
+    /// Template of the log stream.
+    pub stream: Template,
+    /// Stack traces, in order of preference.
+    pub rules: Arc<[Rule]>,
+    /// Bounds of joined events.
+    pub bounds: Bounds,
+    /// Replacements, in order.
+    pub redactions: Vec<Redaction>,
+    /// The annotation `fluentbit.io/exclude` is followed.
+    pub honour_exclude: bool,
+    /// File names to read, as globs; empty reads all.
+    pub include: Vec<String>,
+    /// File names to leave out.
+    pub exclude: Vec<String>,
+    /// Start of old files.
+    pub read_from: ReadFrom,
+    /// A batch is sent at the latest this long after its first event.
+    pub flush: Duration,
+    /// Times that are sent.
+    pub age: Option<AgeWindow>,
+    /// Events are metric documents.
+    pub emf: bool,
+    /// Groups that are created.
+    pub group_spec: LogGroupSpec,
+    /// Encoded bytes in memory, unsent and unacknowledged: reading stops there.
+    pub memory_bytes: usize,
+    /// Part of it that one stream may take, so that a noisy pod delays only itself.
+    pub stream_bytes: usize,
+    /// Disk space that rotated and deleted files may keep taking because they are not read to the end; beyond it the oldest are given up.
+    pub held_bytes: u64,
+    /// Puts at the same time.
+    pub parallel_puts: usize,
+}
+
+impl LogSettings {
+    /// Defaults for a layout: Container Insights' names for Fluent Bit's record and raw lines, names that say everything
+    /// for the compact one.
+    pub fn new(layout: Layout) -> Self {
+        let stream = if layout == Layout::Compact { COMPACT_STREAM } else { FLUENT_BIT_STREAM };
+        let template = |text| Template::parse(text).expect("a built-in template is well-formed");
+        Self {
+            record: RecordOptions { layout, ..RecordOptions::default() },
+            group: template(FLUENT_BIT_GROUP),
+            stream: template(stream),
+            rules: [].into(),
+            bounds: Bounds::default(),
+            redactions: Vec::new(),
+            honour_exclude: true,
+            include: Vec::new(),
+            exclude: Vec::new(),
+            read_from: ReadFrom::Head,
+            flush: Duration::from_secs(1),
+            age: None,
+            emf: false,
+            group_spec: LogGroupSpec::default(),
+            memory_bytes: 12 << 20,
+            stream_bytes: 4 << 20,
+            held_bytes: 1 << 30,
+            parallel_puts: 4,
+        }
+    }
+}

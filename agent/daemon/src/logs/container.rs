@@ -1,0 +1,272 @@
+//! One container's log: its generations, its open lines, its streams.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::path::PathBuf;
+
+use stanchion_core::logs::cri::{Header, Line, Output};
+use stanchion_core::logs::enrich::Identity;
+use stanchion_core::logs::join::{Event, Joiner, Mark};
+use stanchion_core::logs::ledger::Ledger;
+use stanchion_core::logs::names::ContainerRef;
+use stanchion_core::logs::positions::Fingerprint;
+use stanchion_core::logs::record::RecordWriter;
+use stanchion_core::logs::settings::LogSettings;
+
+use super::counters::LogCounters;
+use super::source::Source;
+use super::streams::{StreamId, Streams};
+
+/// A file that is, or was, the container's log.
+pub(super) struct Generation {
+    pub(super) number: u32,
+    pub(super) source: Source,
+    pub(super) dev: u64,
+    pub(super) inode: u64,
+    pub(super) fingerprint: Fingerprint,
+    /// First byte that was not read yet.
+    pub(super) offset: u64,
+    /// When last looked at.
+    pub(super) size: u64,
+    pub(super) ledger: Ledger,
+    /// Since when it is not the live file, in monotonic milliseconds.
+    pub(super) rotated_ms: Option<i64>,
+    /// Nothing more will be read from it.
+    pub(super) finished: bool,
+    /// In the middle of a line longer than a block: its output, and whether it goes on after its newline.
+    pub(super) long_line: Option<(Output, bool, bool)>,
+    /// Since when bytes are unacknowledged.
+    pub(super) behind_since_ms: Option<i64>,
+    pub(super) last_error: Option<String>,
+}
+
+impl Generation {
+    pub(super) fn new(number: u32, mut source: Source, offset: u64) -> io::Result<Self> {
+        let (dev, inode) = source.identity()?;
+        let fingerprint = source.fingerprint()?;
+        let size = source.size()?;
+        Ok(Self {
+            number,
+            source,
+            dev,
+            inode,
+            fingerprint,
+            offset,
+            size,
+            ledger: Ledger::starting_at(offset),
+            rotated_ms: None,
+            finished: false,
+            long_line: None,
+            behind_since_ms: None,
+            last_error: None,
+        })
+    }
+
+    /// Everything in it is acknowledged and nothing more comes.
+    pub(super) fn is_done(&self) -> bool {
+        self.finished && self.ledger.safe() >= self.offset
+    }
+}
+
+/// One container.
+pub(super) struct Container {
+    pub(super) id: u64,
+    /// The file that the runtime writes, symlinks resolved.
+    pub(super) live: PathBuf,
+    /// The name under /var/log/containers.
+    pub(super) file_name: String,
+    /// What the names say; `None` for a file that is no container's.
+    pub(super) names: Option<ContainerRef>,
+    pub(super) identity: Option<Identity>,
+    pub(super) writer: RecordWriter,
+    /// Streams of standard output and error; `None` when excluded.
+    pub(super) streams: [Option<StreamId>; 2],
+    pub(super) joiner: Joiner,
+    /// Oldest first; the last is live unless it is rotated.
+    pub(super) generations: VecDeque<Generation>,
+    pub(super) next_generation: u32,
+    /// Suffixes of rotated siblings that were seen: a new one is a rotation that happened between two looks.
+    pub(super) known_rotated: BTreeSet<String>,
+    /// The live path is gone, since when.
+    pub(super) gone_ms: Option<i64>,
+    /// When to look for new bytes.
+    pub(super) next_poll_ms: i64,
+    pub(super) poll_ms: i64,
+}
+
+/// What reading needs besides the container.
+pub(super) struct Context<'a> {
+    pub(super) settings: &'a LogSettings,
+    pub(super) streams: &'a mut Streams,
+    pub(super) counters: &'a mut LogCounters,
+    pub(super) now_ms: i64,
+    pub(super) wall_ms: i64,
+}
+
+impl Container {
+    /// Takes the block that begins at the generation's offset; returns how many bytes of it were used. A line that the block
+    /// cuts off is left for the next read, unless it fills the whole block: then it is taken in pieces.
+    pub(super) fn take_block(&mut self, index: usize, block: &[u8], full: bool, context: &mut Context<'_>) -> usize {
+        let mut lines =
+            Lines { container: self.id, writer: &self.writer, outputs: self.streams, generations: &mut self.generations, context };
+        let (number, base) = (lines.generations[index].number, lines.generations[index].offset);
+        let joiner = &mut self.joiner;
+        let mut at = 0;
+        let mark = |at: usize| Mark { generation: number, offset: base + at as u64 };
+        for newline in memchr::memchr_iter(b'\n', block) {
+            let bytes = &block[at..newline];
+            let long = lines.generations[index].long_line.take();
+            lines.context.counters.lines_read += 1;
+            lines.take(joiner, bytes, long, mark(at), |long| long.1);
+            at = newline + 1;
+        }
+        if at == 0 && full && !block.is_empty() {
+            let long = lines.generations[index].long_line.take();
+            let next = long.or_else(|| {
+                let line = Line::parse(block);
+                matches!(line.header, Header::Cri { .. }).then_some((line.output, line.partial, true))
+            });
+            lines.take_cut(joiner, block, long, mark(0));
+            lines.generations[index].long_line = next.or(Some((Output::Stdout, false, false)));
+            at = block.len();
+        }
+        lines.context.counters.bytes_read += at as u64;
+        self.generations[index].offset += at as u64;
+        self.settle_resume();
+        at
+    }
+
+    /// Takes the rest of a file that ends without a newline.
+    pub(super) fn take_tail(&mut self, index: usize, bytes: &[u8], context: &mut Context<'_>) {
+        let mut with_end = bytes.to_vec();
+        with_end.push(b'\n');
+        self.take_block(index, &with_end, false, context);
+        self.generations[index].offset -= 1;
+        context.counters.bytes_read -= 1;
+        self.settle_resume();
+    }
+
+    /// Closes what waited too long, or everything.
+    pub(super) fn expire(&mut self, all: bool, context: &mut Context<'_>) {
+        let mut lines =
+            Lines { container: self.id, writer: &self.writer, outputs: self.streams, generations: &mut self.generations, context };
+        let now_ms = lines.context.now_ms;
+        if all {
+            self.joiner.flush(now_ms, &mut |event| lines.emit(event));
+        } else {
+            self.joiner.expire(now_ms, &mut |event| lines.emit(event));
+        }
+        self.settle_resume();
+    }
+
+    /// Tells each generation's ledger where reading would begin again.
+    fn settle_resume(&mut self) {
+        for generation in &mut self.generations {
+            generation.ledger.resume_at(self.joiner.resume(generation.number, generation.offset));
+        }
+    }
+
+    pub(super) fn generation_mut(&mut self, number: u32) -> Option<&mut Generation> {
+        self.generations.iter_mut().find(|generation| generation.number == number)
+    }
+
+    /// Appends a generation that is newer than all others.
+    pub(super) fn push_generation(&mut self, source: Source, offset: u64, rotated_ms: Option<i64>) -> io::Result<()> {
+        let mut generation = Generation::new(self.next_generation, source, offset)?;
+        generation.rotated_ms = rotated_ms;
+        self.next_generation += 1;
+        self.generations.push_back(generation);
+        Ok(())
+    }
+}
+
+/// Lines on their way to the streams of their container.
+struct Lines<'a, 'b> {
+    container: u64,
+    writer: &'a RecordWriter,
+    outputs: [Option<StreamId>; 2],
+    generations: &'a mut VecDeque<Generation>,
+    context: &'a mut Context<'b>,
+}
+
+impl Lines<'_, '_> {
+    /// A line up to its newline; `long` if it is the last piece of one that was taken in pieces.
+    fn take(
+        &mut self,
+        joiner: &mut Joiner,
+        bytes: &[u8],
+        long: Option<(Output, bool, bool)>,
+        mark: Mark,
+        partial: impl Fn((Output, bool, bool)) -> bool,
+    ) {
+        let mut line = match long {
+            Some(state @ (output, _, true)) => Line {
+                header: Header::Cri { time: b"", tag: b"" },
+                output,
+                timestamp_ms: None,
+                partial: partial(state),
+                content: bytes.into(),
+            },
+            Some(_) => Line::plain(bytes),
+            None => Line::parse(bytes),
+        };
+        line.timestamp_ms.get_or_insert(self.context.wall_ms);
+        let now_ms = self.context.now_ms;
+        joiner.line(&line, mark, now_ms, &mut |event| self.emit(event));
+    }
+
+    /// A piece of a line that has no newline in sight.
+    fn take_cut(&mut self, joiner: &mut Joiner, bytes: &[u8], long: Option<(Output, bool, bool)>, mark: Mark) {
+        if long.is_some() {
+            return self.take(joiner, bytes, long, mark, |_| true);
+        }
+        let mut line = Line::parse(bytes);
+        line.timestamp_ms.get_or_insert(self.context.wall_ms);
+        line.partial = !matches!(line.header, Header::None);
+        let now_ms = self.context.now_ms;
+        joiner.line(&line, mark, now_ms, &mut |event| self.emit(event));
+    }
+
+    fn emit(&mut self, event: Event<'_>) {
+        let Some(stream) = self.outputs[event.output as usize] else {
+            self.context.counters.excluded += 1;
+            return;
+        };
+        let mut event = event;
+        if let Some(window) = self.context.settings.age {
+            let age_ms = self.context.wall_ms.saturating_sub(event.timestamp_ms);
+            if age_ms > i64::try_from(window.past.as_millis()).unwrap_or(i64::MAX) {
+                self.context.counters.dropped_too_old += 1;
+                return;
+            }
+            if age_ms < -i64::try_from(window.future.as_millis()).unwrap_or(i64::MAX) {
+                self.context.counters.clamped_too_new += 1;
+                event.timestamp_ms = self.context.wall_ms;
+            }
+        }
+        let redacted = redact(&self.context.settings.redactions, event.content);
+        if let Some(redacted) = &redacted {
+            event.content = redacted.as_bytes();
+        }
+        let Self { container, writer, generations, context, .. } = self;
+        let parts = context.streams.push(stream, &event, writer, *container, context.now_ms, &mut |batch, mark| {
+            if let Some(generation) = generations.iter_mut().rev().find(|generation| generation.number == mark.generation) {
+                generation.ledger.pin(batch, mark.offset);
+            }
+        });
+        if parts == 0 {
+            context.counters.dropped_empty += 1;
+        }
+    }
+}
+
+fn redact(rules: &[stanchion_core::logs::settings::Redaction], content: &[u8]) -> Option<String> {
+    let mut current: Option<String> = None;
+    for rule in rules {
+        let text = current.as_deref().map_or_else(|| String::from_utf8_lossy(content), Into::into);
+        if rule.pattern.is_match(&text) {
+            current = Some(rule.pattern.replace_all(&text, rule.replacement.as_str()).into_owned());
+        }
+    }
+    current
+}

@@ -1,0 +1,150 @@
+//! Bytes of one generation of a log file: the open file itself, or what gzip left of it.
+
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use flate2::read::MultiGzDecoder;
+use stanchion_core::logs::positions::{FINGERPRINT_BYTES, Fingerprint};
+
+/// An open generation. The descriptor is kept, so that neither rename, unlink nor compression takes the bytes away.
+pub(super) enum Source {
+    Plain(File),
+    Gz(Box<Gz>),
+}
+
+/// A compressed file, read once from its beginning. Bytes that the caller did not use are kept for its next read.
+pub(super) struct Gz {
+    decoder: MultiGzDecoder<File>,
+    kept: Vec<u8>,
+    kept_at: u64,
+    ended: bool,
+}
+
+impl Source {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self::Plain(File::open(path)?))
+    }
+
+    pub(super) fn open_gz(path: &Path) -> io::Result<Self> {
+        let decoder = MultiGzDecoder::new(File::open(path)?);
+        Ok(Self::Gz(Box::new(Gz { decoder, kept: Vec::new(), kept_at: 0, ended: false })))
+    }
+
+    /// A second handle of the same plain file, for what follows a truncation.
+    pub(super) fn again(&self) -> io::Result<Option<Self>> {
+        match self {
+            Self::Plain(file) => Ok(Some(Self::Plain(file.try_clone()?))),
+            Self::Gz(_) => Ok(None),
+        }
+    }
+
+    pub(super) fn metadata(&self) -> io::Result<Metadata> {
+        match self {
+            Self::Plain(file) => file.metadata(),
+            Self::Gz(gz) => gz.decoder.get_ref().metadata(),
+        }
+    }
+
+    /// Device and inode.
+    pub(super) fn identity(&self) -> io::Result<(u64, u64)> {
+        let metadata = self.metadata()?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+
+    /// Size in uncompressed bytes; of a compressed file what is known so far, one more than that until it ended.
+    pub(super) fn size(&self) -> io::Result<u64> {
+        match self {
+            Self::Plain(file) => Ok(file.metadata()?.len()),
+            Self::Gz(gz) => Ok(gz.kept_at + gz.kept.len() as u64 + u64::from(!gz.ended)),
+        }
+    }
+
+    pub(super) fn fingerprint(&mut self) -> io::Result<Fingerprint> {
+        let mut head = [0; FINGERPRINT_BYTES];
+        let len = self.read_at(0, &mut head)?;
+        Ok(Fingerprint::of(&head[..len]))
+    }
+
+    /// The first bytes still are what the fingerprint was taken of.
+    pub(super) fn begins_with(&mut self, fingerprint: Fingerprint) -> io::Result<bool> {
+        let mut head = [0; FINGERPRINT_BYTES];
+        let len = self.read_at(0, &mut head)?;
+        Ok(fingerprint.matches(&head[..len]))
+    }
+
+    /// Fills `buffer` from `offset`, as far as there is something. A compressed file can only go forward.
+    pub(super) fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.read_at(buffer, offset),
+            Self::Gz(gz) => gz.read_at(offset, buffer),
+        }
+    }
+}
+
+impl Gz {
+    fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut skip = offset.checked_sub(self.kept_at).ok_or(io::ErrorKind::InvalidInput)?;
+        let from_kept = skip.min(self.kept.len() as u64);
+        self.kept.drain(..usize::try_from(from_kept).unwrap_or(usize::MAX));
+        self.kept_at += from_kept;
+        skip -= from_kept;
+        while skip > 0 && !self.ended {
+            let step = buffer.len().min(usize::try_from(skip).unwrap_or(usize::MAX));
+            let read = self.decode(&mut buffer[..step])?;
+            self.kept_at += read as u64;
+            skip -= read as u64;
+        }
+        while self.kept.len() < buffer.len() && !self.ended {
+            let start = self.kept.len();
+            let mut more = vec![0; buffer.len() - start];
+            let read = self.decode(&mut more)?;
+            self.kept.extend_from_slice(&more[..read]);
+        }
+        let len = self.kept.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&self.kept[..len]);
+        Ok(len)
+    }
+
+    fn decode(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let read = self.decoder.read(into)?;
+        self.ended = read == 0;
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn a_compressed_file_reads_like_the_plain_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log.1.gz");
+        let text: Vec<u8> = (0..100_000_u32).flat_map(|n| format!("{n}\n").into_bytes()).collect();
+        let mut encoder = flate2::write::GzEncoder::new(File::create(&path).unwrap(), flate2::Compression::fast());
+        encoder.write_all(&text).unwrap();
+        encoder.finish().unwrap();
+        let mut source = Source::open_gz(&path).unwrap();
+        assert_eq!(source.fingerprint().unwrap(), Fingerprint::of(&text));
+        assert!(source.begins_with(Fingerprint::of(&text[..100])).unwrap());
+        let mut seen = Vec::new();
+        let mut buffer = [0; 1000];
+        let mut at = 5000;
+        loop {
+            let read = source.read_at(at, &mut buffer).unwrap();
+            // Half of it is used, the rest is asked for again.
+            let used = read.div_ceil(2);
+            seen.extend_from_slice(&buffer[..used]);
+            at += used as u64;
+            if read == 0 {
+                break;
+            }
+        }
+        assert!(seen == text[5000..]);
+        assert_eq!(source.size().unwrap(), text.len() as u64);
+    }
+}

@@ -1,0 +1,243 @@
+//! Batches being filled, one for each log stream, and which bytes of which files each of them holds.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use stanchion_core::logs::join::{Event, Mark};
+use stanchion_core::logs::ledger::BatchId;
+use stanchion_core::logs::record::{RecordWriter, Written};
+use stanchion_core::logs::{BatchBuilder, LogBatch};
+
+/// A stream, in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamId(u64);
+
+/// A generation of a container's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct FileId {
+    pub(super) container: u64,
+    pub(super) generation: u32,
+}
+
+/// A closed batch on its way.
+#[derive(Clone, Debug)]
+pub struct Sealed {
+    /// To be acknowledged by.
+    pub id: BatchId,
+    /// Batches of one stream keep their order.
+    pub stream: StreamId,
+    /// The events.
+    pub batch: LogBatch,
+}
+
+/// One stream.
+pub(super) struct Stream {
+    pub(super) group: Arc<str>,
+    pub(super) name: Arc<str>,
+    pub(super) builder: BatchBuilder,
+    pub(super) batch: BatchId,
+    /// Files with a pin in the batch being filled.
+    pub(super) files: Vec<FileId>,
+    /// Latest pin, so that most lines of a file need none.
+    pub(super) last_pin: Option<(FileId, u64)>,
+    /// When the first event came, in milliseconds of the monotonic clock.
+    pub(super) first_ms: i64,
+    /// Encoded bytes sealed and not acknowledged.
+    pub(super) in_flight: usize,
+    pub(super) last_error: Option<String>,
+    /// Container outputs that write here.
+    users: usize,
+}
+
+/// What an unacknowledged batch holds.
+struct Flight {
+    stream: StreamId,
+    bytes: usize,
+    files: Vec<FileId>,
+}
+
+/// All streams.
+#[derive(Default)]
+pub(super) struct Streams {
+    by_name: HashMap<(Arc<str>, Arc<str>), StreamId>,
+    streams: HashMap<StreamId, Stream>,
+    flights: HashMap<BatchId, Flight>,
+    ready: Vec<Sealed>,
+    next: u64,
+    in_flight: usize,
+    filling: usize,
+}
+
+impl Streams {
+    /// The stream of that name; each call needs a [`Self::leave`].
+    pub(super) fn join(&mut self, group: &str, name: &str, emf: bool) -> StreamId {
+        let key = (Arc::from(group), Arc::from(name));
+        if let Some(id) = self.by_name.get(&key) {
+            let id = *id;
+            self.streams.get_mut(&id).expect("named streams exist").users += 1;
+            return id;
+        }
+        let id = StreamId(self.number());
+        let batch = BatchId(self.number());
+        let (group, name) = key.clone();
+        let builder = BatchBuilder::new(group.clone(), name.clone(), emf);
+        let stream = Stream {
+            group,
+            name,
+            builder,
+            batch,
+            files: Vec::new(),
+            last_pin: None,
+            first_ms: 0,
+            in_flight: 0,
+            last_error: None,
+            users: 1,
+        };
+        self.streams.insert(id, stream);
+        self.by_name.insert(key, id);
+        id
+    }
+
+    /// One user less. What is in the batch being filled is sent.
+    pub(super) fn leave(&mut self, id: StreamId) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        stream.users -= 1;
+        if stream.users == 0 {
+            self.seal(id);
+            if let Some(stream) = self.streams.remove(&id) {
+                self.by_name.remove(&(stream.group, stream.name));
+            }
+        }
+    }
+
+    pub(super) fn get(&self, id: StreamId) -> Option<&Stream> {
+        self.streams.get(&id)
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Takes a batch that the stream's builder closed because the next event did not fit.
+    pub(super) fn sealed(&mut self, id: StreamId, batch: LogBatch) {
+        let next = BatchId(self.number());
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let bytes = batch.body().len();
+        let sealed = Sealed { id: std::mem::replace(&mut stream.batch, next), stream: id, batch };
+        stream.in_flight += bytes;
+        stream.last_pin = None;
+        self.in_flight += bytes;
+        self.flights.insert(sealed.id, Flight { stream: id, bytes, files: std::mem::take(&mut stream.files) });
+        self.ready.push(sealed);
+    }
+
+    /// Closes the batch being filled, if it has events.
+    pub(super) fn seal(&mut self, id: StreamId) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let filled = stream.builder.encoded_bytes();
+        if let Some(batch) = stream.builder.finish() {
+            self.filling -= filled;
+            self.sealed(id, batch);
+        }
+    }
+
+    /// Closes batches whose first event came before `before_ms`; returns when the next one falls due, as the time of its first event.
+    pub(super) fn seal_older_than(&mut self, before_ms: i64) -> Option<i64> {
+        let open = self.streams.iter().filter(|(_, stream)| !stream.builder.is_empty());
+        let (due, waiting): (Vec<_>, Vec<_>) = open.map(|(id, stream)| (*id, stream.first_ms)).partition(|(_, first)| *first <= before_ms);
+        for (id, _) in due {
+            self.seal(id);
+        }
+        waiting.iter().map(|(_, first)| *first).min()
+    }
+
+    /// Batches closed since the last call, in the order of closing.
+    pub(super) fn take_ready(&mut self) -> Vec<Sealed> {
+        std::mem::take(&mut self.ready)
+    }
+
+    /// The batch needs no memory any more; the files whose ledgers are to hear of it.
+    pub(super) fn settle(&mut self, id: BatchId, error: Option<String>) -> Vec<FileId> {
+        let Some(flight) = self.flights.remove(&id) else { return Vec::new() };
+        self.in_flight -= flight.bytes;
+        if let Some(stream) = self.streams.get_mut(&flight.stream) {
+            stream.in_flight -= flight.bytes;
+            stream.last_error = error;
+        }
+        flight.files
+    }
+
+    /// Unacknowledged batches.
+    pub(super) fn flights(&self) -> usize {
+        self.flights.len()
+    }
+
+    /// Encoded bytes in memory: being filled, and unacknowledged.
+    pub(super) fn bytes(&self) -> usize {
+        self.in_flight + self.filling
+    }
+
+    /// Puts an event into the stream's batch, in as many parts as its size needs. `pin` hears of each batch that holds
+    /// some of it. Returns the number of parts; 0 when the layout has no message for it.
+    pub(super) fn push(
+        &mut self,
+        id: StreamId,
+        event: &Event<'_>,
+        writer: &RecordWriter,
+        container: u64,
+        now_ms: i64,
+        pin: &mut dyn FnMut(BatchId, Mark),
+    ) -> usize {
+        let (mut from, mut parts) = (0, 0);
+        loop {
+            let Some(stream) = self.streams.get_mut(&id) else { return parts };
+            let before = stream.builder.encoded_bytes();
+            let was_empty = stream.builder.is_empty();
+            let mut written = Written { message: 0, content: 0 };
+            let sealed = stream.builder.push_with(event.timestamp_ms, |out| {
+                written = writer.write(event, from, out);
+                written.message
+            });
+            if was_empty || sealed.is_some() {
+                stream.first_ms = now_ms;
+            }
+            // An empty builder holds only its head, and does not count.
+            self.filling -= if was_empty { 0 } else { before };
+            self.filling += if stream.builder.is_empty() { 0 } else { stream.builder.encoded_bytes() };
+            if let Some(batch) = sealed {
+                self.sealed(id, batch);
+            }
+            if written.message > 0 {
+                parts += 1;
+                self.pin(id, event, container, pin);
+            }
+            from += written.content;
+            if from >= event.content.len() {
+                return parts;
+            }
+        }
+    }
+
+    fn pin(&mut self, id: StreamId, event: &Event<'_>, container: u64, pin: &mut dyn FnMut(BatchId, Mark)) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        for mark in event.marks {
+            let file = FileId { container, generation: mark.generation };
+            if stream.last_pin.is_some_and(|(last, offset)| last == file && offset <= mark.offset) {
+                continue;
+            }
+            stream.last_pin = Some((file, mark.offset));
+            if !stream.files.contains(&file) {
+                stream.files.push(file);
+            }
+            pin(stream.batch, *mark);
+        }
+    }
+
+    /// Remembers an error of a batch that is being tried again.
+    pub(super) fn note_error(&mut self, id: StreamId, error: String) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.last_error = Some(error);
+        }
+    }
+}
