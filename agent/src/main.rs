@@ -14,7 +14,10 @@ struct Args {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Ship container logs once
+    Ship(cli::ship::ShipArgs),
+}
 
 fn main() -> ExitCode {
     match run(Args::parse()) {
@@ -27,5 +30,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
-    match args.command {}
+    match args.command {
+        Command::Ship(args) => cli::ship::run(&args),
+    }
 }

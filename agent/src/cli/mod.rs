@@ -1,1 +1,3 @@
 //! The subcommands: arguments in, a view for people or JSON for scripts out.
+
+pub(crate) mod ship;

@@ -1,0 +1,166 @@
+//! `stanchion ship --once`: reads container logs to their end, sends them, and ends when everything is acknowledged.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clap::{ArgAction, Args, ValueEnum};
+use stanchion_aws::{AwsClients, Overrides};
+use stanchion_core::cluster::ClusterState;
+use stanchion_core::logs::multiline::Rule;
+use stanchion_core::logs::record::{Layout, Merge, RecordOptions};
+use stanchion_core::logs::route::Template;
+use stanchion_core::logs::settings::{CLOUDWATCH_WINDOW, LogSettings};
+use stanchion_daemon::cluster::read_once;
+use stanchion_daemon::logs::{JsonLines, ShipReport, TailerParts, ship_once};
+
+/// Layouts by their names.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Record {
+    /// Fluent Bit's record with the pod's metadata.
+    FluentBit,
+    /// The line alone; the stream's name says the rest.
+    Compact,
+    /// The line alone, in Fluent Bit's streams.
+    Raw,
+}
+
+/// Where events go.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Sink {
+    /// CloudWatch Logs.
+    Cloudwatch,
+    /// One JSON line an event.
+    Stdout,
+}
+
+/// Ship container logs once.
+#[derive(Args, Debug)]
+pub(crate) struct ShipArgs {
+    /// Read everything that is there and end when it is acknowledged
+    #[arg(long, required = true)]
+    once: bool,
+    /// Directory of container logs: /var/log/containers, or the tree /var/log/pods
+    #[arg(long, default_value = "/var/log/containers")]
+    log_dir: PathBuf,
+    /// Pods, for metadata, as a directory of manifests
+    #[arg(long)]
+    manifests: Option<PathBuf>,
+    /// Node name in stream names [default: the host's name]
+    #[arg(long, env = "MY_NODE_NAME")]
+    node_name: Option<String>,
+    /// Cluster name in group names
+    #[arg(long, env = "CLUSTER_NAME", default_value = "default")]
+    cluster_name: String,
+    /// Layout of messages
+    #[arg(long, value_enum, default_value_t = Record::FluentBit)]
+    record: Record,
+    /// Put a line that is a JSON object under this member as well
+    #[arg(long, conflicts_with = "merge_log")]
+    merge_log_key: Option<String>,
+    /// Put the members of a line that is a JSON object into the record
+    #[arg(long)]
+    merge_log: bool,
+    /// Keep `log` where its object was merged
+    #[arg(long, action = ArgAction::Set, default_value_t = true)]
+    keep_log: bool,
+    /// Add the pod's labels
+    #[arg(long)]
+    labels: bool,
+    /// Add the pod's annotations
+    #[arg(long)]
+    annotations: bool,
+    /// Leave out pods with the annotation fluentbit.io/exclude
+    #[arg(long)]
+    honour_exclude: bool,
+    /// Join stack traces: java, go, python, ruby
+    #[arg(long, value_delimiter = ',')]
+    multiline: Vec<String>,
+    /// Template of the log group
+    #[arg(long)]
+    log_group: Option<String>,
+    /// Template of the log stream
+    #[arg(long)]
+    log_stream: Option<String>,
+    /// Where events go
+    #[arg(long, value_enum, default_value_t = Sink::Cloudwatch)]
+    sink: Sink,
+}
+
+impl ShipArgs {
+    fn settings(&self) -> anyhow::Result<LogSettings> {
+        let layout = match self.record {
+            Record::FluentBit => Layout::FluentBit,
+            Record::Compact => Layout::Compact,
+            Record::Raw => Layout::Raw,
+        };
+        let merge = match &self.merge_log_key {
+            Some(key) => Merge::Under(key.clone()),
+            None if self.merge_log => Merge::Top,
+            None => Merge::Off,
+        };
+        let record = RecordOptions { layout, merge, keep_log: self.keep_log, labels: self.labels, annotations: self.annotations };
+        if layout != Layout::FluentBit && record != (RecordOptions { layout, ..RecordOptions::default() }) {
+            anyhow::bail!(
+                "--merge-log, --merge-log-key, --keep-log, --labels and --annotations fill Fluent Bit's record; the others have no place for them"
+            );
+        }
+        let mut settings = LogSettings { record, honour_exclude: self.honour_exclude, ..LogSettings::new(layout) };
+        settings.rules = self.multiline.iter().map(|name| Rule::built_in(name)).collect::<Result<_, _>>()?;
+        if let Some(group) = &self.log_group {
+            settings.group = Template::parse(group)?;
+        }
+        if let Some(stream) = &self.log_stream {
+            settings.stream = Template::parse(stream)?;
+        }
+        if matches!(self.sink, Sink::Cloudwatch) {
+            settings.age = Some(CLOUDWATCH_WINDOW);
+        }
+        Ok(settings)
+    }
+}
+
+pub(crate) fn run(args: &ShipArgs) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(ship(args))
+}
+
+async fn ship(args: &ShipArgs) -> anyhow::Result<ExitCode> {
+    let cluster = match &args.manifests {
+        Some(dir) => read_once(dir)?,
+        None => ClusterState::default(),
+    };
+    let node = match &args.node_name {
+        Some(name) => name.clone(),
+        None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("cannot read the host's name")?.trim().to_owned(),
+    };
+    let parts = TailerParts { settings: args.settings()?, log_dir: args.log_dir.clone(), node, cluster_name: args.cluster_name.clone() };
+    let cluster = Arc::new(cluster);
+    let shipped = match args.sink {
+        Sink::Stdout => ship_once(parts, cluster, JsonLines::stdout()).await,
+        Sink::Cloudwatch => ship_once(parts, cluster, AwsClients::load(Overrides::default()).await?.logs()).await,
+    };
+    Ok(report(&shipped.with_context(|| format!("cannot read {}", args.log_dir.display()))?))
+}
+
+/// Standard output may carry the events, so what is said goes to standard error.
+fn report(shipped: &ShipReport) -> ExitCode {
+    let counters = &shipped.counters;
+    eprintln!("{} lines read, {} events acknowledged in {} batches", counters.lines_read, counters.events_shipped, counters.batches);
+    let lost = [
+        ("empty lines have no message in this layout", counters.dropped_empty, false),
+        ("lines of excluded pods", counters.excluded, false),
+        ("events are older than the service takes", counters.dropped_too_old, true),
+        ("events were rejected for their time", counters.rejected_too_old + counters.rejected_too_new + counters.rejected_expired, true),
+        ("events were refused as invalid", counters.dropped_invalid, true),
+    ];
+    for (what, count, _) in lost.iter().filter(|(_, count, _)| *count > 0) {
+        eprintln!("{count} {what}");
+    }
+    for (path, error) in &shipped.failed {
+        eprintln!("{path}: {error}");
+    }
+    let whole = shipped.failed.is_empty() && counters.file_errors == 0 && !lost.iter().any(|(_, count, counts)| *counts && *count > 0);
+    if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
