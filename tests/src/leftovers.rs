@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::netns::ip_json;
 use crate::node::Node;
+use anyhow::Context;
 use serde_json::Value;
 
 /// Everything on the node that belongs to some pod, one sentence each.
@@ -45,19 +46,11 @@ pub fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
 
 /// Allocations in the node's checkpoint file.
 fn checkpoint(node: &Node) -> anyhow::Result<usize> {
-    let mut count = 0;
-    let mut seen = false;
-    let mut read = |path: &Path| {
-        let Ok(text) = fs::read_to_string(path) else { return };
-        let Ok(json) = serde_json::from_str::<Value>(&text) else { return };
-        if json["version"].as_str().is_some_and(|version| version.starts_with("vpc-cni-ipam/")) {
-            seen = true;
-            count += list(&json["allocations"]).len();
-        }
-    };
-    files_in(&node.state_dir(), &mut |path| read(path));
-    anyhow::ensure!(seen, "{} has no checkpoint in {}", node.name(), node.state_dir().display());
-    Ok(count)
+    let path = node.checkpoint();
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let json: Value = serde_json::from_str(&text)?;
+    anyhow::ensure!(json["version"] == "vpc-cni-ipam/1", "the checkpoint is of version {}", json["version"]);
+    Ok(list(&json["allocations"]).len())
 }
 
 fn list(value: &Value) -> Vec<Value> {

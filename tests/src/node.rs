@@ -90,9 +90,19 @@ impl Node {
         self.inner.dir.join("state")
     }
 
-    /// Where the plugin leaves releases that it could not deliver; the agent's default.
+    /// Where the plugin leaves releases that it could not deliver: beside the socket.
     pub fn spool(&self) -> PathBuf {
-        self.state_dir().join("spool")
+        self.inner.dir.join("spool")
+    }
+
+    /// The plugin's journal.
+    pub fn plugin_log(&self) -> PathBuf {
+        self.inner.dir.join("plugin.log")
+    }
+
+    /// The checkpoint of allocations.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.state_dir().join("ipam.json")
     }
 
     /// The node's `/var/log`.
@@ -134,6 +144,7 @@ impl Node {
         ];
         let mut env = self.inner.aws_env.clone();
         env.extend([("MY_NODE_NAME", self.name()), ("CLUSTER_NAME", CLUSTER_NAME)].map(|(k, v)| (k.to_owned(), v.to_owned())));
+        env.insert("AWS_VPC_K8S_CNI_BACKING_STORE".to_owned(), path(self.checkpoint()));
         env.extend(settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
         let start = Start {
             program: self.binaries().stanchion.clone(),

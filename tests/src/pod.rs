@@ -158,7 +158,8 @@ pub(crate) fn call_plugin(node: &Node, verb: &str, sandbox: &Sandbox, prev_resul
         "vethPrefix": "eni",
         "mtu": "9001",
         "socket": node.socket(),
-        "spoolDir": node.spool(),
+        "pluginLogFile": node.plugin_log(),
+        "pluginLogLevel": "DEBUG",
         "runtimeConfig": {"io.kubernetes.cri.pod-annotations": {"kubernetes.io/config.source": "api"}},
     });
     if let Some(result) = prev_result {

@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::ensure;
 use ipnet::IpNet;
 use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api, Eni};
-use stanchion_lab::Vpc;
 use stanchion_lab::fake_aws::DirectEc2;
 use stanchion_lab::netns::{self, ip_batch, ip_json};
 use stanchion_lab::node::Node;
@@ -16,6 +15,7 @@ use stanchion_lab::probe::{Answer, PATIENCE, Protocol, Servers, probe};
 use stanchion_lab::router::IMDS_ADDRESS;
 use stanchion_lab::vpc::{EC2_ADDRESS, EXAMPLE_HOST};
 use stanchion_lab::wait::wait_for;
+use stanchion_lab::{Vpc, run};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -150,4 +150,20 @@ async fn a_lab_that_ends_leaves_nothing() {
     drop(vpc);
     assert_eq!(netns::names(&prefix), Vec::<String>::new());
     assert!(!Path::new(&dir).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_run_left_is_swept_and_a_living_run_is_not() {
+    // No process has this id: the kernel's largest is 2^22.
+    let (id, netns) = ("4999999x0", "stlab4999999x0-node1");
+    let dir = Path::new(run::RUNS_DIR).join(id);
+    std::fs::create_dir_all(&dir).expect("made");
+    std::fs::write(dir.join("lock"), "").expect("made");
+    netns::Netns::create(netns).expect("made");
+    let vpc = Vpc::builder().start().await.expect("the lab starts");
+    assert_eq!(netns::names(netns), Vec::<String>::new());
+    assert!(!dir.exists());
+    run::sweep();
+    assert!(vpc.dir().exists());
+    assert_eq!(netns::names(vpc.router().name()).len(), 1);
 }
