@@ -34,11 +34,12 @@ async fn main() -> ExitCode {
 async fn play(story: &mut Story, keep: bool) -> anyhow::Result<()> {
     let mut stage = Stage::set(story).await?;
     let played = stage.play(story, keep).await;
-    if let Err(error) = &played
-        && keep
-    {
-        println!("\n{error:#}\nThe lab stays up as it is.");
-        stage.look_around().await?;
+    if let Err(error) = &played {
+        stage.show_agents(story);
+        if keep {
+            println!("\n{error:#}\nThe lab stays up as it is.");
+            stage.look_around().await?;
+        }
     }
     played?;
     stage.strike(story).await

@@ -398,6 +398,14 @@ impl Stage {
         story.holds("the lab itself is gone", left.is_empty() && !dir.exists(), format!("{left:?} {}", dir.display())).await
     }
 
+    /// What the agents said last, when something did not hold.
+    pub(crate) fn show_agents(&self, story: &Story) {
+        for agent in self.agents.values() {
+            story.note(format!("the end of {}:", agent.output().display()));
+            story.show(agent.tail());
+        }
+    }
+
     /// Says how to look around and waits for Ctrl-C.
     pub(crate) async fn look_around(&self) -> anyhow::Result<()> {
         println!("{}", stanchion_lab::tour::of(&self.vpc, &self.nodes, self.pods.values().map(|(_, pod)| pod)));
@@ -438,11 +446,11 @@ fn topology(nodes: &[Node; 2]) -> String {
     let side = |node: &Node| format!("{} {} {}", node.name(), node.instance_type(), node.primary());
     let (left, right) = (side(one), side(two));
     format!(
-        "            internet  {EXAMPLE_HOST}, EC2, CloudWatch Logs\n\
-         \x20               |\n\
-         \x20            router  VPC 10.0.0.0/16, one subnet a zone\n\
-         \x20           /      \\\n\
-         \x20  eth0    /        \\    eth0\n\
+        "\x20               internet: {EXAMPLE_HOST}, EC2, CloudWatch Logs\n\
+         \x20                   |\n\
+         \x20                router: VPC 10.0.0.0/16, a subnet in each of two zones\n\
+         \x20               /      \\\n\
+         \x20         eth0 /        \\ eth0\n\
          {left:<30}{right}\n"
     )
 }
