@@ -1,0 +1,275 @@
+//! The plugin in real namespaces, with `ip -j` as oracle and a scripted agent behind the real socket.
+
+mod cni_support;
+
+use cni_support::{Site, attachment, ip, recorded, run};
+use serde_json::{Value, json};
+use stanchion_proto as wire;
+use tonic::Status;
+
+fn rules_about(site: &Site, address: &str) -> Vec<u64> {
+    let rules = ip(&site.node.0, &["rule"]);
+    let about = rules.as_array().unwrap().iter().filter(|rule| rule["src"] == address || rule["dst"] == address);
+    about.map(|rule| rule["priority"].as_u64().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_gets_its_network_and_two_pods_reach_each_other() {
+    let site = Site::start().await;
+    run(&site.node.0, "sysctl -qw net.ipv4.ip_forward=1");
+    let before = site.picture();
+    let (a, b) = (site.pod("a"), site.pod("b"));
+    let result = site.add(&a).await;
+
+    let inside = ip(&a.netns.0, &["addr", "show", "eth0"]);
+    assert_eq!((&inside[0]["addr_info"][0]["local"], &inside[0]["addr_info"][0]["prefixlen"]), (&json!("10.0.1.9"), &json!(32)));
+    assert_eq!(inside[0]["mtu"], 1500);
+    let routes = ip(&a.netns.0, &["route"]);
+    assert_eq!((&routes[0]["dst"], &routes[0]["gateway"]), (&json!("default"), &json!("169.254.1.1")));
+    assert_eq!((&routes[1]["dst"], &routes[1]["scope"]), (&json!("169.254.1.1"), &json!("link")));
+    let host_if = site.host_if(&a);
+    let outside = ip(&site.node.0, &["link", "show", &host_if]);
+    let neighbour = ip(&a.netns.0, &["neigh"]);
+    assert_eq!((&neighbour[0]["dst"], &neighbour[0]["state"][0]), (&json!("169.254.1.1"), &json!("PERMANENT")));
+    assert_eq!(neighbour[0]["lladdr"], outside[0]["address"]);
+
+    assert_eq!(result["interfaces"][0], json!({"name": host_if, "mac": outside[0]["address"], "mtu": 1500}));
+    let sandbox = a.netns.0.path().display().to_string();
+    assert_eq!(result["interfaces"][1], json!({"name": "eth0", "mac": inside[0]["address"], "mtu": 1500, "sandbox": sandbox}));
+    assert_eq!(result["ips"], json!([{"address": "10.0.1.9/32", "gateway": "169.254.1.1", "interface": 1}]));
+
+    assert_eq!(rules_about(&site, "10.0.1.9"), [512, 1536]);
+    assert_eq!(site.script.lock().unwrap().down_at_activation, [true], "no packet passes before the policy is in force");
+
+    let second = site.add(&b).await;
+    assert_eq!(rules_about(&site, "10.0.1.10"), [512], "an address of the primary ENI needs no from rule");
+    run(&a.netns.0, "ping -c 1 -W 2 10.0.1.10");
+
+    for (pod, result) in [(&a, &result), (&b, &second)] {
+        let check = site.call("CHECK", pod, json!({"prevResult": result})).await;
+        assert!(check.ok, "{check:?}");
+        let del = site.call("DEL", pod, json!({"prevResult": result})).await;
+        assert!(del.ok && del.stdout.is_empty(), "{del:?}");
+    }
+    assert_eq!(site.picture(), before);
+    assert_eq!(ip(&a.netns.0, &["link"]).as_array().unwrap().len(), 1, "only lo is left in the pod");
+    assert!(site.script.lock().unwrap().held.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ipv6_pod_has_its_address_at_once() {
+    let site = Site::start().await;
+    let six = wire::Attachment { ipv6: "2001:db8::9".into(), route_table: 254, ..wire::Attachment::default() };
+    site.script.lock().unwrap().free = [six].into();
+    run(&site.node.0, "sysctl -qw net.ipv6.conf.all.forwarding=1");
+    let pod = site.pod("six");
+    run(&pod.netns.0, "sysctl -qw net.ipv6.conf.default.disable_ipv6=1");
+    let before = site.picture();
+    let result = site.add(&pod).await;
+    assert_eq!(result["ips"], json!([{"address": "2001:db8::9/128", "gateway": "fe80::1", "interface": 1}]));
+    let inside = ip(&pod.netns.0, &["-6", "addr", "show", "dev", "eth0", "scope", "global"]);
+    assert_eq!(inside[0]["addr_info"][0]["local"], "2001:db8::9");
+    assert_eq!(inside[0]["addr_info"][0]["tentative"], Value::Null, "no duplicate address detection");
+    let rules = ip(&site.node.0, &["-6", "rule"]);
+    assert!(rules.as_array().unwrap().iter().any(|rule| rule["priority"] == 512 && rule["dst"] == "2001:db8::9"), "{rules}");
+    let del = site.call("DEL", &pod, json!({"prevResult": result})).await;
+    assert!(del.ok, "{del:?}");
+    assert_eq!(site.picture(), before);
+    let rules = ip(&site.node.0, &["-6", "rule"]);
+    assert!(!rules.to_string().contains("2001:db8::9"), "{rules}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_del_may_come_in_every_state() {
+    let mut site = Site::start().await;
+    let before = site.picture();
+    // Twice, and without the earlier result.
+    let pod = site.pod("a");
+    site.add(&pod).await;
+    for _ in 0..2 {
+        assert!(site.call("DEL", &pod, json!({})).await.ok);
+        assert_eq!(site.picture(), before);
+    }
+    // The namespace is gone, with and without the earlier result.
+    for with_result in [true, false] {
+        let pod = site.pod("b");
+        let result = site.add(&pod).await;
+        pod.netns.0.clone().remove().unwrap();
+        let extra = if with_result { json!({"prevResult": result}) } else { json!({}) };
+        let del = site.call("DEL", &pod, extra).await;
+        assert!(del.ok, "{del:?}");
+        assert!(site.script.lock().unwrap().held.is_empty());
+        assert!(!ip(&site.node.0, &["rule"]).to_string().contains("10.0.1."));
+    }
+    // The agent is gone: what is the kernel's goes now, the release waits in the spool, once.
+    let pod = site.pod("c");
+    let result = site.add(&pod).await;
+    site.kill_agent().await;
+    for _ in 0..2 {
+        let del = site.call("DEL", &pod, json!({"prevResult": result})).await;
+        assert!(del.ok, "{del:?}");
+    }
+    assert_eq!(site.picture(), before);
+    let spooled: Vec<_> = std::fs::read_dir(site.spool()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(spooled.len(), 1);
+    let spooled = stanchion_core::cni::Spooled::parse(&std::fs::read(&spooled[0]).unwrap()).unwrap();
+    assert_eq!((spooled.container_id, spooled.network_name.as_str(), spooled.if_name.as_str()), (pod.container.clone(), "aws-cni", "eth0"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_add_that_fails_leaves_nothing() {
+    let mut site = Site::start().await;
+    let before = site.picture();
+
+    let refused = |answer: &cni_support::Answer, code: u64, words: &str| {
+        let error: Value = serde_json::from_str(&answer.stdout).unwrap_or_else(|_| panic!("{answer:?}"));
+        assert!(!answer.ok);
+        assert_eq!(error["code"], code, "{error}");
+        assert!(error["msg"].as_str().unwrap().contains(words), "{error}");
+        assert_eq!(error["cniVersion"], "1.1.0");
+        assert_eq!(error.get("details"), None, "undoing had problems: {error}");
+    };
+    // No address: the agent's reason reaches the kubelet.
+    let reason = "no free address: ENI 2 of 3 full, subnet-0a1 has 0 free of 251, EC2 said InsufficientFreeAddressesInSubnet";
+    site.script.lock().unwrap().fail_assign = Some(Status::resource_exhausted(reason));
+    let pod = site.pod("a");
+    refused(&site.call("ADD", &pod, json!({})).await, 11, "subnet-0a1 has 0 free of 251");
+    site.script.lock().unwrap().fail_assign = None;
+    // The policy cannot be put in force.
+    site.script.lock().unwrap().fail_activate = Some(Status::internal("the pod's programs cannot be attached: no memory"));
+    refused(&site.call("ADD", &pod, json!({})).await, 5, "no memory");
+    assert_eq!(ip(&pod.netns.0, &["link"]).as_array().unwrap().len(), 1);
+    site.script.lock().unwrap().fail_activate = None;
+    // The pod's interface name is taken, by something that is not ours to remove.
+    let taken = site.pod("b");
+    run(&taken.netns.0, "ip link add eth0 type bridge");
+    refused(&site.call("ADD", &taken, json!({})).await, 100, "create veth eth0");
+    assert_eq!(ip(&taken.netns.0, &["link", "show", "eth0"])[0]["linkinfo"], Value::Null);
+    assert_eq!(ip(&taken.netns.0, &["link"]).as_array().unwrap().len(), 2, "the bridge is still there");
+    // The last step: the host end is gone when it shall go up.
+    site.script.lock().unwrap().cut_at_activation = true;
+    let cut = site.pod("cut");
+    refused(&site.call("ADD", &cut, json!({})).await, 100, "set link");
+    site.script.lock().unwrap().cut_at_activation = false;
+    assert_eq!(site.picture(), before);
+    assert!(site.script.lock().unwrap().held.is_empty(), "every address came back");
+    // The namespace is none; nobody is asked.
+    let gone = site.pod("gone");
+    gone.netns.0.clone().remove().unwrap();
+    let asked = site.script.lock().unwrap().released.len();
+    refused(&site.call("ADD", &gone, json!({})).await, 3, "no network namespace");
+    assert_eq!(site.script.lock().unwrap().released.len(), asked);
+    // The agent is away.
+    site.kill_agent().await;
+    refused(&site.call("ADD", &pod, json!({})).await, 11, "does not answer");
+    assert_eq!(site.picture(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_del_of_an_old_sandbox_does_not_hurt_the_new_one() {
+    let site = Site::start().await;
+    let (old, mut new) = (site.pod("db-0"), site.pod("x"));
+    new.name = old.name.clone();
+    let old_result = site.add(&old).await;
+    let new_result = site.add(&new).await;
+    assert!(site.call("DEL", &old, json!({"prevResult": old_result})).await.ok);
+    let check = site.call("CHECK", &new, json!({"prevResult": new_result})).await;
+    assert!(check.ok, "{check:?}");
+    // Its address goes to another pod; then the runtime repeats the old DEL.
+    site.script.lock().unwrap().free.push_front(attachment("10.0.1.9", 2));
+    let other = site.pod("other");
+    let other_result = site.add(&other).await;
+    assert_eq!(other_result["ips"][0]["address"], "10.0.1.9/32");
+    assert!(site.call("DEL", &old, json!({"prevResult": old_result})).await.ok);
+    assert_eq!(rules_about(&site, "10.0.1.9"), [512, 1536]);
+    let check = site.call("CHECK", &other, json!({"prevResult": other_result})).await;
+    assert!(check.ok, "{check:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_tells_each_difference() {
+    let site = Site::start().await;
+    let pod = site.pod("a");
+    let result = site.add(&pod).await;
+    let host_if = site.host_if(&pod);
+    run(&site.node.0, "ip rule del pref 512");
+    run(&site.node.0, "ip route del 10.0.1.9");
+    run(&pod.netns.0, "ip addr del 10.0.1.9/32 dev eth0");
+    site.script.lock().unwrap().differences = vec!["the agent holds 10.0.1.7".into()];
+    let answer = site.call("CHECK", &pod, json!({"prevResult": result})).await;
+    let error: Value = serde_json::from_str(&answer.stdout).unwrap();
+    assert_eq!(error["code"], 101);
+    let rule = "the node has no rule 512 to 10.0.1.9".to_owned();
+    for words in [rule, format!("no route to 10.0.1.9 by {host_if}"), "eth0 lacks 10.0.1.9".into(), "the agent holds 10.0.1.7".into()] {
+        assert!(error["msg"].as_str().unwrap().contains(&words), "{error}");
+    }
+    assert!(!site.call("CHECK", &pod, json!({})).await.ok, "without prevResult there is nothing to compare");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn verbs_about_no_container() {
+    let mut site = Site::start().await;
+    let nobody = |verb: &str| vec![("CNI_COMMAND".to_owned(), verb.to_owned()), ("CNI_CONTAINERID".to_owned(), String::new())];
+    assert!(site.exec(nobody("STATUS"), &site.conf()).await.ok);
+    site.script.lock().unwrap().not_ready = Some("subnet-1 has no free address".into());
+    let answer = site.exec(nobody("STATUS"), &site.conf()).await;
+    let error: Value = serde_json::from_str(&answer.stdout).unwrap();
+    assert_eq!((&error["code"], &error["msg"]), (&json!(50), &json!("subnet-1 has no free address")));
+
+    let mut conf = site.conf();
+    conf["cni.dev/valid-attachments"] = json!([{"containerID": "a", "ifname": "eth0"}]);
+    assert!(site.exec(nobody("GC"), &conf).await.ok);
+    assert_eq!(site.script.lock().unwrap().collected[0].valid[0].container_id, "a");
+
+    let answer = site.exec(nobody("VERSION"), &json!({"cniVersion": "1.0.0"})).await;
+    let version: Value = serde_json::from_str(&answer.stdout).unwrap();
+    assert_eq!(version, json!({"cniVersion": "1.0.0", "supportedVersions": ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]}));
+
+    site.kill_agent().await;
+    let answer = site.exec(nobody("STATUS"), &site.conf()).await;
+    let error: Value = serde_json::from_str(&answer.stdout).unwrap();
+    assert_eq!(error["code"], 50);
+}
+
+/// Each runtime's calls in their order, with the sandbox's real namespace in the place of the recorded one.
+async fn replay(dir: &str) {
+    let site = Site::start().await;
+    let before = site.picture();
+    let mut sandboxes = std::collections::BTreeMap::new();
+    for (file, call) in recorded(dir) {
+        let mut env: Vec<(String, String)> =
+            call["env"].as_object().unwrap().iter().map(|(key, value)| (key.clone(), value.as_str().unwrap().to_owned())).collect();
+        let container = call["env"]["CNI_CONTAINERID"].as_str().unwrap().to_owned();
+        let netns = sandboxes.entry(container.clone()).or_insert_with(|| cni_support::OwnedNetns::create("r"));
+        env.iter_mut()
+            .filter(|(key, value)| key == "CNI_NETNS" && !value.is_empty())
+            .for_each(|(_, value)| *value = netns.0.path().display().to_string());
+        let mut conf = call["stdin"].clone();
+        conf["socket"] = json!(site.socket());
+        let answer = site.exec(env, &conf).await;
+        assert!(answer.ok, "{dir}/{file}: {answer:?}");
+        if call["verb"] == "ADD" {
+            let result: Value = serde_json::from_str(&answer.stdout).unwrap();
+            assert_eq!(result["cniVersion"], conf["cniVersion"], "{dir}/{file}");
+            assert!(site.script.lock().unwrap().held.contains_key(&container), "{dir}/{file}");
+        }
+        if call["verb"] == "DEL" {
+            assert!(!site.script.lock().unwrap().held.contains_key(&container), "{dir}/{file}");
+        }
+    }
+    if site.script.lock().unwrap().held.is_empty() {
+        assert_eq!(site.picture(), before);
+    }
+    let uids = site.script.lock().unwrap().activations.iter().all(|request| !request.sandbox.as_ref().unwrap().pod_uid.is_empty());
+    assert!(uids, "containerd tells the pod's uid");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn recorded_calls_of_containerd_1_6() {
+    replay("cni-containerd-1.6").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn recorded_calls_of_containerd_2_3() {
+    replay("cni-containerd-2.3").await;
+}
