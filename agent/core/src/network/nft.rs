@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | `mark-early` | prerouting, -150 (before kube-proxy's DNAT) | marks connections to node ports on the primary ENI; gives packets of pods their connection's mark |
 //! | `mark-egress` | prerouting, -90 (after DNAT) | marks new connections of pods to outside the VPC |
-//! | `snat` | nat postrouting, 110 (after kube-proxy's masquerade) | source NAT to the node's primary address |
+//! | `source-nat` | nat postrouting, 110 (after kube-proxy's masquerade) | source NAT to the node's primary address |
 
 use std::collections::BTreeMap;
 
@@ -70,7 +70,7 @@ impl Ruleset {
             rules.push(json!([is("oifname", "vlan*"), {"return": null}]));
             rules.push(json!([to_local(&["daddr"]), {"return": null}]));
             rules.push(json!([snat_statement(snat)]));
-            chains.push(Chain { name: "snat", kind: "nat", hook: "postrouting", priority: 110, rules });
+            chains.push(Chain { name: "source-nat", kind: "nat", hook: "postrouting", priority: 110, rules });
         }
         let mut text = String::new();
         for Chain { name, kind, hook, priority, rules } in &chains {
@@ -220,7 +220,7 @@ mod tests {
         assert!(!wanted.is_in_force(None));
         let mut observed = listing_of(&wanted);
         assert!(wanted.is_in_force(Some(&observed)));
-        observed.chains.get_mut("snat").unwrap().pop();
+        observed.chains.get_mut("source-nat").unwrap().pop();
         assert!(!wanted.is_in_force(Some(&observed)));
         let other = HostPlan { mark: 0x100, ..plan() };
         assert!(!Ruleset::of(&other, Some("eth0")).is_in_force(Some(&listing_of(&wanted))));
@@ -247,16 +247,16 @@ mod tests {
         let mut all = plan();
         all.snat.as_mut().unwrap().bypass.push("0.0.0.0/0".parse().unwrap());
         let ruleset = Ruleset::of(&all, Some("eth0"));
-        let snat = ruleset.chains.iter().find(|chain| chain.name == "snat").unwrap();
+        let snat = ruleset.chains.iter().find(|chain| chain.name == "source-nat").unwrap();
         assert_eq!(snat.rules[0], json!([{"return": null}]));
     }
 
     #[test]
     fn a_listing_without_our_comments_is_not_ours() {
         let text = r#"{"nftables":[{"metainfo":{"version":"1.0.6"}},{"table":{"family":"ip","name":"stanchion"}},
-            {"chain":{"family":"ip","table":"stanchion","name":"snat"}},{"rule":{"chain":"snat","expr":[]}}]}"#;
+            {"chain":{"family":"ip","table":"stanchion","name":"source-nat"}},{"rule":{"chain":"source-nat","expr":[]}}]}"#;
         let observed = parse_listing(text).unwrap();
-        assert_eq!(observed.chains["snat"], [""]);
+        assert_eq!(observed.chains["source-nat"], [""]);
         assert!(!Ruleset::of(&plan(), None).is_in_force(Some(&observed)));
     }
 }
