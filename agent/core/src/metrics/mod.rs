@@ -12,11 +12,14 @@
 //! | [`insights`] | samples to Container Insights documents (EMF version 0) |
 //! | [`exposition`], [`families`] | Prometheus and OpenMetrics text; the families on :61678/metrics |
 //!
+//! [`cost`]: what a preset costs a month.
+//!
 //! The parsers take text as the kernel writes it and never panic on anything else: a malformed line is left out, a
 //! malformed file is `None`.
 
 pub mod catalog;
 pub mod cgroup;
+pub mod cost;
 pub mod exposition;
 pub mod families;
 pub mod insights;

@@ -49,6 +49,8 @@ const WAITING_TICKS: usize = 4;
 pub struct TelemetrySettings {
     /// Between ticks; Container Insights expects a minute.
     pub interval: Duration,
+    /// Send Container Insights documents; without it the ticks serve Prometheus and `stanchion top` only.
+    pub documents: bool,
     /// Which documents and metrics.
     pub selection: Selection,
     /// Ours, or the CloudWatch agent's with its errors.
@@ -61,6 +63,7 @@ impl Default for TelemetrySettings {
     fn default() -> Self {
         Self {
             interval: Duration::from_secs(60),
+            documents: true,
             selection: Selection::default(),
             figures: Figures::default(),
             veth_prefix: DEFAULT_VETH_PREFIX.to_owned(),
@@ -213,7 +216,7 @@ impl Ticker {
                     self.ticks.done.fetch_add(1, Ordering::Relaxed);
                     let timestamp_ms = snapshot.wall_ms;
                     self.publish.send_replace(Arc::new(snapshot));
-                    if !first {
+                    if !first && !messages.is_empty() {
                         self.send(timestamp_ms, messages);
                     }
                 }
@@ -268,6 +271,7 @@ pub struct Collector {
     encoder: Encoder,
     files: ContainerFiles,
     pod_counters: HashMap<String, PodCounters>,
+    encode: bool,
     fresh: bool,
 }
 
@@ -283,6 +287,7 @@ impl Collector {
             encoder: Encoder::new(identity, settings.selection.clone()),
             files: ContainerFiles::new(),
             pod_counters: HashMap::new(),
+            encode: settings.documents,
             fresh: true,
         }
     }
@@ -298,7 +303,7 @@ impl Collector {
             self.fresh = false;
         }
         let snapshot = self.reader.pass(&mut self.tracker, &self.table, &self.files, &self.pod_counters)?;
-        let documents = self.encoder.documents(&snapshot);
+        let documents = if self.encode { self.encoder.documents(&snapshot) } else { Vec::new() };
         debug!(pods = snapshot.pods.len(), documents = documents.len(), "metric tick");
         Ok((snapshot, documents))
     }
