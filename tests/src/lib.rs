@@ -10,6 +10,7 @@ mod cables;
 pub mod cloudwatch;
 pub mod cluster;
 pub mod container_log;
+pub mod datapath;
 pub mod fake_aws;
 pub mod fake_kube;
 pub mod ipam_world;

@@ -39,12 +39,6 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
     run(ctx.skb.skb, direction::INGRESS)
 }
 
-/// The empty program: what the benches subtract.
-#[classifier]
-pub fn nothing(_ctx: TcContext) -> i32 {
-    PASS
-}
-
 #[inline(always)]
 fn run(skb: *mut __sk_buff, direction: u8) -> i32 {
     // SAFETY: a field of the context.

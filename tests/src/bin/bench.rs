@@ -21,7 +21,7 @@ struct Args {
 type Bench = fn(bool) -> anyhow::Result<Vec<Row>>;
 
 /// Every bench by its name.
-const BENCHES: [(&str, Bench); 0] = [];
+const BENCHES: [(&str, Bench); 1] = [("datapath", stanchion_lab::bench::datapath::run)];
 
 fn main() -> ExitCode {
     let args = Args::parse();

@@ -1,0 +1,326 @@
+//! Nanoseconds a packet, by `BPF_PROG_TEST_RUN`: CPU time around the call divided by the repetitions, the empty program
+//! subtracted, median of the rounds. The floor is a HASH lookup with a 4-byte key, measured in the same run.
+//!
+//! | case | packet |
+//! |---|---|
+//! | A, A2 | a pod without policy, both directions |
+//! | B, B2 | a TCP flow under policy, as opened and in reply |
+//! | J | UDP under policy |
+//! | C, C2 | denied, peer known and unknown, event ring full |
+//! | D | denied, event written |
+//! | G | denied, with 1 to 60,000 CIDRs of one address, and of 24 bits |
+//! | H | denied, a random peer of 60,000, each packet alone |
+//! | F | a random flow of 60,000, each packet alone |
+//! | E | a flow that opens, each packet alone |
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use anyhow::ensure;
+use ipnet::IpNet;
+use nix::time::{ClockId, clock_gettime};
+use stanchion_core::policy::image::{EndpointImage, MapOp};
+use stanchion_ebpf_abi::{VERDICT_PREFIX_PORT, VerdictKey, VerdictValue, direction, verdict};
+
+use super::Row;
+use crate::datapath::packet::{Packet, TCP, UDP, arp, flags};
+use crate::datapath::raw::{self, Yardstick};
+use crate::datapath::{IF_INDEX, Rig, take_events};
+
+/// Ratios to the yardstick that SPECIFICATION.md promises.
+const ESTABLISHED: f64 = 1.3;
+const UNPOLICED: f64 = 0.1;
+const DENIED: f64 = 4.0;
+
+/// The peer's identity that policy allows on [`PORT`].
+const FRIEND: u32 = 7;
+/// An identity that policy knows and does not allow.
+const STRANGER: u32 = 8;
+const PORT: u16 = 80;
+const POLICY: u32 = 3;
+
+/// How often and how long.
+#[derive(Clone, Copy)]
+struct Effort {
+    rounds: usize,
+    repeat: u32,
+    flows: u32,
+}
+
+/// CPU nanoseconds of this thread.
+fn cpu() -> Duration {
+    Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("every thread has a CPU clock"))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Gross nanoseconds of a program on one frame; `between` runs after each round.
+fn hot(program: impl AsFd, frame: &[u8], Effort { rounds, repeat, .. }: Effort, mut between: impl FnMut()) -> anyhow::Result<(f64, i32)> {
+    let mut figures = Vec::with_capacity(rounds);
+    let mut result = 0;
+    for _ in 0..rounds {
+        let start = cpu();
+        (result, _) = raw::repeat(program.as_fd(), frame, IF_INDEX, repeat)?;
+        figures.push((cpu() - start).as_secs_f64() * 1e9 / f64::from(repeat));
+        between();
+    }
+    Ok((median(figures), result))
+}
+
+/// Mean nanoseconds by the kernel's own measure of programs run once on each frame.
+fn cold(program: impl AsFd, frames: &[Vec<u8>]) -> anyhow::Result<f64> {
+    let mut figures = Vec::with_capacity(frames.len());
+    for frame in frames {
+        let (_, duration) = raw::repeat(program.as_fd(), frame, IF_INDEX, 1)?;
+        figures.push(duration.as_secs_f64() * 1e9);
+    }
+    Ok(median(figures))
+}
+
+/// One address family's cast.
+#[derive(Clone, Copy)]
+struct Cast {
+    name: &'static str,
+    pod: IpAddr,
+    friend: IpAddr,
+    stranger: IpAddr,
+    nobody: IpAddr,
+    many: fn(u32) -> IpAddr,
+    wide: fn(u32) -> IpNet,
+}
+
+fn many4(index: u32) -> IpAddr {
+    Ipv4Addr::from(0x0b00_0000 + index).into()
+}
+
+fn many6(index: u32) -> IpAddr {
+    Ipv6Addr::from(0xfd01_u128 << 112 | u128::from(index)).into()
+}
+
+fn wide4(index: u32) -> IpNet {
+    IpNet::new(Ipv4Addr::from(0x2000_0000 + (index << 8)).into(), 24).expect("24 bits")
+}
+
+fn wide6(index: u32) -> IpNet {
+    IpNet::new(Ipv6Addr::from(0xfd02_u128 << 112 | u128::from(index) << 64).into(), 64).expect("64 bits")
+}
+
+const CASTS: [Cast; 2] = [
+    Cast {
+        name: "v4",
+        pod: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 10)),
+        friend: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 20)),
+        stranger: IpAddr::V4(Ipv4Addr::new(10, 0, 0, 30)),
+        nobody: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+        many: many4,
+        wide: wide4,
+    },
+    Cast {
+        name: "v6",
+        pod: IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x10)),
+        friend: IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x20)),
+        stranger: IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x30)),
+        nobody: IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
+        many: many6,
+        wide: wide6,
+    },
+];
+
+/// A packet between the pod's port and a peer's, in the direction of the packet; the flow's opener used `PORT` as the
+/// destination.
+fn packet(
+    cast: &Cast,
+    peer: IpAddr,
+    opener: u8,
+    way: u8,
+    client_port: u16,
+    make: impl Fn((IpAddr, u16), (IpAddr, u16)) -> Packet,
+) -> Vec<u8> {
+    let pod_is_client = opener == direction::EGRESS;
+    let pod = (cast.pod, if pod_is_client { client_port } else { PORT });
+    let peer = (peer, if pod_is_client { PORT } else { client_port });
+    if way == direction::EGRESS { make(pod, peer) } else { make(peer, pod) }.frame()
+}
+
+fn tcp(flags: u8) -> impl Fn((IpAddr, u16), (IpAddr, u16)) -> Packet {
+    move |source, destination| Packet::tcp(source, destination, flags)
+}
+
+fn image(isolated: bool) -> EndpointImage {
+    let policy = isolated.then_some(POLICY);
+    EndpointImage { addresses: CASTS.iter().map(|cast| cast.pod).collect(), ingress: policy, egress: policy, revision: 1, audit: false }
+}
+
+fn policies() -> Vec<MapOp> {
+    let mut ops = Vec::new();
+    for way in [direction::INGRESS, direction::EGRESS] {
+        for protocol in [TCP, UDP] {
+            let key = VerdictKey { policy: POLICY, identity: FRIEND, direction: way, protocol, port: PORT.to_be_bytes() };
+            ops.push(MapOp::SetVerdict(key, VERDICT_PREFIX_PORT, VerdictValue { rule: 1, verdict: verdict::ALLOW, reserved: [0; 3] }));
+        }
+    }
+    for cast in CASTS {
+        ops.push(MapOp::SetAddress(cast.friend, FRIEND));
+        ops.push(MapOp::SetAddress(cast.stranger, STRANGER));
+    }
+    ops
+}
+
+/// Runs the bench.
+///
+/// # Errors
+/// The object was not built, the kernel refuses, or a case does not do what its name says.
+pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
+    let effort =
+        if quick { Effort { rounds: 9, repeat: 50_000, flows: 6_000 } } else { Effort { rounds: 61, repeat: 200_000, flows: 60_000 } };
+    let mut rows = Vec::new();
+    let (empty, _) = hot(Yardstick::empty()?, &arp(), effort, || {})?;
+    let (hash, _) = hot(Yardstick::hash()?, &arp(), effort, || {})?;
+    let floor = hash - empty;
+    rows.push(Row::plain("empty program, gross", empty, "ns"));
+    rows.push(Row::plain("yardstick: HASH lookup, 4-byte key", floor, "ns"));
+    let start = cpu();
+    let mut rig = Rig::new("bench", 131_072)?;
+    rows.push(Row::plain("load the object and make the maps, CPU", (cpu() - start).as_secs_f64() * 1e3, "ms"));
+    rig.apply(&policies())?;
+    for cast in CASTS {
+        for way in [direction::INGRESS, direction::EGRESS] {
+            let name = |case: &str| format!("{case} {} {}", cast.name, if way == direction::EGRESS { "egress" } else { "ingress" });
+            let mut bench = Bench { rig: &mut rig, cast, way, effort, empty, floor };
+            bench.unpoliced(&name, &mut rows)?;
+            bench.established(&name, &mut rows)?;
+            bench.denied(&name, &mut rows)?;
+            bench.many_cidrs(&name, &mut rows)?;
+            bench.many_flows(&name, &mut rows)?;
+        }
+    }
+    Ok(rows)
+}
+
+struct Bench<'a> {
+    rig: &'a mut Rig,
+    cast: Cast,
+    way: u8,
+    effort: Effort,
+    empty: f64,
+    floor: f64,
+}
+
+impl Bench<'_> {
+    /// Net nanoseconds; checks what becomes of the packet.
+    fn hot(&mut self, program: u8, frame: &[u8], passes: bool) -> anyhow::Result<f64> {
+        let (gross, result) = hot(self.rig.program(program)?, frame, self.effort, || {})?;
+        ensure!((result == -1) == passes, "the program answers {result}");
+        Ok(gross - self.empty)
+    }
+
+    fn row(&self, name: String, net: f64) -> Row {
+        Row::against(name, net.max(0.0), "ns", self.floor)
+    }
+
+    fn unpoliced(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+        self.rig.pod(&image(false))?;
+        let frame = packet(&self.cast, self.cast.nobody, self.way, self.way, 4_000, tcp(flags::ACK));
+        let net = self.hot(self.way, &frame, true)?;
+        rows.push(self.row(name("A  no policy,"), net).target(UNPOLICED));
+        let net = self.hot(self.way, &arp(), true)?;
+        rows.push(self.row(name("   ARP, no policy,"), net).target(UNPOLICED));
+        Ok(())
+    }
+
+    fn established(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+        self.rig.pod(&image(true))?;
+        let (cast, way) = (self.cast, self.way);
+        let back = way ^ 1;
+        for (frame, direction) in [(flags::SYN, way), (flags::SYN | flags::ACK, back), (flags::ACK, way)]
+            .map(|(flags, direction)| (packet(&cast, cast.friend, way, direction, 4_001, tcp(flags)), direction))
+        {
+            ensure!(self.rig.passes(direction, &frame)?, "the handshake passes");
+        }
+        let frame = packet(&cast, cast.friend, way, way, 4_001, tcp(flags::ACK));
+        let net = self.hot(way, &frame, true)?;
+        rows.push(self.row(name("B  established,"), net).target(ESTABLISHED));
+        let frame = packet(&cast, cast.friend, way, back, 4_001, tcp(flags::ACK));
+        let net = self.hot(back, &frame, true)?;
+        rows.push(self.row(name("B2 established, reply,"), net).target(ESTABLISHED));
+        let frame = packet(&cast, cast.friend, way, way, 4_002, Packet::udp);
+        let net = self.hot(way, &frame, true)?;
+        rows.push(self.row(name("J  UDP,"), net).target(ESTABLISHED));
+        let net = self.hot(way, &arp(), true)?;
+        rows.push(self.row(name("   ARP,"), net).target(UNPOLICED));
+        Ok(())
+    }
+
+    fn denied(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+        let (cast, way) = (self.cast, self.way);
+        let known = packet(&cast, cast.stranger, way, way, 4_003, tcp(flags::SYN));
+        let unknown = packet(&cast, cast.nobody, way, way, 4_004, tcp(flags::SYN));
+        // The first of these fills the ring.
+        for (case, frame) in [("C  denied, known peer, ring full,", &known), ("C2 denied, unknown peer, ring full,", &unknown)] {
+            let net = self.hot(way, frame, false)?;
+            rows.push(self.row(name(case), net).target(DENIED));
+        }
+        let mut ring = self.rig.events()?;
+        drop(take_events(&mut ring));
+        // As many as the ring holds, then it is emptied.
+        let effort = Effort { repeat: 5_000, rounds: self.effort.rounds * 2, ..self.effort };
+        let (gross, _) = hot(self.rig.program(way)?, &known, effort, || drop(take_events(&mut ring)))?;
+        rows.push(self.row(name("D  denied, event written,"), gross - self.empty).target(DENIED));
+        Ok(())
+    }
+
+    fn many_cidrs(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+        let (cast, way) = (self.cast, self.way);
+        for (kind, net_of) in [("of one address", None), ("wide", Some(cast.wide))] {
+            let net_of = |index: u32| net_of.map_or_else(|| IpNet::from((cast.many)(index)), |wide| wide(index));
+            let mut present = 0;
+            for count in [1u32, 1_000, 10_000, 60_000] {
+                let ops: Vec<MapOp> = (present..count).map(|index| MapOp::SetCidr(net_of(index), STRANGER)).collect();
+                self.rig.apply(&ops)?;
+                present = count;
+                let frame = packet(&cast, net_of(count / 2).addr(), way, way, 4_005, tcp(flags::SYN));
+                let net = self.hot(way, &frame, false)?;
+                rows.push(self.row(name(&format!("G  denied, {count} CIDRs {kind},")), net).target(DENIED));
+            }
+            if kind == "of one address" {
+                let frames: Vec<Vec<u8>> = (0..self.effort.flows)
+                    .map(|index| packet(&cast, (cast.many)(index.wrapping_mul(7_919) % 60_000), way, way, 4_006, tcp(flags::SYN)))
+                    .collect();
+                let net = self.alone(&frames)?;
+                rows.push(self.row(name("H  denied, random peer of 60000, cold,"), net));
+            }
+            let ops: Vec<MapOp> = (0..present).map(|index| MapOp::RemoveCidr(net_of(index))).collect();
+            self.rig.apply(&ops)?;
+        }
+        Ok(())
+    }
+
+    fn many_flows(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+        let (cast, way) = (self.cast, self.way);
+        let peers = (0..64).map(cast.many).map(|address| MapOp::SetAddress(address, FRIEND));
+        self.rig.apply(&peers.collect::<Vec<_>>())?;
+        let frame = |index: u32, flags: u8| {
+            let port = 1_024 + u16::try_from(index / 64 % 60_000).expect("below 65,536");
+            packet(&cast, (cast.many)(index % 64), way, way, port, tcp(flags))
+        };
+        let frames: Vec<Vec<u8>> = (0..self.effort.flows).map(|index| frame(index, flags::SYN)).collect();
+        let net = self.alone(&frames)?;
+        rows.push(self.row(name("E  flow opens, cold,"), net));
+        let frames: Vec<Vec<u8>> =
+            (0..self.effort.flows).map(|index| frame(index.wrapping_mul(7_919) % self.effort.flows, flags::ACK)).collect();
+        let net = self.alone(&frames)?;
+        rows.push(self.row(name("F  random flow, cold,"), net));
+        let peers = (0..64).map(cast.many).map(MapOp::RemoveAddress);
+        self.rig.apply(&peers.collect::<Vec<_>>())
+    }
+
+    /// Net nanoseconds of packets that each come alone, less an empty program that comes alone.
+    fn alone(&mut self, frames: &[Vec<u8>]) -> anyhow::Result<f64> {
+        let empty = cold(Yardstick::empty()?, &frames[..frames.len().min(5_000)])?;
+        Ok(cold(self.rig.program(self.way)?, frames)? - empty)
+    }
+}

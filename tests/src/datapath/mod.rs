@@ -1,0 +1,185 @@
+//! The programs without a network: loaded under pins of their own, fed with frames by `BPF_PROG_TEST_RUN`.
+
+pub mod packet;
+pub mod raw;
+
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
+use stanchion_core::policy::image::{EndpointImage, MapOp, PolicyMaps as _, Slot};
+use stanchion_daemon::netpol::{KernelMaps, LoadOptions, Loaded, POD_EGRESS, POD_INGRESS, load};
+use stanchion_ebpf_abi::{
+    Config, Event, FlowEntry, FlowKey4, FlowKey6, Interface, LAYOUT_VERSION, direction, ipv4_word, ipv6_words, map_name,
+};
+
+/// The interface that test runs come from: loopback, which every namespace has.
+pub const IF_INDEX: u32 = 1;
+
+/// The slot of the pod behind it.
+pub const SLOT: Slot = Slot(1);
+
+/// The loaded object with one pod.
+#[derive(Debug)]
+pub struct Rig {
+    loaded: Loaded,
+    /// The policy maps.
+    pub maps: KernelMaps,
+    pin_root: PathBuf,
+}
+
+impl Rig {
+    /// Loads under `/sys/fs/bpf/stdp-<name>-<pid>`, which goes with the rig.
+    ///
+    /// # Errors
+    /// The object was not built, or the kernel refuses it.
+    pub fn new(name: &str, flow_entries: u32) -> anyhow::Result<Self> {
+        let pin_root = PathBuf::from(format!("/sys/fs/bpf/stdp-{name}-{}", std::process::id()));
+        let mut loaded = load(&LoadOptions { pin_root: pin_root.clone(), flow_entries })?;
+        let maps = KernelMaps::new(&mut loaded)?;
+        let mut rig = Self { loaded, maps, pin_root };
+        rig.configure(Config { flags: 0, pod_flows: flow_entries })?;
+        Ok(rig)
+    }
+
+    fn pin(&self, name: &str) -> anyhow::Result<MapData> {
+        MapData::from_pin(self.pin_root.join(format!("v{LAYOUT_VERSION}")).join(name)).with_context(|| format!("open the pin of {name}"))
+    }
+
+    /// Writes the programs' settings.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn configure(&mut self, Config { flags, pod_flows }: Config) -> anyhow::Result<()> {
+        let mut map: Array<MapData, [u32; 2]> = Map::Array(self.pin(map_name::CONFIG)?).try_into()?;
+        Ok(map.set(0, [flags, pod_flows], 0)?)
+    }
+
+    /// Puts a pod with these addresses behind [`IF_INDEX`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn pod(&mut self, image: &EndpointImage) -> anyhow::Result<()> {
+        let position = |wanted: fn(&IpAddr) -> bool| image.addresses.iter().position(wanted);
+        let (four, six) = (position(IpAddr::is_ipv4), position(IpAddr::is_ipv6));
+        let interface = Interface {
+            if_index: IF_INDEX,
+            slot: SLOT.0,
+            flags: u8::from(image.addresses.len() > 2),
+            local4: u8::try_from(four.unwrap_or(0))?,
+            local6: u8::try_from(six.unwrap_or(0))?,
+            ipv4: four.map_or(0, |at| match image.addresses[at] {
+                IpAddr::V4(a) => ipv4_word(a.octets()),
+                IpAddr::V6(_) => 0,
+            }),
+            ipv6: six.map_or([0; 4], |at| match image.addresses[at] {
+                IpAddr::V6(a) => ipv6_words(a.octets()),
+                IpAddr::V4(_) => [0; 4],
+            }),
+            ..Interface::default()
+        };
+        let mut map: Array<MapData, [u8; 32]> = Map::Array(self.pin(map_name::INTERFACES)?).try_into()?;
+        // SAFETY: an ABI type without padding, of this size.
+        map.set(IF_INDEX, unsafe { std::mem::transmute::<Interface, [u8; 32]>(interface) }, 0)?;
+        self.apply(&[MapOp::SetEndpoint(SLOT, image.clone())])
+    }
+
+    /// Applies operations.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn apply(&mut self, ops: &[MapOp]) -> anyhow::Result<()> {
+        self.maps.apply(ops).map_err(|(index, error)| anyhow::anyhow!("{:?}: {error}", ops[index]))
+    }
+
+    /// Gives a frame to the program of a direction; true if it passes.
+    ///
+    /// # Errors
+    /// The kernel's, or a result that is neither pass nor drop.
+    pub fn passes(&mut self, direction: u8, frame: &[u8]) -> anyhow::Result<bool> {
+        match raw::run(self.program(direction)?, frame, IF_INDEX)? {
+            -1 => Ok(true),
+            2 => Ok(false),
+            other => anyhow::bail!("the program answers {other}"),
+        }
+    }
+
+    /// The program of a direction.
+    ///
+    /// # Errors
+    /// It is not loaded.
+    pub fn program(&mut self, direction: u8) -> anyhow::Result<std::os::fd::BorrowedFd<'_>> {
+        let name = if direction == direction::EGRESS { POD_EGRESS } else { POD_INGRESS };
+        Ok(self.loaded.program(name)?.fd()?.as_fd())
+    }
+
+    /// The IPv4 flow table.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn flows4(&self) -> anyhow::Result<HashMap<MapData, [u8; 12], [u8; 16]>> {
+        Ok(Map::HashMap(self.pin(map_name::FLOWS4)?).try_into()?)
+    }
+
+    /// The IPv6 flow table.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn flows6(&self) -> anyhow::Result<HashMap<MapData, [u8; 24], [u8; 16]>> {
+        Ok(Map::HashMap(self.pin(map_name::FLOWS6)?).try_into()?)
+    }
+
+    /// The events since the ring was opened or emptied.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn events(&self) -> anyhow::Result<RingBuf<MapData>> {
+        Ok(Map::RingBuf(self.pin(map_name::EVENTS)?).try_into()?)
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.pin_root) {
+            eprintln!("cannot remove {}: {error}", self.pin_root.display());
+        }
+    }
+}
+
+/// Takes the events out of a ring.
+pub fn take_events(ring: &mut RingBuf<MapData>) -> Vec<Event> {
+    let mut events = Vec::new();
+    while let Some(item) = ring.next() {
+        assert_eq!(item.len(), size_of::<Event>(), "an event of another layout");
+        // SAFETY: plain data of this size; the ring promises no alignment.
+        events.push(unsafe { std::ptr::read_unaligned(item.as_ptr().cast::<Event>()) });
+    }
+    events
+}
+
+/// An entry of the flow table from its bytes.
+pub fn flow_entry(bytes: [u8; 16]) -> FlowEntry {
+    // SAFETY: an ABI type without padding, of this size.
+    unsafe { std::mem::transmute(bytes) }
+}
+
+/// The bytes of an entry of the flow table.
+pub fn flow_bytes(entry: FlowEntry) -> [u8; 16] {
+    // SAFETY: as above.
+    unsafe { std::mem::transmute(entry) }
+}
+
+/// The bytes of a key.
+pub fn key4(key: FlowKey4) -> [u8; 12] {
+    // SAFETY: as above.
+    unsafe { std::mem::transmute(key) }
+}
+
+/// The bytes of a key.
+pub fn key6(key: FlowKey6) -> [u8; 24] {
+    // SAFETY: as above.
+    unsafe { std::mem::transmute(key) }
+}
