@@ -74,7 +74,7 @@ fn number(fd: BorrowedFd<'_>) -> u32 {
 /// Runs a classifier once on a frame, as if it came from interface `if_index`; its return value.
 ///
 /// # Errors
-/// The kernel's: frames shorter than an Ethernet header are refused.
+/// The kernel's: frames without a byte behind the Ethernet header are refused.
 pub fn run(program: BorrowedFd<'_>, frame: &[u8], if_index: u32) -> io::Result<i32> {
     repeat(program, frame, if_index, 1).map(|(result, _)| result)
 }

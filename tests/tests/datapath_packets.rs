@@ -1,0 +1,518 @@
+//! What the programs do with single packets, by `BPF_PROG_TEST_RUN`.
+
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's, and names its line")]
+
+use std::net::IpAddr;
+
+use stanchion_core::policy::image::{EndpointImage, MapOp};
+use stanchion_ebpf_abi::{
+    Config, FlowKey4, VERDICT_PREFIX_ANY, VERDICT_PREFIX_PORT, VERDICT_PREFIX_PROTOCOL, VerdictKey, VerdictValue, config_flag, direction,
+    event_verdict, ipv4_word, reason, verdict,
+};
+use stanchion_lab::datapath::packet::{Fragment, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, arp, flags};
+use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry, key4, take_events};
+
+const IN: u8 = direction::INGRESS;
+const OUT: u8 = direction::EGRESS;
+
+/// Policy set of the isolated pod; allows [`FRIEND`] on port 80 of TCP, UDP and SCTP, and ICMP, both ways.
+const SET: u32 = 5;
+const FRIEND: u32 = 9;
+const RULE: u32 = 77;
+
+/// Addresses of one family.
+#[derive(Clone, Copy)]
+struct Cast {
+    pod: IpAddr,
+    friend: IpAddr,
+    stranger: IpAddr,
+    node: IpAddr,
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn casts() -> [Cast; 2] {
+    let four = Cast { pod: ip("10.0.0.10"), friend: ip("10.0.0.20"), stranger: ip("10.0.0.30"), node: ip("10.0.0.1") };
+    let six = Cast { pod: ip("fd00::10"), friend: ip("fd00::20"), stranger: ip("fd00::30"), node: ip("fd00::1") };
+    [four, six]
+}
+
+fn image(ingress: Option<u32>, egress: Option<u32>) -> EndpointImage {
+    EndpointImage { addresses: casts().map(|cast| cast.pod).to_vec(), ingress, egress, revision: 1, audit: false }
+}
+
+fn isolated() -> EndpointImage {
+    image(Some(SET), Some(SET))
+}
+
+fn allow(policy: u32, identity: u32, direction: u8, protocol: u8, port: u16, bits: u32) -> MapOp {
+    let key = VerdictKey { policy, identity, direction, protocol, port: port.to_be_bytes() };
+    MapOp::SetVerdict(key, bits, VerdictValue { rule: RULE, verdict: verdict::ALLOW, reserved: [0; 3] })
+}
+
+/// A rig with the cast's policy and an isolated pod.
+fn rig(name: &str) -> Rig {
+    let mut rig = Rig::new(name, 1_024).unwrap();
+    let mut ops = Vec::new();
+    for way in [IN, OUT] {
+        for protocol in [TCP, UDP, SCTP] {
+            ops.push(allow(SET, FRIEND, way, protocol, 80, VERDICT_PREFIX_PORT));
+        }
+        for protocol in [ICMP, ICMPV6] {
+            ops.push(allow(SET, FRIEND, way, protocol, 0, VERDICT_PREFIX_PROTOCOL));
+        }
+    }
+    for cast in casts() {
+        ops.push(MapOp::SetAddress(cast.friend, FRIEND));
+        ops.push(MapOp::SetNodeAddress(cast.node));
+    }
+    rig.apply(&ops).unwrap();
+    rig.pod(&isolated()).unwrap();
+    rig
+}
+
+impl Cast {
+    /// A packet of a connection between the pod and a peer: the one that opened it used port `client`.
+    fn packet(
+        &self,
+        peer: IpAddr,
+        opener: u8,
+        way: u8,
+        ports: (u16, u16),
+        make: impl Fn((IpAddr, u16), (IpAddr, u16)) -> Packet,
+    ) -> Packet {
+        let (client, server) = ports;
+        let (pod_port, peer_port) = if opener == OUT { (client, server) } else { (server, client) };
+        let (pod, peer) = ((self.pod, pod_port), (peer, peer_port));
+        if way == OUT { make(pod, peer) } else { make(peer, pod) }
+    }
+}
+
+fn tcp(flags: u8) -> impl Fn((IpAddr, u16), (IpAddr, u16)) -> Packet + Copy {
+    move |source, destination| Packet::tcp(source, destination, flags)
+}
+
+/// The shortest frame that the kernel's test run takes: it wants a whole IP header.
+fn least(cast: &Cast) -> usize {
+    if cast.pod.is_ipv4() { 34 } else { 54 }
+}
+
+#[track_caller]
+fn check(rig: &mut Rig, way: u8, packet: &Packet, passes: bool, what: &str) {
+    assert_eq!(rig.passes(way, &packet.frame()).unwrap(), passes, "{what}: {packet:?}");
+}
+
+#[test]
+fn an_allowed_flow_passes_both_ways_and_nothing_else_does() {
+    let mut rig = rig("flows");
+    for cast in casts() {
+        for (opener, client) in [(IN, 4_000), (OUT, 5_000)] {
+            let back = opener ^ 1;
+            for (make, name) in [
+                (Packet::udp as fn((IpAddr, u16), (IpAddr, u16)) -> Packet, "UDP"),
+                (Packet::sctp, "SCTP"),
+                (|s, d| Packet::tcp(s, d, flags::SYN), "TCP"),
+            ] {
+                let ports = (client, 80);
+                check(&mut rig, back, &cast.packet(cast.friend, opener, back, ports, make), false, "a reply to nothing");
+                check(&mut rig, opener, &cast.packet(cast.friend, opener, opener, (client, 81), make), false, "another port");
+                check(&mut rig, opener, &cast.packet(cast.stranger, opener, opener, ports, make), false, "another peer");
+                check(&mut rig, opener, &cast.packet(cast.friend, opener, opener, ports, make), true, name);
+                let reply: fn((IpAddr, u16), (IpAddr, u16)) -> Packet =
+                    if name == "TCP" { |s, d| Packet::tcp(s, d, flags::SYN | flags::ACK) } else { make };
+                check(&mut rig, back, &cast.packet(cast.friend, opener, back, ports, reply), true, "its reply");
+                check(&mut rig, back, &cast.packet(cast.friend, opener, back, (client + 1, 80), reply), false, "a reply to another flow");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_echo_is_a_flow_by_its_identifier() {
+    let mut rig = rig("echo");
+    for (cast, (request, reply)) in casts().into_iter().zip([(8, 0), (128, 129)]) {
+        // Only the pod may ask.
+        let key =
+            VerdictKey { policy: SET, identity: FRIEND, direction: IN, protocol: if request == 8 { ICMP } else { ICMPV6 }, port: [0; 2] };
+        rig.apply(&[MapOp::RemoveVerdict(key, VERDICT_PREFIX_PROTOCOL)]).unwrap();
+        let answer = |id| Packet::icmp(cast.friend, cast.pod, reply, &[0, id, 0, 1]);
+        check(&mut rig, IN, &answer(7), false, "an answer to nothing");
+        check(&mut rig, OUT, &Packet::icmp(cast.pod, cast.friend, request, &[0, 7, 0, 1]), true, "the question");
+        check(&mut rig, IN, &answer(7), true, "its answer");
+        check(&mut rig, IN, &answer(8), false, "the answer to another question");
+        check(&mut rig, IN, &Packet::icmp(cast.friend, cast.pod, request, &[0, 9, 0, 1]), false, "a question to the pod");
+    }
+}
+
+#[test]
+fn an_error_about_a_known_flow_passes_and_about_an_unknown_one_is_judged_as_icmp() {
+    let mut rig = rig("errors");
+    for (cast, kind) in casts().into_iter().zip([3, 1]) {
+        let router = cast.stranger;
+        let sent = cast.packet(cast.friend, OUT, OUT, (4_000, 80), tcp(flags::SYN));
+        let about = |packet: &Packet| Packet::icmp_error(router, cast.pod, kind, packet);
+        check(&mut rig, IN, &about(&sent), false, "about a flow that was not sent");
+        check(&mut rig, OUT, &sent, true, "the flow");
+        check(&mut rig, IN, &about(&sent), true, "about the flow");
+        let other = cast.packet(cast.friend, OUT, OUT, (4_001, 80), tcp(flags::SYN));
+        check(&mut rig, IN, &about(&other), false, "about another flow");
+        // What the pod answers about a packet that it received.
+        let got = cast.packet(cast.friend, IN, IN, (4_002, 80), Packet::udp);
+        let complaint = Packet::icmp_error(cast.pod, router, kind, &got);
+        check(&mut rig, OUT, &complaint, false, "about a packet that did not come");
+        check(&mut rig, IN, &got, true, "the packet");
+        check(&mut rig, OUT, &complaint, true, "about it");
+        // Every cut of the quotation is refused or judged, never mistaken.
+        let frame = about(&other).frame();
+        for length in least(&cast)..frame.len() {
+            assert!(!rig.passes(IN, &frame[..length]).unwrap(), "an error cut to {length} bytes");
+        }
+    }
+}
+
+#[test]
+fn a_syn_on_an_old_entry_is_judged_anew() {
+    let mut rig = rig("syn");
+    for cast in casts() {
+        // A flow that the pod opened to the friend's port 80, from its own port 80.
+        let ports = (80, 80);
+        for (way, flags) in [(OUT, flags::SYN), (IN, flags::SYN | flags::ACK), (OUT, flags::ACK)] {
+            check(&mut rig, way, &cast.packet(cast.friend, OUT, way, ports, tcp(flags)), true, "the handshake");
+        }
+        // Both ends' ports are 80, so policy lets the friend open one, too. Revoke that.
+        let key = VerdictKey { policy: SET, identity: FRIEND, direction: IN, protocol: TCP, port: 80u16.to_be_bytes() };
+        rig.apply(&[MapOp::RemoveVerdict(key, VERDICT_PREFIX_PORT)]).unwrap();
+        check(&mut rig, IN, &cast.packet(cast.friend, OUT, IN, ports, tcp(flags::SYN)), false, "the friend's SYN on the pod's flow");
+        check(&mut rig, IN, &cast.packet(cast.friend, OUT, IN, ports, tcp(flags::ACK)), true, "the flow goes on");
+        check(&mut rig, OUT, &cast.packet(cast.friend, OUT, OUT, ports, tcp(flags::SYN)), true, "the pod uses the ports again");
+        check(&mut rig, IN, &cast.packet(cast.friend, OUT, IN, ports, tcp(flags::SYN | flags::ACK)), true, "and is answered");
+        rig.apply(&[allow(SET, FRIEND, IN, TCP, 80, VERDICT_PREFIX_PORT)]).unwrap();
+    }
+}
+
+#[test]
+fn a_flow_lives_through_a_change_that_still_allows_it_and_ends_with_one_that_does_not() {
+    let mut rig = rig("revision");
+    for cast in casts() {
+        let ports = (4_000, 80);
+        let there = cast.packet(cast.friend, IN, IN, ports, tcp(flags::ACK));
+        let back = cast.packet(cast.friend, IN, OUT, ports, tcp(flags::ACK));
+        rig.pod(&isolated()).unwrap();
+        check(&mut rig, IN, &cast.packet(cast.friend, IN, IN, ports, tcp(flags::SYN)), true, "opens");
+        check(&mut rig, OUT, &cast.packet(cast.friend, IN, OUT, ports, tcp(flags::SYN | flags::ACK)), true, "is answered");
+        // Egress closes entirely: the reply belongs to a flow that ingress still allows.
+        rig.pod(&EndpointImage { egress: Some(SET + 1), revision: 2, ..isolated() }).unwrap();
+        check(&mut rig, OUT, &back, true, "the reply after an unrelated change");
+        check(&mut rig, IN, &there, true, "goes on");
+        // Ingress closes: both directions stop at the next packet, whichever it is.
+        rig.pod(&EndpointImage { ingress: Some(SET + 1), revision: 3, ..isolated() }).unwrap();
+        check(&mut rig, OUT, &back, false, "the reply of a revoked flow");
+        check(&mut rig, IN, &there, false, "a revoked flow");
+        rig.pod(&EndpointImage { revision: 4, ..isolated() }).unwrap();
+        check(&mut rig, OUT, &back, true, "the flow is allowed again");
+    }
+}
+
+#[test]
+fn an_idle_flow_is_forgotten_after_its_time() {
+    let mut rig = rig("idle");
+    let cast = casts()[0];
+    let key = key4(FlowKey4 {
+        slot: SLOT.0,
+        protocol: TCP,
+        local: 0,
+        local_port: 4_000u16.to_be_bytes(),
+        remote_port: 80u16.to_be_bytes(),
+        remote: ipv4_word([10, 0, 0, 20]),
+    });
+    let packet = |way, flags| cast.packet(cast.friend, OUT, way, (4_000, 80), tcp(flags));
+    check(&mut rig, OUT, &packet(OUT, flags::SYN), true, "opens");
+    let mut flows = rig.flows4().unwrap();
+    let mut timeout = |flags: &[(u8, u8)]| {
+        for (way, flags) in flags {
+            check(&mut rig, *way, &packet(*way, *flags), true, "a packet of the flow");
+        }
+        flow_entry(flows.get(&key, 0).unwrap()).timeout
+    };
+    let both = flags::FIN | flags::ACK;
+    assert_eq!(timeout(&[]), stanchion_ebpf_abi::timeout::TCP_OPENING);
+    assert_eq!(timeout(&[(IN, flags::SYN | flags::ACK)]), stanchion_ebpf_abi::timeout::TCP_ESTABLISHED);
+    assert_eq!(timeout(&[(OUT, flags::RST)]), stanchion_ebpf_abi::timeout::TCP_RESET);
+    assert_eq!(timeout(&[(IN, flags::ACK)]), stanchion_ebpf_abi::timeout::TCP_ESTABLISHED, "a forged reset is taken back");
+    assert_eq!(timeout(&[(OUT, both)]), stanchion_ebpf_abi::timeout::TCP_HALF_CLOSED);
+    assert_eq!(timeout(&[(IN, both)]), stanchion_ebpf_abi::timeout::TCP_CLOSED);
+    let mut entry = flow_entry(flows.get(&key, 0).unwrap());
+    entry.seen = entry.seen.wrapping_sub(u32::from(entry.timeout) + 2);
+    flows.insert(key, flow_bytes(entry), 0).unwrap();
+    check(&mut rig, IN, &packet(IN, flags::ACK), false, "a reply after the flow's time");
+    check(&mut rig, OUT, &packet(OUT, flags::ACK), true, "the opener's packet is judged and opens it again");
+    check(&mut rig, IN, &packet(IN, flags::ACK), true, "which lets replies in");
+}
+
+#[test]
+fn options_and_extension_headers_do_not_shift_the_ports() {
+    let mut rig = rig("options");
+    let [four, six] = casts();
+    for words in 1..=10 {
+        let mut packet = four.packet(four.friend, IN, IN, (4_000 + words, 81), Packet::udp);
+        // The four bytes where a careless reader looks for ports say: from 4000 to 80.
+        packet.options = [[0x0f, 0xa0, 0, 80]; 1].concat().repeat(usize::from(words));
+        check(&mut rig, IN, &packet, false, "port 81 behind options");
+        packet.body[2..4].copy_from_slice(&80u16.to_be_bytes());
+        check(&mut rig, IN, &packet, true, "port 80 behind options");
+    }
+    for number in [0, 43, 60, 135] {
+        for count in 1..=7 {
+            let mut packet = six.packet(six.friend, IN, IN, (4_000, 81), Packet::udp);
+            packet.extensions = vec![(number, vec![0, 1, 0, 80, 0, 80, 0, 80, 0, 80, 0, 80, 0, 80, 0, 80]); count];
+            check(&mut rig, IN, &packet, false, "port 81 behind extension headers");
+            packet.body[2..4].copy_from_slice(&80u16.to_be_bytes());
+            check(&mut rig, IN, &packet, true, "port 80 behind extension headers");
+        }
+        let mut packet = six.packet(six.friend, IN, IN, (4_000, 80), Packet::udp);
+        packet.extensions = vec![(number, vec![0; 8]); 9];
+        check(&mut rig, IN, &packet, false, "more extension headers than anybody uses");
+    }
+    let mut packet = six.packet(six.friend, IN, IN, (4_000, 80), Packet::udp);
+    packet.extensions = vec![(51, [[0, 4, 0, 0, 0, 0, 0, 1].as_slice(), &[0; 16]].concat())];
+    check(&mut rig, IN, &packet, true, "an authentication header counts in words");
+}
+
+#[test]
+fn fragments_follow_their_first() {
+    let mut rig = rig("fragments");
+    for cast in casts() {
+        for (id, port, passes) in [(7, 80, true), (8, 81, false)] {
+            let whole = cast.packet(cast.friend, IN, IN, (4_000, port), Packet::udp);
+            let piece = |offset: u16, more| Packet {
+                body: if offset == 0 { whole.body[..24].to_vec() } else { vec![0, 80, 0, 80, 1, 2] },
+                fragment: Some(Fragment { id, offset, more }),
+                ..whole.clone()
+            };
+            check(&mut rig, IN, &piece(3, false), false, "a later fragment before the first");
+            check(&mut rig, IN, &piece(0, true), passes, "the first fragment");
+            check(&mut rig, IN, &piece(3, true), passes, "a middle fragment");
+            check(&mut rig, IN, &piece(9, false), passes, "the last fragment");
+            check(&mut rig, OUT, &piece(3, false), false, "a fragment of the other direction");
+        }
+        let whole = cast.packet(cast.friend, IN, IN, (4_000, 80), tcp(flags::SYN));
+        let first = Packet { fragment: Some(Fragment { id: 9, offset: 0, more: true }), ..whole.clone() };
+        check(&mut rig, IN, &first, true, "the first fragment of TCP");
+        let second = Packet { fragment: Some(Fragment { id: 9, offset: 1, more: false }), ..whole.clone() };
+        check(&mut rig, IN, &second, false, "a fragment that would rewrite the flags");
+        let tiny = Packet { body: whole.body[..8].to_vec(), fragment: Some(Fragment { id: 10, offset: 0, more: true }), ..whole };
+        check(&mut rig, IN, &tiny, false, "a first fragment without the whole header");
+    }
+}
+
+#[test]
+fn a_packet_cut_anywhere_is_dropped() {
+    let mut rig = rig("cut");
+    for cast in casts() {
+        let header = least(&cast);
+        let makes: [(Packet, usize); 4] = [
+            (cast.packet(cast.friend, IN, IN, (4_000, 80), tcp(flags::SYN)), 20),
+            (cast.packet(cast.friend, IN, IN, (4_001, 80), Packet::udp), 8),
+            (cast.packet(cast.friend, IN, IN, (4_002, 80), Packet::sctp), 12),
+            (Packet::icmp(cast.friend, cast.pod, if cast.pod.is_ipv4() { 8 } else { 128 }, &[0; 8]), 8),
+        ];
+        for (packet, transport) in makes {
+            let frame = packet.frame();
+            for length in least(&cast)..frame.len() {
+                let passes = rig.passes(IN, &frame[..length]).unwrap();
+                assert_eq!(passes, length >= header + transport, "protocol {} cut to {length} bytes", packet.protocol);
+            }
+            // The frame is long enough, but the IP header says that its packet is not.
+            let mut short = frame.clone();
+            let claimed = u16::try_from(transport - 1).unwrap();
+            if cast.pod.is_ipv4() {
+                short[16..18].copy_from_slice(&(20 + claimed).to_be_bytes());
+            } else {
+                short[18..20].copy_from_slice(&claimed.to_be_bytes());
+            }
+            assert!(!rig.passes(IN, &short).unwrap(), "protocol {} with padding for a header", packet.protocol);
+        }
+        let mut frame = cast.packet(cast.friend, IN, IN, (4_003, 80), Packet::udp).frame();
+        for version in (0..16).filter(|version| *version != if cast.pod.is_ipv4() { 4 } else { 6 }) {
+            frame[14] = version << 4 | 5;
+            assert!(!rig.passes(IN, &frame).unwrap(), "IP version {version}");
+        }
+    }
+    let mut frame = casts()[0].packet(ip("10.0.0.20"), IN, IN, (4_003, 80), Packet::udp).frame();
+    for words in 0..5 {
+        frame[14] = 0x40 | words;
+        assert!(!rig.passes(IN, &frame).unwrap(), "an IPv4 header of {words} words");
+    }
+}
+
+#[test]
+fn a_pod_sends_only_from_its_own_addresses_with_or_without_policy() {
+    let mut rig = rig("source");
+    for image in [isolated(), image(None, None)] {
+        rig.pod(&image).unwrap();
+        for cast in casts() {
+            let own = Packet::tcp((cast.pod, 4_000), (cast.friend, 80), flags::SYN);
+            check(&mut rig, OUT, &own, true, "its own address");
+            for foreign in [cast.friend, cast.stranger, cast.node] {
+                check(&mut rig, OUT, &Packet::tcp((foreign, 4_000), (cast.friend, 80), flags::SYN), false, "a foreign address");
+                check(&mut rig, OUT, &Packet::udp((foreign, 80), (cast.friend, 4_000)), false, "a foreign address");
+            }
+        }
+        check(&mut rig, OUT, &Packet::udp((ip("0.0.0.0"), 68), (ip("255.255.255.255"), 67)), false, "no address");
+        check(&mut rig, OUT, &Packet::udp((ip("fe80::1"), 546), (ip("ff02::1:2"), 547)), false, "a link-local address");
+        assert!(rig.passes(OUT, &arp()).unwrap(), "ARP");
+        assert!(rig.passes(IN, &arp()).unwrap(), "ARP");
+        for ethertype in [0x8100u16, 0x88a8, 0x8847, 0x88e5, 0x8864, 0x0842, 0x9000, 0x0600, 0xffff] {
+            let mut frame = Packet::tcp((casts()[0].pod, 4_000), (casts()[0].friend, 80), flags::SYN).frame();
+            frame[12..14].copy_from_slice(&ethertype.to_be_bytes());
+            assert!(!rig.passes(OUT, &frame).unwrap(), "ethertype {ethertype:#06x}");
+        }
+    }
+    // A second address of the family, known by slot.
+    for base in [isolated(), image(None, None)] {
+        let mut addresses = base.addresses.clone();
+        addresses.extend([ip("10.0.0.11"), ip("fd00::11")]);
+        rig.pod(&EndpointImage { addresses, revision: 2, ..base.clone() }).unwrap();
+        check(&mut rig, OUT, &Packet::tcp((ip("10.0.0.11"), 4_000), (ip("10.0.0.20"), 80), flags::SYN), true, "its second address");
+        check(&mut rig, OUT, &Packet::tcp((ip("fd00::11"), 4_000), (ip("fd00::20"), 80), flags::SYN), true, "its second address");
+        rig.pod(&EndpointImage { revision: 3, ..base }).unwrap();
+        check(&mut rig, OUT, &Packet::tcp((ip("10.0.0.11"), 4_000), (ip("10.0.0.20"), 80), flags::SYN), false, "no longer its address");
+    }
+}
+
+#[test]
+fn neighbour_discovery_is_never_blocked() {
+    let mut rig = rig("discovery");
+    let (own, router, all) = (ip("fe80::10"), ip("fe80::1"), ip("ff02::1"));
+    for image in [isolated(), image(None, None)] {
+        rig.pod(&image).unwrap();
+        for kind in [133, 135, 136] {
+            for source in [own, ip("::"), casts()[1].pod] {
+                check(&mut rig, OUT, &Packet::icmp(source, all, kind, &[0; 20]), true, "what a host sends");
+            }
+        }
+        for kind in 133..=137 {
+            check(&mut rig, IN, &Packet::icmp(router, all, kind, &[0; 20]), true, "what a host receives");
+        }
+        for kind in [134, 137] {
+            check(&mut rig, OUT, &Packet::icmp(own, all, kind, &[0; 20]), false, "what only routers send");
+        }
+        // Listener reports carry a hop-by-hop header.
+        let mut report = Packet::icmp(own, ip("ff02::16"), 143, &[0; 20]);
+        report.extensions = vec![(0, vec![0, 0, 5, 2, 0, 0, 1, 0])];
+        check(&mut rig, OUT, &report, true, "a multicast listener report");
+    }
+    rig.pod(&isolated()).unwrap();
+    check(&mut rig, IN, &Packet::icmp(casts()[1].stranger, casts()[1].pod, 128, &[0; 4]), false, "an echo is not discovery");
+}
+
+#[test]
+fn the_node_and_the_pod_itself_always_pass() {
+    let mut rig = rig("node");
+    rig.pod(&image(Some(SET + 1), Some(SET + 1))).unwrap();
+    for cast in casts() {
+        for peer in [cast.node, cast.pod] {
+            check(&mut rig, IN, &Packet::tcp((peer, 4_000), (cast.pod, 8_080), flags::SYN), true, "a probe");
+            check(&mut rig, OUT, &Packet::udp((cast.pod, 4_000), (peer, 53)), true, "to the node");
+        }
+        rig.apply(&[MapOp::RemoveNodeAddress(cast.node)]).unwrap();
+        check(&mut rig, IN, &Packet::tcp((cast.node, 4_000), (cast.pod, 8_080), flags::SYN), false, "no longer the node");
+    }
+}
+
+#[test]
+fn a_specific_identity_decides_before_any_and_a_longer_prefix_before_a_shorter() {
+    let mut rig = rig("verdicts");
+    let set = SET + 7;
+    let deny = |identity, protocol, port: u16, bits| {
+        let key = VerdictKey { policy: set, identity, direction: IN, protocol, port: port.to_be_bytes() };
+        MapOp::SetVerdict(key, bits, VerdictValue { rule: 1, verdict: verdict::DENY, reserved: [0; 3] })
+    };
+    rig.apply(&[
+        // Anybody: everything but TCP 8080 to 8083.
+        allow(set, 0, IN, 0, 0, VERDICT_PREFIX_ANY),
+        deny(0, TCP, 8_080, VERDICT_PREFIX_PORT - 2),
+        // The friend: only UDP, and not its port 53.
+        deny(FRIEND, 0, 0, VERDICT_PREFIX_ANY),
+        allow(set, FRIEND, IN, UDP, 0, VERDICT_PREFIX_PROTOCOL),
+        deny(FRIEND, UDP, 53, VERDICT_PREFIX_PORT),
+    ])
+    .unwrap();
+    rig.pod(&image(Some(set), None)).unwrap();
+    for cast in casts() {
+        for (peer, make, port, passes) in [
+            (cast.stranger, Packet::udp as fn((IpAddr, u16), (IpAddr, u16)) -> Packet, 53, true),
+            (cast.stranger, |s, d| Packet::tcp(s, d, flags::SYN), 8_079, true),
+            (cast.stranger, |s, d| Packet::tcp(s, d, flags::SYN), 8_080, false),
+            (cast.stranger, |s, d| Packet::tcp(s, d, flags::SYN), 8_083, false),
+            (cast.stranger, |s, d| Packet::tcp(s, d, flags::SYN), 8_084, true),
+            (cast.friend, |s, d| Packet::tcp(s, d, flags::SYN), 80, false),
+            (cast.friend, Packet::udp, 54, true),
+            (cast.friend, Packet::udp, 53, false),
+        ] {
+            check(&mut rig, IN, &make((peer, 4_000), (cast.pod, port)), passes, "verdict");
+        }
+    }
+}
+
+#[test]
+fn audit_tells_and_lets_pass() {
+    let mut rig = rig("audit");
+    let mut ring = rig.events().unwrap();
+    rig.pod(&EndpointImage { audit: true, ..isolated() }).unwrap();
+    let cast = casts()[0];
+    let packet = cast.packet(cast.stranger, IN, IN, (4_000, 80), tcp(flags::SYN));
+    check(&mut rig, IN, &packet, true, "audited");
+    check(&mut rig, OUT, &Packet::udp((cast.stranger, 1), (cast.friend, 80)), false, "audit is about policy, not about forged sources");
+    let verdicts: Vec<(u8, u8)> = take_events(&mut ring).iter().map(|event| (event.verdict, event.reason)).collect();
+    assert_eq!(verdicts, [(event_verdict::AUDITED, reason::POLICY), (event_verdict::DENIED, reason::SOURCE)]);
+}
+
+#[test]
+fn events_say_who_what_and_why() {
+    let mut rig = rig("events");
+    let mut ring = rig.events().unwrap();
+    let cast = casts()[0];
+    let denied = cast.packet(cast.stranger, IN, IN, (4_000, 80), tcp(flags::SYN));
+    let allowed = cast.packet(cast.friend, IN, IN, (4_000, 80), tcp(flags::SYN));
+    check(&mut rig, IN, &denied, false, "denied");
+    check(&mut rig, IN, &allowed, true, "allowed, not told");
+    rig.configure(Config { flags: config_flag::TELL_ALLOWED, pod_flows: 1_024 }).unwrap();
+    let opened = cast.packet(cast.friend, IN, IN, (4_001, 80), tcp(flags::SYN));
+    check(&mut rig, IN, &opened, true, "allowed, told");
+    check(&mut rig, IN, &cast.packet(cast.friend, IN, IN, (4_001, 80), tcp(flags::ACK)), true, "not told again");
+    let events = take_events(&mut ring);
+    let [first, second] = events.as_slice() else { panic!("{events:?}") };
+    assert_eq!((first.slot, first.direction, first.verdict, first.reason), (SLOT.0, IN, event_verdict::DENIED, reason::POLICY));
+    assert_eq!((first.family, first.protocol, first.flags), (4, TCP, flags::SYN));
+    assert_eq!((u16::from_be_bytes(first.local_port), u16::from_be_bytes(first.remote_port)), (80, 4_000));
+    assert_eq!((first.local[0], first.remote[0]), (ipv4_word([10, 0, 0, 10]), ipv4_word([10, 0, 0, 30])));
+    assert_eq!((first.rule, first.identity, first.length), (0, 0, 64));
+    assert_eq!((second.verdict, second.rule, second.identity), (event_verdict::ALLOWED, RULE, FRIEND));
+}
+
+#[test]
+fn a_pod_at_its_cap_and_a_full_table_keep_judging_packets() {
+    for (name, entries, cap) in [("cap", 1_024, 8), ("full", 8, 1_024)] {
+        let mut rig = rig_of(name, entries, cap);
+        let cast = casts()[0];
+        let packet =
+            |port, way| cast.packet(cast.friend, OUT, way, (port, 80), tcp(if way == OUT { flags::SYN } else { flags::SYN | flags::ACK }));
+        for port in 4_000..4_020 {
+            check(&mut rig, OUT, &packet(port, OUT), true, "policy allows it whether it is remembered or not");
+        }
+        let live = (4_000..4_020).filter(|port| rig.passes(IN, &packet(*port, IN).frame()).unwrap()).count();
+        assert!((8..16).contains(&live), "{name}: {live} flows are remembered, about 8 have room");
+        check(&mut rig, IN, &packet(4_000, IN), true, "the first flow is still known");
+    }
+}
+
+fn rig_of(name: &str, entries: u32, cap: u32) -> Rig {
+    let mut rig = Rig::new(name, entries).unwrap();
+    rig.configure(Config { flags: 0, pod_flows: cap }).unwrap();
+    rig.apply(&[allow(SET, FRIEND, OUT, TCP, 80, VERDICT_PREFIX_PORT), MapOp::SetAddress(casts()[0].friend, FRIEND)]).unwrap();
+    rig.pod(&isolated()).unwrap();
+    rig
+}
