@@ -17,6 +17,8 @@ struct Args {
 enum Command {
     /// Ship container logs once
     Ship(cli::ship::ShipArgs),
+    /// Ask the pool planner
+    Plan(cli::plan::PlanArgs),
 }
 
 fn main() -> ExitCode {
@@ -32,5 +34,6 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Ship(args) => cli::ship::run(&args),
+        Command::Plan(plan) => cli::plan::run(&plan),
     }
 }

@@ -1,3 +1,5 @@
 //! The subcommands: arguments in, a view for people or JSON for scripts out.
 
+pub(crate) mod plan;
 pub(crate) mod ship;
+pub(crate) mod table;

@@ -21,7 +21,7 @@ struct Args {
 type Bench = fn(bool) -> anyhow::Result<Vec<Row>>;
 
 /// Every bench by its name.
-const BENCHES: [(&str, Bench); 1] = [("datapath", stanchion_lab::bench::datapath::run)];
+const BENCHES: [(&str, Bench); 2] = [("datapath", stanchion_lab::bench::datapath::run), ("pool", stanchion_lab::bench::pool::run)];
 
 fn main() -> ExitCode {
     let args = Args::parse();

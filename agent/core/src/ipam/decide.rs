@@ -233,7 +233,13 @@ impl<'a> CardPlanner<'a> {
                 growth.blocked.push(Blocked::Provisioning(self.input.provisioning));
             }
         } else {
-            self.attach(&missing, &mut growth, budget, out);
+            // An ENI that has room and a call under way is asked again when the call ends: sooner than a new ENI comes.
+            let later: u64 = self.serving().filter(|eni| self.busy(eni)).map(|eni| self.room_left(eni)).sum();
+            if growth.left > later {
+                growth.left -= later;
+                self.attach(&missing, &mut growth, budget, out);
+                growth.left += later;
+            }
         }
         if growth.left > 0 {
             self.make_room(&growth, budget, out);
@@ -242,6 +248,22 @@ impl<'a> CardPlanner<'a> {
         if growth.left > 0 {
             out.blocked.extend(growth.blocked.into_iter().map(|blocked| (self.card, blocked)));
         }
+    }
+
+    /// Addresses that fit on a busy ENI beyond what is under way.
+    fn room_left(&self, eni: &StoredEni) -> u64 {
+        let asked: u16 = self
+            .input
+            .in_flight
+            .iter()
+            .filter(|action| action.eni() == Some(&eni.id))
+            .map(|action| match action {
+                Action::Assign { request, .. } => AddressKind::of(*request).1,
+                _ => 0,
+            })
+            .sum();
+        let unit = if self.input.targets.mode == PoolMode::Prefixes && !self.fragmented(eni) { u64::from(PREFIX_ADDRESSES) } else { 1 };
+        u64::from(eni.room().saturating_sub(asked)) * unit
     }
 
     /// Asks for more on an ENI that has room.

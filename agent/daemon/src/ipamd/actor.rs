@@ -141,6 +141,10 @@ pub(super) struct Actor<E, I, H> {
 impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// Serves until the mailbox closes or `shutdown` is cancelled. Stopping removes nothing.
     pub(super) async fn run(mut self, mut mailbox: mpsc::Receiver<Message>, shutdown: CancellationToken) {
+        // Those who asked during the start count in the first plan.
+        if let Ok(message) = mailbox.try_recv() {
+            self.take_batch(message, &mut mailbox);
+        }
         loop {
             self.turn();
             let wake = self.next_wake();

@@ -137,14 +137,17 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await.unwrap_or_default();
     let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await.unwrap_or_default();
     let may_ask = !parts.config.pool.imds_only;
-    let attached = if may_ask { ask_attached(&executor).await } else { None };
-    let subnets = match &vpc {
-        Some(vpc) if may_ask && parts.config.pool.subnet_discovery && !parts.config.pool.disable_provisioning => {
-            let call = executor.ec2.describe_subnets(vpc, &identity.availability_zone);
-            executor.meter.run(Ec2Action::DescribeSubnets, call).await
+    let attached = async { if may_ask { ask_attached(&executor).await } else { None } };
+    let subnets = async {
+        match &vpc {
+            Some(vpc) if may_ask && parts.config.pool.subnet_discovery && !parts.config.pool.disable_provisioning => {
+                let call = executor.ec2.describe_subnets(vpc, &identity.availability_zone);
+                executor.meter.run(Ec2Action::DescribeSubnets, call).await
+            }
+            _ => Ok(Vec::new()),
         }
-        _ => Ok(Vec::new()),
     };
+    let (attached, subnets) = tokio::join!(attached, subnets);
 
     let seed = seed_of(identity.instance.as_str());
     let eni_limit = parts.config.pool.max_eni.map_or(limits.max_enis, |max| max.min(limits.max_enis));
