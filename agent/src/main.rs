@@ -1,6 +1,8 @@
 //! stanchion: one node agent for Amazon EKS.
 
+mod app;
 mod cli;
+mod logging;
 
 use std::process::ExitCode;
 
@@ -11,6 +13,8 @@ use clap::{Parser, Subcommand};
 struct Args {
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    connection: cli::client::Connection,
 }
 
 #[derive(Subcommand)]
@@ -19,6 +23,10 @@ enum Command {
     Ship(cli::ship::ShipArgs),
     /// Ask the pool planner
     Plan(cli::plan::PlanArgs),
+    /// Run the daemon
+    Agent(Box<cli::agent::AgentArgs>),
+    #[command(flatten)]
+    Ask(cli::inspect::Question),
 }
 
 fn main() -> ExitCode {
@@ -35,5 +43,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Ship(args) => cli::ship::run(&args),
         Command::Plan(plan) => cli::plan::run(&plan),
+        Command::Agent(agent) => app::run(*agent),
+        Command::Ask(question) => cli::inspect::run(&args.connection, &question),
     }
 }

@@ -2,4 +2,6 @@
 
 pub(crate) mod plan;
 pub(crate) mod ship;
-pub(crate) mod table;
+pub(crate) mod agent;
+pub(crate) mod client;
+pub(crate) mod inspect;

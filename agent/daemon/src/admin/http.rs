@@ -39,7 +39,7 @@ impl std::str::FromStr for Bind {
 /// Serves `/metrics`.
 pub async fn serve_metrics(address: SocketAddr, views: Arc<Views>, shutdown: CancellationToken) {
     let metrics = |State(views): State<Arc<Views>>| async move {
-        ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], views.metrics_text()).into_response()
+        ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], views.metrics_text().await).into_response()
     };
     let router = Router::new().route("/metrics", get(metrics)).with_state(views);
     serve(&Bind::Tcp(address), router, shutdown).await;

@@ -1,1 +1,6 @@
-//! (module under construction)
+//! Answers to people and tools: the Debug gRPC service on the Unix socket, aws-node's HTTP paths, the status page.
+
+pub mod debug;
+pub mod http;
+pub mod socket;
+pub mod views;

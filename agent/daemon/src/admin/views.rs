@@ -1,0 +1,145 @@
+//! What can be looked at, as JSON documents: gRPC, HTTP and the support bundle show the same ones.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use stanchion_core::config::Config;
+
+use crate::cluster::ClusterHandle;
+use crate::ipamd::IpamHandle;
+use crate::logs::LogsHandle;
+use crate::netpol::{NetpolHandle, NetpolSnapshot};
+use crate::telemetry::TelemetryHandle;
+
+/// The running parts; a part whose role is not run here is absent.
+pub struct Views {
+    /// The version of the binary.
+    pub version: &'static str,
+    /// When the process started, milliseconds since 1970.
+    pub started_ms: i64,
+    /// This node.
+    pub node_name: String,
+    /// `network`, `telemetry`.
+    pub roles: Vec<String>,
+    /// Settings with origins.
+    pub config: Arc<Config>,
+    /// The cluster's state.
+    pub cluster: ClusterHandle,
+    /// Addresses.
+    pub ipam: Option<IpamHandle>,
+    /// Policy.
+    pub netpol: Option<NetpolHandle>,
+    /// Logs.
+    pub logs: Option<LogsHandle>,
+    /// Metrics.
+    pub telemetry: Option<TelemetryHandle>,
+}
+
+fn value(part: impl serde::Serialize) -> Value {
+    serde_json::to_value(part).unwrap_or_else(|error| json!({"error": format!("cannot be shown: {error}")}))
+}
+
+impl Views {
+    /// The whole agent on a page.
+    pub async fn status(&self) -> Value {
+        let cluster = self.cluster.latest();
+        let ipam = self.ipam.as_ref().map(|ipam| {
+            let snapshot = ipam.snapshot();
+            json!({
+                "ready": snapshot.status.ready, "reason": snapshot.status.reason, "instance": snapshot.instance,
+                "instance_type": snapshot.instance_type, "mode": snapshot.mode, "max_pods": snapshot.max_pods,
+                "max_enis": snapshot.max_enis, "enis": snapshot.enis.len(), "pools": snapshot.pools,
+                "waiting": snapshot.waiting, "recent_errors": snapshot.recent_errors,
+            })
+        });
+        let netpol = match &self.netpol {
+            Some(netpol) => {
+                let snapshot = netpol.snapshot().await;
+                let isolated = snapshot.endpoints.iter().filter(|e| e.ingress_isolated || e.egress_isolated).count();
+                Some(json!({
+                    "ready": snapshot.ready, "reason": snapshot.reason, "endpoints": snapshot.endpoints.len(), "isolated": isolated,
+                    "flows": snapshot.flows, "flow_capacity": snapshot.flow_capacity, "alarms": snapshot.alarms, "last_error": snapshot.last_error,
+                }))
+            }
+            None => None,
+        };
+        json!({
+            "version": self.version, "node": self.node_name, "roles": self.roles, "started_ms": self.started_ms,
+            "cluster": {
+                "synced": cluster.synced, "pods": cluster.pods.len(), "namespaces": cluster.namespaces.len(),
+                "network_policies": cluster.network_policies.len(),
+            },
+            "ipam": ipam, "policy": netpol,
+            "logs": self.logs.as_ref().map(|logs| value(logs.snapshot().totals())),
+            "telemetry": self.telemetry.as_ref().map(|telemetry| value(telemetry.status())),
+        })
+    }
+
+    /// ENIs with their addresses, and the pool's numbers; `None` without the network role.
+    pub fn enis(&self) -> Option<Value> {
+        self.ipam.as_ref().map(|ipam| value(&*ipam.snapshot()))
+    }
+
+    /// Policed pods; `None` without the network role.
+    pub async fn endpoints(&self) -> Option<Value> {
+        Some(value(&*self.netpol_snapshot().await?))
+    }
+
+    /// Flows that are open.
+    pub async fn conntrack(&self) -> Option<Value> {
+        Some(json!({"flows": self.netpol.as_ref()?.conntrack().await}))
+    }
+
+    async fn netpol_snapshot(&self) -> Option<Arc<NetpolSnapshot>> {
+        Some(self.netpol.as_ref()?.snapshot().await)
+    }
+
+    /// Policies that select pods of this node, and each pod's state.
+    pub async fn policy(&self, pod: &str) -> Option<Value> {
+        let snapshot = self.netpol_snapshot().await?;
+        let cluster = self.cluster.latest();
+        let endpoints: Vec<Value> = snapshot
+            .endpoints
+            .iter()
+            .filter(|endpoint| pod.is_empty() || endpoint.pod.to_string() == pod)
+            .map(|endpoint| {
+                let labels = cluster.pods.get(&endpoint.pod).map(|p| p.metadata.labels.clone()).unwrap_or_default();
+                let policies: Vec<String> = cluster
+                    .network_policies
+                    .values()
+                    .filter(|policy| policy.metadata.namespace == endpoint.pod.namespace && policy.spec.pod_selector.matches(&labels))
+                    .map(|policy| format!("{}/{}", policy.metadata.namespace, policy.metadata.name))
+                    .collect();
+                json!({"endpoint": endpoint, "policies": policies})
+            })
+            .collect();
+        Some(json!({"ready": snapshot.ready, "reason": snapshot.reason, "endpoints": endpoints}))
+    }
+
+    /// Tailed files; `None` without the telemetry role.
+    pub fn logs(&self) -> Option<Value> {
+        self.logs.as_ref().map(|logs| value(logs.snapshot()))
+    }
+
+    /// The latest tick; `None` without the telemetry role.
+    pub fn latest_metrics(&self) -> Option<Value> {
+        self.telemetry.as_ref().map(|telemetry| value(telemetry.snapshot()))
+    }
+
+    /// ENIConfigs that are known.
+    pub fn eni_configs(&self) -> Option<Value> {
+        let cluster = self.cluster.latest();
+        self.ipam.as_ref().map(|_| value(cluster.eni_configs.values().map(|config| &**config).collect::<Vec<_>>()))
+    }
+
+    /// Every setting with its origin.
+    pub fn config(&self) -> Value {
+        value(self.config.render())
+    }
+
+    /// Prometheus text.
+    pub async fn metrics_text(&self) -> String {
+        let netpol = self.netpol_snapshot().await;
+        crate::telemetry::render(self.ipam.as_ref().map(|i| i.snapshot()).as_deref(), netpol.as_deref(), self.logs.as_ref(), self.telemetry.as_ref())
+    }
+}
