@@ -62,7 +62,7 @@ impl Debug for DebugService {
     }
 
     async fn list_logs(&self, _: Request<ListRequest>) -> Result<Response<JsonReply>, Status> {
-        reply(self.views.logs(), "telemetry")
+        reply(self.views.logs().await, "telemetry")
     }
 
     async fn get_config(&self, _: Request<ListRequest>) -> Result<Response<JsonReply>, Status> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use serde_json::Value;
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::views::Views;
+use stanchion_core::metrics::exposition::Format;
 
 /// Where the introspection listener is, as `INTROSPECTION_BIND_ADDRESS` says it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +39,9 @@ impl std::str::FromStr for Bind {
 
 /// Serves `/metrics`.
 pub async fn serve_metrics(address: SocketAddr, views: Arc<Views>, shutdown: CancellationToken) {
-    let metrics = |State(views): State<Arc<Views>>| async move {
-        ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], views.metrics_text().await).into_response()
+    let metrics = |State(views): State<Arc<Views>>, headers: HeaderMap| async move {
+        let format = Format::accepted(headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()));
+        ([(header::CONTENT_TYPE, format.content_type())], views.metrics_text(format).await).into_response()
     };
     let router = Router::new().route("/metrics", get(metrics)).with_state(views);
     serve(&Bind::Tcp(address), router, shutdown).await;

@@ -9,7 +9,8 @@ use crate::cluster::ClusterHandle;
 use crate::ipamd::IpamHandle;
 use crate::logs::LogsHandle;
 use crate::netpol::{NetpolHandle, NetpolSnapshot};
-use crate::telemetry::TelemetryHandle;
+use crate::telemetry::{Sources, TelemetryHandle, render};
+use stanchion_core::metrics::exposition::Format;
 
 /// The running parts; a part whose role is not run here is absent.
 pub struct Views {
@@ -70,8 +71,12 @@ impl Views {
                 "network_policies": cluster.network_policies.len(),
             },
             "ipam": ipam, "policy": netpol,
-            "logs": self.logs.as_ref().map(|logs| value(logs.snapshot().totals())),
-            "telemetry": self.telemetry.as_ref().map(|telemetry| value(telemetry.status())),
+            "logs": self.logs.as_ref().map(|logs| value(logs.counters())),
+            "telemetry": self.telemetry.as_ref().map(|telemetry| {
+                let shipped = telemetry.shipped();
+                let count = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+                json!({"last_tick_ms": telemetry.snapshot().wall_ms, "documents_sent": count(&shipped.sent), "documents_dropped": count(&shipped.dropped)})
+            }),
         })
     }
 
@@ -117,13 +122,15 @@ impl Views {
     }
 
     /// Tailed files; `None` without the telemetry role.
-    pub fn logs(&self) -> Option<Value> {
-        self.logs.as_ref().map(|logs| value(logs.snapshot()))
+    pub async fn logs(&self) -> Option<Value> {
+        let logs = self.logs.as_ref()?;
+        let snapshot = logs.snapshot().await.unwrap_or_default();
+        Some(json!({"totals": logs.counters(), "files": snapshot.files}))
     }
 
     /// The latest tick; `None` without the telemetry role.
     pub fn latest_metrics(&self) -> Option<Value> {
-        self.telemetry.as_ref().map(|telemetry| value(telemetry.snapshot()))
+        self.telemetry.as_ref().map(|telemetry| value(&*telemetry.snapshot()))
     }
 
     /// ENIConfigs that are known.
@@ -138,8 +145,16 @@ impl Views {
     }
 
     /// Prometheus text.
-    pub async fn metrics_text(&self) -> String {
+    pub async fn metrics_text(&self, format: Format) -> String {
         let netpol = self.netpol_snapshot().await;
-        crate::telemetry::render(self.ipam.as_ref().map(|i| i.snapshot()).as_deref(), netpol.as_deref(), self.logs.as_ref(), self.telemetry.as_ref())
+        let ipam = self.ipam.as_ref().map(IpamHandle::snapshot);
+        let sources = Sources {
+            ipam: ipam.as_deref(),
+            netpol: netpol.as_deref(),
+            telemetry: self.telemetry.as_ref(),
+            version: self.version,
+            node_and_containers: false,
+        };
+        render(&sources, format)
     }
 }

@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use kube::api::{ApiResource, DynamicObject};
 use kube::runtime::WatchStreamExt as _;
@@ -285,6 +286,27 @@ async fn own(
         state.synced = unread.is_empty();
         publish.send_replace(Arc::new(state.clone()));
     }
+}
+
+/// The client for a kubeconfig, or for the service account when there is none. `endpoint` (CLUSTER_ENDPOINT) replaces the
+/// service address, so that nothing depends on kube-proxy at boot.
+///
+/// # Errors
+/// No credentials are found, or they cannot be read.
+pub async fn client(kubeconfig: Option<&std::path::Path>, endpoint: &str) -> anyhow::Result<Client> {
+    let mut config = match kubeconfig {
+        Some(path) => {
+            let file = kube::config::Kubeconfig::read_from(path).with_context(|| format!("read the kubeconfig {}", path.display()))?;
+            kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
+                .await
+                .with_context(|| format!("use the kubeconfig {}", path.display()))?
+        }
+        None => kube::Config::incluster().context("no service account: pass --kubeconfig, or --manifests for a cluster without API server")?,
+    };
+    if !endpoint.is_empty() {
+        config.cluster_url = endpoint.parse().with_context(|| format!("CLUSTER_ENDPOINT={endpoint:?}"))?;
+    }
+    Client::try_from(config).context("build the Kubernetes client")
 }
 
 /// A client for a plain HTTP endpoint without credentials: a proxy beside the agent, or a test.

@@ -1,0 +1,336 @@
+//! The daemon's wiring: every part is built here, once, in order.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, Result};
+use stanchion_aws::{AwsClients, Overrides, SdkImds};
+use stanchion_core::cloud::{Imds as _, InstanceIdentity};
+use stanchion_core::config::{Config, PolicyMode, RecordLayout};
+use stanchion_core::logs::record::Layout;
+use stanchion_core::logs::route::Template;
+use stanchion_core::logs::settings::LogSettings;
+use stanchion_core::metrics::insights::NodeIdentity;
+use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
+use stanchion_daemon::admin::views::Views;
+use stanchion_daemon::admin::{http, socket};
+use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server};
+use stanchion_daemon::cni::CniSettings;
+use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
+use stanchion_daemon::logs::LogsParts;
+use stanchion_daemon::netpol::{AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts};
+use stanchion_daemon::telemetry::{Roots, TelemetryParts, TelemetrySettings};
+use stanchion_daemon::{cni, ipamd, logs, netpol, telemetry};
+use stanchion_netlink::{HostNet, Netlink};
+use stanchion_proto::debug_server::DebugServer;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::cli::agent::{AgentArgs, Role};
+use crate::logging;
+
+/// Flows that a pod may have open at once; more are judged packet by packet.
+const POD_FLOWS: u32 = 16_384;
+/// How long the last log lines may take after SIGTERM; below the pod's grace period of 20 s.
+const GRACE: Duration = Duration::from_secs(12);
+/// How long a pod's ADD waits for the cluster's state after a start.
+const POLICY_SYNC_WAIT: Duration = Duration::from_secs(10);
+
+/// Runs the daemon until SIGTERM or SIGINT. Stopping removes nothing: pods keep network and policy.
+pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
+    let config = match Config::read(&|name| std::env::var(name).ok()) {
+        Ok(config) => Arc::new(config),
+        Err(errors) => {
+            for error in errors {
+                eprintln!("stanchion agent: {error}");
+            }
+            // EX_USAGE
+            return Ok(ExitCode::from(64));
+        }
+    };
+    let set_log_filter = logging::init(&config.operations.log_level)?;
+    for notice in &config.notices {
+        warn!("{notice}");
+    }
+    for setting in config.settings.iter().filter(|s| s.origin != stanchion_core::config::Origin::Default) {
+        info!(name = setting.name, value = setting.value, "setting");
+    }
+    // Two runtimes, so that a log storm cannot delay an ADD.
+    let network = runtime("network", 2)?;
+    let telemetry = runtime("telemetry", 2)?;
+    let outcome = network.block_on(serve(args, config, set_log_filter, &telemetry));
+    telemetry.shutdown_timeout(Duration::from_secs(1));
+    network.shutdown_timeout(Duration::from_secs(1));
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn runtime(name: &str, workers: usize) -> Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(workers).max_blocking_threads(8).thread_name(name).enable_all().build().with_context(|| format!("start the {name} runtime"))
+}
+
+async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilter, telemetry_runtime: &Runtime) -> Result<()> {
+    let started = SystemTime::now();
+    let shutdown = CancellationToken::new();
+    let node_name = args.node_name.clone().context("this node's name is not known: set MY_NODE_NAME or pass --node-name")?;
+    std::fs::create_dir_all(&args.state_dir).with_context(|| format!("make the state directory {}", args.state_dir.display()))?;
+    let has = |role| args.roles.contains(&role);
+    end_on_signal(shutdown.clone())?;
+
+    let imds = SdkImds::new(None).context("build the IMDS client")?;
+    let Some(identity) = identity(&imds, &shutdown).await else { return Ok(()) };
+    info!(instance = %identity.instance, r#type = identity.instance_type, zone = identity.availability_zone, "this is");
+    let aws = AwsClients::load(Overrides { region: Some(identity.region.clone()), ..Overrides::default() }).await.context("build the AWS clients")?;
+    let cluster = cluster(&args, &config, &node_name, &shutdown).await?;
+
+    let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();
+    let failed = Arc::new(AtomicBool::new(false));
+    let start = Start { args: &args, config: &config, node_name: &node_name, cluster: &cluster, shutdown: &shutdown, failed: &failed };
+    let (ipam, netpol) = match has(Role::Network) {
+        true => start_network(&start, &aws, imds, &mut tasks).await.map(|(ipam, netpol)| (Some(ipam), netpol))?,
+        false => (None, None),
+    };
+    let (logs, metrics) = if has(Role::Telemetry) {
+        let _telemetry = telemetry_runtime.enter();
+        start_telemetry(&start, &identity, &aws, &mut tasks)?
+    } else {
+        (None, None)
+    };
+    let views = Arc::new(Views {
+        version: env!("CARGO_PKG_VERSION"),
+        started_ms: started.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX)),
+        node_name,
+        roles: args.roles.iter().map(|role| format!("{role:?}").to_lowercase()).collect(),
+        config: Arc::clone(&config),
+        cluster,
+        ipam: ipam.clone(),
+        netpol: netpol.clone(),
+        logs,
+        telemetry: metrics,
+    });
+    if !config.operations.disable_metrics {
+        tasks.push(("metrics HTTP", tokio::spawn(http::serve_metrics(args.metrics_address, Arc::clone(&views), shutdown.clone()))));
+    }
+    if !config.operations.disable_introspection {
+        let bind = config.operations.introspection_bind.parse();
+        let bind = bind.with_context(|| format!("INTROSPECTION_BIND_ADDRESS={:?}", config.operations.introspection_bind))?;
+        tasks.push(("introspection HTTP", tokio::spawn(http::serve_introspection(bind, Arc::clone(&views), shutdown.clone()))));
+    }
+
+    let listener = socket::bind(&args.socket)?;
+    info!(socket = %args.socket.display(), "listening");
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    let cni = ipam.map(|ipam| {
+        let spool = args.socket.with_file_name("spool");
+        tasks.push(("spool", cni::spawn_spool(spool, ipam.clone(), netpol.clone(), shutdown.clone())));
+        let settings = CniSettings {
+            pod_mtu: config.network.pod_mtu,
+            veth_prefix: config.network.veth_prefix.clone(),
+            strict_policy: config.network.policy_mode == PolicyMode::Strict,
+        };
+        cni::service(ipam, netpol, settings)
+    });
+    let ended = shutdown.clone();
+    tonic::transport::Server::builder()
+        .add_service(health_service)
+        .add_service(DebugServer::new(DebugService { views, set_log_filter }))
+        .add_optional_service(cni)
+        .serve_with_incoming_shutdown(socket::root_connections(listener), async move { ended.cancelled().await })
+        .await
+        .context("serve the socket")?;
+
+    for (name, task) in tasks {
+        match tokio::time::timeout(GRACE, task).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!(task = name, %error, "ended badly"),
+            Err(_) => warn!(task = name, "did not end in time"),
+        }
+    }
+    info!("stopped; pods keep network and policy");
+    anyhow::ensure!(!failed.load(Ordering::Relaxed), "a part could not start: see the error above");
+    Ok(())
+}
+
+/// Logs and metrics; a part that its settings turn off is absent.
+type Watched = (Option<logs::LogsHandle>, Option<telemetry::TelemetryHandle>);
+
+/// Starts the telemetry role on the current runtime.
+fn start_telemetry(
+    parts: &Start<'_>,
+    identity: &InstanceIdentity,
+    aws: &AwsClients,
+    tasks: &mut Vec<(&'static str, JoinHandle<()>)>,
+) -> Result<Watched> {
+    let Start { args, config, node_name, cluster, shutdown, .. } = parts;
+    let cluster_name = config.pool.cluster_name.clone();
+    let settings = &config.telemetry;
+    let logs = if settings.logs {
+        let mut log_settings = LogSettings::new(match settings.record {
+            RecordLayout::FluentBit => Layout::FluentBit,
+            RecordLayout::Compact => Layout::Compact,
+            RecordLayout::Raw => Layout::Raw,
+        });
+        log_settings.group = Template::parse(&settings.log_group).with_context(|| format!("STANCHION_LOG_GROUP={:?}", settings.log_group))?;
+        log_settings.flush = settings.log_flush;
+        log_settings.group_spec.retention_days = settings.log_retention_days;
+        let (handle, task) = logs::spawn(LogsParts {
+            settings: log_settings,
+            sink: aws.logs(),
+            cluster: cluster.watch(),
+            node: (*node_name).to_owned(),
+            cluster_name: cluster_name.clone(),
+            state_dir: args.state_dir.clone(),
+            log_dir: args.log_dir.clone(),
+            shutdown: (*shutdown).clone(),
+            grace: GRACE,
+        });
+        tasks.push(("logs", task));
+        Some(handle)
+    } else {
+        None
+    };
+    let metrics = if settings.container_insights || !config.operations.disable_metrics {
+        let (handle, task) = telemetry::spawn(TelemetryParts {
+            sink: Arc::new(aws.logs()),
+            cluster: cluster.watch(),
+            roots: Roots { proc: args.proc_root.clone(), cgroup: args.cgroup_root.clone(), sys: args.sys_root.clone() },
+            identity: NodeIdentity {
+                cluster: cluster_name,
+                node: (*node_name).to_owned(),
+                instance_id: identity.instance.to_string(),
+                instance_type: identity.instance_type.clone(),
+                availability_zone: identity.availability_zone.clone(),
+                auto_scaling_group: None,
+            },
+            settings: TelemetrySettings {
+                interval: settings.metrics_interval,
+                veth_prefix: config.network.veth_prefix.clone(),
+                ..TelemetrySettings::default()
+            },
+            shutdown: (*shutdown).clone(),
+        });
+        tasks.push(("metrics", task));
+        Some(handle)
+    } else {
+        None
+    };
+    Ok((logs, metrics))
+}
+
+/// Starts policy, then addresses: a pod must not get an address before its policy can be written.
+async fn start_network(
+    parts: &Start<'_>,
+    aws: &AwsClients,
+    imds: SdkImds,
+    tasks: &mut Vec<(&'static str, JoinHandle<()>)>,
+) -> Result<(IpamHandle, Option<NetpolHandle>)> {
+    let Start { args, config, node_name, cluster, shutdown, failed } = parts;
+    let netpol = match config.network.policy_mode {
+        PolicyMode::None => None,
+        PolicyMode::Standard | PolicyMode::Strict => {
+            let options = LoadOptions { pin_root: args.bpf_dir.clone(), ..LoadOptions::default() };
+            let (handle, task) = netpol::spawn(NetpolParts {
+                loaded: netpol::load(&options).context("load the eBPF programs")?,
+                attach: AttachMode::of_this_kernel(),
+                cluster: (*cluster).clone(),
+                node_name: (*node_name).to_owned(),
+                mode: if config.network.policy_mode == PolicyMode::Strict { EnforcingMode::Strict } else { EnforcingMode::Standard },
+                sync_wait: POLICY_SYNC_WAIT,
+                pod_flows: POD_FLOWS,
+                flow_capacity: options.flow_entries,
+                state_dir: args.state_dir.clone(),
+                shutdown: (*shutdown).clone(),
+            })
+            .context("start network policy")?;
+            tasks.push(("policy", task));
+            Some(handle)
+        }
+    };
+    let host = HostNet::open().context("open the host's network")?;
+    let interfaces = Netlink::open().context("open netlink")?.links().context("list the host's links")?;
+    let (ipam, task) = ipamd::spawn(IpamdParts {
+        config: Arc::clone(config),
+        ec2: aws.ec2(),
+        imds,
+        host,
+        checkpoint: PathBuf::from(&config.pool.backing_store),
+        interfaces: interfaces.into_iter().map(|link| link.name).collect(),
+        cluster: cluster.watch(),
+        node_name: (*node_name).to_owned(),
+        shutdown: (*shutdown).clone(),
+    });
+    // What cannot pass by itself ends the agent: its supervisor says it to a person.
+    let (failed, ended) = (failed.clone(), (*shutdown).clone());
+    let task = tokio::spawn(async move {
+        if let Ok(Err(error)) = task.await {
+            error!(error = format!("{:#}", anyhow::Error::new(error)), "address management cannot start");
+            failed.store(true, Ordering::Relaxed);
+            ended.cancel();
+        }
+    });
+    tasks.push(("addresses", task));
+    Ok((ipam, netpol))
+}
+
+/// What every part gets.
+struct Start<'a> {
+    args: &'a AgentArgs,
+    config: &'a Arc<Config>,
+    node_name: &'a str,
+    cluster: &'a ClusterHandle,
+    shutdown: &'a CancellationToken,
+    /// Set by a part whose failure ends the agent.
+    failed: &'a Arc<AtomicBool>,
+}
+
+/// The source of the cluster's state that the flags name.
+async fn cluster(args: &AgentArgs, config: &Config, node_name: &str, shutdown: &CancellationToken) -> Result<ClusterHandle> {
+    if let Some(directory) = &args.manifests {
+        return ManifestsDir::spawn(directory.clone(), shutdown.clone()).context("read the manifests");
+    }
+    let client = api_server::client(args.kubeconfig.as_deref(), &config.operations.cluster_endpoint).await?;
+    let scope = api_server::Scope {
+        node_name: node_name.to_owned(),
+        policy: args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None,
+        eni_configs: args.roles.contains(&Role::Network) && config.pool.custom_networking,
+    };
+    Ok(api_server::spawn(client, scope, shutdown.clone()))
+}
+
+/// Who this instance is; asked until IMDS answers. `None` when the agent is told to end before.
+async fn identity(imds: &SdkImds, shutdown: &CancellationToken) -> Option<InstanceIdentity> {
+    let mut pause = Duration::from_millis(200);
+    loop {
+        match imds.identity().await {
+            Ok(identity) => return Some(identity),
+            Err(error) => warn!(%error, ?pause, "this instance is not known yet; IMDS is asked again"),
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return None,
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(Duration::from_secs(10));
+    }
+}
+
+/// SIGTERM and SIGINT end the agent.
+fn end_on_signal(shutdown: CancellationToken) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    tokio::spawn(async move {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        info!(signal = name, "stopping");
+        shutdown.cancel();
+    });
+    Ok(())
+}
