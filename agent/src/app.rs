@@ -72,7 +72,13 @@ pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
 
 fn runtime(name: &str, workers: usize) -> Result<Runtime> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(workers).max_blocking_threads(8).thread_name(name).enable_all().build().with_context(|| format!("start the {name} runtime"))
+    builder
+        .worker_threads(workers)
+        .max_blocking_threads(8)
+        .thread_name(name)
+        .enable_all()
+        .build()
+        .with_context(|| format!("start the {name} runtime"))
 }
 
 async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilter, telemetry_runtime: &Runtime) -> Result<()> {
@@ -86,7 +92,9 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     let imds = SdkImds::new(None).context("build the IMDS client")?;
     let Some(identity) = identity(&imds, &shutdown).await else { return Ok(()) };
     info!(instance = %identity.instance, r#type = identity.instance_type, zone = identity.availability_zone, "this is");
-    let aws = AwsClients::load(Overrides { region: Some(identity.region.clone()), ..Overrides::default() }).await.context("build the AWS clients")?;
+    let aws = AwsClients::load(Overrides { region: Some(identity.region.clone()), ..Overrides::default() })
+        .await
+        .context("build the AWS clients")?;
     let cluster = cluster(&args, &config, &node_name, &shutdown).await?;
 
     let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();
@@ -98,7 +106,7 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     };
     let (logs, metrics) = if has(Role::Telemetry) {
         let _telemetry = telemetry_runtime.enter();
-        start_telemetry(&start, &identity, &aws, &mut tasks)?
+        start_telemetry(&start, &identity, &aws, netpol.clone(), &mut tasks)?
     } else {
         (None, None)
     };
@@ -166,6 +174,7 @@ fn start_telemetry(
     parts: &Start<'_>,
     identity: &InstanceIdentity,
     aws: &AwsClients,
+    netpol: Option<NetpolHandle>,
     tasks: &mut Vec<(&'static str, JoinHandle<()>)>,
 ) -> Result<Watched> {
     let Start { args, config, node_name, cluster, shutdown, .. } = parts;
@@ -177,7 +186,8 @@ fn start_telemetry(
             RecordLayout::Compact => Layout::Compact,
             RecordLayout::Raw => Layout::Raw,
         });
-        log_settings.group = Template::parse(&settings.log_group).with_context(|| format!("STANCHION_LOG_GROUP={:?}", settings.log_group))?;
+        log_settings.group =
+            Template::parse(&settings.log_group).with_context(|| format!("STANCHION_LOG_GROUP={:?}", settings.log_group))?;
         log_settings.flush = settings.log_flush;
         log_settings.group_spec.retention_days = settings.log_retention_days;
         let (handle, task) = logs::spawn(LogsParts {
@@ -200,6 +210,7 @@ fn start_telemetry(
         let (handle, task) = telemetry::spawn(TelemetryParts {
             sink: Arc::new(aws.logs()),
             cluster: cluster.watch(),
+            netpol,
             roots: Roots { proc: args.proc_root.clone(), cgroup: args.cgroup_root.clone(), sys: args.sys_root.clone() },
             identity: NodeIdentity {
                 cluster: cluster_name,
@@ -267,7 +278,7 @@ async fn start_network(
         shutdown: (*shutdown).clone(),
     });
     // What cannot pass by itself ends the agent: its supervisor says it to a person.
-    let (failed, ended) = (failed.clone(), (*shutdown).clone());
+    let (failed, ended) = (Arc::clone(failed), CancellationToken::clone(shutdown));
     let task = tokio::spawn(async move {
         if let Ok(Err(error)) = task.await {
             error!(error = format!("{:#}", anyhow::Error::new(error)), "address management cannot start");

@@ -133,7 +133,12 @@ async fn flows(agent: &mut DebugClient<Channel>, connection: &Connection, follow
             println!("{line}");
         } else {
             let time = jiff::Timestamp::from_nanosecond(event.time_unix_ns.into()).map_or_else(|_| "-".to_owned(), |t| format!("{t:.3}"));
-            let by = [event.policy.as_str(), event.rule.as_str(), event.reason.as_str()].iter().filter(|p| !p.is_empty()).copied().collect::<Vec<_>>().join(", ");
+            let by = [event.policy.as_str(), event.rule.as_str(), event.reason.as_str()]
+                .iter()
+                .filter(|p| !p.is_empty())
+                .copied()
+                .collect::<Vec<_>>()
+                .join(", ");
             println!(
                 "{time}  {:7}  {:7}  {}:{} -> {}:{}  {}  {by}",
                 event.verdict,
@@ -170,7 +175,9 @@ fn at(document: &Value, pointer: &str) -> String {
 
 fn pod_name(value: Option<&Value>) -> String {
     match value {
-        Some(Value::Object(pod)) => format!("{}/{}", pod.get("namespace").map(text).unwrap_or_default(), pod.get("name").map(text).unwrap_or_default()),
+        Some(Value::Object(pod)) => {
+            format!("{}/{}", pod.get("namespace").map(text).unwrap_or_default(), pod.get("name").map(text).unwrap_or_default())
+        }
         Some(other) => text(other),
         None => String::new(),
     }
@@ -195,16 +202,35 @@ fn render(question: &Question, document: &Value) -> String {
 }
 
 fn status(document: &Value) -> String {
-    let mut lines = vec![format!("stanchion {} on node {} ({})", at(document, "/version"), at(document, "/node"), items(document, "/roles").iter().map(text).collect::<Vec<_>>().join(", "))];
+    let mut lines = vec![format!(
+        "stanchion {} on node {} ({})",
+        at(document, "/version"),
+        at(document, "/node"),
+        items(document, "/roles").iter().map(text).collect::<Vec<_>>().join(", ")
+    )];
     let state = |ready: Option<&Value>, reason: String| match ready.and_then(Value::as_bool) {
         Some(true) => "ready".to_owned(),
         _ => format!("NOT READY: {reason}"),
     };
     if document.pointer("/ipam").is_some_and(|v| !v.is_null()) {
         lines.push(format!("  addresses  {}", state(document.pointer("/ipam/ready"), at(document, "/ipam/reason"))));
-        lines.push(format!("             {} {}, {} of {} ENIs, at most {} pods", at(document, "/ipam/instance_type"), at(document, "/ipam/instance"), at(document, "/ipam/enis"), at(document, "/ipam/max_enis"), at(document, "/ipam/max_pods")));
+        lines.push(format!(
+            "             {} {}, {} of {} ENIs, at most {} pods",
+            at(document, "/ipam/instance_type"),
+            at(document, "/ipam/instance"),
+            at(document, "/ipam/enis"),
+            at(document, "/ipam/max_enis"),
+            at(document, "/ipam/max_pods")
+        ));
         for pool in items(document, "/ipam/pools") {
-            lines.push(format!("             card {}: {} addresses, {} assigned, {} free, {} cooling", at(pool, "/network_card"), at(pool, "/total"), at(pool, "/assigned"), at(pool, "/free"), at(pool, "/cooling")));
+            lines.push(format!(
+                "             card {}: {} addresses, {} assigned, {} free, {} cooling",
+                at(pool, "/network_card"),
+                at(pool, "/total"),
+                at(pool, "/assigned"),
+                at(pool, "/free"),
+                at(pool, "/cooling")
+            ));
         }
         for error in items(document, "/ipam/recent_errors").iter().rev().take(3) {
             lines.push(format!("             last error: {}: {}", at(error, "/operation"), at(error, "/error")));
@@ -212,7 +238,12 @@ fn status(document: &Value) -> String {
     }
     if document.pointer("/policy").is_some_and(|v| !v.is_null()) {
         lines.push(format!("  policy     {}", state(document.pointer("/policy/ready"), at(document, "/policy/reason"))));
-        lines.push(format!("             {} pods policed, {} isolated; {} policies known", at(document, "/policy/endpoints"), at(document, "/policy/isolated"), at(document, "/cluster/network_policies")));
+        lines.push(format!(
+            "             {} pods policed, {} isolated; {} policies known",
+            at(document, "/policy/endpoints"),
+            at(document, "/policy/isolated"),
+            at(document, "/cluster/network_policies")
+        ));
     }
     if let Some(Value::Object(logs)) = document.pointer("/logs") {
         let parts: Vec<String> = logs.iter().map(|(name, value)| format!("{} {}", text(value), name.replace('_', " "))).collect();
@@ -223,7 +254,11 @@ fn status(document: &Value) -> String {
         lines.push(format!("  metrics    {}", parts.join(", ")));
     }
     let synced = if document.pointer("/cluster/synced").and_then(Value::as_bool) == Some(true) { "synced" } else { "not read yet" };
-    lines.push(format!("  cluster    {synced}: {} pods in {} namespaces", at(document, "/cluster/pods"), at(document, "/cluster/namespaces")));
+    lines.push(format!(
+        "  cluster    {synced}: {} pods in {} namespaces",
+        at(document, "/cluster/pods"),
+        at(document, "/cluster/namespaces")
+    ));
     lines.join("\n") + "\n"
 }
 
@@ -258,13 +293,20 @@ fn ips(document: &Value) -> String {
     let mut table = Table::new(&["ADDRESS", "STATE", "POD", "ENI", "SANDBOX"]);
     for address in items(document, "/addresses") {
         let sandbox = at(address, "/key/container_id");
-        table.row([at(address, "/address"), at(address, "/state"), pod_name(address.get("pod")), at(address, "/eni"), sandbox.chars().take(12).collect()]);
+        table.row([
+            at(address, "/address"),
+            at(address, "/state"),
+            pod_name(address.get("pod")),
+            at(address, "/eni"),
+            sandbox.chars().take(12).collect(),
+        ]);
     }
     table.render("no addresses are held yet")
 }
 
 fn endpoints(document: &Value) -> String {
-    let mut table = Table::new(&["POD", "ADDRESS", "VETH", "INGRESS", "EGRESS", ">IN OK", ">IN DENIED", ">OUT OK", ">OUT DENIED", ">FLOWS"]);
+    let mut table =
+        Table::new(&["POD", "ADDRESS", "VETH", "INGRESS", "EGRESS", ">IN OK", ">IN DENIED", ">OUT OK", ">OUT DENIED", ">FLOWS"]);
     for endpoint in items(document, "/endpoints") {
         let interfaces = items(endpoint, "/interfaces");
         let addresses: Vec<String> = interfaces.iter().flat_map(|i| items(i, "/addresses")).map(text).collect();
@@ -304,7 +346,14 @@ fn conntrack(document: &Value) -> String {
 fn logs(document: &Value) -> String {
     let mut table = Table::new(&["FILE", "STREAM", ">OFFSET", ">LAG BYTES", ">LAG S", "LAST ERROR"]);
     for file in items(document, "/files") {
-        table.row([at(file, "/path"), at(file, "/stream"), at(file, "/offset"), at(file, "/lag_bytes"), at(file, "/lag_seconds"), at(file, "/last_error")]);
+        table.row([
+            at(file, "/path"),
+            at(file, "/stream"),
+            at(file, "/offset"),
+            at(file, "/lag_bytes"),
+            at(file, "/lag_seconds"),
+            at(file, "/last_error"),
+        ]);
     }
     table.render("no log files are tailed")
 }

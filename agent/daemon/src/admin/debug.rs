@@ -7,9 +7,7 @@ use std::time::SystemTime;
 use futures_util::{Stream, StreamExt as _};
 use serde_json::Value;
 use stanchion_proto::debug_server::Debug;
-use stanchion_proto::{
-    FlowEvent, GetStatusRequest, JsonReply, ListRequest, PolicyRequest, SetLogLevelRequest, StreamFlowsRequest,
-};
+use stanchion_proto::{FlowEvent, GetStatusRequest, JsonReply, ListRequest, PolicyRequest, SetLogLevelRequest, StreamFlowsRequest};
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
 use tonic::{Request, Response, Status};

@@ -301,7 +301,9 @@ pub async fn client(kubeconfig: Option<&std::path::Path>, endpoint: &str) -> any
                 .await
                 .with_context(|| format!("use the kubeconfig {}", path.display()))?
         }
-        None => kube::Config::incluster().context("no service account: pass --kubeconfig, or --manifests for a cluster without API server")?,
+        None => {
+            kube::Config::incluster().context("no service account: pass --kubeconfig, or --manifests for a cluster without API server")?
+        }
     };
     if !endpoint.is_empty() {
         config.cluster_url = endpoint.parse().with_context(|| format!("CLUSTER_ENDPOINT={endpoint:?}"))?;
