@@ -25,6 +25,8 @@ enum Command {
     Plan(cli::plan::PlanArgs),
     /// Run the daemon
     Agent(Box<cli::agent::AgentArgs>),
+    /// A live table of pods: processor, memory, network, drops
+    Top(cli::top::TopArgs),
     #[command(flatten)]
     Ask(cli::inspect::Question),
 }
@@ -44,6 +46,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Ship(args) => cli::ship::run(&args),
         Command::Plan(plan) => cli::plan::run(&plan),
         Command::Agent(agent) => app::run(*agent),
+        Command::Top(top) => cli::top::run(&top, &args.connection),
         Command::Ask(question) => cli::inspect::run(&args.connection, &question),
     }
 }
