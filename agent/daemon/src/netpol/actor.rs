@@ -4,12 +4,15 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::ContainerId;
+use stanchion_core::policy::RuleName;
+use stanchion_core::policy::engine::{Engine, Settings, UnknownPod};
 use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Slot};
 use stanchion_ebpf_abi::{Config, FlowEntry, flow_state};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -29,7 +32,6 @@ use super::handle::{
 use super::interfaces::{Interfaces, exists, node_addresses};
 use super::maps::KernelMaps;
 use super::object::{LoadError, Loaded};
-use super::rules::Rules;
 use super::slots::{Sandbox, Slots};
 use crate::cluster::ClusterHandle;
 
@@ -52,7 +54,7 @@ pub struct NetpolParts {
     pub node_name: String,
     /// What happens to pods that start before the cluster's state is known.
     pub mode: EnforcingMode,
-    /// How long such a pod waits for it.
+    /// How long such a pod waits for it, and how long one that policies may concern waits for its own object.
     pub sync_wait: Duration,
     /// Flows a pod may have at once; more are judged packet by packet.
     pub pod_flows: u32,
@@ -98,14 +100,19 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     let interfaces = Interfaces::new(&mut loaded)?;
     let kernel = maps.read().map_err(SpawnError::Maps)?;
     let isolated = kernel.endpoints.iter().filter(|(_, e)| is_isolated(e)).map(|(slot, _)| *slot).collect();
-    let strays: Vec<Slot> = kernel.endpoints.keys().copied().filter(|slot| slots.get(*slot).is_none()).collect();
+    let unknown_pod = match mode {
+        EnforcingMode::Standard => UnknownPod::Open,
+        EnforcingMode::Strict => UnknownPod::Closed,
+    };
+    let mut rules = Engine::new(Settings { node_name, unknown_pod });
+    rules.rebase(kernel);
     let (mailbox, inbox) = mpsc::channel(MAILBOX);
     let (records, _) = broadcast::channel(FLOW_BACKLOG);
     let (ready, is_ready) = watch::channel(false);
     let mut actor = Actor {
         loaded,
         attach,
-        rules: Rules::new(&node_name, kernel),
+        rules,
         maps,
         interfaces,
         flows,
@@ -114,7 +121,8 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         isolated,
         backlog: VecDeque::new(),
         waiting: Vec::new(),
-        gone: HashMap::new(),
+        gone: BTreeSet::new(),
+        node_addresses: BTreeSet::new(),
         names: Names::default(),
         cluster: cluster.watch(),
         state: cluster.latest(),
@@ -128,7 +136,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         ready,
         records: records.clone(),
     };
-    actor.take_over(&strays);
+    actor.take_over();
     let handle = NetpolHandle { mailbox, flows: records, ready: is_ready };
     Ok((handle, tokio::spawn(actor.run(inbox, shutdown))))
 }
@@ -147,7 +155,7 @@ struct Waiting {
 struct Actor {
     loaded: Loaded,
     attach: AttachMode,
-    rules: Rules,
+    rules: Engine,
     maps: KernelMaps,
     interfaces: Interfaces,
     flows: Flows,
@@ -159,7 +167,9 @@ struct Actor {
     backlog: VecDeque<MapOp>,
     waiting: Vec<Waiting>,
     /// Sandboxes whose interfaces were gone at the last sweep.
-    gone: HashMap<ContainerId, ()>,
+    gone: BTreeSet<ContainerId>,
+    /// As the engine knows them.
+    node_addresses: BTreeSet<IpAddr>,
     names: Names,
     cluster: watch::Receiver<Arc<ClusterState>>,
     state: Arc<ClusterState>,
@@ -204,17 +214,15 @@ impl Actor {
     }
 
     /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go.
-    fn take_over(&mut self, strays: &[Slot]) {
-        for slot in strays {
-            let ops = self.rules.remove_endpoint(*slot);
-            self.apply(ops);
-        }
+    fn take_over(&mut self) {
         let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
         for sandbox in known {
             if !sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
                 self.release(&sandbox);
                 continue;
             }
+            let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, &sandbox.addresses());
+            self.apply(ops);
             if let Err(cause) = self.put(&sandbox) {
                 self.fail("cannot attach again", &cause);
             }
@@ -225,7 +233,7 @@ impl Actor {
     fn answer(&mut self, message: Message) {
         // A caller that went away needs no answer.
         match message {
-            Message::Activate(request, reply) if !self.synced => {
+            Message::Activate(request, reply) if !self.can_judge(&request) => {
                 self.waiting.push(Waiting { request, reply, since: Instant::now() });
                 self.expire_waiting();
             }
@@ -257,10 +265,24 @@ impl Actor {
             self.synced = true;
             info!(endpoints = self.slots.len(), operations = count, "policies are in force");
             self.ready.send_replace(true);
-            for Waiting { request, reply, since } in std::mem::take(&mut self.waiting) {
-                drop(reply.send(self.activate(request, since)));
-            }
         }
+        let (judged, waiting): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|waiting| self.can_judge(&waiting.request));
+        self.waiting = waiting;
+        for Waiting { request, reply, since } in judged {
+            drop(reply.send(self.activate(request, since)));
+        }
+    }
+
+    /// Whether the pod's policies can be told: the cluster's state is known and has the pod, or has no policy that could
+    /// concern it.
+    fn can_judge(&self, request: &ActivateRequest) -> bool {
+        let ActivateRequest { pod, pod_uid, .. } = request;
+        let concerned = || {
+            !self.state.cluster_network_policies.is_empty()
+                || self.state.network_policies.keys().any(|policy| policy.namespace == pod.namespace)
+        };
+        self.synced && (self.rules.knows(pod, pod_uid) || !concerned())
     }
 
     fn expire_waiting(&mut self) {
@@ -269,9 +291,10 @@ impl Actor {
         self.waiting = waiting;
         for Waiting { request, reply, since } in expired {
             let result = match self.mode {
-                EnforcingMode::Strict => Err(ActivateError::NotSynced { waited: since.elapsed() }),
+                EnforcingMode::Strict if !self.synced => Err(ActivateError::NotSynced { waited: since.elapsed() }),
+                EnforcingMode::Strict => Err(ActivateError::UnknownPod { waited: since.elapsed() }),
                 EnforcingMode::Standard => {
-                    warn!(pod = %request.pod, "starts without policy: the cluster's state is not known yet, and the enforcing mode is standard");
+                    warn!(pod = %request.pod, synced = self.synced, "starts without policy: the cluster's state does not have it yet, and the enforcing mode is standard");
                     self.activate(request, since)
                 }
             };
@@ -297,10 +320,10 @@ impl Actor {
     fn try_activate(&mut self, sandbox: &Sandbox) -> Result<(), ActivateError> {
         self.slots.save().map_err(|source| ActivateError::NotDurable { path: self.slots.path(), source })?;
         self.refresh_node_addresses();
-        if self.rules.endpoint(sandbox.slot()).is_none() {
+        if !self.rules.image().endpoints.contains_key(&sandbox.slot()) {
             self.flows.clear_counters(sandbox.slot).map_err(ActivateError::Maps)?;
         }
-        let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, sandbox.addresses());
+        let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, &sandbox.addresses());
         // Its first packet is still to come: there is nothing to seed.
         self.isolated.extend(ops.iter().filter_map(newly_isolated));
         self.apply_or_queue(ops).map_err(ActivateError::Maps)?;
@@ -383,13 +406,7 @@ impl Actor {
         };
         // Once more for what opened meanwhile.
         self.seed(&first);
-        for (slot, isolated) in self.slots.iter().filter_map(|s| Some((s.slot(), is_isolated(self.rules.endpoint(s.slot())?)))) {
-            if isolated {
-                self.isolated.insert(slot)
-            } else {
-                self.isolated.remove(&slot)
-            };
-        }
+        self.isolated = self.rules.image().endpoints.iter().filter(|(_, endpoint)| is_isolated(endpoint)).map(|(slot, _)| *slot).collect();
         result
     }
 
@@ -416,10 +433,16 @@ impl Actor {
         }
     }
 
+    fn endpoint(&self, slot: Slot) -> Option<&EndpointImage> {
+        self.rules.image().endpoints.get(&slot)
+    }
+
     fn refresh_node_addresses(&mut self) {
         match node_addresses() {
+            Ok(addresses) if addresses == self.node_addresses => {}
             Ok(addresses) => {
-                let ops = self.rules.set_node_addresses(&addresses);
+                self.node_addresses.clone_from(&addresses);
+                let ops = self.rules.set_node_addresses(addresses);
                 self.apply(ops);
             }
             Err(cause) => self.fail("cannot read the node's addresses", &cause),
@@ -432,19 +455,19 @@ impl Actor {
         self.apply(Vec::new());
         self.collect();
         let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
-        let mut gone = HashMap::new();
+        let mut gone = BTreeSet::new();
         let mut released = false;
         for sandbox in &known {
             if sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
                 if let Err(cause) = self.put(sandbox) {
                     self.fail("cannot attach again", &cause);
                 }
-            } else if self.gone.contains_key(&sandbox.container_id) {
+            } else if self.gone.contains(&sandbox.container_id) {
                 // Twice in a row: its DEL was lost, or is on its way to find nothing.
                 self.release(sandbox);
                 released = true;
             } else {
-                gone.insert(sandbox.container_id.clone(), ());
+                gone.insert(sandbox.container_id.clone());
             }
         }
         self.gone = gone;
@@ -497,7 +520,7 @@ impl Actor {
         let time = SystemTime::now();
         for event in &events {
             let pod = self.slots.get(Slot(event.slot)).map(|sandbox| &sandbox.pod);
-            let names = if event.rule == 0 { Default::default() } else { self.rules.names(event.rule) };
+            let names = self.rules.rule(event.rule).map(|rule| (rule.policy.to_string(), rule_name(rule))).unwrap_or_default();
             // The last subscriber may just have left.
             let _unheard = self.records.send(Arc::new(record(event, time, pod, &self.names, names)));
         }
@@ -506,7 +529,7 @@ impl Actor {
     fn snapshot(&mut self) -> NetpolSnapshot {
         let mut endpoints = Vec::with_capacity(self.slots.len());
         for sandbox in self.slots.iter() {
-            let image = self.rules.endpoint(sandbox.slot());
+            let image = self.endpoint(sandbox.slot());
             endpoints.push(EndpointView {
                 slot: sandbox.slot,
                 pod: sandbox.pod.clone(),
@@ -568,11 +591,16 @@ impl Actor {
                 state: state_name(key.protocol, entry.state),
                 idle_seconds: seconds(now.wrapping_sub(entry.seen)),
                 timeout_seconds: seconds(u32::from(entry.timeout)),
-                current: self.rules.endpoint(Slot(key.slot)).is_some_and(|image| image.revision == entry.revision),
+                current: self.endpoint(Slot(key.slot)).is_some_and(|image| image.revision == entry.revision),
             }
         };
         self.flows.all().into_iter().map(view).collect()
     }
+}
+
+/// A rule within its policy: `ingress[2]`, with its own name if it has one.
+fn rule_name(RuleName { direction, index, name, .. }: &RuleName) -> String {
+    if name.is_empty() { format!("{direction}[{index}]") } else { format!("{direction}[{index}] ({name})") }
 }
 
 /// The slot of an operation that sets an isolated endpoint.
@@ -584,10 +612,10 @@ fn newly_isolated(op: &MapOp) -> Option<Slot> {
 }
 
 /// The flows of a pod in a tracked connection: as the one who opened it, as the one who answers, or both.
-fn seeds(slot: Slot, addresses: &[std::net::IpAddr], connection: &Connection) -> impl Iterator<Item = (FlowKey, u8)> {
+fn seeds(slot: Slot, addresses: &[IpAddr], connection: &Connection) -> impl Iterator<Item = (FlowKey, u8)> {
     let Connection { original, reply, replied, open } = connection;
     let state = if *replied { flow_state::REPLIED } else { 0 };
-    let key = |local: &std::net::IpAddr, local_port, remote, remote_port| {
+    let key = |local: &IpAddr, local_port, remote, remote_port| {
         let position = addresses.iter().position(|address| address == local)?;
         let local = u8::try_from(position).ok()?;
         Some(FlowKey { slot: slot.0, local, protocol: original.protocol, local_port, remote_port, remote })

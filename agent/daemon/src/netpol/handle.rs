@@ -69,6 +69,12 @@ pub enum ActivateError {
         /// How long the request waited.
         waited: Duration,
     },
+    /// Strict mode, and the cluster's state has policies that may concern the pod, but not the pod.
+    #[error("the pod was not seen in the cluster's state within {} s, and NETWORK_POLICY_ENFORCING_MODE is strict", waited.as_secs())]
+    UnknownPod {
+        /// How long the request waited.
+        waited: Duration,
+    },
     /// All slots are taken.
     #[error("no endpoint slot is free: {used} pods are active")]
     NoSlot {

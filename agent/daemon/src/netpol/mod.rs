@@ -7,7 +7,6 @@
 //! |---|---|
 //! | `handle` | requests, replies and views; what others use |
 //! | `actor` | the task |
-//! | `rules` | the policy engine as the actor uses it |
 //! | `slots` | which sandbox holds which slot, on disk |
 //! | `interfaces` | which pod is behind which veth |
 //! | `maps` | the kernel's maps behind `PolicyMaps` |
@@ -26,7 +25,6 @@ mod handle;
 mod interfaces;
 mod maps;
 mod object;
-mod rules;
 mod slots;
 
 pub use actor::{NetpolParts, SpawnError, spawn};
