@@ -28,8 +28,8 @@ fn request(token: &str, addresses: Option<AddressRequest>) -> CreateEni {
 }
 
 async fn attached(bed: &Bed, token: &str, index: u16, addresses: Option<AddressRequest>) -> (Eni, AttachmentId) {
-    let eni = bed.ec2.create_eni(&request(token, addresses)).await.unwrap();
-    let attachment = bed.ec2.attach_eni(&eni.id, &bed.instance, index, 0).await.unwrap();
+    let eni = bed.ec2.create_eni(&request(token, addresses)).await.expect("the subnet has room");
+    let attachment = bed.ec2.attach_eni(&eni.id, &bed.instance, index, 0).await.expect("the index is free");
     (eni, attachment)
 }
 

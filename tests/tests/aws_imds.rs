@@ -19,8 +19,8 @@ async fn attach(bed: &Bed, index: u16, addresses: Option<AddressRequest>) -> Eni
         tags: Default::default(),
         addresses,
     };
-    let eni = bed.ec2.create_eni(&request).await.unwrap();
-    bed.ec2.attach_eni(&eni.id, &bed.instance, index, 0).await.unwrap();
+    let eni = bed.ec2.create_eni(&request).await.expect("the subnet has room");
+    bed.ec2.attach_eni(&eni.id, &bed.instance, index, 0).await.expect("the index is free");
     eni.id
 }
 

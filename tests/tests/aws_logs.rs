@@ -27,8 +27,8 @@ fn batch_of(events: &[(i64, &str)], emf: bool) -> LogBatch {
 
 async fn ready() -> (Bed, i64) {
     let bed = bed().await;
-    bed.logs.create_group(GROUP, &LogGroupSpec::default()).await.unwrap();
-    bed.logs.create_stream(GROUP, STREAM).await.unwrap();
+    bed.logs.create_group(GROUP, &LogGroupSpec::default()).await.expect("a legal name");
+    bed.logs.create_stream(GROUP, STREAM).await.expect("a legal name");
     let now = bed.cloud.clock().unix_ms();
     (bed, now)
 }
@@ -115,7 +115,6 @@ async fn each_error_is_what_the_shipper_takes_it_for() {
         (503, "ServiceUnavailableException", |e| matches!(e, SinkError::Throttled { .. })),
         (500, "InternalFailure", |e| matches!(e, SinkError::Unavailable(_))),
         (400, "AccessDeniedException", |e| matches!(e, SinkError::Unauthorized(_))),
-        (400, "ExpiredTokenException", |e| matches!(e, SinkError::Unauthorized(_))),
         (400, "InvalidParameterException", |e| matches!(e, SinkError::Invalid(_))),
         (400, "com.amazonaws.logs#ResourceNotFoundException", |e| matches!(e, SinkError::NotFound(_))),
         (400, "OperationAbortedException", |e| matches!(e, SinkError::Throttled { .. })),
@@ -124,7 +123,13 @@ async fn each_error_is_what_the_shipper_takes_it_for() {
         let error = bed.logs.put(&one).await.unwrap_err();
         assert!(check(&error), "{code}: {error:?}");
     }
-    assert_eq!(bed.cloud.count("PutLogEvents"), 8, "one request each: the shipper decides about another");
+    assert_eq!(bed.cloud.count("PutLogEvents"), 7, "one request each: the shipper decides about another");
+    // But for credentials that were refused: once more with new ones.
+    let expired = ApiError::bad("ExpiredTokenException", "The security token included in the request is expired");
+    bed.cloud.inject(Fault::times("PutLogEvents", 2, Effect::Error(expired)));
+    let error = bed.logs.put(&one).await.unwrap_err();
+    assert!(matches!(&error, SinkError::Unauthorized(text) if text.contains("expired")), "{error:?}");
+    assert_eq!(bed.cloud.count("PutLogEvents"), 9);
     assert_eq!(messages(&bed), Vec::<String>::new());
 }
 

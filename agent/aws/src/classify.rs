@@ -71,7 +71,7 @@ pub fn sink_error(code: &str, status: u16, message: &str, retry_after: Option<Du
 }
 
 /// The request was signed with credentials that the service does not take (any more).
-fn is_bad_credentials(code: &str) -> bool {
+pub(crate) fn is_bad_credentials(code: &str) -> bool {
     matches!(
         code,
         "ExpiredToken"

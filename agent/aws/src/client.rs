@@ -8,8 +8,9 @@ use aws_config::meta::region::RegionProviderChain;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
-use aws_sdk_ec2::config::{Credentials, StalledStreamProtectionConfig};
+use aws_sdk_ec2::config::{Credentials, IdentityCache, StalledStreamProtectionConfig};
 
+use crate::renew::Renewable;
 use crate::{CloudWatchSink, SdkEc2, http};
 
 /// To a TCP and TLS connection.
@@ -30,7 +31,7 @@ pub struct Overrides {
     pub logs_endpoint: Option<String>,
     /// Access key id and secret instead of the credentials chain.
     pub static_keys: Option<(String, String)>,
-    /// PEM certificates trusted besides the machine's (`AWS_CA_BUNDLE`).
+    /// PEM certificates trusted besides the machine's, instead of `AWS_CA_BUNDLE`.
     pub ca_bundle: Option<PathBuf>,
 }
 
@@ -99,8 +100,11 @@ impl AwsClients {
     pub async fn load(overrides: Overrides) -> Result<Self, LoadError> {
         let environment = aws_config::environment::EnvironmentVariableRegionProvider::new();
         let region = RegionProviderChain::first_try(environment).or_else(overrides.region.clone().map(Region::new));
+        // Every SDK has this variable but the one for Rust.
+        let named = || std::env::var_os("AWS_CA_BUNDLE").filter(|path| !path.is_empty()).map(PathBuf::from);
+        let ca_bundle = overrides.ca_bundle.clone().or_else(named);
         let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http::aws_client(overrides.ca_bundle.as_deref())?)
+            .http_client(http::aws_client(ca_bundle.as_deref())?)
             .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
             // For the calls that fetch credentials; the service clients below have their own.
             .retry_config(RetryConfig::standard());
@@ -116,26 +120,34 @@ impl AwsClients {
     /// EC2. A request is sent once: whether an action is tried again is the planner's decision, and a mutation whose reply
     /// was lost must not be repeated blindly.
     pub fn ec2(&self) -> SdkEc2 {
-        let mut config = aws_sdk_ec2::config::Builder::from(&self.config)
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(timeouts(EC2_TIMEOUT))
-            .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
-        if let Some(endpoint) = &self.overrides.ec2_endpoint {
-            config = config.endpoint_url(endpoint);
-        }
-        SdkEc2::new(aws_sdk_ec2::Client::from_conf(config.build()))
+        let (config, endpoint) = (self.config.clone(), self.overrides.ec2_endpoint.clone());
+        SdkEc2::new(Renewable::new(move || {
+            let mut builder = aws_sdk_ec2::config::Builder::from(&config)
+                .retry_config(RetryConfig::disabled())
+                .timeout_config(timeouts(EC2_TIMEOUT))
+                .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+                .identity_cache(IdentityCache::lazy().build());
+            if let Some(endpoint) = &endpoint {
+                builder = builder.endpoint_url(endpoint);
+            }
+            aws_sdk_ec2::Client::from_conf(builder.build())
+        }))
     }
 
     /// CloudWatch Logs. A request is sent once: back-off and order are the shipper's.
     pub fn logs(&self) -> CloudWatchSink {
-        let mut config = aws_sdk_cloudwatchlogs::config::Builder::from(&self.config)
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(timeouts(LOGS_TIMEOUT))
-            .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
-        if let Some(endpoint) = &self.overrides.logs_endpoint {
-            config = config.endpoint_url(endpoint);
-        }
-        CloudWatchSink::new(aws_sdk_cloudwatchlogs::Client::from_conf(config.build()))
+        let (config, endpoint) = (self.config.clone(), self.overrides.logs_endpoint.clone());
+        CloudWatchSink::new(Renewable::new(move || {
+            let mut builder = aws_sdk_cloudwatchlogs::config::Builder::from(&config)
+                .retry_config(RetryConfig::disabled())
+                .timeout_config(timeouts(LOGS_TIMEOUT))
+                .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+                .identity_cache(IdentityCache::lazy().build());
+            if let Some(endpoint) = &endpoint {
+                builder = builder.endpoint_url(endpoint);
+            }
+            aws_sdk_cloudwatchlogs::Client::from_conf(builder.build())
+        }))
     }
 
     /// The region in use, if one was found.

@@ -17,6 +17,7 @@ use crate::addresses::ByKind;
 use crate::classify::ec2_error;
 use crate::convert::{self, BadReply, filter, need, parse};
 use crate::failure::Failure;
+use crate::renew::Renewable;
 
 /// Items a page of a Describe call: its most.
 const PAGE: i32 = 1000;
@@ -28,21 +29,39 @@ const OWNED_TAG: &str = "node.k8s.amazonaws.com/instance_id";
 /// [`Ec2Api`] over the SDK: each method is one request (a list: one a page), sent once.
 #[derive(Clone, Debug)]
 pub struct SdkEc2 {
-    client: Client,
+    client: Renewable<Client>,
 }
 
 impl SdkEc2 {
-    pub(crate) fn new(client: Client) -> Self {
+    pub(crate) fn new(client: Renewable<Client>) -> Self {
         Self { client }
+    }
+
+    fn sdk(&self) -> Client {
+        self.client.get().1
+    }
+
+    /// Credentials that were refused are not used again: the next attempt gets new ones.
+    fn failed<E: ProvideErrorMetadata + Error + 'static>(&self, action: Ec2Action, error: SdkError<E, HttpResponse>) -> Ec2Error {
+        let failure = Failure::from(error);
+        if failure.is_bad_credentials() {
+            self.client.renew(self.client.get().0);
+        }
+        match failure {
+            Failure::Refused { code, message, .. } => ec2_error(action, &code, &message),
+            Failure::NoCredentials(message) => Ec2Error::Unauthorized { action, code: "NoCredentials".to_owned(), message },
+            Failure::NotSent(message) => Ec2Error::Other { action, code: "NotSent".to_owned(), message },
+            Failure::NoReply(message) => Ec2Error::NoReply { action, message },
+        }
     }
 
     async fn describe(&self, filters: Vec<Filter>) -> Result<Vec<Eni>, Ec2Error> {
         let action = Ec2Action::DescribeNetworkInterfaces;
-        let request = self.client.describe_network_interfaces().max_results(PAGE).set_filters(Some(filters));
+        let request = self.sdk().describe_network_interfaces().max_results(PAGE).set_filters(Some(filters));
         let mut enis = Vec::new();
         let mut token: Option<String> = None;
         loop {
-            let reply = request.clone().set_next_token(token.clone()).send().await.map_err(|e| failed(action, e))?;
+            let reply = request.clone().set_next_token(token.clone()).send().await.map_err(|e| self.failed(action, e))?;
             for eni in reply.network_interfaces() {
                 enis.push(convert::eni(eni).map_err(|bad| unreadable(action, &bad))?);
             }
@@ -77,11 +96,11 @@ impl Ec2Api for SdkEc2 {
     async fn describe_subnets(&self, vpc: &VpcId, zone: &str) -> Result<Vec<Subnet>, Ec2Error> {
         let action = Ec2Action::DescribeSubnets;
         let filters = vec![filter("vpc-id", [vpc.as_str()]), filter("availability-zone", [zone])];
-        let request = self.client.describe_subnets().max_results(PAGE).set_filters(Some(filters));
+        let request = self.sdk().describe_subnets().max_results(PAGE).set_filters(Some(filters));
         let mut subnets = Vec::new();
         let mut token: Option<String> = None;
         loop {
-            let reply = request.clone().set_next_token(token.clone()).send().await.map_err(|e| failed(action, e))?;
+            let reply = request.clone().set_next_token(token.clone()).send().await.map_err(|e| self.failed(action, e))?;
             for subnet in reply.subnets() {
                 subnets.push(convert::subnet(subnet).map_err(|bad| unreadable(action, &bad))?);
             }
@@ -94,8 +113,8 @@ impl Ec2Api for SdkEc2 {
 
     async fn describe_instance_type(&self, instance_type: &str) -> Result<InstanceLimits, Ec2Error> {
         let action = Ec2Action::DescribeInstanceTypes;
-        let request = self.client.describe_instance_types().instance_types(InstanceType::from(instance_type));
-        let reply = request.send().await.map_err(|e| failed(action, e))?;
+        let request = self.sdk().describe_instance_types().instance_types(InstanceType::from(instance_type));
+        let reply = request.send().await.map_err(|e| self.failed(action, e))?;
         let info = reply.instance_types().first().ok_or(BadReply::Missing("instanceTypeSet"));
         info.and_then(convert::limits).map_err(|bad| unreadable(action, &bad))
     }
@@ -103,7 +122,7 @@ impl Ec2Api for SdkEc2 {
     async fn create_eni(&self, request: &CreateEni) -> Result<Eni, Ec2Error> {
         let action = Ec2Action::CreateNetworkInterface;
         let mut call = self
-            .client
+            .sdk()
             .create_network_interface()
             .client_token(&request.client_token)
             .subnet_id(request.subnet.as_str())
@@ -120,7 +139,7 @@ impl Ec2Api for SdkEc2 {
             Some(AddressRequest::Ipv4Prefixes(count)) => call.ipv4_prefix_count(count.into()),
             Some(AddressRequest::Ipv6Prefixes(count)) => call.ipv6_prefix_count(count.into()),
         };
-        let reply = call.send().await.map_err(|e| failed(action, e))?;
+        let reply = call.send().await.map_err(|e| self.failed(action, e))?;
         let made = reply.network_interface().ok_or(BadReply::Missing("networkInterface"));
         let mut eni = made.and_then(convert::eni).map_err(|bad| unreadable(action, &bad))?;
         if eni.tags.is_empty() {
@@ -133,7 +152,7 @@ impl Ec2Api for SdkEc2 {
     async fn attach_eni(&self, eni: &EniId, instance: &InstanceId, device_index: u16, network_card: u16) -> Result<AttachmentId, Ec2Error> {
         let action = Ec2Action::AttachNetworkInterface;
         let mut call = self
-            .client
+            .sdk()
             .attach_network_interface()
             .network_interface_id(eni.as_str())
             .instance_id(instance.as_str())
@@ -142,22 +161,22 @@ impl Ec2Api for SdkEc2 {
         if network_card > 0 {
             call = call.network_card_index(network_card.into());
         }
-        let reply = call.send().await.map_err(|e| failed(action, e))?;
+        let reply = call.send().await.map_err(|e| self.failed(action, e))?;
         let id = need("attachmentId", reply.attachment_id()).map_err(|bad| unreadable(action, &bad))?;
         Ok(AttachmentId::from(id))
     }
 
     async fn set_delete_on_termination(&self, eni: &EniId, attachment: &AttachmentId) -> Result<(), Ec2Error> {
         let changes = NetworkInterfaceAttachmentChanges::builder().attachment_id(attachment.as_str()).delete_on_termination(true).build();
-        let call = self.client.modify_network_interface_attribute().network_interface_id(eni.as_str()).attachment(changes);
-        call.send().await.map_err(|e| failed(Ec2Action::ModifyNetworkInterfaceAttribute, e))?;
+        let call = self.sdk().modify_network_interface_attribute().network_interface_id(eni.as_str()).attachment(changes);
+        call.send().await.map_err(|e| self.failed(Ec2Action::ModifyNetworkInterfaceAttribute, e))?;
         Ok(())
     }
 
     async fn set_security_groups(&self, eni: &EniId, groups: &[SecurityGroupId]) -> Result<(), Ec2Error> {
         let groups = groups.iter().map(SecurityGroupId::to_string).collect();
-        let call = self.client.modify_network_interface_attribute().network_interface_id(eni.as_str()).set_groups(Some(groups));
-        call.send().await.map_err(|e| failed(Ec2Action::ModifyNetworkInterfaceAttribute, e))?;
+        let call = self.sdk().modify_network_interface_attribute().network_interface_id(eni.as_str()).set_groups(Some(groups));
+        call.send().await.map_err(|e| self.failed(Ec2Action::ModifyNetworkInterfaceAttribute, e))?;
         Ok(())
     }
 
@@ -169,12 +188,12 @@ impl Ec2Api for SdkEc2 {
         };
         let action = Ec2Action::AssignPrivateIpAddresses;
         let call = self
-            .client
+            .sdk()
             .assign_private_ip_addresses()
             .network_interface_id(eni.as_str())
             .set_secondary_private_ip_address_count(addresses)
             .set_ipv4_prefix_count(prefixes);
-        let reply = call.send().await.map_err(|e| failed(action, e))?;
+        let reply = call.send().await.map_err(|e| self.failed(action, e))?;
         let addresses = reply.assigned_private_ip_addresses().iter().filter_map(|address| address.private_ip_address());
         let prefixes = reply.assigned_ipv4_prefixes().iter().filter_map(|prefix| prefix.ipv4_prefix());
         let addresses = addresses.map(|text| parse("privateIpAddress", text).map(|a: std::net::Ipv4Addr| IpNet::V4(a.into())));
@@ -186,38 +205,38 @@ impl Ec2Api for SdkEc2 {
         let ByKind { ipv4, prefixes_v4, ipv6, prefixes_v6 } = ByKind::of(cidrs);
         if !(ipv4.is_empty() && prefixes_v4.is_empty()) {
             let call = self
-                .client
+                .sdk()
                 .unassign_private_ip_addresses()
                 .network_interface_id(eni.as_str())
                 .set_private_ip_addresses(texts(&ipv4))
                 .set_ipv4_prefixes(texts(&prefixes_v4));
-            call.send().await.map_err(|e| failed(Ec2Action::UnassignPrivateIpAddresses, e))?;
+            call.send().await.map_err(|e| self.failed(Ec2Action::UnassignPrivateIpAddresses, e))?;
         }
         if !(ipv6.is_empty() && prefixes_v6.is_empty()) {
             let call = self
-                .client
+                .sdk()
                 .unassign_ipv6_addresses()
                 .network_interface_id(eni.as_str())
                 .set_ipv6_addresses(texts(&ipv6))
                 .set_ipv6_prefixes(texts(&prefixes_v6));
-            call.send().await.map_err(|e| failed(Ec2Action::UnassignIpv6Addresses, e))?;
+            call.send().await.map_err(|e| self.failed(Ec2Action::UnassignIpv6Addresses, e))?;
         }
         Ok(())
     }
 
     async fn detach_eni(&self, attachment: &AttachmentId) -> Result<(), Ec2Error> {
-        let reply = self.client.detach_network_interface().attachment_id(attachment.as_str()).send().await;
-        gone_is_done(reply.map(|_| ()).map_err(|e| failed(Ec2Action::DetachNetworkInterface, e)))
+        let reply = self.sdk().detach_network_interface().attachment_id(attachment.as_str()).send().await;
+        gone_is_done(reply.map(|_| ()).map_err(|e| self.failed(Ec2Action::DetachNetworkInterface, e)))
     }
 
     async fn delete_eni(&self, eni: &EniId) -> Result<(), Ec2Error> {
-        let reply = self.client.delete_network_interface().network_interface_id(eni.as_str()).send().await;
-        gone_is_done(reply.map(|_| ()).map_err(|e| failed(Ec2Action::DeleteNetworkInterface, e)))
+        let reply = self.sdk().delete_network_interface().network_interface_id(eni.as_str()).send().await;
+        gone_is_done(reply.map(|_| ()).map_err(|e| self.failed(Ec2Action::DeleteNetworkInterface, e)))
     }
 
     async fn create_tags(&self, eni: &EniId, tags: &BTreeMap<String, String>) -> Result<(), Ec2Error> {
-        let call = self.client.create_tags().resources(eni.as_str()).set_tags(Some(convert::to_tags(tags)));
-        call.send().await.map_err(|e| failed(Ec2Action::CreateTags, e))?;
+        let call = self.sdk().create_tags().resources(eni.as_str()).set_tags(Some(convert::to_tags(tags)));
+        call.send().await.map_err(|e| self.failed(Ec2Action::CreateTags, e))?;
         Ok(())
     }
 }
@@ -225,8 +244,8 @@ impl Ec2Api for SdkEc2 {
 impl SdkEc2 {
     async fn assign_ipv6_prefixes(&self, eni: &EniId, count: u16) -> Result<Vec<IpNet>, Ec2Error> {
         let action = Ec2Action::AssignIpv6Addresses;
-        let call = self.client.assign_ipv6_addresses().network_interface_id(eni.as_str()).ipv6_prefix_count(count.into());
-        let reply = call.send().await.map_err(|e| failed(action, e))?;
+        let call = self.sdk().assign_ipv6_addresses().network_interface_id(eni.as_str()).ipv6_prefix_count(count.into());
+        let reply = call.send().await.map_err(|e| self.failed(action, e))?;
         let prefixes = reply.assigned_ipv6_prefixes().iter().map(|text| parse("ipv6Prefix", text).map(|net: Ipv6Net| IpNet::V6(net)));
         prefixes.collect::<Result<_, _>>().map_err(|bad| unreadable(action, &bad))
     }
@@ -251,15 +270,6 @@ fn next_page(action: Ec2Action, last: Option<String>, next: Option<String>) -> R
         return Err(Ec2Error::Other { action, code: "UnreadableReply".to_owned(), message });
     }
     Ok(next)
-}
-
-fn failed<E: ProvideErrorMetadata + Error + 'static>(action: Ec2Action, error: SdkError<E, HttpResponse>) -> Ec2Error {
-    match Failure::from(error) {
-        Failure::Refused { code, message, .. } => ec2_error(action, &code, &message),
-        Failure::NoCredentials(message) => Ec2Error::Unauthorized { action, code: "NoCredentials".to_owned(), message },
-        Failure::NotSent(message) => Ec2Error::Other { action, code: "NotSent".to_owned(), message },
-        Failure::NoReply(message) => Ec2Error::NoReply { action, message },
-    }
 }
 
 /// The service did it, but what it says cannot be used: nobody knows the result.

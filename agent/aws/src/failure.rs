@@ -8,6 +8,8 @@ use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::client::result::SdkError;
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 
+use crate::classify::is_bad_credentials;
+
 /// Longest pause that a service can ask for; more is taken for nonsense.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
@@ -22,6 +24,16 @@ pub(crate) enum Failure {
     NotSent(String),
     /// Nobody knows: no reply, half a reply, or one that cannot be read.
     NoReply(String),
+}
+
+impl Failure {
+    /// The service did not take the credentials, so it did nothing either.
+    pub(crate) fn is_bad_credentials(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => code == "AuthFailure" || is_bad_credentials(code.rsplit('#').next().unwrap_or(code)),
+            _ => false,
+        }
+    }
 }
 
 impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> for Failure {

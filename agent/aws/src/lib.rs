@@ -1,7 +1,7 @@
 //! EC2, IMDS and CloudWatch Logs over the AWS SDK: the only crate that builds it.
 //!
 //! Spawns no task and decides nothing: a method is one request and its translation. State is the SDK's connection pool
-//! and credential cache, and whether an endpoint takes gzip. Endpoints come from the SDK's own variables
+//! and credential cache (thrown away when a service refuses the credentials), and whether an endpoint takes gzip. Endpoints come from the SDK's own variables
 //! (`AWS_ENDPOINT_URL_EC2`, `AWS_ENDPOINT_URL_CLOUDWATCH_LOGS`, `AWS_EC2_METADATA_SERVICE_ENDPOINT`), credentials from its
 //! default chain: environment, IRSA, EKS Pod Identity, IMDS.
 //!
@@ -27,6 +27,7 @@ mod failure;
 mod http;
 mod imds;
 mod logs;
+mod renew;
 
 pub use addresses::ByKind;
 pub use classify::{ec2_error, sink_error};

@@ -15,6 +15,7 @@ use stanchion_core::logs::LogBatch;
 
 use crate::classify::sink_error;
 use crate::failure::Failure;
+use crate::renew::Renewable;
 
 /// Level 1: of 8:1 and more on container logs at a tenth of level 6's CPU.
 const GZIP_LEVEL: u32 = 1;
@@ -25,13 +26,13 @@ const GZIP_LEVEL: u32 = 1;
 /// SHA-256 and the transport, and no copy of an event.
 #[derive(Clone, Debug)]
 pub struct CloudWatchSink {
-    client: Client,
+    client: Renewable<Client>,
     /// Bodies go compressed; the first endpoint that does not take them turns it off for good.
     gzip: Arc<AtomicBool>,
 }
 
 impl CloudWatchSink {
-    pub(crate) fn new(client: Client) -> Self {
+    pub(crate) fn new(client: Renewable<Client>) -> Self {
         Self { client, gzip: Arc::new(AtomicBool::new(false)) }
     }
 
@@ -47,10 +48,21 @@ impl CloudWatchSink {
         self.gzip.load(Ordering::Relaxed)
     }
 
-    async fn send(&self, batch: &LogBatch, body: Bytes, gzip: bool) -> Result<Rejected, Failure> {
+    /// Sends it; once more with new credentials when these were refused.
+    async fn send(&self, batch: &LogBatch, body: &Bytes, gzip: bool) -> Result<Rejected, Failure> {
+        let (number, client) = self.client.get();
+        match self.send_once(&client, batch, body.clone(), gzip).await {
+            Err(failure) if failure.is_bad_credentials() => {
+                self.client.renew(number);
+                self.send_once(&self.client.get().1, batch, body.clone(), gzip).await
+            }
+            reply => reply,
+        }
+    }
+
+    async fn send_once(&self, client: &Client, batch: &LogBatch, body: Bytes, gzip: bool) -> Result<Rejected, Failure> {
         let emf = batch.is_emf();
-        let reply = self
-            .client
+        let reply = client
             .put_log_events()
             .log_group_name(batch.group())
             .log_stream_name(batch.stream())
@@ -82,7 +94,7 @@ impl CloudWatchSink {
 impl LogSink for CloudWatchSink {
     async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
         if self.gzip() {
-            match self.send(batch, compress(batch.body()), true).await {
+            match self.send(batch, &compress(batch.body()), true).await {
                 Err(failure) if says_no_gzip(&failure) => {
                     tracing::warn!(group = batch.group(), "the endpoint takes no gzip bodies: sent plain from now on");
                     self.gzip.store(false, Ordering::Relaxed);
@@ -90,11 +102,12 @@ impl LogSink for CloudWatchSink {
                 reply => return reply.map_err(to_sink_error),
             }
         }
-        self.send(batch, batch.body().clone(), false).await.map_err(to_sink_error)
+        self.send(batch, batch.body(), false).await.map_err(to_sink_error)
     }
 
     async fn create_group(&self, group: &str, spec: &LogGroupSpec) -> Result<(), SinkError> {
-        let mut call = self.client.create_log_group().log_group_name(group);
+        let client = self.client.get().1;
+        let mut call = client.create_log_group().log_group_name(group);
         if !spec.class.is_empty() {
             call = call.log_group_class(LogGroupClass::from(spec.class.as_str()));
         }
@@ -108,14 +121,14 @@ impl LogSink for CloudWatchSink {
         };
         if let Some(days) = spec.retention_days {
             let days = i32::try_from(days).map_err(|_| SinkError::Invalid(format!("a retention of {days} days")))?;
-            let call = self.client.put_retention_policy().log_group_name(group).retention_in_days(days);
+            let call = client.put_retention_policy().log_group_name(group).retention_in_days(days);
             call.send().await.map_err(|error| to_sink_error(Failure::from(error)))?;
         }
         Ok(())
     }
 
     async fn create_stream(&self, group: &str, stream: &str) -> Result<(), SinkError> {
-        let call = self.client.create_log_stream().log_group_name(group).log_stream_name(stream);
+        let call = self.client.get().1.create_log_stream().log_group_name(group).log_stream_name(stream);
         match call.send().await.map_err(Failure::from) {
             Err(failure) if already_exists(&failure) => Ok(()),
             reply => reply.map(|_| ()).map_err(to_sink_error),

@@ -114,7 +114,7 @@ impl Ec2Api for DirectEc2 {
 
     async fn create_eni(&self, request: &CreateEni) -> Result<Eni, Ec2Error> {
         match self.call(Ec2Action::CreateNetworkInterface, Ec2Call::CreateNetworkInterface(request.clone())).await? {
-            Ec2Reply::Created { eni, .. } => Ok(eni),
+            Ec2Reply::Created { eni, .. } => Ok(*eni),
             other => unreachable!("Create gave {other:?}"),
         }
     }

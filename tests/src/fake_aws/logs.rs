@@ -237,6 +237,12 @@ impl LogsState {
         self.groups.entry(name.to_owned()).or_insert(Group { view, streams: BTreeMap::new() });
     }
 
+    pub(super) fn add_stream(&mut self, group: &str, stream: &str) {
+        if let Some(group) = self.groups.get_mut(group) {
+            group.streams.entry(stream.to_owned()).or_default();
+        }
+    }
+
     pub(super) fn delete_group(&mut self, name: &str) {
         self.groups.remove(name);
     }

@@ -11,9 +11,12 @@ mod clock;
 mod cloud;
 mod direct;
 mod ec2;
+mod ec2_change;
+mod ec2_describe;
 mod faults;
 mod http;
 mod imds_view;
+mod inspect;
 mod logs;
 mod logs_wire;
 mod model;
@@ -21,6 +24,7 @@ mod query;
 mod servers;
 mod sigv4;
 mod subnet;
+mod tls;
 mod xml;
 
 pub use clock::Clock;
@@ -32,3 +36,4 @@ pub use logs::{GroupView, KeepEvents, LogsCall, LogsReply, LogsTotals, StoredEve
 pub use model::{CloudConfig, EniEvent, InstanceSpec, InstanceView, SubnetSpec, Timing};
 pub use servers::{serve_credentials, serve_ec2, serve_imds, serve_logs};
 pub use subnet::Placement;
+pub use tls::{TEST_CA_PEM, test_acceptor};

@@ -76,14 +76,14 @@ pub(super) fn render(action: &str, reply: &Ec2Reply) -> String {
             if action == "AssignIpv6Addresses" {
                 let (addresses, prefixes): (Vec<&IpNet>, Vec<&IpNet>) = v6.into_iter().partition(|cidr| cidr.prefix_len() == 128);
                 xml.group("assignedIpv6Addresses", |xml| {
-                    addresses.iter().for_each(|a| {
-                        xml.text("item", a.addr());
-                    })
+                    for address in &addresses {
+                        xml.text("item", address.addr());
+                    }
                 });
                 xml.group("assignedIpv6PrefixSet", |xml| {
-                    prefixes.iter().for_each(|p| {
-                        xml.text("item", p);
-                    })
+                    for prefix in &prefixes {
+                        xml.text("item", prefix);
+                    }
                 });
             } else {
                 let (addresses, prefixes): (Vec<&IpNet>, Vec<&IpNet>) = v4.into_iter().partition(|cidr| cidr.prefix_len() == 32);
