@@ -29,6 +29,8 @@ enum Command {
     Top(cli::top::TopArgs),
     #[command(flatten)]
     Ask(cli::inspect::Question),
+    /// What network policies allow, and why
+    Policy(cli::policy::PolicyArgs),
 }
 
 fn main() -> ExitCode {
@@ -48,5 +50,6 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Agent(agent) => app::run(*agent),
         Command::Top(top) => cli::top::run(&top, &args.connection),
         Command::Ask(question) => cli::inspect::run(&args.connection, &question),
+        Command::Policy(args) => cli::policy::run(args),
     }
 }

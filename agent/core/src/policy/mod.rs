@@ -12,6 +12,7 @@ pub mod ports;
 mod program;
 pub mod resolve;
 mod subjects;
+pub mod verdict;
 pub mod world;
 
 pub use intern::RuleName;

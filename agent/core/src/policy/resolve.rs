@@ -5,7 +5,6 @@
 //! (ClusterNetworkPolicy's "fail closed"). Each such case is a [`Problem`].
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -14,6 +13,7 @@ use super::model::{
     Tier,
 };
 use super::objects::{AwsPort, ClusterNetworkPolicy, ClusterPeer, ClusterProtocol, ClusterRule, ClusterSubject, DestinationPort};
+use crate::cluster::ClusterState;
 use crate::objects::{IntOrString, IpBlock, LabelSelector, NetworkPolicy, PolicyPeer, PolicyPort, Protocol};
 
 /// Kind of a NetworkPolicy in names and messages.
@@ -387,13 +387,9 @@ fn aws_ports(entry: &AwsPort, resolved: &mut Vec<PortMatch>) -> bool {
     true
 }
 
-/// Every policy of a snapshot, in no particular order.
-pub fn all(
-    network: impl IntoIterator<Item = Arc<NetworkPolicy>>,
-    cluster: impl IntoIterator<Item = Arc<ClusterNetworkPolicy>>,
-    problems: &mut Vec<Problem>,
-) -> Vec<Policy> {
-    let mut policies: Vec<Policy> = network.into_iter().map(|object| network_policy(&object, problems)).collect();
-    policies.extend(cluster.into_iter().filter_map(|object| cluster_network_policy(&object, problems)));
+/// Every policy of a snapshot.
+pub fn all(cluster: &ClusterState, problems: &mut Vec<Problem>) -> Vec<Policy> {
+    let mut policies: Vec<Policy> = cluster.network_policies.values().map(|object| network_policy(object, problems)).collect();
+    policies.extend(cluster.cluster_network_policies.values().filter_map(|object| cluster_network_policy(object, problems)));
     policies
 }

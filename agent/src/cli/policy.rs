@@ -1,0 +1,192 @@
+//! `stanchion policy`: what the network policies of a set of manifests allow, and why. Offline; asks no agent.
+
+use std::io::{BufRead as _, BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use serde::{Deserialize, Serialize};
+use stanchion_core::policy::model::{PacketProtocol, Problem};
+use stanchion_core::policy::verdict::{End, Evaluator, NoVerdict, SideVerdict, Verdict};
+use stanchion_daemon::cluster::read_once;
+
+/// Questions about policies.
+#[derive(clap::Args)]
+pub(crate) struct PolicyArgs {
+    #[command(subcommand)]
+    question: Question,
+}
+
+#[derive(clap::Subcommand)]
+enum Question {
+    /// Judge connections: JSON lines in, JSON lines out in the same order
+    Verdict {
+        /// Directory of Kubernetes manifests
+        #[arg(long)]
+        manifests: PathBuf,
+        /// File of probes, `-` for standard input: {"from":"x/a","to":"y/b","family":4,"protocol":"TCP","port":80};
+        /// an end is namespace/pod, node:NAME or an address
+        #[arg(long)]
+        probes: PathBuf,
+    },
+    /// Say who decides about one connection, and what is missing to allow it
+    Explain {
+        /// Directory of Kubernetes manifests
+        #[arg(long)]
+        manifests: PathBuf,
+        /// Source: namespace/pod, node:NAME or an address
+        #[arg(long)]
+        from: End,
+        /// Destination: namespace/pod, node:NAME or an address (a service's too)
+        #[arg(long)]
+        to: End,
+        /// Destination port
+        #[arg(long, default_value_t = 0)]
+        port: u16,
+        /// TCP, UDP, SCTP, ICMP or an IP protocol number
+        #[arg(long, default_value = "TCP", value_parser = protocol)]
+        protocol: PacketProtocol,
+        /// IP family: 4 or 6; by default that of an address given, else 4
+        #[arg(long, value_parser = clap::value_parser!(u8).range(4..=6))]
+        family: Option<u8>,
+    },
+}
+
+/// A connection to judge.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Probe {
+    from: String,
+    to: String,
+    family: Option<u8>,
+    #[serde(default = "tcp")]
+    protocol: String,
+    #[serde(default)]
+    port: u16,
+}
+
+fn tcp() -> String {
+    "TCP".to_owned()
+}
+
+/// An answer line.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Answer {
+    Verdict(Verdict),
+    /// Nothing can be said: no such end, or no address of the family.
+    None {
+        allowed: Option<bool>,
+        error: String,
+    },
+}
+
+/// Answers the question.
+pub(crate) fn run(args: PolicyArgs) -> Result<ExitCode> {
+    match args.question {
+        Question::Verdict { manifests, probes } => verdicts(&manifests, &probes),
+        Question::Explain { manifests, from, to, port, protocol, family } => {
+            explain(&manifests, &from, &to, family_of(family, &from, &to)?, protocol, port)
+        }
+    }
+}
+
+fn protocol(text: &str) -> Result<PacketProtocol> {
+    Ok(PacketProtocol::from_number(match text.to_ascii_uppercase().as_str() {
+        "TCP" => 6,
+        "UDP" => 17,
+        "SCTP" => 132,
+        "ICMP" => 1,
+        "ICMPV6" => 58,
+        other => other.parse().ok().with_context(|| format!("{text:?} is no protocol: write TCP, UDP, SCTP, ICMP or a number"))?,
+    }))
+}
+
+fn family_of(given: Option<u8>, from: &End, to: &End) -> Result<u8> {
+    let mut family = given;
+    for end in [from, to] {
+        if let End::Address(address) = end {
+            let of_address = if address.is_ipv4() { 4 } else { 6 };
+            if *family.get_or_insert(of_address) != of_address {
+                bail!("{address} is no IPv{} address", family.unwrap_or(4));
+            }
+        }
+    }
+    match family.unwrap_or(4) {
+        family @ (4 | 6) => Ok(family),
+        other => bail!("family {other}: write 4 or 6"),
+    }
+}
+
+/// Tells problems of the policies on standard error: answers hold nevertheless.
+fn tell(problems: &[Problem]) {
+    for problem in problems {
+        eprintln!("stanchion: {problem}");
+    }
+}
+
+fn verdicts(directory: &Path, probes: &Path) -> Result<ExitCode> {
+    let cluster = read_once(directory)?;
+    let evaluator = Evaluator::new(&cluster);
+    tell(&evaluator.problems);
+    let input: Box<dyn std::io::Read> = if probes == Path::new("-") {
+        Box::new(std::io::stdin())
+    } else {
+        Box::new(std::fs::File::open(probes).with_context(|| format!("open {}", probes.display()))?)
+    };
+    let mut output = BufWriter::new(std::io::stdout().lock());
+    for (index, line) in std::io::BufReader::new(input).lines().enumerate() {
+        let line = line.with_context(|| format!("read {}", probes.display()))?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let answer = judge(&evaluator, &line).with_context(|| format!("{} line {}", probes.display(), index + 1))?;
+        serde_json::to_writer(&mut output, &answer)?;
+        output.write_all(b"\n")?;
+    }
+    output.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn judge(evaluator: &Evaluator<'_>, line: &str) -> Result<Answer> {
+    let probe: Probe = serde_json::from_str(line).context("no probe")?;
+    let (from, to): (End, End) = (probe.from.parse()?, probe.to.parse()?);
+    let family = family_of(probe.family, &from, &to)?;
+    Ok(match evaluator.verdict(&from, &to, family, protocol(&probe.protocol)?, probe.port) {
+        Ok(verdict) => Answer::Verdict(verdict),
+        Err(error @ (NoVerdict::Unknown(_) | NoVerdict::NoAddress(..))) => Answer::None { allowed: None, error: error.to_string() },
+    })
+}
+
+fn explain(directory: &Path, from: &End, to: &End, family: u8, protocol: PacketProtocol, port: u16) -> Result<ExitCode> {
+    let cluster = read_once(directory)?;
+    let evaluator = Evaluator::new(&cluster);
+    tell(&evaluator.problems);
+    let verdict = evaluator.verdict(from, to, family, protocol, port)?;
+    let word = if verdict.allowed { "ALLOWED" } else { "DENIED" };
+    let what = match protocol {
+        PacketProtocol::Transport(_) => format!("{protocol} port {port}"),
+        PacketProtocol::Other(_) => protocol.to_string(),
+    };
+    println!("{word}: {from} -> {to}, {what}, IPv{family}\n");
+    print_side(&format!("egress of {from}"), &verdict.egress);
+    print_side(&format!("ingress of {to}"), &verdict.ingress);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_side(title: &str, side: &SideVerdict) {
+    println!("{title}: {}", if side.allowed { "allowed" } else { "denied" });
+    println!("  {}", side.reason);
+    if let Some(rule) = &side.decided {
+        let name = if rule.name.is_empty() { String::new() } else { format!(" ({})", rule.name) };
+        println!("  rule {}{name} of {}, tier {}", rule.rule, rule.policy, rule.tier);
+        println!("  peer: {}", rule.peer.as_deref().unwrap_or("anyone"));
+    }
+    for line in &side.missing {
+        println!("  {line}");
+    }
+    if side.decided.is_none() && !side.selected_by.is_empty() {
+        println!("  selected by: {}", side.selected_by.join(", "));
+    }
+    println!();
+}
