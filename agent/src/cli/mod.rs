@@ -1,12 +1,10 @@
 //! The subcommands: arguments in, a view for people or JSON for scripts out.
 
-pub(crate) mod plan;
-pub(crate) mod policy;
-pub(crate) mod ship;
 pub(crate) mod agent;
 pub(crate) mod client;
 pub(crate) mod inspect;
 pub(crate) mod plan;
+pub(crate) mod policy;
 pub(crate) mod ship;
 mod table;
 pub(crate) mod top;
