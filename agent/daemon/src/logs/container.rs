@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use stanchion_core::logs::cri::{Header, Line, Output};
 use stanchion_core::logs::enrich::Identity;
 use stanchion_core::logs::join::{Event, Joiner, Mark};
 use stanchion_core::logs::ledger::Ledger;
 use stanchion_core::logs::names::ContainerRef;
-use stanchion_core::logs::positions::Fingerprint;
+use stanchion_core::logs::positions::{Fingerprint, Position};
 use stanchion_core::logs::record::RecordWriter;
 use stanchion_core::logs::settings::LogSettings;
 
@@ -33,6 +33,8 @@ pub(super) struct Generation {
     pub(super) rotated_ms: Option<i64>,
     /// Nothing more will be read from it.
     pub(super) finished: bool,
+    /// It ended because the file was truncated: its bytes are gone.
+    pub(super) truncated: bool,
     /// In the middle of a line longer than a block: its output, and whether it goes on after its newline.
     pub(super) long_line: Option<(Output, bool, bool)>,
     /// Since when bytes are unacknowledged.
@@ -56,10 +58,22 @@ impl Generation {
             ledger: Ledger::starting_at(offset),
             rotated_ms: None,
             finished: false,
+            truncated: false,
             long_line: None,
             behind_since_ms: None,
             last_error: None,
         })
+    }
+
+    /// How far it is acknowledged, under the path that the container's log has.
+    pub(super) fn position(&self, live: &Path) -> Position {
+        Position {
+            path: live.to_string_lossy().into_owned(),
+            dev: self.dev,
+            inode: self.inode,
+            fingerprint: self.fingerprint,
+            offset: self.ledger.safe(),
+        }
     }
 
     /// Everything in it is acknowledged and nothing more comes.
@@ -87,6 +101,8 @@ pub(super) struct Container {
     pub(super) next_generation: u32,
     /// Suffixes of rotated siblings that were seen: a new one is a rotation that happened between two looks.
     pub(super) known_rotated: BTreeSet<String>,
+    /// The newest generation that is done: after a restart everything up to it is known to be done too.
+    pub(super) retired: Option<(u32, Position)>,
     /// The live path is gone, since when.
     pub(super) gone_ms: Option<i64>,
     /// When to look for new bytes.

@@ -1,7 +1,7 @@
 //! The tailer: follows every container's files and fills batches. It does file input, but no waiting and no sending, so
 //! that a test drives it step by step; [`super::run`] drives it for real.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use stanchion_core::logs::route::Place;
 use stanchion_core::logs::settings::{LogSettings, ReadFrom};
 use tracing::{info, warn};
 
-use super::container::{Container, Context, Generation};
+use super::container::{Container, Context};
 use super::counters::{FileStatus, LogCounters, LogsSnapshot};
 use super::discover::{self, Found};
 use super::source::Source;
@@ -193,7 +193,9 @@ impl Tailer {
     /// The directory cannot be listed; nothing changed then.
     pub fn scan(&mut self, now: Now) -> io::Result<()> {
         let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name)?;
+        let mut unopened = HashSet::new();
         for found in found {
+            unopened.insert(found.live.clone());
             match self.by_path.get(&found.live) {
                 Some(id) => {
                     let id = *id;
@@ -204,7 +206,7 @@ impl Tailer {
         }
         // What follows appears while we are here: it is read from its first byte.
         self.begin = ReadFrom::Head;
-        self.restored.clear();
+        self.restored.retain(|path, _| unopened.contains(path));
         let ids: Vec<_> = self.containers.keys().copied().collect();
         for id in ids {
             self.check_gone(id, now);
@@ -228,6 +230,7 @@ impl Tailer {
             generations: Default::default(),
             next_generation: 0,
             known_rotated: Default::default(),
+            retired: None,
             gone_ms: None,
             next_poll_ms: 0,
             poll_ms: POLL_MS.0,
@@ -407,14 +410,15 @@ impl Tailer {
         let generation = &mut container.generations[index];
         let size = generation.source.size()?;
         // What is compressed does not change any more, and cannot be read again from its beginning.
-        let grown = size != generation.size && matches!(generation.source, Source::Plain(_));
+        let plain = matches!(generation.source, Source::Plain(_));
+        let grown = plain && size != generation.size;
         generation.size = size;
-        if size < generation.offset || (grown && !generation.source.begins_with(generation.fingerprint)?) {
+        let truncated = plain && size < generation.offset;
+        if truncated || (grown && !generation.source.begins_with(generation.fingerprint)?) {
             return self.restart(container, index, now);
         }
         let generation = &mut container.generations[index];
-        let at_end = generation.offset >= size;
-        let read = if at_end { 0 } else { generation.source.read_at(generation.offset, block)? };
+        let read = if plain && generation.offset >= size { 0 } else { generation.source.read_at(generation.offset, block)? };
         if generation.fingerprint.len < 256 && grown {
             generation.fingerprint = generation.source.fingerprint()?;
         }
@@ -453,6 +457,7 @@ impl Tailer {
         let rotated_ms = generation.rotated_ms;
         generation.rotated_ms.get_or_insert(now.mono);
         generation.finished = true;
+        generation.truncated = true;
         if let Some(source) = again {
             container.push_generation(source, 0, rotated_ms)?;
         }
@@ -462,8 +467,17 @@ impl Tailer {
 
     /// Forgets generations that are done; true when the container has none left and is gone.
     fn retire(&mut self, container: &mut Container) -> bool {
+        let live = &container.live;
+        let retired = &mut container.retired;
         let before = container.generations.len();
-        container.generations.retain(|generation| !generation.is_done());
+        container.generations.retain(|generation| {
+            let done = generation.is_done();
+            // What was truncated is no file that could be found again.
+            if done && !generation.truncated && retired.as_ref().is_none_or(|(number, _)| *number < generation.number) {
+                *retired = Some((generation.number, generation.position(live)));
+            }
+            !done
+        });
         self.positions_dirty |= before != container.generations.len();
         container.gone_ms.is_some() && container.generations.is_empty() && !container.joiner.is_open()
     }
@@ -564,20 +578,14 @@ impl Tailer {
         std::mem::take(&mut self.positions_dirty).then(|| self.positions())
     }
 
-    /// How far each file is acknowledged.
+    /// How far each file is acknowledged, with what was restored for files that could not be opened yet.
     pub fn positions(&self) -> Positions {
-        let position = |container: &Container, generation: &Generation| Position {
-            path: container.live.to_string_lossy().into_owned(),
-            dev: generation.dev,
-            inode: generation.inode,
-            fingerprint: generation.fingerprint,
-            offset: generation.ledger.safe(),
-        };
-        let files = self
-            .containers
-            .values()
-            .flat_map(|container| container.generations.iter().map(move |generation| position(container, generation)));
-        Positions { version: VERSION, node: self.parts.node.clone(), files: files.collect() }
+        let open = self.containers.values().flat_map(|container| {
+            let generations = container.generations.iter().map(|generation| generation.position(&container.live));
+            container.retired.iter().map(|(_, position)| position.clone()).chain(generations)
+        });
+        let files = open.chain(self.restored.values().flatten().cloned()).collect();
+        Positions { version: VERSION, node: self.parts.node.clone(), files }
     }
 
     /// The state for people.
@@ -633,25 +641,28 @@ fn open_generations(container: &mut Container, positions: &[Position], begin: Re
     family.push((Source::open(&container.live)?, false, false));
     let tail_only = positions.is_empty() && begin == ReadFrom::Tail;
     let mut open = Vec::new();
-    let mut first_with_position = None;
+    let mut matched = BTreeSet::new();
+    let mut first_match = None;
     for (index, (mut source, rotated, gz)) in family.into_iter().enumerate() {
         let identity = source.identity()?;
         let mut found = None;
-        for position in positions {
+        for (number, position) in positions.iter().enumerate() {
             let same_file = gz || (position.dev, position.inode) == identity;
-            // An empty fingerprint fits every file; only the same inode makes it mean something.
-            if same_file && (position.fingerprint.len > 0 || !gz) && source.begins_with(position.fingerprint)? {
+            // An empty fingerprint fits every file, and the inode may have been given to another: it says nothing.
+            if same_file && position.fingerprint.len > 0 && source.begins_with(position.fingerprint)? {
                 found = Some(position.offset);
+                matched.insert(number);
+                first_match.get_or_insert((index, number));
             }
-        }
-        if found.is_some() && first_with_position.is_none() {
-            first_with_position = Some(index);
         }
         open.push((source, rotated, found));
     }
+    // Positions are in the order of the files. What is older than the first one found was done, but for files that are
+    // remembered and not found, as they were empty then.
+    let begin_at =
+        first_match.map_or(0, |(index, number)| index.saturating_sub((0..number).filter(|earlier| !matched.contains(earlier)).count()));
     for (index, (source, rotated, found)) in open.into_iter().enumerate() {
-        let older_than_known = first_with_position.is_some_and(|first| index < first);
-        if older_than_known || (tail_only && rotated) {
+        if index < begin_at || (tail_only && rotated) {
             continue;
         }
         let size = source.size()?;
@@ -702,9 +713,13 @@ fn follow(container: &mut Container, now_ms: i64) -> io::Result<bool> {
 }
 
 /// A compressed sibling that holds the same bytes as a generation that is open.
-fn is_compressed_form(container: &Container, path: &Path) -> io::Result<bool> {
+fn is_compressed_form(container: &mut Container, path: &Path) -> io::Result<bool> {
     let mut source = Source::open_gz(path)?;
-    for generation in &container.generations {
+    for generation in &mut container.generations {
+        if generation.fingerprint.len == 0 && matches!(generation.source, Source::Plain(_)) {
+            // Written to since it was opened empty.
+            generation.fingerprint = generation.source.fingerprint()?;
+        }
         if generation.fingerprint.len > 0 && source.begins_with(generation.fingerprint)? {
             return Ok(true);
         }
