@@ -19,6 +19,7 @@ pub mod manifests;
 pub mod netns;
 pub mod node;
 pub mod pod;
+pub mod pod_cgroups;
 pub mod probe;
 pub mod router;
 pub mod run;

@@ -1,6 +1,7 @@
 //! Benches: each prints figures beside a floor or yardstick that was measured in the same run.
 
 pub mod datapath;
+pub mod idle;
 pub mod pool;
 
 use serde::Serialize;

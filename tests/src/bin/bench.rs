@@ -21,7 +21,11 @@ struct Args {
 type Bench = fn(bool) -> anyhow::Result<Vec<Row>>;
 
 /// Every bench by its name.
-const BENCHES: [(&str, Bench); 2] = [("datapath", stanchion_lab::bench::datapath::run), ("pool", stanchion_lab::bench::pool::run)];
+const BENCHES: [(&str, Bench); 3] = [
+    ("datapath", stanchion_lab::bench::datapath::run),
+    ("pool", stanchion_lab::bench::pool::run),
+    ("idle", stanchion_lab::bench::idle::run),
+];
 
 fn main() -> ExitCode {
     let args = Args::parse();

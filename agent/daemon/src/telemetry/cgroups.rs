@@ -1,7 +1,8 @@
 //! Finding and reading the cgroups of pods: v1, hybrid and v2.
 
+use std::collections::HashMap;
 use std::fs;
-use std::io::Read as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,6 +16,11 @@ const MAX_ROOT_DEPTH: usize = 4;
 const MAX_SEARCHED: usize = 2000;
 /// Directories below it that are read in one pass; a node holds at most 250 pods or so.
 const MAX_CGROUPS: usize = 4096;
+
+/// Files of cgroups kept open at most: six of each of 500 cgroups and some.
+const MAX_KEPT: usize = 4096;
+/// A read that gave less than this gave all: the kernel fills at least a page before it stops short.
+const SHORT: usize = 2048;
 
 /// A cgroup tree that carries a controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,10 +57,41 @@ pub(super) struct KernelFile {
 impl KernelFile {
     /// The text of `dir/name`; `None` when it cannot be read (gone, not supported) or is no text.
     pub(super) fn read(&mut self, dir: &Path, name: &str) -> Option<&str> {
+        let file = self.open(dir, name)?;
+        self.text_of(&file)
+    }
+
+    /// The text of `dir/name` through `kept`, a file that stays open from one tick to the next: the kernel makes the text anew
+    /// at each read from offset 0, and opening costs six times what most of these reads cost.
+    fn read_kept(&mut self, kept: &mut Kept, room: &mut usize, dir: &Path, name: &str) -> Option<&str> {
+        if matches!(kept, Kept::Closed) {
+            let file = match self.open(dir, name) {
+                Some(file) => file,
+                None => {
+                    *kept = Kept::Absent;
+                    return None;
+                }
+            };
+            if *room == 0 {
+                return self.text_of(&file);
+            }
+            *room -= 1;
+            *kept = Kept::Open(file);
+        }
+        match kept {
+            Kept::Open(file) => self.text_of(file),
+            Kept::Closed | Kept::Absent => None,
+        }
+    }
+
+    fn open(&mut self, dir: &Path, name: &str) -> Option<fs::File> {
         self.path.clear();
         self.path.push(dir);
         self.path.push(name);
-        let mut file = fs::File::open(&self.path).ok()?;
+        fs::File::open(&self.path).ok()
+    }
+
+    fn text_of(&mut self, file: &fs::File) -> Option<&str> {
         if self.buffer.is_empty() {
             self.buffer.resize(16 * 1024, 0);
         }
@@ -63,13 +100,29 @@ impl KernelFile {
             if filled == self.buffer.len() {
                 self.buffer.resize(filled * 2, 0);
             }
-            match file.read(&mut self.buffer[filled..]).ok()? {
+            match file.read_at(&mut self.buffer[filled..], filled as u64).ok()? {
                 0 => break,
                 read => filled += read,
+            }
+            // cgroup and seq files give all they have at once, if it fits; only long ones need another look.
+            if filled < SHORT {
+                break;
             }
         }
         std::str::from_utf8(&self.buffer[..filled]).ok()
     }
+}
+
+/// A file that may stay open.
+#[derive(Debug, Default)]
+enum Kept {
+    /// Not tried yet, or no room to keep it.
+    #[default]
+    Closed,
+    /// Open.
+    Open(fs::File),
+    /// This kernel has none.
+    Absent,
 }
 
 /// The cgroups of pods.
@@ -79,14 +132,35 @@ pub(super) struct Cgroups {
     memory: Controller,
     /// Directories of pods, relative to a controller's root.
     roots: Vec<PathBuf>,
+    /// Directories that were listed, in the memory tree.
+    listings: HashMap<PathBuf, Listing>,
     known: Vec<Known>,
+    /// Files that may still be kept open.
+    room: usize,
+}
+
+/// What a directory held when it was listed.
+#[derive(Debug)]
+struct Listing {
+    /// The number of its subdirectories plus two, which the kernel gives without listing.
+    links: u64,
+    directories: Vec<String>,
+    pass: u64,
 }
 
 #[derive(Debug)]
 struct Known {
     id: Arc<CgroupId>,
+    relative: PathBuf,
     cpu: PathBuf,
     memory: PathBuf,
+    files: [Kept; 6],
+}
+
+impl Known {
+    fn open_files(&self) -> usize {
+        self.files.iter().filter(|file| matches!(file, Kept::Open(_))).count()
+    }
 }
 
 impl Cgroups {
@@ -96,54 +170,87 @@ impl Cgroups {
             cpu: Controller::find(root, &["cpuacct", "cpu,cpuacct", "cpuacct,cpu"]),
             memory: Controller::find(root, &["memory"]),
             roots: Vec::new(),
+            listings: HashMap::new(),
             known: Vec::new(),
+            room: files_to_keep(),
         }
     }
 
     /// The root cgroup's memory; `None` where the kernel has no memory.stat there.
     pub(super) fn root_memory(&self, file: &mut KernelFile) -> Option<MemoryCounters> {
-        memory(&self.memory, self.memory.path(), file)
+        let mut files = <[Kept; 6]>::default();
+        memory(&self.memory, self.memory.path(), &mut files, &mut 0, file)
     }
 
     /// Reads every pod's and container's cgroup into `out`; `since` is the origin of the times.
     pub(super) fn read(&mut self, since: Instant, file: &mut KernelFile, out: &mut Vec<CgroupReading>) {
+        if !self.read_known(since, file, out) {
+            // A directory took the place of another: the number of links told nothing.
+            self.listings.clear();
+            self.read_known(since, file, out);
+        }
+    }
+
+    /// Reads what is there; false if something that was listed is gone.
+    fn read_known(&mut self, since: Instant, file: &mut KernelFile, out: &mut Vec<CgroupReading>) -> bool {
         out.clear();
-        self.rescan();
-        for known in &self.known {
-            let cpu = cpu(&self.cpu, &known.cpu, file);
-            let memory = memory(&self.memory, &known.memory, file);
+        if self.listings.is_empty() || self.listings.iter().any(|(path, listing)| links(&self.memory.path().join(path)) != Some(listing.links)) {
+            self.rescan();
+        }
+        let mut complete = true;
+        for known in &mut self.known {
+            let cpu = cpu(&self.cpu, &known.cpu, &mut known.files, &mut self.room, file);
+            let memory = memory(&self.memory, &known.memory, &mut known.files, &mut self.room, file);
             if cpu.is_none() && memory.is_none() {
-                // Gone between listing and reading.
+                complete = false;
                 continue;
             }
             out.push(CgroupReading { id: Arc::clone(&known.id), at: since.elapsed(), cpu, memory });
         }
+        complete
     }
 
-    /// Lists the tree again; ids that were known are kept.
+    /// Lists the tree again, those directories whose number of subdirectories changed; what was known is kept with its files.
     fn rescan(&mut self) {
-        self.roots.retain(|root| self.memory.path().join(root).is_dir());
+        let tree = self.memory.path().to_owned();
+        self.roots.retain(|root| tree.join(root).is_dir());
         if self.roots.is_empty() {
-            self.roots = find_roots(self.memory.path());
+            self.roots = find_roots(&tree);
         }
+        let pass = self.listings.values().map(|listing| listing.pass).max().unwrap_or(0) + 1;
         let mut found = Vec::with_capacity(self.known.len());
-        let mut old = std::mem::take(&mut self.known).into_iter().peekable();
         for root in &self.roots {
-            list(self.memory.path(), root, None, &mut found);
+            list(&tree, root, None, pass, &mut self.listings, &mut found);
         }
+        self.listings.retain(|_, listing| listing.pass == pass);
         found.sort_by(|a: &Found, b| a.relative.cmp(&b.relative));
+        let mut old = std::mem::take(&mut self.known).into_iter().peekable();
         for Found { relative, pod_uid, container } in found {
-            let memory = self.memory.path().join(&relative);
-            while old.next_if(|known| known.memory < memory).is_some() {}
-            match old.next_if(|known| known.memory == memory) {
-                Some(known) => self.known.push(known),
-                None => {
-                    let id = Arc::new(CgroupId { pod_uid, container });
-                    self.known.push(Known { id, cpu: self.cpu.path().join(&relative), memory });
-                }
+            while let Some(gone) = old.next_if(|known| known.relative < relative) {
+                self.room += gone.open_files();
             }
+            let known = old.next_if(|known| known.relative == relative).unwrap_or_else(|| Known {
+                id: Arc::new(CgroupId { pod_uid, container }),
+                cpu: self.cpu.path().join(&relative),
+                memory: tree.join(&relative),
+                relative,
+                files: Default::default(),
+            });
+            self.known.push(known);
         }
+        self.room += old.map(|gone| gone.open_files()).sum::<usize>();
     }
+}
+
+/// How many files may stay open: half of what the process may have, so that the rest of the agent is not short of them.
+fn files_to_keep() -> usize {
+    let (soft, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    usize::try_from(soft / 2).unwrap_or(MAX_KEPT).min(MAX_KEPT)
+}
+
+/// The number of links of a directory, where it counts subdirectories; `None` if it is gone or the file system does not count.
+fn links(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|meta| meta.nlink()).filter(|links| *links >= 2)
 }
 
 /// A directory of a pod or container.
@@ -179,17 +286,27 @@ fn find_roots(tree: &Path) -> Vec<PathBuf> {
     Vec::new()
 }
 
-fn list(tree: &Path, relative: &Path, pod: Option<&str>, out: &mut Vec<Found>) {
-    for name in directories(&tree.join(relative)) {
+fn list(tree: &Path, relative: &Path, pod: Option<&str>, pass: u64, listings: &mut HashMap<PathBuf, Listing>, out: &mut Vec<Found>) {
+    let path = tree.join(relative);
+    // The count first: what is added while listing is found at the next pass.
+    let links = links(&path);
+    let unchanged = listings.get(relative).is_some_and(|listing| Some(listing.links) == links);
+    if !unchanged {
+        let listing = Listing { links: links.unwrap_or(0), directories: directories(&path), pass };
+        listings.insert(relative.to_owned(), listing);
+    }
+    let Some(listing) = listings.get_mut(relative) else { return };
+    listing.pass = pass;
+    for name in listing.directories.clone() {
         if out.len() >= MAX_CGROUPS {
             return;
         }
         let path = relative.join(&name);
         match (cgroup::classify(&name), pod) {
-            (Kind::Group, None) => list(tree, &path, None, out),
+            (Kind::Group, None) => list(tree, &path, None, pass, listings, out),
             (Kind::Pod { uid }, None) => {
                 let uid = cgroup::pod_uid(uid);
-                list(tree, &path, Some(&uid), out);
+                list(tree, &path, Some(&uid), pass, listings, out);
                 out.push(Found { relative: path, pod_uid: uid, container: None });
             }
             (Kind::Container { id }, Some(uid)) => {
@@ -213,31 +330,33 @@ fn directories(path: &Path) -> Vec<String> {
         .collect()
 }
 
-fn cpu(controller: &Controller, dir: &Path, file: &mut KernelFile) -> Option<CpuCounters> {
+fn cpu(controller: &Controller, dir: &Path, files: &mut [Kept; 6], room: &mut usize, file: &mut KernelFile) -> Option<CpuCounters> {
+    let [usage, split, ..] = files;
     match controller {
         Controller::V1(_) => {
-            let usage_ns = cgroup::single(file.read(dir, "cpuacct.usage")?)?;
-            let (user_ns, system_ns) = cgroup::cpuacct_stat(file.read(dir, "cpuacct.stat")?)?;
+            let usage_ns = cgroup::single(file.read_kept(usage, room, dir, "cpuacct.usage")?)?;
+            let (user_ns, system_ns) = cgroup::cpuacct_stat(file.read_kept(split, room, dir, "cpuacct.stat")?)?;
             Some(CpuCounters { usage_ns, user_ns, system_ns })
         }
-        Controller::V2(_) => Some(cgroup::cpu_stat_v2(file.read(dir, "cpu.stat")?)?.0),
+        Controller::V2(_) => Some(cgroup::cpu_stat_v2(file.read_kept(usage, room, dir, "cpu.stat")?)?.0),
     }
 }
 
-fn memory(controller: &Controller, dir: &Path, file: &mut KernelFile) -> Option<MemoryCounters> {
+fn memory(controller: &Controller, dir: &Path, files: &mut [Kept; 6], room: &mut usize, file: &mut KernelFile) -> Option<MemoryCounters> {
+    let [_, _, stat, usage, max_usage, last] = files;
     let mut out;
     match controller {
         Controller::V1(_) => {
-            out = cgroup::memory_stat_v1(file.read(dir, "memory.stat")?)?;
-            out.usage = file.read(dir, "memory.usage_in_bytes").and_then(cgroup::single).unwrap_or(0);
-            out.max_usage = file.read(dir, "memory.max_usage_in_bytes").and_then(cgroup::single).unwrap_or(0);
-            out.failcnt = file.read(dir, "memory.failcnt").and_then(cgroup::single).unwrap_or(0);
+            out = cgroup::memory_stat_v1(file.read_kept(stat, room, dir, "memory.stat")?)?;
+            out.usage = file.read_kept(usage, room, dir, "memory.usage_in_bytes").and_then(cgroup::single).unwrap_or(0);
+            out.max_usage = file.read_kept(max_usage, room, dir, "memory.max_usage_in_bytes").and_then(cgroup::single).unwrap_or(0);
+            out.failcnt = file.read_kept(last, room, dir, "memory.failcnt").and_then(cgroup::single).unwrap_or(0);
         }
         Controller::V2(_) => {
-            out = cgroup::memory_stat_v2(file.read(dir, "memory.stat")?)?;
-            out.usage = file.read(dir, "memory.current").and_then(cgroup::single).unwrap_or(0);
-            out.max_usage = file.read(dir, "memory.peak").and_then(cgroup::single).unwrap_or(0);
-            out.swap = file.read(dir, "memory.swap.current").and_then(cgroup::single).unwrap_or(0);
+            out = cgroup::memory_stat_v2(file.read_kept(stat, room, dir, "memory.stat")?)?;
+            out.usage = file.read_kept(usage, room, dir, "memory.current").and_then(cgroup::single).unwrap_or(0);
+            out.max_usage = file.read_kept(max_usage, room, dir, "memory.peak").and_then(cgroup::single).unwrap_or(0);
+            out.swap = file.read_kept(last, room, dir, "memory.swap.current").and_then(cgroup::single).unwrap_or(0);
         }
     }
     Some(out)
