@@ -21,6 +21,8 @@ pub(crate) struct PlanArgs {
 enum Question {
     /// ENIs, addresses and EC2 calls of one node with so many pods
     Pool(PoolArgs),
+    /// What Container Insights metrics cost a month, by preset
+    Cost(super::cost::CostArgs),
 }
 
 /// One node.
@@ -65,7 +67,7 @@ struct PoolArgs {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
+pub(super) enum Output {
     Table,
     Json,
 }
@@ -84,6 +86,7 @@ struct PoolDocument<'a> {
 pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<ExitCode> {
     match &args.question {
         Question::Pool(pool) => run_pool(pool),
+        Question::Cost(cost) => super::cost::run(cost),
     }
 }
 
