@@ -1,5 +1,6 @@
 //! The host network in a real kernel: plans applied, damaged by hand, applied again; traffic through the router of a VPC that
 //! drops what comes from the wrong ENI.
+#![allow(clippy::unwrap_used, reason = "a failed set-up is a failed test, and the line says which")]
 
 mod cni_support;
 

@@ -1,4 +1,5 @@
 //! The plugin in real namespaces, with `ip -j` as oracle and a scripted agent behind the real socket.
+#![allow(clippy::unwrap_used, reason = "a failed set-up is a failed test, and the line says which")]
 
 mod cni_support;
 

@@ -1,5 +1,6 @@
 //! Benches: each prints figures beside a floor or yardstick that was measured in the same run.
 
+pub mod cni;
 pub mod datapath;
 pub mod idle;
 pub mod pool;

@@ -21,7 +21,8 @@ struct Args {
 type Bench = fn(bool) -> anyhow::Result<Vec<Row>>;
 
 /// Every bench by its name.
-const BENCHES: [(&str, Bench); 3] = [
+const BENCHES: [(&str, Bench); 4] = [
+    ("cni", stanchion_lab::bench::cni::run),
     ("datapath", stanchion_lab::bench::datapath::run),
     ("pool", stanchion_lab::bench::pool::run),
     ("idle", stanchion_lab::bench::idle::run),
