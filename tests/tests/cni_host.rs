@@ -341,23 +341,38 @@ async fn a_missing_interface_is_reported_and_the_rest_is_done() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_monitor_hears_of_damage() {
+async fn damage_heals_by_itself_within_seconds() {
     let vpc = Vpc::build().await;
-    let node = vpc.node.0.clone();
-    let heard = tokio::task::spawn_blocking(move || {
+    let (node, host) = (vpc.node.0.clone(), vpc.host.clone());
+    let shutdown = tokio_util::sync::CancellationToken::new();
+    let ended = shutdown.clone();
+    let (started, ready) = tokio::sync::oneshot::channel();
+    // The healer listens in the namespace of the thread that starts it.
+    let healer = tokio::task::spawn_blocking(move || {
         node.run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                let (mut changes, _task) = stanchion_netlink::monitor::spawn().unwrap();
-                // Its sockets hear from now on, whatever the task does.
-                let output = std::process::Command::new("ip").args(["rule", "del", "pref", "1024"]).output().unwrap();
-                assert!(output.status.success());
-                tokio::time::timeout(PATIENCE, changes.changed()).await.is_ok_and(|changed| changed.is_ok())
-            })
+                let task = stanchion_daemon::cni::spawn_heal(host, ended).unwrap();
+                started.send(()).unwrap();
+                task.await.unwrap();
+            });
         })
     });
-    assert!(heard.await.unwrap().unwrap());
-    assert_eq!(vpc.heal().await.len(), 1);
+    ready.await.unwrap();
+    for damage in ["ip rule del pref 1024", "ip route del 10.0.1.21", "ip link set eth1 down"] {
+        run(&vpc.node.0, damage);
+        let whole = async || {
+            let rules = ip(&vpc.node.0, &["rule"]).to_string();
+            let routes = ip(&vpc.node.0, &["route", "show", "table", "all"]).to_string();
+            let good =
+                rules.contains("\"priority\":1024") && routes.contains("\"dst\":\"10.0.1.21\"") && routes.contains("\"table\":\"2\"");
+            anyhow::ensure!(good, "after {damage}: {rules} {routes}");
+            Ok(())
+        };
+        stanchion_lab::wait::wait_for("the healer", PATIENCE, whole).await.unwrap();
+    }
+    shutdown.cancel();
+    healer.await.unwrap().unwrap();
 }
 
 #[test]

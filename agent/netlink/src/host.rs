@@ -10,14 +10,15 @@ use crate::netns::{Netns, NetnsError};
 use crate::socket::{Netlink, NetlinkError};
 use crate::{nft, sysctl};
 
-type Job = (HostPlan, oneshot::Sender<Result<HostReport, HostError>>);
+/// A plan, or `None`: the last one again.
+type Job = (Option<Box<HostPlan>>, oneshot::Sender<Result<Option<HostReport>, HostError>>);
 
 /// Applies plans to the namespace in which it was created. Cheap to clone.
 ///
 /// Its own thread, because sysctls and `nft` act on the namespace of the thread, and because netlink requests block.
 #[derive(Clone, Debug)]
 pub struct HostNet {
-    // Unbounded, but callers wait for the answer: as many jobs as callers, and that is ipamd alone.
+    // Unbounded, but callers wait for the answer: as many jobs as callers, and those are ipamd and the healer.
     jobs: mpsc::Sender<Job>,
 }
 
@@ -67,18 +68,38 @@ impl HostNet {
     }
 }
 
-impl HostNetwork for HostNet {
-    async fn apply(&self, desired: &HostPlan) -> Result<HostReport, HostError> {
+impl HostNet {
+    /// Applies the last plan again, to undo what others did meanwhile; `None` before the first [`HostNetwork::apply`].
+    ///
+    /// # Errors
+    /// As [`HostNetwork::apply`].
+    pub async fn reapply(&self) -> Result<Option<HostReport>, HostError> {
+        self.ask(None).await
+    }
+
+    async fn ask(&self, plan: Option<Box<HostPlan>>) -> Result<Option<HostReport>, HostError> {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send((desired.clone(), reply)).map_err(|_| HostError::Closed)?;
+        self.jobs.send((plan, reply)).map_err(|_| HostError::Closed)?;
         answer.await.map_err(|_| HostError::Closed)?
     }
 }
 
+impl HostNetwork for HostNet {
+    async fn apply(&self, desired: &HostPlan) -> Result<HostReport, HostError> {
+        let report = self.ask(Some(Box::new(desired.clone()))).await?;
+        report.ok_or(HostError::Closed)
+    }
+}
+
 fn work(mut netlink: Netlink, inbox: &mpsc::Receiver<Job>) {
-    while let Ok((desired, reply)) = inbox.recv() {
+    let mut last = None;
+    while let Ok((plan, reply)) = inbox.recv() {
+        if plan.is_some() {
+            last = plan;
+        }
+        let outcome = last.as_deref().map(|plan| apply(&mut netlink, plan)).transpose();
         // Nobody waits any more: the work is done all the same, the next plan finds it done.
-        let _ = reply.send(apply(&mut netlink, &desired));
+        let _ = reply.send(outcome);
     }
 }
 

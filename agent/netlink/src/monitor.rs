@@ -26,7 +26,7 @@ pub fn spawn() -> Result<(watch::Receiver<u64>, JoinHandle<()>), NetlinkError> {
         MulticastGroup::Ipv6Route,
         MulticastGroup::Ipv6Rule,
     ];
-    let (connection, _handle, mut messages) =
+    let (connection, handle, mut messages) =
         rtnetlink::new_multicast_connection(&groups).map_err(|source| NetlinkError::Socket { op: "join multicast groups", source })?;
     let connection = tokio::spawn(connection);
     let (changed, receiver) = watch::channel(0);
@@ -36,6 +36,8 @@ pub fn spawn() -> Result<(watch::Receiver<u64>, JoinHandle<()>), NetlinkError> {
             while let Ok(Some(_)) = tokio::time::timeout(Duration::ZERO, messages.next()).await {}
             changed.send_modify(|count| *count += 1);
         }
+        // The connection ends with its last handle.
+        drop(handle);
         connection.abort();
     });
     Ok((receiver, task))

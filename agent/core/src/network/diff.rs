@@ -1,7 +1,8 @@
 //! From the plan and what is there to the operations that are missing.
 
 use super::host::{
-    EniPlan, EniRole, HostPlan, PRIORITY_EXTERNAL_SERVICE, PRIORITY_FROM_ENI, PRIORITY_FROM_POD, PRIORITY_MARK, PRIORITY_TO_POD, V6_GATEWAY,
+    EniPlan, EniRole, HostPlan, PRIORITY_EXTERNAL_SERVICE, PRIORITY_FROM_ENI, PRIORITY_FROM_POD, PRIORITY_MARK, PRIORITY_TO_POD, PodHost,
+    V6_GATEWAY,
 };
 use super::names::{MAIN_TABLE, subnet_gateway};
 use super::nft::{Ruleset, document};
@@ -112,7 +113,7 @@ fn eni_ops(eni: &EniPlan, link: &NodeIf, observed: &HostObserved, ops: &mut Vec<
 /// A pod's host route, while its veth lives.
 fn pod_routes(desired: &HostPlan, observed: &HostObserved, ops: &mut Vec<NetOp>) {
     for pod in &desired.pods {
-        let Some(link) = observed.link_named(&pod.host_if) else { continue };
+        let Some(link) = pod_link(pod, desired, observed) else { continue };
         let route = Route { dst: pod.address.into(), table: MAIN_TABLE, via: None, index: link.index };
         if !observed.routes.contains(&route) {
             ops.push(NetOp::ReplaceRoute(route));
@@ -120,10 +121,21 @@ fn pod_routes(desired: &HostPlan, observed: &HostObserved, ops: &mut Vec<NetOp>)
     }
 }
 
+/// The pod's host end, if it is up and still this pod's. Down: its ADD is under way. With another address behind it: a
+/// newer sandbox of the same pod has taken the name, and the plan is older than that.
+fn pod_link<'a>(pod: &PodHost, desired: &HostPlan, observed: &'a HostObserved) -> Option<&'a NodeIf> {
+    let link = observed.link_named(&pod.host_if).filter(|link| link.up)?;
+    let own = |dst: IpNet| desired.pods.iter().any(|other| other.host_if == pod.host_if && IpNet::from(other.address) == dst);
+    let same_family = |dst: IpNet| dst.addr().is_ipv4() == pod.address.is_ipv4();
+    let behind = || observed.routes.iter().filter(|route| route.index == link.index && route.table == MAIN_TABLE && is_host(route.dst));
+    let taken = behind().any(|route| same_family(route.dst) && !own(route.dst));
+    (!taken).then_some(link)
+}
+
 fn wanted_rules(desired: &HostPlan, observed: &HostObserved) -> Vec<Rule> {
     let mut wanted = Vec::new();
     for pod in &desired.pods {
-        if observed.link_named(&pod.host_if).is_some() {
+        if pod_link(pod, desired, observed).is_some() {
             wanted.extend(pod_rules(pod.address, pod.table));
         }
     }

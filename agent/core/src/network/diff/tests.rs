@@ -1,5 +1,5 @@
 use super::*;
-use crate::network::host::{DEFAULT_MTU, PodHost, Randomize, Snat};
+use crate::network::host::{DEFAULT_MTU, Randomize, Snat};
 use crate::network::ops::IfAddress;
 use crate::network::{Rule, eni_route_table};
 
@@ -203,4 +203,18 @@ fn rules_of_others_are_not_ours_to_judge() {
         Rule { mark: Some((0x4000, 0x4000)), ..Rule::new(false, 1024, 254) },
     ]);
     assert_eq!(diff(&plan(), &state), []);
+}
+
+#[test]
+fn an_older_plan_does_not_disturb_a_newer_sandbox() {
+    let mut state = settled();
+    let (old, new): (IpNet, IpNet) = (net("10.0.0.21/32"), net("10.0.0.35/32"));
+    state.routes.iter_mut().filter(|route| route.dst == old).for_each(|route| route.dst = new);
+    state.rules.retain(|rule| rule.to != Some(old) && rule.from != Some(old));
+    state.rules.extend(pod_rules(new.addr(), 2));
+    assert_eq!(diff(&plan(), &state), [], "the name is the same, the pod behind it is not");
+    let mut starting = settled();
+    starting.routes.retain(|route| route.dst != old);
+    starting.links.iter_mut().filter(|link| link.name == "eni1234").for_each(|link| link.up = false);
+    assert!(diff(&plan(), &starting).iter().all(|op| !matches!(op, NetOp::ReplaceRoute(_))), "its ADD is under way");
 }

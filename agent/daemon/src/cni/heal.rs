@@ -1,0 +1,57 @@
+//! Repairs the host network when somebody else changed it: a rule deleted by hand, a firewall reload, a network manager.
+
+use std::time::Duration;
+
+use stanchion_core::network::{HostError, HostReport, NetOp};
+use stanchion_netlink::{HostNet, NetlinkError, monitor};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+/// The kernel's routing messages do not tell of nft, nor of sysctls: those are looked at this often.
+const PERIOD: Duration = Duration::from_secs(15);
+/// At most one look in this time, however much is going on: it costs some milliseconds.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Watches the calling thread's network namespace until `shutdown` and applies the last plan again whenever it changed.
+///
+/// The pods' own coming and going is a change too, which costs a look and nothing else.
+///
+/// # Errors
+/// When the kernel's messages cannot be subscribed to.
+pub fn spawn(host: HostNet, shutdown: CancellationToken) -> Result<JoinHandle<()>, NetlinkError> {
+    let (mut changes, _monitor) = monitor::spawn()?;
+    Ok(tokio::spawn(async move {
+        let mut earliest = Instant::now();
+        loop {
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(PERIOD) => {}
+                () = shutdown.cancelled() => return,
+            }
+            tokio::time::sleep_until(earliest).await;
+            changes.mark_unchanged();
+            match host.reapply().await {
+                Ok(Some(report)) => tell(&report),
+                // Nothing was applied yet.
+                Ok(None) => {}
+                Err(HostError::Closed) => return,
+                Err(error) => warn!(%error, "the host network cannot be checked"),
+            }
+            earliest = Instant::now() + PAUSE;
+        }
+    }))
+}
+
+fn tell(report: &HostReport) {
+    for op in &report.applied {
+        match op {
+            NetOp::Nft { .. } => warn!("healed: the nft table was changed by somebody else"),
+            op => warn!(?op, "healed: the host network was changed by somebody else"),
+        }
+    }
+    for failed in &report.failed {
+        warn!(op = ?failed.op, error = failed.error, "the host network cannot be healed");
+    }
+}
