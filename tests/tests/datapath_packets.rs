@@ -296,6 +296,15 @@ fn fragments_follow_their_first() {
             check(&mut rig, IN, &piece(3, true), passes, "a middle fragment");
             check(&mut rig, IN, &piece(9, false), passes, "the last fragment");
             check(&mut rig, OUT, &piece(3, false), false, "a fragment of the other direction");
+            // A second datagram of the same flow, and one in reply.
+            for (way, id) in [(IN, 20 + id), (OUT, 30 + id)] {
+                let whole = cast.packet(cast.friend, IN, way, (4_000, port), Packet::udp);
+                for (offset, more) in [(0, true), (3, false)] {
+                    let body = if offset == 0 { whole.body[..24].to_vec() } else { vec![0; 6] };
+                    let piece = Packet { body, fragment: Some(Fragment { id, offset, more }), ..whole.clone() };
+                    check(&mut rig, way, &piece, passes, "a datagram of a flow that is known");
+                }
+            }
         }
         let whole = cast.packet(cast.friend, IN, IN, (4_000, 80), tcp(flags::SYN));
         let first = Packet { fragment: Some(Fragment { id: 9, offset: 0, more: true }), ..whole.clone() };

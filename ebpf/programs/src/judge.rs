@@ -224,6 +224,7 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &Packet<F::Address>, ide
                     if packet.kind == Kind::Member {
                         touch::<F>(entry, now, packet, direction);
                     }
+                    remember_fragment::<F>(packet, direction, interface.slot, identification);
                     count(slot, direction, verdict::ALLOW, length);
                     return PASS;
                 }
@@ -265,11 +266,7 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &Packet<F::Address>, ide
                 }
             }
         }
-        if packet.first_fragment.is_some() {
-            let value =
-                FragmentPorts { protocol: packet.flow.protocol, reserved: [0; 3], local_port: packet.flow.local_port, remote_port: packet.flow.remote_port };
-            let _lost_if_full = FRAGMENTS.insert(fragment_key::<F>(packet, direction, interface.slot, identification), value, 0);
-        }
+        remember_fragment::<F>(packet, direction, interface.slot, identification);
     } else if policy.flags & endpoint_flag::AUDIT != 0 {
         told = event_verdict::AUDITED;
     }
@@ -280,6 +277,16 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &Packet<F::Address>, ide
         tell(event::<F>(subject, packet, told, why, rule, identity, length));
     }
     if passes { PASS } else { DROP }
+}
+
+/// Lets the fragments that follow a first one pass with it.
+#[inline(always)]
+fn remember_fragment<F: Family>(packet: &Packet<F::Address>, direction: u8, slot: u16, identification: u32) {
+    if packet.first_fragment.is_some() {
+        let Flow { protocol, local_port, remote_port, .. } = packet.flow;
+        let value = FragmentPorts { protocol, reserved: [0; 3], local_port, remote_port };
+        let _lost_if_full = FRAGMENTS.insert(fragment_key::<F>(packet, direction, slot, identification), value, 0);
+    }
 }
 
 /// Writes a new flow over an expired or closed one, which keeps its place in the pod's count.

@@ -195,14 +195,15 @@ impl Actor {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                message = inbox.recv() => match message {
-                    Some(message) => self.answer(message),
-                    None => return,
-                },
+                // Before the mailbox: a request is answered from the newest state.
                 changed = self.cluster.changed() => match changed {
                     Ok(()) => self.follow(),
                     // The source of the cluster's state is gone with the rest of the agent; policies stay as they are.
                     Err(_) => return,
+                },
+                message = inbox.recv() => match message {
+                    Some(message) => self.answer(message),
+                    None => return,
                 },
                 _ = drain.tick() => {
                     self.tell();
@@ -215,6 +216,7 @@ impl Actor {
 
     /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go.
     fn take_over(&mut self) {
+        self.refresh_node_addresses();
         let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
         for sandbox in known {
             if !sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
