@@ -46,10 +46,27 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Ship(args) => cli::ship::run(&args),
-        Command::Plan(plan) => cli::plan::run(&plan),
+        Command::Plan(plan) => cli::plan::run(&plan, &args.connection),
         Command::Agent(agent) => app::run(*agent),
         Command::Top(top) => cli::top::run(&top, &args.connection),
         Command::Ask(question) => cli::inspect::run(&args.connection, &question),
-        Command::Policy(args) => cli::policy::run(args),
+        Command::Policy(policy) => cli::policy::run(policy, &args.connection),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Args::command().debug_assert();
+        for line in ["plan pool --instance-type m5.large --pods 3 -o json", "status -o json", "policy show -o table", "agent --node-name n"]
+        {
+            let words = std::iter::once("stanchion").chain(line.split(' '));
+            assert!(Args::try_parse_from(words).is_ok(), "{line}");
+        }
     }
 }

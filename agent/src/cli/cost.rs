@@ -6,7 +6,6 @@ use anyhow::Result;
 use stanchion_core::metrics::catalog::Preset;
 use stanchion_core::metrics::cost::{Bill, ClusterSize, bill};
 
-use super::plan::Output;
 use super::table::Table;
 
 /// Monthly cost of the metric presets for a cluster of a given size.
@@ -36,13 +35,10 @@ pub(crate) struct CostArgs {
     /// Seconds between ticks
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     interval: u64,
-    /// table for people, json for scripts
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
 }
 
 /// Prints one row a preset.
-pub(super) fn run(args: &CostArgs) -> Result<ExitCode> {
+pub(super) fn run(args: &CostArgs, json: bool) -> Result<ExitCode> {
     let workloads = args.workloads.unwrap_or(args.pods.div_ceil(3));
     let size = ClusterSize {
         nodes: args.nodes,
@@ -55,7 +51,7 @@ pub(super) fn run(args: &CostArgs) -> Result<ExitCode> {
         interval_seconds: args.interval,
     };
     let bills: Vec<Bill> = Preset::ALL.iter().map(|preset| bill(*preset, &size)).collect();
-    if args.output == Output::Json {
+    if json {
         println!("{}", serde_json::json!({ "cluster": size, "presets": bills }));
         return Ok(ExitCode::SUCCESS);
     }

@@ -2,7 +2,7 @@
 
 pub(crate) mod agent;
 pub(crate) mod client;
-mod cost;
+pub(crate) mod cost;
 pub(crate) mod inspect;
 pub(crate) mod plan;
 pub(crate) mod policy;

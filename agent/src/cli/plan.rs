@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 use stanchion_core::ipam::{PoolAnswer, PoolLimits, PoolMode, PoolQuestion, Targets, steady_state};
 use stanchion_core::limits::InstanceLimits;
@@ -21,7 +21,7 @@ pub(crate) struct PlanArgs {
 enum Question {
     /// ENIs, addresses and EC2 calls of one node with so many pods
     Pool(PoolArgs),
-    /// What Container Insights metrics cost a month, by preset
+    /// What Container Insights costs a month, preset by preset
     Cost(super::cost::CostArgs),
 }
 
@@ -61,15 +61,6 @@ struct PoolArgs {
     /// The kubelet's limit; EKS's number for the type if absent
     #[arg(long)]
     max_pods: Option<u32>,
-    /// table or json
-    #[arg(short, long, value_enum, default_value_t = Output::Table)]
-    output: Output,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Output {
-    Table,
-    Json,
 }
 
 /// The JSON answer.
@@ -83,24 +74,23 @@ struct PoolDocument<'a> {
     answer: &'a PoolAnswer,
 }
 
-pub(crate) fn run(args: &PlanArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &PlanArgs, connection: &super::client::Connection) -> anyhow::Result<ExitCode> {
     match &args.question {
-        Question::Pool(pool) => run_pool(pool),
-        Question::Cost(cost) => super::cost::run(cost),
+        Question::Pool(pool) => run_pool(pool, connection.output == "json"),
+        Question::Cost(cost) => super::cost::run(cost, connection.output == "json"),
     }
 }
 
-fn run_pool(args: &PoolArgs) -> anyhow::Result<ExitCode> {
+fn run_pool(args: &PoolArgs, json: bool) -> anyhow::Result<ExitCode> {
     let limits = InstanceLimits::lookup(&args.instance_type).with_context(|| unknown_type(&args.instance_type))?;
     let asked = targets(args, limits);
     let (max_pods, answer) = answer(args, limits, asked);
-    match args.output {
-        Output::Json => {
-            let document =
-                PoolDocument { instance_type: &args.instance_type, mode: asked.mode.name(), max_pods, pods: args.pods, answer: &answer };
-            println!("{}", serde_json::to_string(&document)?);
-        }
-        Output::Table => print!("{}", render(args, limits, asked, max_pods, &answer)),
+    if json {
+        let document =
+            PoolDocument { instance_type: &args.instance_type, mode: asked.mode.name(), max_pods, pods: args.pods, answer: &answer };
+        println!("{}", serde_json::to_string(&document)?);
+    } else {
+        print!("{}", render(args, limits, asked, max_pods, &answer));
     }
     Ok(ExitCode::SUCCESS)
 }

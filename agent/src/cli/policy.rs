@@ -1,4 +1,5 @@
-//! `stanchion policy`: what the network policies of a set of manifests allow, and why. Offline; asks no agent.
+//! `stanchion policy`: what the network policies of a set of manifests allow, and why (offline); what the running agent
+//! enforces (`show`).
 
 use std::io::{BufRead as _, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,8 @@ use stanchion_core::policy::model::{PacketProtocol, Problem};
 use stanchion_core::policy::verdict::{End, Evaluator, NoVerdict, SideVerdict, Verdict};
 use stanchion_daemon::cluster::read_once;
 
+use super::client::Connection;
+
 /// Questions about policies.
 #[derive(clap::Args)]
 pub(crate) struct PolicyArgs {
@@ -19,6 +22,12 @@ pub(crate) struct PolicyArgs {
 
 #[derive(clap::Subcommand)]
 enum Question {
+    /// The running agent's policed pods and the policies that select them
+    Show {
+        /// Only this pod: namespace/name
+        #[arg(default_value = "")]
+        pod: String,
+    },
     /// Judge connections: JSON lines in, JSON lines out in the same order
     Verdict {
         /// Directory of Kubernetes manifests
@@ -82,8 +91,9 @@ enum Answer {
 }
 
 /// Answers the question.
-pub(crate) fn run(args: PolicyArgs) -> Result<ExitCode> {
+pub(crate) fn run(args: PolicyArgs, connection: &Connection) -> Result<ExitCode> {
     match args.question {
+        Question::Show { pod } => super::inspect::policy(connection, &pod),
         Question::Verdict { manifests, probes } => verdicts(&manifests, &probes),
         Question::Explain { manifests, from, to, port, protocol, family } => {
             explain(&manifests, &from, &to, family_of(family, &from, &to)?, protocol, port)

@@ -194,7 +194,9 @@ impl Cgroups {
     /// Reads what is there; false if something that was listed is gone.
     fn read_known(&mut self, since: Instant, file: &mut KernelFile, out: &mut Vec<CgroupReading>) -> bool {
         out.clear();
-        if self.listings.is_empty() || self.listings.iter().any(|(path, listing)| links(&self.memory.path().join(path)) != Some(listing.links)) {
+        if self.listings.is_empty()
+            || self.listings.iter().any(|(path, listing)| links(&self.memory.path().join(path)) != Some(listing.links))
+        {
             self.rescan();
         }
         let mut complete = true;
