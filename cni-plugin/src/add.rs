@@ -114,7 +114,7 @@ async fn set_up(
     conf: &NetConf,
     journal: &mut Journal,
 ) -> Result<(), CniError> {
-    let host_indices = create(site, plans).map_err(|error| sandbox::kernel_error(&error))?;
+    let (mut pod, host_indices) = create(site, plans).map_err(|error| sandbox::kernel_error(&error))?;
     journal.phase("veth");
     if !reply.policy_mode.is_empty() {
         let endpoints = plans.iter().zip(&host_indices).map(|(plan, index)| endpoint(plan, *index)).collect();
@@ -130,11 +130,26 @@ async fn set_up(
     }
     site.host.perform_all(&ops).map_err(|error| sandbox::kernel_error(&error))?;
     journal.phase("host");
+    for plan in plans {
+        wait_until_running(&mut pod, &plan.pod_if).await.map_err(|error| sandbox::kernel_error(&error))?;
+    }
+    journal.phase("carrier");
     Ok(())
 }
 
-/// Creates the veths, pod ends complete and up, host ends down; returns the host ends' numbers.
-fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<Vec<u32>, stanchion_netlink::NetlinkError> {
+/// The pod's first packet must not be lost: the pod end was up before the host end, so the kernel lets it send a moment later. A
+/// kernel that takes longer than this is not waited for: a lost packet is sent again, a failed ADD costs seconds.
+async fn wait_until_running(pod: &mut Netlink, name: &str) -> Result<(), stanchion_netlink::NetlinkError> {
+    const AT_MOST: Duration = Duration::from_secs(2);
+    let began = tokio::time::Instant::now();
+    while !pod.is_running(name)? && began.elapsed() < AT_MOST {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
+}
+
+/// Creates the veths, pod ends complete and up, host ends down; returns a socket in the pod and the host ends' numbers.
+fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<(Netlink, Vec<u32>), stanchion_netlink::NetlinkError> {
     let wants_ipv6 = plans.iter().any(|plan| plan.ipv6.is_some());
     let mut pod = match site.netns.run(|| {
         if wants_ipv6 {
@@ -162,7 +177,7 @@ fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<Vec<u32>, stanchion_
         // A pod must not advertise itself as the node's router.
         let _ = sysctl::ensure(&format!("net/ipv6/conf/{}/accept_ra", plan.host_if), "0");
     }
-    Ok(host_indices)
+    Ok((pod, host_indices))
 }
 
 fn endpoint(plan: &PodPlan, host_if_index: u32) -> Endpoint {

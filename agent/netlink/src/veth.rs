@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd as _};
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::{LinkUnspec, LinkVeth};
 use stanchion_core::ids::Mac;
 use stanchion_core::network::NodeIf;
@@ -90,6 +90,23 @@ impl Netlink {
             source: std::io::Error::from_raw_os_error(libc::ENODEV),
         };
         self.link(name)?.map(|facts| facts.link.index).ok_or_else(absent)
+    }
+
+    /// Whether the interface passes packets by now.
+    ///
+    /// A veth end that was set up before its other end begins to send only when the kernel's link watcher has run, which may
+    /// take until long after the request that set the other end up; what is sent before is dropped. Asking for the one
+    /// interface makes newer kernels (6.9) run the watcher's part at once.
+    ///
+    /// # Errors
+    /// When the kernel could not be asked.
+    pub fn is_running(&mut self, name: &str) -> Result<bool, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        match self.get(RouteNetlinkMessage::GetLink(message), &format!("get link {name}"))? {
+            RouteNetlinkMessage::NewLink(message) => Ok(message.header.flags.contains(LinkFlags::Running)),
+            _ => Ok(false),
+        }
     }
 
     /// Deletes an interface, with a veth its other end; whether there was one.
