@@ -223,6 +223,7 @@ fn typical() -> Snapshot {
             reads: 1.234_567,
             writes: 12.345_678,
         }],
+        allowances: Vec::new(),
         interfaces: vec![InterfaceSample { name: "ens5".into(), traffic }],
         pods: vec![PodSample {
             meta: Arc::new(meta),

@@ -119,6 +119,7 @@ impl Machine {
             diskstats: &diskstats,
             disks: &HashMap::from([("nvme0n1".to_owned(), Some("vol-0a".to_owned())), ("nvme1n1".to_owned(), None)]),
             filesystems: vec![FilesystemSample { device: "/dev/nvme0n1p1".into(), volume: Some("vol-0a".into()), size }],
+            allowances: Vec::new(),
             cgroups: &cgroups,
             container_files: &files,
             pod_counters: &HashMap::new(),

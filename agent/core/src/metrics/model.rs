@@ -23,6 +23,8 @@ pub struct Snapshot {
     pub disks: Vec<DiskSample>,
     /// Its interfaces (without the host ends of pods).
     pub interfaces: Vec<InterfaceSample>,
+    /// What its ENA interfaces tell of the instance's network allowances.
+    pub allowances: Vec<AllowanceSample>,
     /// Its pods, those without cgroups (pending, ended) included.
     pub pods: Vec<PodSample>,
     /// Pod cgroups that no known pod owns.
@@ -235,6 +237,52 @@ pub struct InterfaceSample {
     pub traffic: Traffic,
 }
 
+/// What the ENA driver counted of packets beyond the instance's allowances, since the interface exists.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AllowanceSample {
+    /// `eth0`, `ens5`.
+    pub interface: String,
+    /// Queued or dropped for too many bytes received.
+    pub bw_in: u64,
+    /// Queued or dropped for too many bytes sent.
+    pub bw_out: u64,
+    /// Queued or dropped for too many packets.
+    pub pps: u64,
+    /// Dropped because no more connections can be tracked.
+    pub conntrack: u64,
+    /// Dropped for too many packets to DNS, metadata and time services.
+    pub linklocal: u64,
+    /// Connections that may still be tracked; `None` before driver 2.8.1.
+    pub conntrack_available: Option<u64>,
+}
+
+impl AllowanceSample {
+    /// From a driver's counters; `None` if the driver is not ENA.
+    pub fn from_counters<'a>(interface: &str, counters: impl Iterator<Item = (&'a str, u64)>) -> Option<Self> {
+        let mut out = Self { interface: interface.to_owned(), ..Self::default() };
+        let mut found = false;
+        for (name, value) in counters {
+            let slot = match name {
+                "bw_in_allowance_exceeded" => &mut out.bw_in,
+                "bw_out_allowance_exceeded" => &mut out.bw_out,
+                "pps_allowance_exceeded" => &mut out.pps,
+                "conntrack_allowance_exceeded" => &mut out.conntrack,
+                "linklocal_allowance_exceeded" => &mut out.linklocal,
+                "conntrack_allowance_available" => out.conntrack_available.insert(0),
+                _ => continue,
+            };
+            *slot = value;
+            found = true;
+        }
+        found.then_some(out)
+    }
+
+    /// Name and value of each counter of packets beyond an allowance.
+    pub fn exceeded(&self) -> [(&'static str, u64); 5] {
+        [("bw_in", self.bw_in), ("bw_out", self.bw_out), ("pps", self.pps), ("conntrack", self.conntrack), ("linklocal", self.linklocal)]
+    }
+}
+
 /// A pod.
 #[derive(Clone, Debug, Serialize)]
 pub struct PodSample {
@@ -267,4 +315,23 @@ pub struct ContainerSample {
     pub restarts: u64,
     /// Its own files, where the kubelet told.
     pub files: Option<FilesystemSize>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ena_has_allowances() {
+        let ena = [
+            ("tx_timeout", 0),
+            ("bw_in_allowance_exceeded", 3),
+            ("linklocal_allowance_exceeded", 9),
+            ("conntrack_allowance_available", 136_812),
+        ];
+        let sample = AllowanceSample::from_counters("ens5", ena.into_iter()).unwrap();
+        assert_eq!((sample.bw_in, sample.linklocal, sample.conntrack_available), (3, 9, Some(136_812)));
+        assert_eq!(AllowanceSample::from_counters("ens6", ena[..3].iter().copied()).unwrap().conntrack_available, None);
+        assert_eq!(AllowanceSample::from_counters("eth0", [("rx_queue_0_packets", 7)].into_iter()), None);
+    }
 }

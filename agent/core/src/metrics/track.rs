@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::cgroup::{CpuCounters, MemoryCounters};
 use super::model::{
-    ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample, PodSample,
-    Snapshot, Traffic,
+    AllowanceSample, ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample,
+    PodSample, Snapshot, Traffic,
 };
 use super::pods::{ContainerState, PodMeta, PodTable};
 use super::proc::{self, InterfaceCounters, MemInfo, Stat};
@@ -43,6 +43,8 @@ pub struct Readings<'a> {
     pub disks: &'a HashMap<String, Option<String>>,
     /// File systems, one a device.
     pub filesystems: Vec<FilesystemSample>,
+    /// What ENA interfaces tell of allowances.
+    pub allowances: Vec<AllowanceSample>,
     /// Cgroups of pods and containers.
     pub cgroups: &'a [CgroupReading],
     /// Containers' own files, where the kubelet told.
@@ -170,7 +172,16 @@ impl Tracker {
         let node = self.node(readings, table, &interfaces);
         let disks = self.disks(readings);
         self.forget();
-        Snapshot { wall_ms: readings.wall_ms, node, filesystems: readings.filesystems.clone(), disks, interfaces, pods, unknown_pods }
+        Snapshot {
+            wall_ms: readings.wall_ms,
+            node,
+            filesystems: readings.filesystems.clone(),
+            disks,
+            interfaces,
+            allowances: readings.allowances.clone(),
+            pods,
+            unknown_pods,
+        }
     }
 
     fn cgroup(&mut self, reading: &CgroupReading) -> (Option<Cpu>, Option<Memory>) {

@@ -190,7 +190,20 @@ fn ticks(out: &mut Exposition, telemetry: &TelemetryHandle) {
     out.single(&f::TICKS, ticks.done.load(Ordering::Relaxed) as f64);
     out.single(&f::TICK_ERRORS, ticks.failed.load(Ordering::Relaxed) as f64);
     out.single(&f::TICK_SECONDS, ticks.cpu_us.load(Ordering::Relaxed) as f64 / 1e6);
-    out.single(&f::UNKNOWN_PODS, telemetry.snapshot().unknown_pods as f64);
+    let snapshot = telemetry.snapshot();
+    out.single(&f::UNKNOWN_PODS, snapshot.unknown_pods as f64);
+    let mut samples = out.family(&f::ENA_EXCEEDED);
+    for sample in &snapshot.allowances {
+        for (allowance, packets) in sample.exceeded() {
+            samples.value(&[&sample.interface, allowance], packets as f64);
+        }
+    }
+    let mut samples = out.family(&f::ENA_AVAILABLE);
+    for sample in &snapshot.allowances {
+        if let Some(connections) = sample.conntrack_available {
+            samples.value(&[&sample.interface], connections as f64);
+        }
+    }
 }
 
 fn node_and_containers(out: &mut Exposition, telemetry: &TelemetryHandle) {

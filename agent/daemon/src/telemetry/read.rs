@@ -5,10 +5,13 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use stanchion_core::metrics::model::{FilesystemSample, FilesystemSize, Snapshot};
+use stanchion_core::metrics::model::{AllowanceSample, FilesystemSample, FilesystemSize, Snapshot};
 use stanchion_core::metrics::pods::PodTable;
 use stanchion_core::metrics::proc;
 use stanchion_core::metrics::track::{CgroupReading, ContainerFiles, PodCounters, Readings, Tracker};
+
+use stanchion_netlink::ethtool;
+use tracing::warn;
 
 use super::cgroups::{Cgroups, KernelFile};
 
@@ -56,6 +59,7 @@ pub(super) struct Reader {
     /// Disks with a device behind them and their EBS volumes; others map to nothing in `checked_disks`.
     disks: HashMap<String, Option<String>>,
     checked_disks: BTreeSet<String>,
+    allowances: Vec<AllowanceSample>,
 }
 
 impl Reader {
@@ -72,6 +76,7 @@ impl Reader {
             physical: BTreeSet::new(),
             disks: HashMap::new(),
             checked_disks: BTreeSet::new(),
+            allowances: Vec::new(),
         }
     }
 
@@ -97,6 +102,7 @@ impl Reader {
         let root_memory = self.cgroups.root_memory(&mut self.file);
         self.learn_devices();
         let filesystems = self.filesystems();
+        let allowances = self.allowances();
         let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX));
         let readings = Readings {
             at,
@@ -110,6 +116,7 @@ impl Reader {
             diskstats: &self.diskstats,
             disks: &self.disks,
             filesystems,
+            allowances,
             cgroups: &self.readings,
             container_files: files,
             pod_counters,
@@ -140,6 +147,27 @@ impl Reader {
                 }
             }
         }
+    }
+
+    /// Allowance counters of interfaces with a device, with a warning where one rose since the last tick: nothing else tells why an
+    /// instance drops packets.
+    fn allowances(&mut self) -> Vec<AllowanceSample> {
+        let read = |name: &String| {
+            let counters = ethtool::statistics(name).ok()?;
+            AllowanceSample::from_counters(name, counters.iter().map(|(name, value)| (name.as_str(), *value)))
+        };
+        let now: Vec<AllowanceSample> = self.physical.iter().filter_map(read).collect();
+        for sample in &now {
+            let Some(before) = self.allowances.iter().find(|before| before.interface == sample.interface) else { continue };
+            for ((allowance, value), (_, last)) in sample.exceeded().into_iter().zip(before.exceeded()) {
+                if value > last {
+                    let packets = value - last;
+                    warn!(interface = %sample.interface, allowance, packets, "the instance's network allowance was exceeded");
+                }
+            }
+        }
+        self.allowances.clone_from(&now);
+        now
     }
 
     /// Sizes of the file systems on block devices, one a device.
