@@ -65,7 +65,8 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Object>, ManifestError> {
             max_documents: 1_000_000,
             max_total_scalar_bytes: 1 << 30,
         };
-        let options = serde_saphyr::options! { budget: budget };
+        // As kubectl reads: `y` and `on` are names, not booleans.
+        let options = serde_saphyr::options! { budget: budget, strict_booleans: true };
         serde_saphyr::from_multiple_with_options(text, options)
             .map_err(|e| ManifestError::Syntax { file: file.to_owned(), message: e.to_string() })?
     };
@@ -165,6 +166,15 @@ mod tests {
         assert!(matches!(&objects[1], Object::Pod(pod) if pod.metadata.namespace == "default"));
         let json = r#"{"apiVersion":"v1","kind":"PodList","items":[{"metadata":{"name":"a","namespace":"x"}}]}"#;
         assert!(matches!(&parse("f.json", json).unwrap()[0], Object::Pod(pod) if pod.metadata.namespace == "x"));
+    }
+
+    #[test]
+    fn a_namespace_may_be_called_y() {
+        let objects =
+            parse("f.yaml", "kind: Pod\nmetadata: {name: on, namespace: y, labels: {n: no}}\nspec: {hostNetwork: true}\n").unwrap();
+        let [Object::Pod(pod)] = objects.as_slice() else { panic!("{objects:?}") };
+        assert_eq!((pod.metadata.name.as_str(), pod.metadata.namespace.as_str(), pod.metadata.labels["n"].as_str()), ("on", "y", "no"));
+        assert!(pod.spec.host_network);
     }
 
     #[test]
