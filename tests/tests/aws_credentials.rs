@@ -1,5 +1,6 @@
 //! Credentials as a pod gets them: IRSA, EKS Pod Identity and IMDS, and sessions that end before they said. Each case runs
 //! in a process with its own environment, since the SDK reads the real one.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 mod aws_common;
 

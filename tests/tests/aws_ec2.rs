@@ -1,4 +1,5 @@
 //! The real SDK against the fake EC2 over loopback: every call of `Ec2Api`, every error that the planner tells apart.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 mod aws_common;
 

@@ -1,4 +1,5 @@
 //! The SDK's IMDSv2 client against the fake metadata service: complete and incomplete ENIs, lag, tokens, faults.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 mod aws_common;
 

@@ -1,4 +1,5 @@
 //! The SDK's CloudWatch Logs client against the strict fake: pre-encoded bodies, every error, gzip with its fall-back.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 mod aws_common;
 

@@ -1,4 +1,5 @@
 //! `stanchion-core` decides and touches nothing: no runtime, no file system, no clock, no AWS below it or in it.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

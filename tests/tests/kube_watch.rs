@@ -1,4 +1,5 @@
 //! The API-server source against the fake API: lists, changes, disconnects, 410 Gone, missing CRDs, outages.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 use std::time::Duration;
 

@@ -6,6 +6,7 @@
 //! |---|---|---|---|
 //! | all | bytes that are not UTF-8 become a private-use character, or nothing | each ill-formed part is U+FFFD | what everybody else shows for them |
 //! | multiline | the line that ends a Python traceback is sent again alone | once | a duplicate |
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

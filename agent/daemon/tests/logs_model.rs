@@ -1,6 +1,7 @@
 //! The tailer against a model: a runtime that writes, rotates, compresses and truncates one container's log, a sink that may
 //! lag, an agent that is killed at any point. Whatever happens, every line written arrives; twice only what was not
 //! remembered when the agent was killed.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};

@@ -82,7 +82,7 @@ fn tcp() -> String {
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Answer {
-    Verdict(Verdict),
+    Verdict(Box<Verdict>),
     /// Nothing can be said: no such end, or no address of the family.
     None {
         allowed: Option<bool>,
@@ -163,7 +163,7 @@ fn judge(evaluator: &Evaluator<'_>, line: &str) -> Result<Answer> {
     let (from, to): (End, End) = (probe.from.parse()?, probe.to.parse()?);
     let family = family_of(probe.family, &from, &to)?;
     Ok(match evaluator.verdict(&from, &to, family, protocol(&probe.protocol)?, probe.port) {
-        Ok(verdict) => Answer::Verdict(verdict),
+        Ok(verdict) => Answer::Verdict(Box::new(verdict)),
         Err(error @ (NoVerdict::Unknown(_) | NoVerdict::NoAddress(..))) => Answer::None { allowed: None, error: error.to_string() },
     })
 }

@@ -29,7 +29,8 @@ const LATENCIES: [Latency; 2] = [
 ];
 
 /// (type, pods, environment)
-const CASES: [(&str, u32, &[(&str, &str)]); 4] = [
+type Environment = &'static [(&'static str, &'static str)];
+const CASES: [(&str, u32, Environment); 4] = [
     ("m5.4xlarge", 110, &[]),
     ("m5.4xlarge", 110, &[("WARM_IP_TARGET", "5"), ("MINIMUM_IP_TARGET", "10")]),
     ("m5.large", 108, &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")]),

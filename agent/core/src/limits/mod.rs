@@ -11,8 +11,7 @@ use serde::{Deserialize, Serialize};
 /// Columns: type, ENIs, IPv4 addresses an ENI, hypervisor, metal, default card, `card:ENIs` separated by blanks.
 const TABLE: &str = include_str!("instance-limits.csv");
 
-static BY_TYPE: LazyLock<BTreeMap<&'static str, InstanceLimits>> =
-    LazyLock::new(|| TABLE.lines().skip(1).filter_map(parse_row).map(|(name, limits)| (name, limits)).collect());
+static BY_TYPE: LazyLock<BTreeMap<&'static str, InstanceLimits>> = LazyLock::new(|| TABLE.lines().skip(1).filter_map(parse_row).collect());
 
 /// Addresses in a /28.
 pub const PREFIX_ADDRESSES: u32 = 16;

@@ -12,7 +12,7 @@ const BLOCK: usize = 32;
 
 /// Appends `bytes` as the inside of a JSON string.
 pub fn escape(out: &mut Vec<u8>, bytes: &[u8]) {
-    each_valid(bytes, |text| each_run(text, out, |out, byte| once(out, byte)));
+    each_valid(bytes, |text| each_run(text, out, once));
 }
 
 /// Appends `bytes` as the inside of a JSON string that is itself inside a JSON string, and returns how long the inner form

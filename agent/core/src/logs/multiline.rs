@@ -147,8 +147,8 @@ fn java_next(state: State, line: &[u8]) -> Option<State> {
     if text.starts_with(b"Caused by:") || text.starts_with(b"Suppressed:") {
         return Some(State::JavaException);
     }
-    let frame = indented && (text.starts_with(b"at ") || text.starts_with(b"eval at "))
-        || indented && text == b"--- End of inner exception stack trace ---"
+    let frame = indented
+        && (text.starts_with(b"at ") || text.starts_with(b"eval at ") || text == b"--- End of inner exception stack trace ---")
         || line == b"--- End of stack trace from previous location where exception was thrown ---"
         || java_omitted(text);
     frame.then_some(State::JavaFrame)

@@ -218,7 +218,7 @@ fn typical() -> Snapshot {
         disks: vec![DiskSample {
             device: "nvme0n1".into(),
             volume: Some("vol-0123456789abcdef0".into()),
-            read_bytes: 1234.567_8,
+            read_bytes: 1_234.567_8,
             write_bytes: 123_456.789,
             reads: 1.234_567,
             writes: 12.345_678,

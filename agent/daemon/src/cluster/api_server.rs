@@ -189,8 +189,7 @@ impl Watches<'_> {
             Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
             None => Api::all_with(self.client.clone(), &resource),
         };
-        let mut config = watcher::Config::default();
-        config.field_selector = fields.map(str::to_owned);
+        let config = watcher::Config { field_selector: fields.map(str::to_owned), ..watcher::Config::default() };
         let updates = self.updates.clone();
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {

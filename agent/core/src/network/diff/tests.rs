@@ -60,7 +60,7 @@ fn perform(state: &mut HostObserved, ops: &[NetOp], desired: &HostPlan) {
             NetOp::Mtu { index, mtu } => state.links.iter_mut().filter(|link| link.index == index).for_each(|link| link.mtu = mtu),
             NetOp::AddAddress { index, address } => state.addresses.push(IfAddress { index, address, global: true }),
             NetOp::DeleteAddress { index, address } => {
-                state.addresses.retain(|present| (present.index, present.address) != (index, address))
+                state.addresses.retain(|present| (present.index, present.address) != (index, address));
             }
             NetOp::ReplaceRoute(route) => {
                 state.routes.retain(|present| (present.dst, present.table) != (route.dst, route.table));
