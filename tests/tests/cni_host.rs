@@ -328,6 +328,64 @@ fn serve_until_dropped(netns: &Netns, address: &str) -> TcpListener {
     netns.run(|| TcpListener::bind(address)).unwrap().unwrap()
 }
 
+/// aws-node's rules as iptables-nft and its own nft code write them, next to kube-proxy's.
+const UPSTREAM: &str = "
+add table ip nat
+add chain ip nat POSTROUTING { type nat hook postrouting priority 100; }
+add chain ip nat KUBE-POSTROUTING
+add chain ip nat AWS-SNAT-CHAIN-0
+add rule ip nat POSTROUTING counter jump KUBE-POSTROUTING
+add rule ip nat POSTROUTING counter jump AWS-SNAT-CHAIN-0
+add rule ip nat AWS-SNAT-CHAIN-0 ip daddr 10.0.0.0/16 return
+add rule ip nat AWS-SNAT-CHAIN-0 fib daddr type != local snat to 10.0.0.5
+add table ip aws-cni
+add chain ip aws-cni nat-prerouting { type nat hook prerouting priority -90; }
+add chain ip aws-cni snat-mark
+add rule ip aws-cni nat-prerouting iifname eni* jump snat-mark
+add rule ip aws-cni nat-prerouting ct mark and 0x80 == 0x80 meta mark set 0x80
+add rule ip aws-cni snat-mark ip daddr 10.0.0.0/16 return
+add rule ip aws-cni snat-mark ct mark set ct mark or 0x80
+add table ip mangle
+add chain ip mangle PREROUTING { type filter hook prerouting priority -150; }
+add rule ip mangle PREROUTING iifname eni* ct mark and 0x80 == 0x80 meta mark set 0x80
+";
+
+fn upstream_rules(node: &Netns) {
+    let mut nft = std::process::Command::new("nft");
+    let output = node.output(nft.arg(UPSTREAM)).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn ruleset(node: &Netns) -> String {
+    let output = node.output(std::process::Command::new("nft").args(["list", "ruleset"])).unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_taken_over_from_aws_node_without_losing_a_connection() {
+    // As aws-node leaves a node: its rules, and none of ours.
+    let vpc = Vpc::build().await;
+    run(&vpc.node.0, "nft delete table ip stanchion");
+    upstream_rules(&vpc.node.0);
+    let to: SocketAddr = format!("{INTERNET}:8080").parse().unwrap();
+    let serving = serve(&vpc.router.0, to);
+    let mut stream = connect(vpc.pod(1), to);
+    assert_eq!(line(&mut stream), "10.0.0.5");
+
+    let host = HostNet::open_in(stanchion_netlink::Netns::open(&vpc.node.0.path()).unwrap()).unwrap();
+    let report = host.apply(&vpc.plan).await.unwrap();
+    assert_eq!(report.failed, []);
+    assert!(matches!(report.applied[..], [NetOp::Nft { .. }]), "one transaction: {:?}", report.applied);
+    let rules = ruleset(&vpc.node.0);
+    assert!(!rules.contains("AWS-") && !rules.contains("aws-cni"), "{rules}");
+    assert!(rules.contains("jump KUBE-POSTROUTING") && rules.contains("stanchion"), "{rules}");
+    echo(&mut stream, "still here");
+    drop(stream);
+    serving.join().unwrap();
+    assert_eq!(host.apply(&vpc.plan).await.unwrap(), HostReport::default());
+    assert_eq!(seen_as(vpc.pod(1), &vpc.router.0, &format!("{INTERNET}:8080")), "10.0.0.5");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_missing_interface_is_reported_and_the_rest_is_done() {
     let mut vpc = Vpc::build().await;

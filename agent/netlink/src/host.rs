@@ -93,18 +93,24 @@ impl HostNetwork for HostNet {
 
 fn work(mut netlink: Netlink, inbox: &mpsc::Receiver<Job>) {
     let mut last = None;
+    // aws-node's rules do not come back by themselves: once gone they are not looked for.
+    let mut upstream_is_gone = false;
     while let Ok((plan, reply)) = inbox.recv() {
         if plan.is_some() {
             last = plan;
         }
-        let outcome = last.as_deref().map(|plan| apply(&mut netlink, plan)).transpose();
+        let outcome = last.as_deref().map(|plan| apply(&mut netlink, plan, &mut upstream_is_gone)).transpose();
         // Nobody waits any more: the work is done all the same, the next plan finds it done.
         let _ = reply.send(outcome);
     }
 }
 
-fn apply(netlink: &mut Netlink, desired: &HostPlan) -> Result<HostReport, HostError> {
-    let observed = observe(netlink, desired)?;
+fn apply(netlink: &mut Netlink, desired: &HostPlan, upstream_is_gone: &mut bool) -> Result<HostReport, HostError> {
+    let mut observed = observe(netlink, desired)?;
+    if !*upstream_is_gone {
+        observed.upstream = nft::observe_upstream().map_err(|error| HostError::Observe { what: "nft chains", error })?;
+        *upstream_is_gone = observed.upstream.is_empty();
+    }
     let ops = diff(desired, &observed);
     let mut report = HostReport { missing: missing(desired, &observed), ..HostReport::default() };
     // In the plan's order: runs of netlink operations go out as one batch each.

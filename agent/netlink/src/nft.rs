@@ -3,8 +3,10 @@
 use std::io::{self, Write as _};
 use std::process::{Command, Stdio};
 
+use serde_json::Value;
 use stanchion_core::network::nft::{TABLE, parse_listing};
 use stanchion_core::network::ops::NftObserved;
+use stanchion_core::network::takeover;
 
 /// Applies a document in one transaction, in the calling thread's namespace.
 pub(crate) fn apply(document: &str) -> Result<(), String> {
@@ -34,6 +36,19 @@ pub(crate) fn observe() -> Result<Option<NftObserved>, String> {
     }
     let complaint = complaint(&output.stderr);
     if complaint.contains("No such file or directory") { Ok(None) } else { Err(complaint) }
+}
+
+/// The commands that remove what aws-node left; empty on a node that it never ran on, which costs a listing of the chains only.
+pub(crate) fn observe_upstream() -> Result<Vec<Value>, String> {
+    if takeover::is_present(&listing("chains")?) { Ok(takeover::removal(&listing("ruleset")?)) } else { Ok(Vec::new()) }
+}
+
+fn listing(what: &str) -> Result<Value, String> {
+    let output = Command::new("nft").args(["-j", "list", what]).output().map_err(not_started)?;
+    if !output.status.success() {
+        return Err(complaint(&output.stderr));
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| format!("nft: cannot read its list of {what}: {error}"))
 }
 
 fn not_started(error: io::Error) -> String {

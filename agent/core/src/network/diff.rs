@@ -33,8 +33,11 @@ pub fn diff(desired: &HostPlan, observed: &HostObserved) -> Vec<NetOp> {
     // A rule must not name an interface that is not known: with the primary ENI missing the table stays as it is.
     if primary_if.is_some() || desired.primary().is_none() {
         let ruleset = Ruleset::of(desired, primary_if.map(|link| link.name.as_str()));
-        if !ruleset.is_in_force(observed.nft.as_ref()) {
-            ops.push(NetOp::Nft { document: document(&ruleset.transaction()) });
+        let in_force = ruleset.is_in_force(observed.nft.as_ref());
+        let mut commands = if in_force { Vec::new() } else { ruleset.transaction() };
+        commands.extend(observed.upstream.iter().cloned());
+        if !commands.is_empty() {
+            ops.push(NetOp::Nft { document: document(&commands) });
         }
     }
     pod_routes(desired, observed, &mut ops);

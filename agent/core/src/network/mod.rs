@@ -16,6 +16,7 @@ pub mod names;
 pub mod nft;
 pub mod ops;
 pub mod pod;
+pub mod takeover;
 
 use std::future::Future;
 

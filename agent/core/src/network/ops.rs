@@ -26,6 +26,8 @@ pub struct HostObserved {
     pub sysctls: BTreeMap<String, String>,
     /// The fingerprints that our nft table carries, see [`nft`](super::nft); `None`: there is no such table.
     pub nft: Option<NftObserved>,
+    /// The nft commands that remove what aws-node left, see [`takeover`](super::takeover).
+    pub upstream: Vec<serde_json::Value>,
 }
 
 /// What is known of our nft table.

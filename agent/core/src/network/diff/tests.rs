@@ -218,3 +218,17 @@ fn an_older_plan_does_not_disturb_a_newer_sandbox() {
     starting.links.iter_mut().filter(|link| link.name == "eni1234").for_each(|link| link.up = false);
     assert!(diff(&plan(), &starting).iter().all(|op| !matches!(op, NetOp::ReplaceRoute(_))), "its ADD is under way");
 }
+
+#[test]
+fn what_aws_node_left_goes_in_the_transaction_in_which_ours_comes() {
+    let removal = serde_json::json!({"delete": {"table": {"family": "ip", "name": "aws-cni"}}});
+    let documents = |observed: &HostObserved| -> Vec<String> {
+        let ops = diff(&plan(), observed);
+        ops.into_iter().filter_map(|op| if let NetOp::Nft { document } = op { Some(document) } else { None }).collect()
+    };
+    let both = documents(&HostObserved { upstream: vec![removal.clone()], ..fresh() });
+    assert_eq!(both.len(), 1);
+    assert!(both[0].contains("aws-cni") && both[0].contains("source-nat"));
+    let only_theirs = documents(&HostObserved { upstream: vec![removal], ..settled() });
+    assert!(only_theirs[0].contains("aws-cni") && !only_theirs[0].contains("source-nat"));
+}

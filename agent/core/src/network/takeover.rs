@@ -1,0 +1,90 @@
+//! Taking a node over from aws-node: its SNAT and mark rules go in the same transaction in which ours come.
+//!
+//! Recognised are its own nft table `ip aws-cni` and, where iptables writes nft, the chains `AWS-SNAT-CHAIN-*` and
+//! `AWS-CONNMARK-CHAIN-*` of the tables `ip nat` and `ip mangle` with every rule that jumps to them. Translations and marks
+//! of open connections live in conntrack and are not touched: no connection notices.
+
+use serde_json::{Value, json};
+
+/// aws-node's own table, since 1.20.
+const UPSTREAM_TABLE: &str = "aws-cni";
+/// Chains that only aws-node makes.
+const UPSTREAM_CHAINS: [&str; 2] = ["AWS-SNAT-CHAIN-", "AWS-CONNMARK-CHAIN-"];
+
+/// The commands that remove what aws-node left, from `nft -j list ruleset`; empty when there is nothing.
+pub fn removal(ruleset: &Value) -> Vec<Value> {
+    let items = ruleset["nftables"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut commands = Vec::new();
+    let (mut flushes, mut chains) = (Vec::new(), Vec::new());
+    for item in items {
+        let (table, chain, rule) = (&item["table"], &item["chain"], &item["rule"]);
+        if table["family"] == "ip" && table["name"] == UPSTREAM_TABLE {
+            commands.push(json!({"delete": {"table": {"family": "ip", "name": UPSTREAM_TABLE}}}));
+        }
+        if chain["family"] == "ip" && is_upstream(&chain["name"]) {
+            let this = json!({"family": "ip", "table": chain["table"], "name": chain["name"]});
+            flushes.push(json!({"flush": {"chain": this}}));
+            chains.push(json!({"delete": {"chain": this}}));
+        }
+        // Rules inside those chains go with the flush.
+        if rule["family"] == "ip" && rule["table"] != UPSTREAM_TABLE && !is_upstream(&rule["chain"]) && jumps_to_upstream(&rule["expr"]) {
+            let this = json!({"family": "ip", "table": rule["table"], "chain": rule["chain"], "handle": rule["handle"]});
+            commands.push(json!({"delete": {"rule": this}}));
+        }
+    }
+    commands.extend(flushes);
+    commands.extend(chains);
+    commands
+}
+
+/// Whether a listing of chains (`nft -j list chains`) has any of aws-node's.
+pub fn is_present(chains: &Value) -> bool {
+    let items = chains["nftables"].as_array().map(Vec::as_slice).unwrap_or_default();
+    items
+        .iter()
+        .any(|item| item["chain"]["family"] == "ip" && (item["chain"]["table"] == UPSTREAM_TABLE || is_upstream(&item["chain"]["name"])))
+}
+
+fn is_upstream(name: &Value) -> bool {
+    name.as_str().is_some_and(|name| UPSTREAM_CHAINS.iter().any(|prefix| name.starts_with(prefix)))
+}
+
+fn jumps_to_upstream(expr: &Value) -> bool {
+    let statements = expr.as_array().map(Vec::as_slice).unwrap_or_default();
+    statements.iter().any(|statement| is_upstream(&statement["jump"]["target"]) || is_upstream(&statement["goto"]["target"]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_aws_nodes_own_rules_go() {
+        let ruleset = json!({"nftables": [
+            {"metainfo": {"version": "1.0.6"}},
+            {"table": {"family": "ip", "name": "nat", "handle": 1}},
+            {"chain": {"family": "ip", "table": "nat", "name": "POSTROUTING", "handle": 1}},
+            {"chain": {"family": "ip", "table": "nat", "name": "AWS-SNAT-CHAIN-0", "handle": 2}},
+            {"chain": {"family": "ip", "table": "nat", "name": "KUBE-POSTROUTING", "handle": 3}},
+            {"rule": {"family": "ip", "table": "nat", "chain": "POSTROUTING", "handle": 4, "expr": [{"jump": {"target": "KUBE-POSTROUTING"}}]}},
+            {"rule": {"family": "ip", "table": "nat", "chain": "POSTROUTING", "handle": 5,
+                "expr": [{"xt": {"type": "match", "name": "comment"}}, {"jump": {"target": "AWS-SNAT-CHAIN-0"}}]}},
+            {"rule": {"family": "ip", "table": "nat", "chain": "AWS-SNAT-CHAIN-0", "handle": 6, "expr": [{"return": null}]}},
+            {"table": {"family": "ip", "name": "aws-cni", "handle": 2}},
+            {"table": {"family": "ip6", "name": "aws-cni", "handle": 3}},
+        ]});
+        assert!(is_present(&ruleset));
+        assert_eq!(
+            removal(&ruleset),
+            [
+                json!({"delete": {"rule": {"family": "ip", "table": "nat", "chain": "POSTROUTING", "handle": 5}}}),
+                json!({"delete": {"table": {"family": "ip", "name": "aws-cni"}}}),
+                json!({"flush": {"chain": {"family": "ip", "table": "nat", "name": "AWS-SNAT-CHAIN-0"}}}),
+                json!({"delete": {"chain": {"family": "ip", "table": "nat", "name": "AWS-SNAT-CHAIN-0"}}}),
+            ]
+        );
+        let ours = json!({"nftables": [{"chain": {"family": "ip", "table": "stanchion", "name": "source-nat"}}]});
+        assert!(!is_present(&ours));
+        assert_eq!(removal(&ours), Vec::<Value>::new());
+    }
+}
