@@ -265,6 +265,7 @@ async fn start_network(
         }
     };
     let host = HostNet::open().context("open the host's network")?;
+    tasks.push(("network healer", cni::spawn_heal(host.clone(), (*shutdown).clone()).context("watch the host's network")?));
     let interfaces = Netlink::open().context("open netlink")?.links().context("list the host's links")?;
     let (ipam, task) = ipamd::spawn(IpamdParts {
         config: Arc::clone(config),
