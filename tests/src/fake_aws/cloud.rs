@@ -8,7 +8,6 @@ use std::time::Duration;
 use ipnet::IpNet;
 use stanchion_core::cloud::{Attachment, Eni, EniKind, Subnet};
 use stanchion_core::ids::{AttachmentId, EniId, InstanceId, SecurityGroupId, SubnetId};
-use stanchion_core::limits::InstanceLimits;
 
 use super::clock::Clock;
 use super::ec2::{Ec2Call, Ec2Reply};
@@ -52,7 +51,7 @@ pub struct Cloud {
 impl Cloud {
     /// An empty VPC, with the built-in instance table.
     pub fn new(config: CloudConfig, clock: Clock) -> Self {
-        Self { state: Arc::new(Mutex::new(State::new(config, clock, built_in_limits()))) }
+        Self { state: Arc::new(Mutex::new(State::new(config, clock))) }
     }
 
     /// Adds a subnet.
@@ -364,36 +363,4 @@ fn throttled_by_ec2() -> ApiError {
 
 fn throttled_by_logs() -> ApiError {
     ApiError::bad("ThrottlingException", "Rate exceeded")
-}
-
-/// The instance table that the tests carry: `data/instance-limits.csv`.
-fn built_in_limits() -> BTreeMap<String, InstanceLimits> {
-    include_str!("instance-limits.csv").lines().skip(1).filter_map(parse_limits).map(|l| (l.instance_type.clone(), l)).collect()
-}
-
-fn parse_limits(line: &str) -> Option<InstanceLimits> {
-    let mut fields = line.split(',');
-    let instance_type = fields.next()?.to_owned();
-    let max_enis = fields.next()?.parse().ok()?;
-    let ipv4_per_eni = fields.next()?.parse().ok()?;
-    let hypervisor = fields.next()?.to_owned();
-    let bare_metal = fields.next()? == "true";
-    let default_network_card = fields.next()?.parse().ok()?;
-    let cards = fields.next()?.split([' ', ';']).filter_map(|card| card.split_once(':'));
-    let network_cards = cards.filter_map(|(index, max)| Some((index.parse().ok()?, max.parse().ok()?))).collect();
-    Some(InstanceLimits { instance_type, max_enis, ipv4_per_eni, hypervisor, bare_metal, default_network_card, network_cards })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_instance_table_is_read_whole() {
-        let limits = built_in_limits();
-        assert_eq!(limits.len(), include_str!("instance-limits.csv").lines().count() - 1);
-        let m5 = &limits["m5.large"];
-        assert_eq!((m5.max_enis, m5.ipv4_per_eni, m5.hypervisor.as_str()), (3, 10, "nitro"));
-        assert!(limits.values().any(|l| l.network_cards.len() > 1));
-    }
 }

@@ -268,8 +268,9 @@ impl State {
         MintedKey { id, secret, session_token, issued: time(unix_ms).unwrap_or_default(), expiration: time(until).unwrap_or_default() }
     }
 
-    pub(super) fn new(config: CloudConfig, clock: Clock, mut limits: BTreeMap<String, InstanceLimits>) -> Self {
-        limits.extend(config.instance_types.iter().map(|limits| (limits.instance_type.clone(), limits.clone())));
+    pub(super) fn new(config: CloudConfig, clock: Clock) -> Self {
+        let types = InstanceLimits::all().cloned().chain(config.instance_types.iter().cloned());
+        let limits = types.map(|limits| (limits.instance_type.clone(), limits)).collect();
         Self {
             config,
             clock,
