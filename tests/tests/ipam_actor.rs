@@ -142,3 +142,121 @@ async fn a_failed_modify_keeps_its_error_and_its_eni_goes() {
     assert_eq!(world.cloud.enis().len(), 2, "the ENI of the failed try is gone");
     world.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_detached_eni_is_forgotten_only_when_ec2_confirms() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[]));
+    for n in 0..10 {
+        world.add(&format!("pod-{n}"), SECOND * 60).await.expect("served");
+    }
+    world.settle(SECOND * 5).await;
+    let second = world.cloud.enis_of(&world.instance)[1].clone();
+    world.cloud.hide_from_imds(&second.id, SECOND * 600);
+    tokio::time::sleep(SECOND * 500).await;
+    let snapshot = world.handle.snapshot();
+    assert!(snapshot.enis.iter().any(|eni| eni.id == second.id), "IMDS alone deletes nothing");
+    assert_eq!(snapshot.counters.force_removed_enis, 0);
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unwritable_checkpoint_takes_the_assignment_back() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[]));
+    world.add("first", SECOND * 10).await.expect("served");
+    // A directory in the place of the temporary file: the next write fails, as on a full disk.
+    let mut temporary = world.checkpoint().into_os_string();
+    temporary.push(".tmp");
+    std::fs::create_dir(&temporary).expect("directory");
+    let error = world.add("second", SECOND).await.expect_err("not durable").to_string();
+    assert!(error.contains("ipam.json"), "{error}");
+    assert_eq!(world.handle.lookup(key("second")).await, Ok(None));
+    assert!(world.delete("first").await.is_err(), "a release that is not durable did not happen");
+    assert!(world.handle.lookup(key("first")).await.expect("answered").is_some());
+    std::fs::remove_dir(&temporary).expect("directory");
+    world.add("second", SECOND).await.expect("served now");
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_went_away_keeps_nothing() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]));
+    world.handle.ready().await.expect("ready");
+    let handle = world.handle.clone();
+    let impatient = tokio::spawn(async move { handle.assign(stanchion_lab::ipam_world::request("gone", SECOND * 60)).await });
+    world.add("taken", SECOND * 60).await.expect("served");
+    impatient.abort();
+    world.settle(SECOND * 5).await;
+    let held = world.handle.snapshot().addresses.iter().filter(|view| view.state == "assigned").count();
+    assert!(held <= 2);
+    assert!(world.handle.snapshot().waiting == 0, "nobody waits for a caller that is gone");
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn custom_networking_leaves_the_primary_eni_to_the_node() {
+    use stanchion_core::cluster::ClusterState;
+    use stanchion_core::manifests::parse;
+    let mut world = World::start(WorldSpec::new(
+        "m5.large",
+        &[("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true"), ("ENI_CONFIG_LABEL_DEF", "topology.kubernetes.io/zone")],
+    ));
+    let pods = world.cloud.add_subnet(stanchion_lab::fake_aws::SubnetSpec::new(
+        "subnet-pods",
+        "eu-west-1a",
+        "10.0.64.0/24".parse().expect("CIDR"),
+    ));
+    let error = world.add("early", SECOND * 5).await.expect_err("no ENIConfig yet").to_string();
+    assert!(error.contains("no address yet") || error.contains("node-1 is not known yet"), "{error}");
+    assert!(!world.handle.status().ready);
+    let mut state = ClusterState::default();
+    let text = "apiVersion: v1\nkind: Node\nmetadata:\n  name: node-1\n  labels: {topology.kubernetes.io/zone: eu-west-1a}\n---\napiVersion: crd.k8s.amazonaws.com/v1alpha1\nkind: ENIConfig\nmetadata: {name: eu-west-1a}\nspec: {subnet: subnet-pods}\n";
+    for object in parse("nodes.yaml", text).expect("manifests") {
+        state.apply(object);
+    }
+    world.cluster.send_replace(std::sync::Arc::new(state));
+    let first = world.add("first", SECOND * 60).await.expect("served from the pods' subnet");
+    assert!("10.0.64.0/24".parse::<ipnet::Ipv4Net>().expect("CIDR").contains(&first.attachments[0].ipv4.expect("IPv4")));
+    assert_eq!((first.attachments[0].device_index, first.attachments[0].route_table), (1, 2));
+    world.settle(SECOND * 20).await;
+    assert_eq!(world.per_eni(), [0, 9, 9], "nothing on the primary ENI");
+    assert!(world.cloud.enis_of(&world.instance).iter().skip(1).all(|eni| eni.subnet == pods));
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fragmented_subnet_gives_single_addresses_instead_of_prefixes() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")]));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 5).await;
+    world.cloud.fragment(&world.subnet);
+    for n in 0..20 {
+        world.add(&format!("pod-{n}"), SECOND * 30).await.expect("sixteen of the prefix, then single addresses");
+    }
+    assert!(world.cloud.enis_of(&world.instance).iter().any(|eni| !eni.secondary_ipv4.is_empty()));
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_bound_to_the_node_have_their_address_before_they_ask() {
+    use stanchion_core::cluster::ClusterState;
+    use stanchion_core::manifests::parse;
+    let mut world = World::start(WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 5).await;
+    let mut state = ClusterState { synced: true, ..ClusterState::default() };
+    for n in 0..6 {
+        let text = format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: bound-{n}, namespace: default}}\nspec: {{nodeName: node-1}}\n");
+        for object in parse("pods.yaml", &text).expect("manifest") {
+            state.apply(object);
+        }
+    }
+    world.cluster.send_replace(std::sync::Arc::new(state));
+    world.settle(SECOND * 5).await;
+    assert_eq!(world.per_eni(), [7], "six for the pods, one warm");
+    for n in 0..6 {
+        let started = tokio::time::Instant::now();
+        world.add(&format!("bound-{n}"), SECOND).await.expect("ready for it");
+        assert_eq!(started.elapsed(), Duration::ZERO, "no wait");
+    }
+    world.stop().await;
+}

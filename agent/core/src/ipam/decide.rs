@@ -587,3 +587,6 @@ pub fn addresses_in(request: AddressRequest) -> u64 {
 fn clamp(count: u64) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests;

@@ -55,6 +55,8 @@ pub(crate) struct VirtualNode {
     placement: Placement,
     next_cidr: u32,
     next_eni: u32,
+    /// Pods of the last start that got nothing.
+    refused: u32,
 }
 
 /// Turns after which a pool that still changes is said to oscillate; the largest instance settles in a few dozen.
@@ -74,6 +76,7 @@ impl VirtualNode {
             placement: Placement::Subnets { subnets: vec![subnet], security_groups: Vec::new() },
             next_cidr: 0,
             next_eni: 0,
+            refused: 0,
         };
         let role = if custom_networking { EniRole::PrimaryOfCustomNetworking } else { EniRole::Pods };
         let cards: Vec<u16> = node.limits.cards.iter().map(|(card, _)| *card).collect();
@@ -203,16 +206,38 @@ impl VirtualNode {
                 waiting.pop();
             }
             let demand = Demand { waiting: u32::try_from(waiting.len()).unwrap_or(u32::MAX), bound: 0 };
+            self.refused = demand.waiting;
             if waiting.is_empty() || !self.turn(demand) {
                 break;
             }
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn stop_pods(&mut self, names: std::ops::Range<u32>) {
         for name in names {
             self.store.release(&virtual_pod(name).0, self.now);
         }
+    }
+
+    /// Pods below `names` that were ever started and not stopped; as many as run when all could be served.
+    #[cfg(test)]
+    pub(crate) fn wanted(&self, names: u32) -> u64 {
+        u64::from(names).min(self.store.allocations().len() as u64 + u64::from(self.refused))
+    }
+
+    /// The same node under other targets, as after a restart.
+    #[cfg(test)]
+    pub(crate) fn switch(mut self, targets: Targets) -> Self {
+        let mut store = Datastore::new(targets.mode, Duration::ZERO);
+        for eni in self.store.enis().values() {
+            store.put_eni(eni.clone());
+        }
+        for (key, allocation) in self.store.allocations() {
+            store.restore(key.clone(), allocation.clone()).expect("one owner each");
+        }
+        (self.store, self.targets) = (store, targets);
+        self
     }
 
     pub(crate) fn answer(&self) -> PoolAnswer {

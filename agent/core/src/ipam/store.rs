@@ -493,3 +493,6 @@ fn addresses(cidr: IpNet) -> Box<dyn Iterator<Item = IpAddr>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
