@@ -160,7 +160,8 @@ impl World {
         let host = ModelHost::default();
         let follower = host.follow(&cloud, &instance);
         let (cluster, _) = watch::channel(Arc::new(ClusterState::default()));
-        let directory = tempfile::tempdir().expect("a temporary directory");
+        // In memory where that is to be had, as /var/run is: simulations write the checkpoint thousands of times.
+        let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary directory");
         let (handle, task, shutdown) =
             spawn(&cloud, &instance, &host, &cluster, &BTreeSet::new(), &spec, directory.path().join("ipam.json"));
         Self { cloud, instance, subnet, host, handle, cluster, veths: BTreeSet::new(), spec, task, shutdown, directory, follower }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::types::{IpamKey, Time};
 use crate::cloud::EniKind;
 use crate::ids::{AttachmentId, EniId, Mac, PodName, SecurityGroupId, SubnetId};
+use crate::limits::PREFIX_ADDRESSES;
 
 /// What pods get.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -384,6 +385,17 @@ impl Datastore {
     /// Records a cool-down (second checkpoint file); an address that is held stays held.
     pub fn restore_cooling(&mut self, address: IpAddr, until: Time) {
         if !self.owners.contains_key(&address) {
+            self.released.insert(address, until);
+        }
+    }
+
+    /// Keeps the idle addresses of a range from being given out before `until`: they are about to go back to EC2, and a
+    /// stale Describe or IMDS may show them once more.
+    pub fn cool(&mut self, cidr: IpNet, until: Time) {
+        if addresses_of(cidr) > u64::from(PREFIX_ADDRESSES) {
+            return;
+        }
+        for address in addresses(cidr).filter(|address| !self.owners.contains_key(address)) {
             self.released.insert(address, until);
         }
     }

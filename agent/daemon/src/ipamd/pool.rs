@@ -10,7 +10,13 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, Joining, Work};
 use super::execute::{Done, Outcome};
+use super::files::FileError;
 
+/// Addresses on their way back to EC2 are not given out for this long, whatever a stale Describe or IMDS shows meanwhile; it
+/// is on disk before EC2 is asked. Longer than EC2 must miss them before they are forgotten.
+const GOING: Duration = Duration::from_secs(180);
+/// An ENI that may have been left detached is looked for after this time.
+const SWEEP_AFTER_DOUBT: Duration = Duration::from_secs(300);
 /// How soon EC2's picture is read after an action left ours in doubt.
 const DOUBT: Duration = Duration::from_secs(2);
 
@@ -62,6 +68,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     fn start(&mut self, action: Action) {
         let now = self.clock.now();
+        if let Err(error) = self.announce_going(&action) {
+            // What is not on disk is not begun; the next plan asks again.
+            return self.error("write cool-downs", &error);
+        }
         for call in action.ec2_actions() {
             self.memory.called(*call, now);
         }
@@ -100,6 +110,18 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             }
         }
         self.in_flight.insert(id, action);
+    }
+
+    /// What goes back to EC2 stops being given out first, and a crash does not forget that.
+    fn announce_going(&mut self, action: &Action) -> Result<(), FileError> {
+        let cidrs: Vec<_> = match action {
+            Action::Unassign { cidrs, .. } => cidrs.clone(),
+            Action::ReleaseEni { eni, .. } => self.store.enis().get(eni).map(|eni| eni.cidrs.keys().copied().collect()).unwrap_or_default(),
+            Action::Assign { .. } | Action::AttachEni { .. } => return Ok(()),
+        };
+        let now = self.clock.now();
+        cidrs.into_iter().for_each(|cidr| self.store.cool(cidr, now + GOING));
+        self.files.write_cooling(&self.store, now)
     }
 
     fn card_of(&self, action: &Action) -> Option<u16> {
@@ -174,6 +196,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Done::Unassigned { eni, cidrs } => cidrs.into_iter().for_each(|cidr| self.store.remove_cidr(&eni, cidr)),
             Done::Released { eni, deleted } => {
                 if !deleted {
+                    self.sweep_due = self.sweep_due.min(Instant::now() + SWEEP_AFTER_DOUBT);
                     self.error_text("delete ENI", format!("{eni} is detached but could not be deleted; the sweep tries again"));
                 }
                 self.store.remove_eni(&eni);
@@ -200,6 +223,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         ) {
             self.ec2_verified = false;
             self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
+            self.sweep_due = self.sweep_due.min(Instant::now() + SWEEP_AFTER_DOUBT);
         }
         let operation = match action {
             Action::Assign { .. } => "increaseIPPool",
