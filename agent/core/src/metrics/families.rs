@@ -78,6 +78,7 @@ families! {
     LOG_LAG_SECONDS "stanchion_log_lag_seconds" Gauge [] "The longest time that a file waits for acknowledgement",
     LOG_MEMORY "stanchion_log_memory_bytes" Gauge [] "Encoded bytes in memory that are not acknowledged",
     LOG_HELD "stanchion_log_held_bytes" Gauge [] "Disk space of deleted files that are still read",
+    LOG_EVICTED "stanchion_log_evicted_bytes_total" Counter [] "Bytes of rotated files given up because they took more disk than allowed",
     LOG_FILE_ERRORS "stanchion_log_file_errors_total" Counter [] "Errors of opening and reading log files",
     DOCUMENTS "stanchion_metrics_documents_total" Counter ["outcome"] "Container Insights documents, sent or dropped",
     DOCUMENT_RETRIES "stanchion_metrics_document_retries_total" Counter [] "Requests for documents that were tried again",

@@ -148,9 +148,14 @@ impl Views {
     pub async fn metrics_text(&self, format: Format) -> String {
         let netpol = self.netpol_snapshot().await;
         let ipam = self.ipam.as_ref().map(IpamHandle::snapshot);
+        let logs = match &self.logs {
+            Some(logs) => logs.snapshot().await,
+            None => None,
+        };
         let sources = Sources {
             ipam: ipam.as_deref(),
             netpol: netpol.as_deref(),
+            logs: logs.as_ref(),
             telemetry: self.telemetry.as_ref(),
             version: self.version,
             node_and_containers: false,

@@ -142,8 +142,10 @@ pub(super) struct Cgroups {
 /// What a directory held when it was listed.
 #[derive(Debug)]
 struct Listing {
-    /// The number of its subdirectories plus two, which the kernel gives without listing.
-    links: u64,
+    /// Open, so that asking for the links takes no walk along the path.
+    directory: fs::File,
+    /// The number of its subdirectories plus two, which the kernel gives without listing; `None` where the file system does not.
+    links: Option<u64>,
     directories: Vec<String>,
     pass: u64,
 }
@@ -194,9 +196,9 @@ impl Cgroups {
     /// Reads what is there; false if something that was listed is gone.
     fn read_known(&mut self, since: Instant, file: &mut KernelFile, out: &mut Vec<CgroupReading>) -> bool {
         out.clear();
-        if self.listings.is_empty()
-            || self.listings.iter().any(|(path, listing)| links(&self.memory.path().join(path)) != Some(listing.links))
-        {
+        let changed = |listing: &Listing| listing.links.is_none() || links(&listing.directory) != listing.links;
+        // With nobody known the root itself may be another one by now.
+        if self.known.is_empty() || self.listings.is_empty() || self.listings.values().any(changed) {
             self.rescan();
         }
         let mut complete = true;
@@ -215,6 +217,9 @@ impl Cgroups {
     /// Lists the tree again, those directories whose number of subdirectories changed; what was known is kept with its files.
     fn rescan(&mut self) {
         let tree = self.memory.path().to_owned();
+        if self.known.is_empty() {
+            self.listings.clear();
+        }
         self.roots.retain(|root| tree.join(root).is_dir());
         if self.roots.is_empty() {
             self.roots = find_roots(&tree);
@@ -250,9 +255,9 @@ fn files_to_keep() -> usize {
     usize::try_from(soft / 2).unwrap_or(MAX_KEPT).min(MAX_KEPT)
 }
 
-/// The number of links of a directory, where it counts subdirectories; `None` if it is gone or the file system does not count.
-fn links(path: &Path) -> Option<u64> {
-    fs::metadata(path).ok().map(|meta| meta.nlink()).filter(|links| *links >= 2)
+/// The number of links of a directory, where it counts subdirectories; `None` if the file system does not count.
+fn links(directory: &fs::File) -> Option<u64> {
+    directory.metadata().ok().map(|meta| meta.nlink()).filter(|links| *links >= 2)
 }
 
 /// A directory of a pod or container.
@@ -289,12 +294,12 @@ fn find_roots(tree: &Path) -> Vec<PathBuf> {
 }
 
 fn list(tree: &Path, relative: &Path, pod: Option<&str>, pass: u64, listings: &mut HashMap<PathBuf, Listing>, out: &mut Vec<Found>) {
-    let path = tree.join(relative);
-    // The count first: what is added while listing is found at the next pass.
-    let links = links(&path);
-    let unchanged = listings.get(relative).is_some_and(|listing| Some(listing.links) == links);
-    if !unchanged {
-        let listing = Listing { links: links.unwrap_or(0), directories: directories(&path), pass };
+    let known = listings.get(relative).is_some_and(|listing| listing.links.is_some() && links(&listing.directory) == listing.links);
+    if !known {
+        let path = tree.join(relative);
+        let Ok(directory) = fs::File::open(&path) else { return };
+        // The count first: what is added while listing is found at the next pass.
+        let listing = Listing { links: links(&directory), directory, directories: directories(&path), pass };
         listings.insert(relative.to_owned(), listing);
     }
     let Some(listing) = listings.get_mut(relative) else { return };

@@ -9,6 +9,7 @@ use stanchion_core::metrics::proc;
 
 use super::TelemetryHandle;
 use crate::ipamd::IpamSnapshot;
+use crate::logs::LogsSnapshot;
 use crate::netpol::NetpolSnapshot;
 
 /// What is known at a scrape; a part whose role does not run here is absent, and so are its families.
@@ -18,6 +19,8 @@ pub struct Sources<'a> {
     pub ipam: Option<&'a IpamSnapshot>,
     /// Policy.
     pub netpol: Option<&'a NetpolSnapshot>,
+    /// Log shipping.
+    pub logs: Option<&'a LogsSnapshot>,
     /// Metric ticks.
     pub telemetry: Option<&'a TelemetryHandle>,
     /// The agent's version.
@@ -36,6 +39,9 @@ pub fn render(sources: &Sources<'_>, format: Format) -> String {
     }
     if let Some(netpol) = sources.netpol {
         policy(&mut out, netpol);
+    }
+    if let Some(logs) = sources.logs {
+        log_shipping(&mut out, logs);
     }
     if let Some(telemetry) = sources.telemetry {
         ticks(&mut out, telemetry);
@@ -179,6 +185,35 @@ fn policy(out: &mut Exposition, netpol: &NetpolSnapshot) {
             }
         }
     }
+}
+
+fn log_shipping(out: &mut Exposition, logs: &LogsSnapshot) {
+    let counters = &logs.counters;
+    out.single(&f::LOG_LINES, counters.lines_read as f64);
+    out.single(&f::LOG_BYTES, counters.bytes_read as f64);
+    out.single(&f::LOG_EVENTS, counters.events_shipped as f64);
+    out.single(&f::LOG_BILLED, counters.bytes_shipped as f64);
+    out.single(&f::LOG_BATCHES, counters.batches as f64);
+    let mut samples = out.family(&f::LOG_RETRIES);
+    samples.value(&["throttled"], counters.throttled as f64);
+    samples.value(&["other"], counters.retries.saturating_sub(counters.throttled) as f64);
+    let mut samples = out.family(&f::LOG_LOST);
+    for (reason, count) in [
+        ("rejected_too_old", counters.rejected_too_old),
+        ("rejected_too_new", counters.rejected_too_new),
+        ("rejected_expired", counters.rejected_expired),
+        ("invalid", counters.dropped_invalid),
+        ("too_old", counters.dropped_too_old),
+    ] {
+        samples.value(&[reason], count as f64);
+    }
+    out.single(&f::LOG_FILES, logs.files.len() as f64);
+    out.single(&f::LOG_LAG_BYTES, logs.files.iter().map(|file| file.lag_bytes).sum::<u64>() as f64);
+    out.single(&f::LOG_LAG_SECONDS, logs.files.iter().map(|file| file.lag_seconds).max().unwrap_or(0) as f64);
+    out.single(&f::LOG_MEMORY, logs.memory_bytes as f64);
+    out.single(&f::LOG_HELD, logs.held_bytes as f64);
+    out.single(&f::LOG_EVICTED, counters.evicted_bytes as f64);
+    out.single(&f::LOG_FILE_ERRORS, counters.file_errors as f64);
 }
 
 fn ticks(out: &mut Exposition, telemetry: &TelemetryHandle) {

@@ -226,7 +226,8 @@ fn a_scrape_of_a_busy_node_is_valid_and_bounded() {
         };
         netpol.endpoints.push(endpoint);
     }
-    let sources = Sources { ipam: Some(&ipam), netpol: Some(&netpol), version: "0.1.0", ..Default::default() };
+    let logs = crate::logs::LogsSnapshot::default();
+    let sources = Sources { ipam: Some(&ipam), netpol: Some(&netpol), logs: Some(&logs), version: "0.1.0", ..Default::default() };
     for format in [Format::Prometheus, Format::OpenMetrics] {
         let text = render(&sources, format);
         let seen = check_exposition(&text, format);
