@@ -210,9 +210,9 @@ fn quoted<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, direction
     Ok(Flow { remote, local_port, remote_port, protocol })
 }
 
-/// Reads an IPv4 packet.
+/// Reads the common IPv4 packet in place; `None` for every other.
 #[inline(always)]
-pub fn ipv4(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<u32>, Refusal> {
+pub fn ipv4_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<u32>> {
     // SAFETY: packet memory between data and data_end, compared before each access as the verifier demands.
     unsafe {
         let data = (*skb).data as usize;
@@ -229,7 +229,7 @@ pub fn ipv4(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<u32>
                 let ports = &*l4.cast::<Ports>();
                 let (_, remote) = ends(direction, ip.source, ip.destination);
                 let (local_port, remote_port) = ends(direction, ports.source, ports.destination);
-                return Ok(Packet {
+                return Some(Packet {
                     source: ip.source,
                     destination: ip.destination,
                     flow: Flow { remote, local_port, remote_port, protocol },
@@ -242,11 +242,12 @@ pub fn ipv4(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<u32>
             }
         }
     }
-    ipv4_general(skb, direction, slot)
+    None
 }
 
+/// Reads any IPv4 packet.
 #[inline(always)]
-fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<u32>, Refusal> {
+pub fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<u32>, Refusal> {
     let ip: Ipv4Header = load(skb, ETHERNET)?;
     let header = usize::from(ip.version_length & 15) * 4;
     let total = usize::from(u16::from_be_bytes(ip.total));
@@ -303,9 +304,9 @@ fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<
     Ok(packet)
 }
 
-/// Reads an IPv6 packet.
+/// Reads the common IPv6 packet in place; `None` for every other.
 #[inline(always)]
-pub fn ipv6(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<[u32; 4]>, Refusal> {
+pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<[u32; 4]>> {
     // SAFETY: as in `ipv4`.
     unsafe {
         let data = (*skb).data as usize;
@@ -317,7 +318,7 @@ pub fn ipv6(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<[u32
                 let ports = &*l4.cast::<Ports>();
                 let (_, remote) = ends(direction, ip.source, ip.destination);
                 let (local_port, remote_port) = ends(direction, ports.source, ports.destination);
-                return Ok(Packet {
+                return Some(Packet {
                     source: ip.source,
                     destination: ip.destination,
                     flow: Flow { remote, local_port, remote_port, protocol },
@@ -330,7 +331,7 @@ pub fn ipv6(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<[u32
             }
         }
     }
-    ipv6_general(skb, direction, slot)
+    None
 }
 
 /// Where the headers of an IPv6 packet led.
@@ -373,8 +374,9 @@ fn extensions(skb: *mut __sk_buff, mut offset: usize, mut protocol: u8) -> Resul
     Err(reason::MALFORMED)
 }
 
+/// Reads any IPv6 packet.
 #[inline(always)]
-fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<[u32; 4]>, Refusal> {
+pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<[u32; 4]>, Refusal> {
     let ip: Ipv6Header = load(skb, ETHERNET)?;
     if ip.version_class[0] >> 4 != 6 {
         return Err(reason::MALFORMED);
