@@ -16,3 +16,6 @@ pub mod verdict;
 pub mod world;
 
 pub use intern::RuleName;
+
+#[cfg(test)]
+mod proof;

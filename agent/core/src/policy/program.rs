@@ -154,8 +154,7 @@ impl Program {
             }
             allowed = allowed.or(Some(decision));
         }
-        // Without backends nothing is reached; what is allowed to anyone stays so, that the node may refuse it at once.
-        allowed.unwrap_or_else(|| self.wildcard.at(service.protocol, service.port))
+        allowed.unwrap_or(Decision::DENY)
     }
 
     fn decide_address(&self, terms: &[u32], named: &[(u32, Protocol, u16)]) -> PortFunction<Decision> {

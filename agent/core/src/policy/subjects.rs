@@ -103,7 +103,10 @@ impl Subjects {
         dirty.extend(fronts);
         let (services, others): (Vec<IpAddr>, Vec<IpAddr>) = dirty.into_iter().partition(|address| self.services.contains_key(address));
         for address in others.into_iter().chain(services) {
-            let signature = self.signature(cluster, interned, address);
+            let is_subject =
+                self.claims.contains_key(&address) || self.nodes.contains_key(&address) || self.services.contains_key(&address);
+            // What is nobody's any more is what its block is.
+            let signature = if is_subject { self.signature(cluster, interned, address) } else { Signature::default() };
             let identity = interned.identity(signature);
             self.set_exact(address, identity);
         }

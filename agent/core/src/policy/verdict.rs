@@ -221,8 +221,8 @@ impl<'a> Evaluator<'a> {
         for (address, target) in &service.backends {
             let backend = Party { address: *address, pod: self.owners.get(address).map(|pod| &***pod) };
             let both = [
-                self.side(Direction::Egress, source, backend, protocol, *target),
-                self.side(Direction::Ingress, backend, source, protocol, *target),
+                self.judge(Direction::Egress, source, backend, protocol, *target),
+                self.judge(Direction::Ingress, backend, source, protocol, *target),
             ];
             for (side, verdict) in sides.iter_mut().zip(both) {
                 if side.as_ref().is_none_or(|kept: &SideVerdict| kept.allowed && !verdict.allowed) {
@@ -231,26 +231,23 @@ impl<'a> Evaluator<'a> {
                 }
             }
         }
-        let empty = |verdict: SideVerdict| SideVerdict {
-            reason: format!("service {} has no backends; {}", service.service, verdict.reason),
-            ..verdict
-        };
-        let nobody = Party { address: unspecified(source.address), pod: None };
-        let [egress, ingress] = sides;
-        (
-            egress.unwrap_or_else(|| empty(self.side(Direction::Egress, source, nobody, protocol, service.port))),
-            ingress.unwrap_or_else(|| empty(SideVerdict::plain(true, "nothing is reached"))),
-        )
+        let [egress, ingress] = sides.map(|side| side.unwrap_or_else(|| SideVerdict::plain(true, "no backend")));
+        (egress, ingress)
     }
 
-    /// What the policies of `local` say of `remote`.
+    /// What the policies of `local` say of `remote`, if a packet between them leaves the pod at all.
     fn side(&self, direction: Direction, local: Party<'a>, remote: Party<'a>, protocol: PacketProtocol, port: u16) -> SideVerdict {
+        if local.address == remote.address || local.pod.is_some_and(|pod| world::addresses(pod).contains(&remote.address)) {
+            return SideVerdict::plain(true, "a pod always reaches itself");
+        }
+        self.judge(direction, local, remote, protocol, port)
+    }
+
+    /// What the policies of `local` say of `remote`. A pod that reaches itself through a service is judged as anyone.
+    fn judge(&self, direction: Direction, local: Party<'a>, remote: Party<'a>, protocol: PacketProtocol, port: u16) -> SideVerdict {
         let Some(pod) = local.pod else {
             return SideVerdict::plain(true, format!("{} is no pod that policies can select", local.address));
         };
-        if world::addresses(pod).contains(&remote.address) || local.address == remote.address {
-            return SideVerdict::plain(true, "a pod always reaches itself");
-        }
         let own_node = self.cluster.nodes.get(&pod.spec.node_name);
         if own_node.is_some_and(|node| node.ip_addresses().any(|address| address == remote.address)) {
             return SideVerdict::plain(true, format!("{} is the pod's own node", pod.spec.node_name));
@@ -271,14 +268,6 @@ impl<'a> Evaluator<'a> {
         let selected: Selected = Arc::new(indices);
         self.selected.borrow_mut().insert(key, Arc::clone(&selected));
         selected
-    }
-}
-
-/// An address that is nothing to any rule with peers.
-fn unspecified(like: IpAddr) -> IpAddr {
-    match like {
-        IpAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
-        IpAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
     }
 }
 

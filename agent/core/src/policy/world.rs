@@ -78,11 +78,12 @@ pub struct ServicePortBackends {
     pub protocol: Protocol,
     /// Its port.
     pub port: u16,
-    /// Addresses and target ports, sorted.
+    /// Addresses and target ports, sorted; never empty.
     pub backends: Vec<(IpAddr, u16)>,
 }
 
-/// Every service address with its ports and backends. Headless services have none.
+/// Every service address with its ports and backends. Headless services have none; a port without backends is nothing
+/// that is translated, so its packets are judged by the address as it is.
 pub fn service_addresses(cluster: &ClusterState) -> BTreeMap<IpAddr, Vec<ServicePortBackends>> {
     let mut slices: BTreeMap<PodName, Vec<&crate::objects::EndpointSlice>> = BTreeMap::new();
     for (name, slice) in &cluster.endpoint_slices {
@@ -97,6 +98,9 @@ pub fn service_addresses(cluster: &ClusterState) -> BTreeMap<IpAddr, Vec<Service
                 let mut backends = Vec::new();
                 for slice in slices.get(name).into_iter().flatten() {
                     slice_backends(slice, &port.name, port.protocol, target(port), address.is_ipv4(), &mut backends);
+                }
+                if backends.is_empty() {
+                    continue;
                 }
                 backends.sort_unstable();
                 backends.dedup();

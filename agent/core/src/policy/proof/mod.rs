@@ -1,0 +1,232 @@
+//! Proofs of the compiler against the definition: random worlds, random changes, every prefix of the operations.
+
+mod cases;
+mod random;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::engine::{Engine, Settings};
+use super::image::{MapImage, MapOp, PolicyMaps as _, Slot};
+use super::maps::{ModelMaps, image_allows};
+use super::model::{Direction, PacketProtocol};
+use super::verdict::{End, Evaluator};
+use super::world;
+use crate::cluster::ClusterState;
+use crate::ids::PodName;
+use random::{Rng, World};
+
+const PROTOCOLS: [u8; 4] = [6, 17, 132, 1];
+const PORTS: [u16; 5] = [79, 80, 81, 82, 443];
+
+/// Every question worth asking in a world: slot, direction, peer, protocol, port.
+fn questions(slots: &[Slot], peers: &[IpAddr]) -> Vec<(Slot, Direction, IpAddr, u8, u16)> {
+    let mut all = Vec::new();
+    for slot in slots {
+        for direction in Direction::BOTH {
+            for peer in peers {
+                for protocol in PROTOCOLS {
+                    let ports: &[u16] = if protocol == 1 { &[0] } else { &PORTS };
+                    all.extend(ports.iter().map(|port| (*slot, direction, *peer, protocol, *port)));
+                }
+            }
+        }
+    }
+    all
+}
+
+/// The definition's answer for one side.
+fn defined(evaluator: &Evaluator<'_>, pod: &PodName, direction: Direction, peer: IpAddr, protocol: u8, port: u16) -> Option<bool> {
+    let (own, peer_end) = (End::Pod(pod.clone()), End::Address(peer));
+    let (from, to) = if direction == Direction::Egress { (&own, &peer_end) } else { (&peer_end, &own) };
+    let family = if peer.is_ipv4() { 4 } else { 6 };
+    let verdict = evaluator.verdict(from, to, family, PacketProtocol::from_number(protocol), port).ok()?;
+    Some(if direction == Direction::Egress { verdict.egress.allowed } else { verdict.ingress.allowed })
+}
+
+/// The engine, the maps it has written, and the local pods by slot.
+struct Node {
+    engine: Engine,
+    maps: ModelMaps,
+    local: BTreeMap<Slot, PodName>,
+}
+
+impl Node {
+    fn new() -> Self {
+        let engine = Engine::new(Settings { node_name: "n1".to_owned(), ..Settings::default() });
+        Self { engine, maps: ModelMaps::default(), local: BTreeMap::new() }
+    }
+
+    fn apply(&mut self, ops: &[MapOp]) {
+        self.maps.apply(ops).expect("a model has room");
+        assert_eq!(self.maps.image, *self.engine.image(), "the operations make the image");
+    }
+
+    /// Attaches and detaches so that the networked pods of the node are local.
+    fn attach(&mut self, cluster: &ClusterState) -> Vec<MapOp> {
+        let mut ops = Vec::new();
+        let gone = |name: &PodName| !cluster.pods.get(name).is_some_and(|pod| world::is_networked(pod) && pod.spec.node_name == "n1");
+        let slots: Vec<Slot> = self.local.iter().filter(|(_, name)| gone(name)).map(|(slot, _)| *slot).collect();
+        for slot in slots {
+            self.local.remove(&slot);
+            ops.extend(self.engine.remove_endpoint(slot));
+        }
+        for (name, pod) in &cluster.pods {
+            if gone(name) {
+                continue;
+            }
+            let present = self.local.iter().find(|(_, local)| *local == name).map(|(slot, _)| *slot);
+            let addresses = world::addresses(pod);
+            if present.is_some_and(|slot| self.engine.image().endpoints[&slot].addresses == addresses) {
+                continue;
+            }
+            // A pod that was made anew under its name comes with other addresses.
+            let free = (1..).map(Slot).find(|slot| !self.local.contains_key(slot)).expect("few pods");
+            let slot = present.unwrap_or(free);
+            ops.extend(self.engine.add_endpoint(slot, name, "", &addresses));
+            self.local.insert(slot, name.clone());
+        }
+        ops
+    }
+
+    fn agrees(&self, cluster: &ClusterState, peers: &[IpAddr], told: &str) {
+        let evaluator = Evaluator::new(cluster);
+        let slots: Vec<Slot> = self.local.keys().copied().collect();
+        for (slot, direction, peer, protocol, port) in questions(&slots, peers) {
+            let pod = &self.local[&slot];
+            let Some(wanted) = defined(&evaluator, pod, direction, peer, protocol, port) else { continue };
+            let found = image_allows(&self.maps.image, slot, direction, peer, protocol, port);
+            if found != wanted {
+                let family = if peer.is_ipv4() { 4 } else { 6 };
+                let (own, other) = (End::Pod(pod.clone()), End::Address(peer));
+                let (from, to) = if direction == Direction::Egress { (&own, &other) } else { (&other, &own) };
+                let why = evaluator.verdict(from, to, family, PacketProtocol::from_number(protocol), port);
+                panic!("{told}: {direction} of {pod}, peer {peer}, protocol {protocol} port {port}: compiled {found}, but {why:#?}");
+            }
+        }
+    }
+}
+
+/// The number of random worlds: few in a quick run, many when asked by `POLICY_WORLDS`.
+fn rounds(quick: u64) -> u64 {
+    std::env::var("POLICY_WORLDS").ok().and_then(|text| text.parse().ok()).unwrap_or(quick)
+}
+
+#[test]
+fn random_worlds_compile_to_what_the_definition_says() {
+    for seed in 0..rounds(30) {
+        let world = World::random(&mut Rng::new(seed));
+        let cluster = Arc::new(world.cluster());
+        let mut node = Node::new();
+        let mut ops = node.engine.set_cluster(&cluster);
+        ops.extend(node.attach(&cluster));
+        node.apply(&ops);
+        node.agrees(&cluster, &world.peers(), &format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn a_changed_world_is_as_one_compiled_afresh_and_no_prefix_opens_more() {
+    for seed in 0..rounds(5) {
+        let rng = &mut Rng::new(1_000_000 + seed);
+        let mut world = World::random(rng);
+        let mut cluster = Arc::new(world.cluster());
+        let mut node = Node::new();
+        let mut ops = node.engine.set_cluster(&cluster);
+        ops.extend(node.attach(&cluster));
+        node.apply(&ops);
+        for step in 0..6 {
+            let told = format!("seed {seed} step {step}");
+            let peers_before = world.peers();
+            let before = node.maps.image.clone();
+            // Often one change, sometimes several at once, which no watch delivers but a directory of manifests does.
+            for _ in 0..rng.pick(&[1, 1, 1, 2, 4]) {
+                world.change(rng);
+            }
+            cluster = Arc::new(cluster.replaced_by(world.objects()));
+            let ops = node.engine.set_cluster(&cluster);
+            let mut peers = peers_before;
+            peers.extend(world.peers());
+            peers.sort_unstable();
+            peers.dedup();
+            every_prefix_is_old_or_new(&before, &ops, &peers, &told);
+            node.apply(&ops);
+            let ops = node.attach(&cluster);
+            node.apply(&ops);
+            node.agrees(&cluster, &peers, &told);
+            assert!(node.engine.set_cluster(&cluster).is_empty(), "{told}: nothing changed");
+            same_size_as_fresh(&node, &cluster, &told);
+        }
+    }
+}
+
+/// After every prefix of the operations, each packet of a pod that stays has its old or its new verdict.
+fn every_prefix_is_old_or_new(before: &MapImage, ops: &[MapOp], peers: &[IpAddr], told: &str) {
+    let mut after = before.clone();
+    ops.iter().for_each(|op| after.apply(op));
+    let slots: Vec<Slot> = before.endpoints.keys().filter(|slot| after.endpoints.contains_key(*slot)).copied().collect();
+    let ask = |image: &MapImage, q: &(Slot, Direction, IpAddr, u8, u16)| image_allows(image, q.0, q.1, q.2, q.3, q.4);
+    // Packets whose verdict is the same before and after are the ones that a bad order would disturb.
+    let steady: Vec<_> =
+        questions(&slots, peers).into_iter().map(|q| (q, ask(before, &q))).filter(|(q, old)| *old == ask(&after, q)).collect();
+    let mut image = before.clone();
+    for (index, op) in ops.iter().enumerate() {
+        image.apply(op);
+        // Entries of sets and identities that nothing points at are seen by no packet.
+        if matches!(op, MapOp::SetVerdict(key, ..) | MapOp::RemoveVerdict(key, ..) if !in_use(&image, key.policy)) {
+            continue;
+        }
+        for (question, verdict) in &steady {
+            assert_eq!(ask(&image, question), *verdict, "{told}: after operation {index} of {}: {op:?}: {question:?}", ops.len());
+        }
+    }
+}
+
+fn in_use(image: &MapImage, policy: u32) -> bool {
+    image.endpoints.values().any(|endpoint| endpoint.ingress == Some(policy) || endpoint.egress == Some(policy))
+}
+
+fn same_size_as_fresh(node: &Node, cluster: &Arc<ClusterState>, told: &str) {
+    let mut fresh = Node::new();
+    fresh.engine.set_cluster(cluster);
+    fresh.attach(cluster);
+    let (old, new) = (node.engine.image(), fresh.engine.image());
+    let size = |image: &MapImage| (image.addresses.len(), image.cidrs.len(), image.endpoints.len(), image.verdicts.len());
+    let only = |left: &MapImage, right: &MapImage| {
+        left.addresses.keys().filter(|a| !right.addresses.contains_key(*a)).copied().collect::<Vec<_>>()
+    };
+    assert_eq!(size(old), size(new), "{told}: something is left over: {:?} {:?}", only(old, new), only(new, old));
+}
+
+#[test]
+fn a_revision_grows_when_something_is_revoked() {
+    let mut grown = 0;
+    for seed in 0..rounds(8) {
+        let rng = &mut Rng::new(2_000_000 + seed);
+        let mut world = World::random(rng);
+        let mut cluster = Arc::new(world.cluster());
+        let mut node = Node::new();
+        node.engine.set_cluster(&cluster);
+        node.attach(&cluster);
+        for _ in 0..6 {
+            let before = node.engine.image().clone();
+            let peers_before = world.peers();
+            world.change(rng);
+            cluster = Arc::new(cluster.replaced_by(world.objects()));
+            node.engine.set_cluster(&cluster);
+            let after = node.engine.image().clone();
+            for (slot, old) in &before.endpoints {
+                let Some(new) = after.endpoints.get(slot) else { continue };
+                let revoked = questions(&[*slot], &peers_before).into_iter().any(|(slot, direction, peer, protocol, port)| {
+                    image_allows(&before, slot, direction, peer, protocol, port)
+                        && !image_allows(&after, slot, direction, peer, protocol, port)
+                });
+                assert!(!revoked || new.revision > old.revision, "seed {seed}: a flow of {slot:?} is revoked");
+                grown += u32::from(new.revision > old.revision);
+            }
+            node.attach(&cluster);
+        }
+    }
+    assert!(grown > 0);
+}
