@@ -166,7 +166,7 @@ struct World {
 }
 
 fn tailer(root: &Path, saved: Option<&[u8]>) -> Tailer {
-    let settings = LogSettings::new(Layout::Raw);
+    let settings = LogSettings { age: None, ..LogSettings::new(Layout::Raw) };
     let parts = TailerParts { settings, log_dir: root.join("containers"), node: "n".to_owned(), cluster_name: "c".to_owned() };
     let restored = saved.map_or(Restored::Fresh, |text| Restored::Positions(Positions::parse(text, "n").unwrap()));
     Tailer::new(parts, restored)
@@ -255,9 +255,9 @@ impl World {
         let mut quiet = 0;
         for _ in 0..1000 {
             let busy = self.turn() | self.acknowledge();
-            // An idle file is looked at once a second.
+            // An idle file is looked at once a second, a new one after three.
             quiet = if busy || self.tailer.in_flight() > 0 || self.lag() > 0 { 0 } else { quiet + 1 };
-            if quiet == 4 {
+            if quiet == 10 {
                 return;
             }
             self.mono += 500;
@@ -372,13 +372,13 @@ fn a_new_file_with_the_old_inode_number_is_read_from_its_beginning() {
 fn deleted_files_beyond_the_disk_budget_are_given_up_and_counted() {
     let root = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(root.path());
-    let settings = LogSettings { held_bytes: 1000, memory_bytes: 1, ..LogSettings::new(Layout::Raw) };
+    let settings = LogSettings { held_bytes: 1000, memory_bytes: 1, age: None, ..LogSettings::new(Layout::Raw) };
     let parts = TailerParts { settings, log_dir: root.path().join("containers"), node: "n".to_owned(), cluster_name: "c".to_owned() };
     let mut tailer = Tailer::new(parts, Restored::Fresh);
     let now = Now::default();
     tailer.scan(now).unwrap();
     writer.lines(100);
-    tailer.turn(now);
+    tailer.turn(Now { mono: 5000, ..now });
     assert!(tailer.is_full());
     for _ in 0..2 {
         writer.lines(100);

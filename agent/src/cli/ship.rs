@@ -11,7 +11,7 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::logs::multiline::Rule;
 use stanchion_core::logs::record::{Layout, Merge, RecordOptions};
 use stanchion_core::logs::route::Template;
-use stanchion_core::logs::settings::{CLOUDWATCH_WINDOW, LogSettings};
+use stanchion_core::logs::settings::LogSettings;
 use stanchion_daemon::cluster::read_once;
 use stanchion_daemon::logs::{JsonLines, ShipReport, TailerParts, ship_once};
 
@@ -83,6 +83,9 @@ pub(crate) struct ShipArgs {
     /// Template of the log stream
     #[arg(long)]
     log_stream: Option<String>,
+    /// Compress what is sent to CloudWatch Logs
+    #[arg(long)]
+    gzip: bool,
     /// Where events go
     #[arg(long, value_enum, default_value_t = Sink::Cloudwatch)]
     sink: Sink,
@@ -114,8 +117,9 @@ impl ShipArgs {
         if let Some(stream) = &self.log_stream {
             settings.stream = Template::parse(stream)?;
         }
-        if matches!(self.sink, Sink::Cloudwatch) {
-            settings.age = Some(CLOUDWATCH_WINDOW);
+        if matches!(self.sink, Sink::Stdout) {
+            anyhow::ensure!(!self.gzip, "--gzip is for CloudWatch Logs");
+            settings.age = None;
         }
         Ok(settings)
     }
@@ -139,7 +143,7 @@ async fn ship(args: &ShipArgs) -> anyhow::Result<ExitCode> {
     let cluster = Arc::new(cluster);
     let shipped = match args.sink {
         Sink::Stdout => ship_once(parts, cluster, JsonLines::stdout()).await,
-        Sink::Cloudwatch => ship_once(parts, cluster, AwsClients::load(Overrides::default()).await?.logs()).await,
+        Sink::Cloudwatch => ship_once(parts, cluster, AwsClients::load(Overrides::default()).await?.logs().with_gzip(args.gzip)).await,
     };
     Ok(report(&shipped.with_context(|| format!("cannot read {}", args.log_dir.display()))?))
 }

@@ -21,9 +21,10 @@ struct Args {
 type Bench = fn(bool) -> anyhow::Result<Vec<Row>>;
 
 /// Every bench by its name.
-const BENCHES: [(&str, Bench); 4] = [
+const BENCHES: [(&str, Bench); 5] = [
     ("cni", stanchion_lab::bench::cni::run),
     ("datapath", stanchion_lab::bench::datapath::run),
+    ("logs", stanchion_lab::bench::logs::run),
     ("pool", stanchion_lab::bench::pool::run),
     ("idle", stanchion_lab::bench::idle::run),
 ];

@@ -101,7 +101,7 @@ impl LogSettings {
             exclude: Vec::new(),
             read_from: ReadFrom::Head,
             flush: Duration::from_secs(1),
-            age: None,
+            age: Some(CLOUDWATCH_WINDOW),
             emf: false,
             group_spec: LogGroupSpec::default(),
             memory_bytes: 12 << 20,

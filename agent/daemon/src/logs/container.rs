@@ -105,6 +105,8 @@ pub(super) struct Container {
     pub(super) retired: Option<(u32, Position)>,
     /// The live path is gone, since when.
     pub(super) gone_ms: Option<i64>,
+    /// Lines wait until then for the pod's metadata, if the pod is not known yet.
+    pub(super) wait_until_ms: i64,
     /// When to look for new bytes.
     pub(super) next_poll_ms: i64,
     pub(super) poll_ms: i64,

@@ -33,6 +33,10 @@ const POLL_MS: (i64, i64) = (100, 1000);
 /// opened the new one. In milliseconds.
 const ROTATE_WAIT_MS: i64 = 5000;
 
+/// How long the lines of a new container wait for its pod to be known: the log file may be there before the watch tells
+/// of the pod. In milliseconds.
+const METADATA_WAIT_MS: i64 = 3000;
+
 /// The two clocks, in milliseconds.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Now {
@@ -232,6 +236,7 @@ impl Tailer {
             known_rotated: Default::default(),
             retired: None,
             gone_ms: None,
+            wait_until_ms: now.mono + METADATA_WAIT_MS,
             next_poll_ms: 0,
             poll_ms: POLL_MS.0,
         };
@@ -326,9 +331,12 @@ impl Tailer {
                 break;
             }
             let Some(container) = self.containers.get(&id) else { continue };
-            let due = container.next_poll_ms <= now.mono && self.has_room(container);
+            let room = self.has_room(container);
+            let look_ms = container.next_poll_ms.max(self.identified_at(container, now));
+            let due = room && look_ms <= now.mono;
             if !due && !container.joiner.is_open() {
-                next_ms = next_ms.min(container.next_poll_ms.max(now.mono + 1));
+                // Without room an acknowledgement wakes the caller.
+                next_ms = next_ms.min(if room { look_ms.max(now.mono + 1) } else { next_ms });
                 continue;
             }
             let Some(mut container) = self.containers.remove(&id) else { continue };
@@ -362,6 +370,12 @@ impl Tailer {
             next_ms = next_ms.min(first + flush_ms);
         }
         Turn { progress, next_ms }
+    }
+
+    /// When the container's lines may be read: at once if its pod is known, or if it is no container.
+    fn identified_at(&self, container: &Container, now: Now) -> i64 {
+        let known = self.single_pass || container.identity.as_ref().is_none_or(|identity| identity.pod.is_some());
+        if known { now.mono } else { container.wait_until_ms }
     }
 
     fn has_room(&self, container: &Container) -> bool {
@@ -472,8 +486,9 @@ impl Tailer {
         let before = container.generations.len();
         container.generations.retain(|generation| {
             let done = generation.is_done();
-            // What was truncated is no file that could be found again.
-            if done && !generation.truncated && retired.as_ref().is_none_or(|(number, _)| *number < generation.number) {
+            // What was truncated, or is empty, is no file that could be found again.
+            let findable = !generation.truncated && generation.fingerprint.len > 0;
+            if done && findable && retired.as_ref().is_none_or(|(number, _)| *number < generation.number) {
                 *retired = Some((generation.number, generation.position(live)));
             }
             !done
