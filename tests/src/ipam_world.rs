@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{ContainerId, InstanceId, Mac, PodName, SubnetId};
@@ -145,10 +145,18 @@ impl World {
     pub fn start(spec: WorldSpec) -> Self {
         let mut config = CloudConfig { timing: spec.timing, ..CloudConfig::default() };
         config.vpc_cidrs = vec![Ipv4Net::new_assert([10, 0, 0, 0].into(), 16)];
+        let ipv6 = spec.env.get("ENABLE_IPv6").is_some_and(|value| value == "true");
+        if ipv6 {
+            config.vpc_ipv6_cidrs = vec![Ipv6Net::new_assert([0x2600, 0x1f18, 0, 0, 0, 0, 0, 0].into(), 56)];
+        }
         let cloud = Cloud::new(config, Clock::tokio());
-        let subnet = cloud.add_subnet(SubnetSpec::new("subnet-0a", "eu-west-1a", spec.subnet));
+        let mut described = SubnetSpec::new("subnet-0a", "eu-west-1a", spec.subnet);
+        if ipv6 {
+            described.ipv6_cidrs = vec![Ipv6Net::new_assert([0x2600, 0x1f18, 0, 7, 0, 0, 0, 0].into(), 64)];
+        }
+        let subnet = cloud.add_subnet(described);
         let instance = InstanceId::from("i-0000000000000000a");
-        cloud.run_instance(InstanceSpec { id: instance.clone(), ..InstanceSpec::new("i-0", &spec.instance_type, &subnet) });
+        cloud.run_instance(InstanceSpec { id: instance.clone(), ipv6, ..InstanceSpec::new("i-0", &spec.instance_type, &subnet) });
         Self::start_on(cloud, subnet, instance, spec)
     }
 

@@ -260,3 +260,31 @@ async fn pods_bound_to_the_node_have_their_address_before_they_ask() {
     }
     world.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_ipv6_node_has_one_prefix_and_needs_no_pool() {
+    let env = [("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "true"), ("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
+    let mut world = World::start(WorldSpec::new("m5.large", &env));
+    let mut given = BTreeSet::new();
+    for n in 0..100 {
+        let assignment = world.add(&format!("pod-{n}"), SECOND * 20).await.expect("served");
+        let address = assignment.attachments[0].ipv6.expect("IPv6");
+        assert_eq!(assignment.attachments[0].ipv4, None);
+        assert!(world.cloud.owner_of(address.into()).is_some() && given.insert(address));
+    }
+    world.settle(SECOND * 60).await;
+    assert_eq!(world.per_eni(), [1]);
+    assert_eq!((world.cloud.count("AssignIpv6Addresses"), world.cloud.count("CreateNetworkInterface")), (1, 0));
+    assert!(world.host.plan().ipv6 && world.host.plan().snat.is_none());
+    world.restart();
+    world.handle.ready().await.expect("ready");
+    assert!(
+        world
+            .handle
+            .lookup(key("pod-42"))
+            .await
+            .expect("answered")
+            .is_some_and(|held| given.contains(&held.attachments[0].ipv6.expect("IPv6")))
+    );
+    world.stop().await;
+}

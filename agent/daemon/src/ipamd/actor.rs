@@ -107,6 +107,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) in_flight: BTreeMap<u64, Action>,
     pub(super) joining: Vec<Joining>,
     pub(super) waiting: VecDeque<Waiting>,
+    /// Pods bound to this node that have no address by the cluster's account.
+    pub(super) wanting: Vec<PodName>,
     pub(super) demand: BTreeMap<u16, Demand>,
     pub(super) blocked: Vec<(u16, Blocked)>,
     pub(super) decisions: BTreeMap<u16, Vec<String>>,
@@ -398,8 +400,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     /// Pods that are bound to this node, want an address of ours and have not asked.
     pub(super) fn bound_pods(&self) -> u32 {
-        let cluster = self.cluster.borrow();
-        if !cluster.synced {
+        if self.wanting.is_empty() {
             return 0;
         }
         let asked: BTreeSet<&PodName> = self
@@ -409,15 +410,21 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             .map(|allocation| &allocation.pod)
             .chain(self.waiting.iter().map(|waiting| &waiting.request.pod))
             .collect();
-        let wanting = cluster.pods.iter().filter(|(name, pod)| {
+        u32::try_from(self.wanting.iter().filter(|name| !asked.contains(name)).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Pods bound to this node that have no address by the cluster's account: looked for once a change, as a cluster has
+    /// many pods and a plan is made at every ADD.
+    pub(super) fn find_wanting(&mut self) {
+        let cluster = self.cluster.borrow();
+        let wanting = cluster.pods.iter().filter(|(_, pod)| {
             pod.spec.node_name == self.node_name
                 && !pod.spec.host_network
                 && !pod.is_completed()
                 && !pod.is_terminating()
                 && pod.addresses().next().is_none()
-                && !asked.contains(name)
         });
-        u32::try_from(wanting.count()).unwrap_or(u32::MAX)
+        self.wanting = if cluster.synced { wanting.map(|(name, _)| name.clone()).collect() } else { Vec::new() };
     }
 }
 

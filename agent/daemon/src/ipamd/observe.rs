@@ -175,6 +175,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     pub(super) fn cluster_changed(&mut self) {
         self.cluster.borrow_and_update();
+        self.find_wanting();
         self.place();
         self.set_max_pods();
     }

@@ -173,6 +173,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         in_flight: BTreeMap::new(),
         joining: Vec::new(),
         waiting: VecDeque::new(),
+        wanting: Vec::new(),
         demand: BTreeMap::new(),
         blocked: Vec::new(),
         decisions: BTreeMap::new(),
@@ -207,6 +208,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     }
     actor.take_enis(&shown, attached.as_deref());
     actor.take_checkpoint(&parts.interfaces)?;
+    actor.find_wanting();
     actor.set_max_pods();
     actor.place();
     Ok(actor)
