@@ -49,7 +49,6 @@ async fn each_line_arrives_once_through_rotation_and_a_clean_restart() {
     let record = &delivered.find("before 0").expect("it arrived").record;
     assert_eq!(record["kubernetes"]["pod_name"], "app-0");
     assert_eq!(record["kubernetes"]["namespace_name"], "x");
-    assert_eq!(record["kubernetes"]["labels"]["app"], "app");
     assert_eq!(record["stream"], "stdout");
 
     let status = cluster.agent(0).expect("started").stop(SOON).await.expect("it stops");
