@@ -222,6 +222,7 @@ fn start_telemetry(
             },
             settings: TelemetrySettings {
                 interval: settings.metrics_interval,
+                documents: settings.container_insights,
                 veth_prefix: config.network.veth_prefix.clone(),
                 ..TelemetrySettings::default()
             },
