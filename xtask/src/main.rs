@@ -41,7 +41,7 @@ enum Task {
         /// Only tests whose name contains one of these
         filter: Vec<String>,
     },
-    /// Measure against a floor in the same run: cni, datapath, policy, logs, pool, idle or all
+    /// Measure against a floor in the same run: cni, datapath, logs, pool, idle or all
     Bench {
         /// Which; all when absent
         names: Vec<String>,

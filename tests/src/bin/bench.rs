@@ -8,7 +8,7 @@ use stanchion_lab::bench::Row;
 
 #[derive(Parser)]
 struct Args {
-    /// cni, datapath, policy, logs, pool, idle; all when absent
+    /// cni, datapath, logs, pool, idle; all when absent
     names: Vec<String>,
     /// Smaller inputs
     #[arg(long)]
