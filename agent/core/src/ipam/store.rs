@@ -400,6 +400,14 @@ impl Datastore {
         }
     }
 
+    /// EC2 has just given the range (again): what kept it from being given out is over. A pod's own cool-down had ended
+    /// before the range could leave.
+    pub fn given_anew(&mut self, cidr: IpNet, now: Time) {
+        for (_, until) in self.released.range_mut(cidr.network()..=cidr.broadcast()) {
+            *until = now.min(*until);
+        }
+    }
+
     /// Releases what the attachment holds; the addresses cool down from now.
     pub fn release(&mut self, key: &IpamKey, now: Time) -> Option<Allocation> {
         let allocation = self.allocations.remove(key)?;

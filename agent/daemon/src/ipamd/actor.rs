@@ -116,6 +116,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) next_action: u64,
     /// ENIs and CIDRs that EC2 no longer shows, and since when.
     pub(super) missing: BTreeMap<(EniId, Option<ipnet::IpNet>), Time>,
+    /// What EC2 was asked to take away and did not answer for, and since when. It serves nobody.
+    pub(super) doubtful: BTreeMap<(EniId, Option<ipnet::IpNet>), Time>,
     /// EC2 has confirmed the picture that IMDS gave.
     pub(super) ec2_verified: bool,
     pub(super) vpc: Option<VpcId>,

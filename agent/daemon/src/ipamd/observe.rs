@@ -107,7 +107,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         if !self.observing && self.observe_due <= now {
             self.observing = true;
             let known = self.store.enis().values().map(|eni| (eni.id.clone(), eni.cidrs.keys().copied().collect())).collect();
-            let ask = match (self.config.pool.imds_only, self.ec2_verified && self.missing.is_empty()) {
+            let ask = match (self.config.pool.imds_only, self.ec2_verified && self.missing.is_empty() && self.doubtful.is_empty()) {
                 (true, _) => AskEc2::Never,
                 (false, true) => AskEc2::IfDifferent,
                 (false, false) => AskEc2::Always,
@@ -211,7 +211,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.ec2_verified = true;
                 self.adopt(&imds, Some(&ec2));
                 self.forget_missing(&ec2);
-                if !self.missing.is_empty() {
+                self.resolve_doubts(&ec2);
+                if !self.missing.is_empty() || !self.doubtful.is_empty() {
                     self.observe_due = Instant::now() + GONE_AFTER;
                 }
             }
@@ -299,7 +300,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let now = self.clock.now();
         let mut missing = BTreeMap::new();
         for eni in self.store.enis().values() {
-            if eni.releasing || self.in_flight.values().any(|action| action.eni() == Some(&eni.id)) {
+            let doubtful = self.doubtful.contains_key(&(eni.id.clone(), None));
+            if (eni.releasing && !doubtful) || self.in_flight.values().any(|action| action.eni() == Some(&eni.id)) {
                 continue;
             }
             match ec2.iter().find(|described| described.id == eni.id) {
@@ -323,6 +325,31 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             self.forget(&what.0, what.1);
         }
         self.missing = missing;
+    }
+
+    /// What EC2 still has after a while was not taken away and serves again; what it has not goes the way of the missing.
+    fn resolve_doubts(&mut self, ec2: &[Eni]) {
+        let now = self.clock.now();
+        for ((id, cidr), since) in std::mem::take(&mut self.doubtful) {
+            let described = ec2.iter().find(|eni| eni.id == id);
+            let there = described.is_some_and(|eni| cidr.is_none_or(|cidr| ec2_cidrs(eni).contains(&cidr)));
+            let known = self.store.enis().get(&id).is_some_and(|eni| cidr.is_none_or(|cidr| eni.cidrs.contains_key(&cidr)));
+            if !known {
+                continue;
+            }
+            if !there || now.since(since) < GONE_AFTER {
+                self.doubtful.insert((id, cidr), since);
+                continue;
+            }
+            match cidr {
+                Some(cidr) => self.store.set_leaving(&id, cidr, false),
+                None => {
+                    if let Some(eni) = self.store.eni_mut(&id) {
+                        eni.releasing = false;
+                    }
+                }
+            }
+        }
     }
 
     fn forget(&mut self, id: &EniId, cidr: Option<IpNet>) {

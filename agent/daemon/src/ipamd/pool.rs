@@ -172,6 +172,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 if let Some((subnet, request)) = asked {
                     self.memory.subnet_gave(subnet, request);
                 }
+                cidrs.iter().for_each(|cidr| self.store.given_anew(*cidr, now));
                 self.store.add_cidrs(&eni, cidrs);
             }
             Done::Refreshed { eni, cidrs } => {
@@ -186,6 +187,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 let subnet = self.subnets.iter().find(|subnet| subnet.id == eni.subnet);
                 match self.adoption(now).record(None, Some(&eni), subnet) {
                     Some(mut record) => {
+                        record.cidrs.keys().for_each(|cidr| self.store.given_anew(*cidr, now));
                         record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
                         self.joining.push(Joining { eni: record, action: Some(id), since: now });
                         self.host_due = Some(Instant::now());
@@ -207,7 +209,14 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     }
 
     fn action_failed(&mut self, action: &Action, error: &Ec2Error) {
+        // After a reply that got lost it may be gone: it serves nobody until EC2 has told.
+        let unknown = matches!(error, Ec2Error::NoReply { .. });
+        let now = self.clock.now();
         match action {
+            Action::Unassign { eni, cidrs, .. } if unknown => {
+                self.doubtful.extend(cidrs.iter().map(|cidr| ((eni.clone(), Some(*cidr)), now)));
+            }
+            Action::ReleaseEni { eni, .. } if unknown => drop(self.doubtful.insert((eni.clone(), None), now)),
             Action::Unassign { eni, cidrs, .. } => cidrs.iter().for_each(|cidr| self.store.set_leaving(eni, *cidr, false)),
             Action::ReleaseEni { eni, .. } => {
                 if let Some(eni) = self.store.eni_mut(eni) {

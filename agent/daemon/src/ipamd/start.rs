@@ -180,6 +180,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         tasks: JoinSet::new(),
         next_action: 0,
         missing: BTreeMap::new(),
+        doubtful: BTreeMap::new(),
         tagged: BTreeSet::new(),
         ec2_verified: attached.is_some(),
         host_due: Some(now),
