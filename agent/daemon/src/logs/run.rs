@@ -64,7 +64,7 @@ impl<S: LogSink> Runner<S> {
         let _watcher = watch_directory(self.tailer.log_dir(), changes.clone());
         self.tailer.set_cluster(self.cluster.borrow_and_update().clone());
         let mut sweep_at = Instant::now();
-        let mut save_at = Instant::now() + SAVE;
+        let mut save_at = Instant::now();
         while !self.shutdown.is_cancelled() {
             if Instant::now() >= sweep_at {
                 if let Err(error) = self.tailer.scan(self.clock.now()) {
@@ -74,11 +74,14 @@ impl<S: LogSink> Runner<S> {
             }
             let turn = self.tailer.turn(self.clock.now());
             self.submit();
-            if Instant::now() >= save_at {
+            if self.tailer.has_changed_positions() && Instant::now() >= save_at {
                 self.save();
                 save_at = Instant::now() + SAVE;
             }
-            let wake = if turn.progress { Instant::now() } else { self.clock.instant(turn.next_ms).min(sweep_at).min(save_at) };
+            let mut wake = if turn.progress { Instant::now() } else { self.clock.instant(turn.next_ms).min(sweep_at) };
+            if self.tailer.has_changed_positions() {
+                wake = wake.min(save_at);
+            }
             tokio::select! {
                 () = self.shutdown.cancelled() => {}
                 report = self.shipper.next() => self.settle(report),
@@ -107,6 +110,7 @@ impl<S: LogSink> Runner<S> {
         if let Err(error) = self.tailer.scan(self.clock.now()) {
             warn!(%error, "cannot list log files");
         }
+        self.tailer.hurry();
         let work = async {
             loop {
                 let progress = self.tailer.turn(self.clock.now()).progress;

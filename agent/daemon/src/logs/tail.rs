@@ -437,12 +437,14 @@ impl Tailer {
             generation.fingerprint = generation.source.fingerprint()?;
         }
         let full = read == block.len();
+        let safe = generation.ledger.safe();
         let used = container.take_block(index, &block[..read], full, &mut self.context(now));
         let generation = &mut container.generations[index];
+        // Lines that are not sent, as of excluded pods, are done with at once.
+        self.positions_dirty |= generation.ledger.safe() != safe;
         generation.last_error = None;
         if used > 0 {
             generation.behind_since_ms.get_or_insert(now.mono);
-            self.positions_dirty = true;
             return Ok(true);
         }
         let waited = generation.rotated_ms.is_some_and(|since| now.mono - since >= ROTATE_WAIT_MS);
@@ -541,6 +543,13 @@ impl Tailer {
         container.expire(true, &mut self.context(now));
     }
 
+    /// Looks at every file in the next turn, whenever its turn would be: before the end of the process.
+    pub fn hurry(&mut self) {
+        for container in self.containers.values_mut() {
+            (container.next_poll_ms, container.wait_until_ms) = (0, 0);
+        }
+    }
+
     /// Closes every open batch: at the end of the process, when what is open is sent as it is.
     pub fn seal_all(&mut self) {
         self.streams.seal_older_than(i64::MAX);
@@ -586,6 +595,11 @@ impl Tailer {
     /// The positions of the last call were not saved.
     pub fn keep_positions_dirty(&mut self) {
         self.positions_dirty = true;
+    }
+
+    /// Some file is acknowledged further than the last call of [`Self::changed_positions`] told.
+    pub fn has_changed_positions(&self) -> bool {
+        self.positions_dirty
     }
 
     /// The positions, if they changed since the last call.

@@ -1,0 +1,310 @@
+//! Log shipping against a sink with the service's faults, on paused time: what is written arrives, however long it takes,
+//! and what cannot arrive is counted.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
+use stanchion_core::cluster::ClusterState;
+use stanchion_core::logs::LogBatch;
+use stanchion_core::logs::record::Layout;
+use stanchion_core::logs::settings::LogSettings;
+use stanchion_daemon::cluster::ClusterHandle;
+use stanchion_daemon::logs::{LogsHandle, LogsParts, spawn};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+type Answer = dyn Fn(u64, Duration, &LogBatch) -> Result<Rejected, SinkError> + Send + Sync;
+
+/// The service, as strict about groups and streams as the real one.
+#[derive(Clone)]
+struct Service {
+    state: Arc<Mutex<State>>,
+    answer: Arc<Answer>,
+    begun: Instant,
+}
+
+#[derive(Default)]
+struct State {
+    puts: u64,
+    groups: BTreeSet<String>,
+    streams: BTreeSet<(String, String)>,
+    taken: BTreeMap<String, u32>,
+}
+
+impl Service {
+    fn new(answer: impl Fn(u64, Duration, &LogBatch) -> Result<Rejected, SinkError> + Send + Sync + 'static) -> Self {
+        Self { state: Arc::default(), answer: Arc::new(answer), begun: Instant::now() }
+    }
+
+    fn lines(&self) -> usize {
+        self.state.lock().unwrap().taken.len()
+    }
+
+    fn twice(&self) -> u32 {
+        self.state.lock().unwrap().taken.values().map(|times| times - 1).sum()
+    }
+}
+
+impl LogSink for Service {
+    async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let mut state = self.state.lock().unwrap();
+        state.puts += 1;
+        let rejected = (self.answer)(state.puts, self.begun.elapsed(), batch)?;
+        if !state.streams.contains(&(batch.group().to_owned(), batch.stream().to_owned())) {
+            return Err(SinkError::NotFound("stream".to_owned()));
+        }
+        for event in batch.events() {
+            *state.taken.entry(event.message).or_default() += 1;
+        }
+        Ok(rejected)
+    }
+
+    async fn create_group(&self, group: &str, _spec: &LogGroupSpec) -> Result<(), SinkError> {
+        self.state.lock().unwrap().groups.insert(group.to_owned());
+        Ok(())
+    }
+
+    async fn create_stream(&self, group: &str, stream: &str) -> Result<(), SinkError> {
+        let mut state = self.state.lock().unwrap();
+        if !state.groups.contains(group) {
+            return Err(SinkError::NotFound("group".to_owned()));
+        }
+        state.streams.insert((group.to_owned(), stream.to_owned()));
+        Ok(())
+    }
+}
+
+struct Agent {
+    handle: LogsHandle,
+    task: JoinHandle<()>,
+    shutdown: CancellationToken,
+}
+
+fn start(root: &Path, service: &Service) -> Agent {
+    let shutdown = CancellationToken::new();
+    let settings = LogSettings { age: None, ..LogSettings::new(Layout::Raw) };
+    let (handle, task) = spawn(LogsParts {
+        settings,
+        sink: service.clone(),
+        cluster: ClusterHandle::fixed(ClusterState { synced: true, ..ClusterState::default() }).watch(),
+        node: "n".to_owned(),
+        cluster_name: "c".to_owned(),
+        state_dir: root.join("state"),
+        log_dir: root.join("containers"),
+        shutdown: shutdown.clone(),
+        grace: Duration::from_secs(10),
+    });
+    Agent { handle, task, shutdown }
+}
+
+/// Files of `containers` containers.
+struct Pods {
+    root: tempfile::TempDir,
+    files: Vec<File>,
+    written: usize,
+    rotations: u32,
+}
+
+impl Pods {
+    fn new(containers: usize) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("containers")).unwrap();
+        fs::create_dir(root.path().join("state")).unwrap();
+        let files = (0..containers).map(|index| File::create(root.path().join("containers").join(name(index))).unwrap()).collect();
+        Self { root, files, written: 0, rotations: 0 }
+    }
+
+    fn write(&mut self, lines: usize) {
+        for index in 0..self.files.len() {
+            for _ in 0..lines {
+                self.written += 1;
+                writeln!(self.files[index], "2026-11-20T10:00:00.{:09}Z stdout F line {}", self.written, self.written).unwrap();
+            }
+        }
+    }
+
+    fn rotate(&mut self) {
+        self.rotations += 1;
+        for (index, file) in self.files.iter_mut().enumerate() {
+            let live = self.root.path().join("containers").join(name(index));
+            fs::rename(&live, format!("{}.20261121-{:06}", live.display(), self.rotations)).unwrap();
+            *file = File::create(&live).unwrap();
+        }
+    }
+}
+
+fn name(index: usize) -> String {
+    format!("web-{index}_shop_app-{index:064x}.log")
+}
+
+/// Waits in the paused clock.
+async fn until(what: &str, within: Duration, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + within;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not come true within {within:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_hour_of_outage_with_rotation_loses_nothing() {
+    let hour = Duration::from_secs(3600);
+    let service =
+        Service::new(move |_, since, _| if since < hour { Err(SinkError::Unavailable("refused".into())) } else { Ok(Rejected::default()) });
+    let mut pods = Pods::new(3);
+    let agent = start(pods.root.path(), &service);
+    for _ in 0..60 {
+        pods.write(20);
+        pods.rotate();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+    }
+    assert_eq!(service.lines(), 0);
+    until("everything delivered", Duration::from_secs(120), || service.lines() == pods.written).await;
+    assert_eq!(service.twice(), 0);
+    assert!(agent.handle.counters().retries > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_third_put_throttled() {
+    let throttled = || SinkError::Throttled { message: "Rate exceeded".into(), retry_after: None };
+    let service = Service::new(move |put, _, _| if put % 3 == 0 { Err(throttled()) } else { Ok(Rejected::default()) });
+    let mut pods = Pods::new(20);
+    let agent = start(pods.root.path(), &service);
+    for _ in 0..10 {
+        pods.write(50);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    until("everything delivered", Duration::from_secs(300), || service.lines() == pods.written).await;
+    assert_eq!(service.twice(), 0);
+    assert!(agent.handle.counters().throttled > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn groups_and_streams_that_vanish_are_made_again() {
+    let service = Service::new(|_, _, _| Ok(Rejected::default()));
+    let mut pods = Pods::new(2);
+    let _agent = start(pods.root.path(), &service);
+    for _ in 0..5 {
+        pods.write(10);
+        until("everything delivered", Duration::from_secs(60), || service.lines() == pods.written).await;
+        let mut state = service.state.lock().unwrap();
+        state.groups.clear();
+        state.streams.clear();
+    }
+    assert_eq!(service.twice(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn missing_permission_holds_everything_back() {
+    let minutes = Duration::from_secs(300);
+    let service = Service::new(
+        move |_, since, _| if since < minutes { Err(SinkError::Unauthorized("AccessDenied".into())) } else { Ok(Rejected::default()) },
+    );
+    let mut pods = Pods::new(1);
+    let agent = start(pods.root.path(), &service);
+    pods.write(100);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let snapshot = agent.handle.snapshot().await.unwrap();
+    assert!(snapshot.files[0].last_error.as_deref().is_some_and(|error| error.contains("AccessDenied")), "{snapshot:?}");
+    assert!(snapshot.files[0].lag_bytes > 0);
+    until("everything delivered", Duration::from_secs(600), || service.lines() == pods.written).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_event_that_is_refused_is_found_dropped_and_counted() {
+    let service = Service::new(|_, _, batch| {
+        if batch.events().any(|event| event.message == "line 37") {
+            Err(SinkError::Invalid("poison".into()))
+        } else {
+            Ok(Rejected::default())
+        }
+    });
+    let mut pods = Pods::new(1);
+    let agent = start(pods.root.path(), &service);
+    pods.write(100);
+    until("the others delivered", Duration::from_secs(60), || service.lines() == pods.written - 1).await;
+    until("the batch settled", Duration::from_secs(60), || agent.handle.counters().dropped_invalid == 1).await;
+    assert_eq!(service.twice(), 0);
+    assert_eq!(agent.handle.counters().events_shipped, 99);
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_rejected_for_their_time_are_counted_and_not_sent_again() {
+    let service =
+        Service::new(|_, _, batch| Ok(Rejected { expired_until: Some(2), too_old_until: Some(5), too_new_from: Some(batch.len() - 1) }));
+    let mut pods = Pods::new(1);
+    pods.write(50);
+    let agent = start(pods.root.path(), &service);
+    until("the batch settled", Duration::from_secs(60), || agent.handle.counters().batches == 1).await;
+    let counters = agent.handle.counters();
+    let rejected = (counters.rejected_expired, counters.rejected_too_old, counters.rejected_too_new, counters.events_shipped);
+    assert_eq!(rejected, (2, 3, 1, 44));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(service.state.lock().unwrap().puts, 2, "the stream was created at the first put, and no put followed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn stopped_and_started_across_a_rotation_everything_comes_once() {
+    let service = Service::new(|_, _, _| Ok(Rejected::default()));
+    let mut pods = Pods::new(4);
+    for _ in 0..5 {
+        let agent = start(pods.root.path(), &service);
+        pods.write(25);
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        // The last words: written just before the end.
+        pods.write(5);
+        agent.shutdown.cancel();
+        agent.task.await.unwrap();
+        assert_eq!(service.lines(), pods.written, "the grace period was long enough");
+        pods.write(10);
+        pods.rotate();
+        pods.write(10);
+    }
+    let _agent = start(pods.root.path(), &service);
+    until("everything delivered", Duration::from_secs(60), || service.lines() == pods.written).await;
+    assert_eq!(service.twice(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn killed_at_any_time_nothing_is_lost_and_little_comes_twice() {
+    let service = Service::new(|_, _, _| Ok(Rejected::default()));
+    let mut pods = Pods::new(4);
+    let mut allowed = 0;
+    for round in 0..12_u64 {
+        let agent = start(pods.root.path(), &service);
+        for _ in 0..10 {
+            pods.write(3);
+            tokio::time::sleep(Duration::from_millis(350 + round * 37)).await;
+        }
+        if round % 3 == 0 {
+            pods.rotate();
+        }
+        agent.task.abort();
+        assert!(agent.task.await.unwrap_err().is_cancelled());
+        // Positions are a second old at most, and a batch waits a second: 12 lines every 350 ms.
+        allowed += 12 * 8;
+    }
+    let _agent = start(pods.root.path(), &service);
+    until("everything delivered", Duration::from_secs(60), || service.lines() == pods.written).await;
+    assert!(service.twice() <= allowed, "{} lines came twice", service.twice());
+}
+
+#[tokio::test(start_paused = true)]
+async fn unusable_positions_mean_again_from_the_beginning() {
+    for text in ["", "{\"version\":1,\"node\":\"n\",\"fil", "{\"version\":1,\"node\":\"other\",\"files\":[]}"] {
+        let service = Service::new(|_, _, _| Ok(Rejected::default()));
+        let mut pods = Pods::new(1);
+        pods.write(10);
+        fs::write(pods.root.path().join("state").join(stanchion_daemon::logs::POSITIONS_FILE), text).unwrap();
+        let _agent = start(pods.root.path(), &service);
+        until("everything delivered", Duration::from_secs(60), || service.lines() == 10).await;
+    }
+}
