@@ -92,9 +92,13 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     let imds = SdkImds::new(None).context("build the IMDS client")?;
     let Some(identity) = identity(&imds, &shutdown).await else { return Ok(()) };
     info!(instance = %identity.instance, r#type = identity.instance_type, zone = identity.availability_zone, "this is");
-    let aws = AwsClients::load(Overrides { region: Some(identity.region.clone()), ..Overrides::default() })
-        .await
-        .context("build the AWS clients")?;
+    let overrides = Overrides {
+        region: Some(identity.region.clone()),
+        ec2_endpoint: Some(config.operations.ec2_endpoint.clone()).filter(|endpoint| !endpoint.is_empty()),
+        ec2_timeout: Some(config.operations.http_timeout),
+        ..Overrides::default()
+    };
+    let aws = AwsClients::load(overrides).await.context("build the AWS clients")?;
     let cluster = cluster(&args, &config, &node_name, &shutdown).await?;
 
     let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();

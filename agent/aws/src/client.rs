@@ -15,7 +15,7 @@ use crate::{CloudWatchSink, SdkEc2, http};
 
 /// To a TCP and TLS connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// EC2 answers Describe of a busy account in seconds; longer is a lost reply.
+/// EC2 answers Describe of a busy account in seconds; longer is a lost reply. For those who set nothing.
 const EC2_TIMEOUT: Duration = Duration::from_secs(15);
 /// A full batch over a slow link.
 const LOGS_TIMEOUT: Duration = Duration::from_secs(30);
@@ -27,6 +27,8 @@ pub struct Overrides {
     pub region: Option<String>,
     /// Instead of `AWS_ENDPOINT_URL_EC2`.
     pub ec2_endpoint: Option<String>,
+    /// How long a request to EC2 may take.
+    pub ec2_timeout: Option<Duration>,
     /// Instead of `AWS_ENDPOINT_URL_CLOUDWATCH_LOGS`.
     pub logs_endpoint: Option<String>,
     /// Access key id and secret instead of the credentials chain.
@@ -79,10 +81,11 @@ pub struct AwsClients {
 impl fmt::Debug for Overrides {
     /// Shows that keys are set, never which.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { region, ec2_endpoint, logs_endpoint, static_keys, ca_bundle } = self;
+        let Self { region, ec2_endpoint, ec2_timeout, logs_endpoint, static_keys, ca_bundle } = self;
         f.debug_struct("Overrides")
             .field("region", region)
             .field("ec2_endpoint", ec2_endpoint)
+            .field("ec2_timeout", ec2_timeout)
             .field("logs_endpoint", logs_endpoint)
             .field("static_keys", &static_keys.as_ref().map(|_| "set"))
             .field("ca_bundle", ca_bundle)
@@ -121,10 +124,11 @@ impl AwsClients {
     /// was lost must not be repeated blindly.
     pub fn ec2(&self) -> SdkEc2 {
         let (config, endpoint) = (self.config.clone(), self.overrides.ec2_endpoint.clone());
+        let timeout = self.overrides.ec2_timeout.unwrap_or(EC2_TIMEOUT);
         SdkEc2::new(Renewable::new(move || {
             let mut builder = aws_sdk_ec2::config::Builder::from(&config)
                 .retry_config(RetryConfig::disabled())
-                .timeout_config(timeouts(EC2_TIMEOUT))
+                .timeout_config(timeouts(timeout))
                 .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
                 .identity_cache(IdentityCache::lazy().build());
             if let Some(endpoint) = &endpoint {

@@ -59,6 +59,7 @@ pub(crate) async fn bed_with(config: CloudConfig) -> Bed {
     let overrides = Overrides {
         region: Some("eu-west-1".to_owned()),
         ec2_endpoint: Some(format!("http://{ec2_at}")),
+        ec2_timeout: Some(std::time::Duration::from_secs(10)),
         logs_endpoint: Some(format!("http://{logs_at}")),
         static_keys: Some(("AKIDTEST".to_owned(), "secret".to_owned())),
         ca_bundle: None,

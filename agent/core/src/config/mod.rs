@@ -5,6 +5,7 @@
 //! Names and defaults: aws/amazon-vpc-cni-k8s v1.23.1, README and `cmd/aws-vpc-cni/main.go`.
 
 mod go;
+mod read;
 mod reader;
 
 use std::collections::BTreeMap;
@@ -14,7 +15,6 @@ use ipnet::Ipv4Net;
 use serde::Serialize;
 
 pub use go::parse_bool;
-use reader::Reader;
 
 /// Where a value came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -66,6 +66,17 @@ pub enum RandomizeSnat {
     HashRandom,
     /// `none`: the kernel's choice, in order.
     None,
+}
+
+/// How much of the traffic of a pod with security groups of its own passes its branch ENI.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BranchMode {
+    /// `strict`: all of it, node to pod too; no SNAT.
+    #[default]
+    Strict,
+    /// `standard`: what leaves the node; SNAT as for other pods.
+    Standard,
 }
 
 /// Whether a pod's veth is policed before its policy is known.
@@ -153,6 +164,14 @@ pub struct PoolConfig {
     pub imds_only: bool,
     /// ENIs without the instance tag are ours too.
     pub manage_untagged_eni: bool,
+    /// ENIs on network cards other than the default one are managed too, for pods that ask for several interfaces.
+    pub multi_nic: bool,
+    /// Security groups for pods: trunk and branch ENIs.
+    pub pod_eni: bool,
+    /// How pods with security groups are enforced.
+    pub branch_mode: BranchMode,
+    /// A pod's addresses are written to its annotation `vpc.amazonaws.com/pod-ips`.
+    pub annotate_pod_ip: bool,
     /// How long a released address rests.
     pub ip_cooldown: Duration,
     /// The checkpoint.
@@ -182,6 +201,16 @@ pub struct NetworkConfig {
     pub pod_mtu: u32,
     /// Enforcement of network policy.
     pub policy_mode: PolicyMode,
+    /// `net.ipv4.tcp_early_demux` is set to 0, so that the kubelet can probe pods with a branch ENI in strict mode.
+    pub disable_tcp_early_demux: bool,
+    /// Pods of an IPv6 cluster reach IPv4 destinations through the node's address.
+    pub v4_egress: bool,
+    /// Pods of an IPv4 cluster reach IPv6 destinations through the node's address.
+    pub v6_egress: bool,
+    /// Pods have no IPv6 at all, not even link-local.
+    pub disable_pod_v6: bool,
+    /// The bandwidth plugin is chained.
+    pub bandwidth_plugin: bool,
 }
 
 /// Logs and metrics.
@@ -218,115 +247,19 @@ pub struct OperationsConfig {
     pub cluster_endpoint: String,
     /// This node's name; empty: the flag must say it.
     pub node_name: String,
+    /// EC2's endpoint; empty: `AWS_ENDPOINT_URL_EC2`, else the region's.
+    pub ec2_endpoint: String,
+    /// How long one request to EC2 may take; a longer one counts as a lost reply.
+    pub http_timeout: Duration,
+    /// Where the plugin's binary is installed.
+    pub cni_bin_dir: String,
+    /// Where the conflist is written.
+    pub cni_conf_dir: String,
+    /// The plugin's level.
+    pub plugin_log_level: String,
+    /// Where the plugin logs.
+    pub plugin_log_file: String,
 }
-
-impl Config {
-    /// Reads every setting through `get`.
-    ///
-    /// # Errors
-    /// Every setting that stops the start, not only the first.
-    pub fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Self, Vec<ConfigError>> {
-        let mut r = Reader::new(get);
-        let imds_only = r.bool("ENABLE_IMDS_ONLY_MODE", false, "only IMDS is read; nothing is created, attached or swept");
-        let ipv6 = r.bool("ENABLE_IPv6", false, "IPv6 pods");
-        let pool = PoolConfig {
-            warm_eni_target: r.target("WARM_ENI_TARGET", 1, "ENIs' worth of free addresses to hold"),
-            warm_ip_target: r.target("WARM_IP_TARGET", 0, "free addresses to hold; overrides WARM_ENI_TARGET"),
-            minimum_ip_target: r.target("MINIMUM_IP_TARGET", 0, "floor of all addresses"),
-            warm_prefix_target: r.target("WARM_PREFIX_TARGET", 0, "free /28 prefixes to hold"),
-            max_eni: r.max_eni(),
-            prefix_delegation: r.bool("ENABLE_PREFIX_DELEGATION", false, "/28 prefixes instead of single addresses"),
-            // aws-node defaults to false here and its manifest says true: absent means the family that is not otherwise chosen.
-            ipv4: r.bool("ENABLE_IPv4", !ipv6, "IPv4 pods"),
-            ipv6,
-            custom_networking: r.bool("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", false, "pods' ENIs are made as an ENIConfig says"),
-            eni_config_annotation: r.text(
-                "ENI_CONFIG_ANNOTATION_DEF",
-                "k8s.amazonaws.com/eniConfig",
-                "node annotation that names the ENIConfig",
-            ),
-            eni_config_label: r.text("ENI_CONFIG_LABEL_DEF", "k8s.amazonaws.com/eniConfig", "node label that names the ENIConfig"),
-            manage_non_schedulable: r.bool("AWS_MANAGE_ENIS_NON_SCHEDULABLE", false, "attach and free ENIs on a cordoned node too"),
-            subnet_discovery: r.bool("ENABLE_SUBNET_DISCOVERY", true, "new ENIs may be put into tagged subnets of the zone"),
-            additional_eni_tags: r.tags(),
-            cluster_name: r.text("CLUSTER_NAME", "", "tags ENIs, narrows the leaked-ENI sweep, names log groups"),
-            disable_leaked_eni_cleanup: imds_only | r.bool("DISABLE_LEAKED_ENI_CLEANUP", false, "no hourly sweep of leaked ENIs"),
-            disable_provisioning: imds_only | r.bool("DISABLE_NETWORK_RESOURCE_PROVISIONING", false, "never create, attach, assign or tag"),
-            imds_only,
-            manage_untagged_eni: r.bool("MANAGE_UNTAGGED_ENI", true, "ENIs without the instance tag are managed too"),
-            ip_cooldown: r.cooldown(),
-            backing_store: r.text("AWS_VPC_K8S_CNI_BACKING_STORE", "/var/run/aws-node/ipam.json", "the checkpoint of allocations"),
-        };
-        let eni_mtu = r.mtu("AWS_VPC_ENI_MTU", 9001, pool.ipv6, "MTU of ENIs");
-        let network = NetworkConfig {
-            node_port_support: r.bool("AWS_VPC_CNI_NODE_PORT_SUPPORT", true, "replies of node-port connections leave by the primary ENI"),
-            external_snat: r.bool("AWS_VPC_K8S_CNI_EXTERNALSNAT", false, "no SNAT on the node"),
-            randomize_snat: r.randomize_snat(),
-            exclude_snat_cidrs: r.cidrs("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "destinations that are not SNATed"),
-            external_service_cidrs: r.cidrs("AWS_EXTERNAL_SERVICE_CIDRS", "destinations reached by the primary ENI"),
-            connmark: r.connmark(),
-            veth_prefix: r.veth_prefix(),
-            eni_mtu,
-            pod_mtu: r.mtu("POD_MTU", eni_mtu, pool.ipv6, "MTU of pods"),
-            policy_mode: r.policy_mode(),
-        };
-        let telemetry = TelemetryConfig {
-            logs: r.bool("STANCHION_LOGS", true, "ship container logs"),
-            record: r.choice(
-                "STANCHION_LOG_RECORD",
-                &[("fluent-bit", RecordLayout::FluentBit), ("compact", RecordLayout::Compact), ("raw", RecordLayout::Raw)],
-                "layout of container log events",
-            ),
-            log_group: r.text(
-                "STANCHION_LOG_GROUP",
-                "/aws/containerinsights/{cluster}/application",
-                "log group template of container logs",
-            ),
-            log_retention_days: r.retention(),
-            log_flush: r.seconds("STANCHION_LOG_FLUSH_SECONDS", 1.0, 0.05..=60.0, "how long a line may wait for company in its batch"),
-            container_insights: r.bool("STANCHION_CONTAINER_INSIGHTS", true, "write Container Insights documents"),
-            metrics_interval: r.seconds("STANCHION_METRICS_INTERVAL_SECONDS", 60.0, 1.0..=3600.0, "how often metrics are collected"),
-        };
-        let operations = OperationsConfig {
-            log_level: r.text("AWS_VPC_K8S_CNI_LOGLEVEL", "info", "tracing filter, or an aws-node level"),
-            disable_introspection: r.bool("DISABLE_INTROSPECTION", false, "no introspection listener"),
-            disable_metrics: r.bool("DISABLE_METRICS", false, "no metrics listener"),
-            introspection_bind: r.text("INTROSPECTION_BIND_ADDRESS", "127.0.0.1:61679", "where introspection listens"),
-            cluster_endpoint: r.text("CLUSTER_ENDPOINT", "", "API server to use instead of the service address"),
-            node_name: r.text("MY_NODE_NAME", "", "this node's name"),
-        };
-        r.refuse_unless_default("ENABLE_MULTI_NIC", "false", "pods on several network cards are not supported by this version");
-        r.refuse_unless_default("ENABLE_POD_ENI", "false", "security groups for pods are not supported by this version");
-        r.refuse_unless_default("ANNOTATE_POD_IP", "false", "annotating pods is not supported by this version");
-        r.refuse_unless_default("ENABLE_V6_EGRESS", "false", "IPv6 egress from IPv4 clusters is not supported by this version");
-        r.refuse_unless_default("ENABLE_BANDWIDTH_PLUGIN", "false", "chain the bandwidth plugin in a conflist of your own");
-        r.refuse_unless_default("DISABLE_POD_V6", "false", "chain the tuning plugin in a conflist of your own");
-        for (name, why) in MEANINGLESS {
-            r.meaningless(name, why);
-        }
-        r.finish(pool, network, telemetry, operations)
-    }
-
-    /// For a person: name, value, origin, meaning; the settings of `/v1/ipamd-env-settings` too.
-    pub fn render(&self) -> Vec<Setting> {
-        self.settings.clone()
-    }
-}
-
-/// Variables that aws-node or its companions know and that mean nothing here; said once at start.
-const MEANINGLESS: [(&str, &str); 11] = [
-    ("ENABLE_NFTABLES", "nftables is always used"),
-    ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "deprecated upstream as well"),
-    ("AWS_VPC_K8S_CNI_LOG_FILE", "the agent logs to stderr; the runtime keeps it"),
-    ("AWS_EC2_ENDPOINT", "use AWS_ENDPOINT_URL_EC2, the SDK's own variable"),
-    ("ENABLE_V4_EGRESS", "there is no egress plugin to switch"),
-    ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", "there is no egress plugin"),
-    ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", "there is no egress plugin"),
-    ("HTTP_TIMEOUT", "request time-outs are fixed"),
-    ("VPC_CNI_VERSION", "the version is compiled in"),
-    ("POD_SECURITY_GROUP_ENFORCING_MODE", "security groups for pods are not supported by this version"),
-    ("MY_POD_NAME", "the agent does not ask for its own pod"),
-];
 
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,8 @@ use ipnet::Ipv4Net;
 
 use super::go::{parse_bool, parse_int};
 use super::{
-    Config, ConfigError, NetworkConfig, OperationsConfig, Origin, PolicyMode, PoolConfig, RandomizeSnat, Setting, TelemetryConfig,
+    BranchMode, Config, ConfigError, NetworkConfig, OperationsConfig, Origin, PolicyMode, PoolConfig, RandomizeSnat, Setting,
+    TelemetryConfig,
 };
 
 pub(super) struct Reader<'a> {
@@ -254,14 +255,38 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A variable whose effect is not there: accepted only where it asks for nothing.
-    pub(super) fn refuse_unless_default(&mut self, name: &'static str, default: &str, why: &str) {
-        if let Some(text) = self.raw(name)
-            && text != default
-            && parse_bool(&text) != Some(false)
-        {
-            self.error(name, &text, why, format!("unset it or set it to {default}"));
+    /// A switch that was read and whose effect is not there: accepted only while it is off.
+    pub(super) fn refuse_when_true(&mut self, name: &'static str, why: &str) {
+        if self.settings.iter().any(|setting| setting.name == name && setting.value == "true") {
+            let given = self.raw(name).unwrap_or_default();
+            self.error(name, &given, why, "unset it or set it to false");
         }
+    }
+
+    /// aws-node aborts on another word only when security groups for pods are on; here a typing error is always told.
+    pub(super) fn branch_mode(&mut self) -> BranchMode {
+        self.choice(
+            "POD_SECURITY_GROUP_ENFORCING_MODE",
+            &[("strict", BranchMode::Strict), ("standard", BranchMode::Standard)],
+            "traffic of pods with security groups that passes their branch ENI",
+        )
+    }
+
+    /// Seconds; aws-node's least is its default, 10.
+    pub(super) fn http_timeout(&mut self) -> Duration {
+        let about = "seconds that one request to EC2 may take, 10 at least";
+        let seconds = self.lenient("HTTP_TIMEOUT", 10u64, about, |text| text.parse().ok().filter(|seconds| *seconds >= 10));
+        Duration::from_secs(seconds)
+    }
+
+    /// The plugin's standard output is its result, so that it cannot log there.
+    pub(super) fn plugin_log_file(&mut self) -> String {
+        const NAME: &str = "AWS_VPC_K8S_PLUGIN_LOG_FILE";
+        let file = self.text(NAME, "/var/log/aws-routed-eni/plugin.log", "where the plugin logs; stderr is allowed");
+        if file == "stdout" {
+            self.error(NAME, &file, "the plugin's standard output is its result", "name a file, or stderr");
+        }
+        file
     }
 
     /// A variable that means nothing here: said once.

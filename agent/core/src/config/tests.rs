@@ -72,3 +72,108 @@ fn what_means_nothing_is_said_and_what_is_off_is_accepted() {
     let config = read(&[("ENABLE_NFTABLES", "true"), ("ENABLE_POD_ENI", "false"), ("ENABLE_MULTI_NIC", "0")]).unwrap();
     assert_eq!(config.notices.len(), 1);
 }
+
+/// aws-node's own words for each variable, and what a node with the switch on must be told until the effect is there.
+#[test]
+fn a_switch_without_its_effect_is_refused_and_never_ignored() {
+    for name in ["ENABLE_MULTI_NIC", "ENABLE_POD_ENI", "ANNOTATE_POD_IP", "ENABLE_V6_EGRESS", "ENABLE_BANDWIDTH_PLUGIN", "DISABLE_POD_V6"] {
+        for on in ["true", "1", "T"] {
+            match read(&[(name, on)]) {
+                Ok(config) => {
+                    let setting = config.settings.iter().find(|setting| setting.name == name).expect(name);
+                    assert_eq!((setting.value.as_str(), setting.origin), ("true", Origin::Environment), "{name} works, then it shows");
+                }
+                Err(errors) => assert!(errors.len() == 1 && errors[0].name == name && errors[0].value == on, "{errors:?}"),
+            }
+        }
+        assert!(read(&[(name, "false")]).is_ok(), "{name}");
+    }
+}
+
+#[test]
+fn every_variable_of_aws_node_is_known() {
+    // vpc-cni's README and main.go at v1.23.1.
+    let names = [
+        "WARM_ENI_TARGET",
+        "WARM_IP_TARGET",
+        "MINIMUM_IP_TARGET",
+        "WARM_PREFIX_TARGET",
+        "MAX_ENI",
+        "ENABLE_PREFIX_DELEGATION",
+        "ENABLE_IPv4",
+        "ENABLE_IPv6",
+        "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG",
+        "ENI_CONFIG_ANNOTATION_DEF",
+        "ENI_CONFIG_LABEL_DEF",
+        "AWS_MANAGE_ENIS_NON_SCHEDULABLE",
+        "ENABLE_SUBNET_DISCOVERY",
+        "ADDITIONAL_ENI_TAGS",
+        "CLUSTER_NAME",
+        "DISABLE_LEAKED_ENI_CLEANUP",
+        "DISABLE_NETWORK_RESOURCE_PROVISIONING",
+        "ENABLE_IMDS_ONLY_MODE",
+        "MANAGE_UNTAGGED_ENI",
+        "ENABLE_MULTI_NIC",
+        "ENABLE_POD_ENI",
+        "POD_SECURITY_GROUP_ENFORCING_MODE",
+        "ANNOTATE_POD_IP",
+        "IP_COOLDOWN_PERIOD",
+        "AWS_VPC_K8S_CNI_BACKING_STORE",
+        "NETWORK_POLICY_ENFORCING_MODE",
+        "AWS_VPC_CNI_NODE_PORT_SUPPORT",
+        "AWS_VPC_K8S_CNI_EXTERNALSNAT",
+        "AWS_VPC_K8S_CNI_RANDOMIZESNAT",
+        "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS",
+        "AWS_EXTERNAL_SERVICE_CIDRS",
+        "AWS_VPC_K8S_CNI_CONNMARK",
+        "AWS_VPC_K8S_CNI_VETHPREFIX",
+        "AWS_VPC_ENI_MTU",
+        "POD_MTU",
+        "DISABLE_TCP_EARLY_DEMUX",
+        "ENABLE_V4_EGRESS",
+        "ENABLE_V6_EGRESS",
+        "DISABLE_POD_V6",
+        "ENABLE_BANDWIDTH_PLUGIN",
+        "ENABLE_NFTABLES",
+        "AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER",
+        "AWS_VPC_K8S_CNI_LOGLEVEL",
+        "AWS_VPC_K8S_CNI_LOG_FILE",
+        "AWS_VPC_K8S_PLUGIN_LOG_LEVEL",
+        "AWS_VPC_K8S_PLUGIN_LOG_FILE",
+        "AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE",
+        "AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE",
+        "DISABLE_INTROSPECTION",
+        "DISABLE_METRICS",
+        "INTROSPECTION_BIND_ADDRESS",
+        "HOST_CNI_BIN_PATH",
+        "HOST_CNI_CONFDIR_PATH",
+        "AWS_EC2_ENDPOINT",
+        "HTTP_TIMEOUT",
+        "CLUSTER_ENDPOINT",
+        "MY_NODE_NAME",
+        "MY_POD_NAME",
+        "VPC_CNI_VERSION",
+        "USE_CLOUDWATCH",
+        "USE_PROMETHEUS",
+        "METRIC_UPDATE_INTERVAL",
+    ];
+    let read_names = std::cell::RefCell::new(std::collections::BTreeSet::new());
+    Config::read(&|name| {
+        read_names.borrow_mut().insert(name.to_owned());
+        None
+    })
+    .unwrap();
+    let unread: Vec<_> = names.iter().filter(|name| !read_names.borrow().contains(**name)).collect();
+    assert!(unread.is_empty(), "nobody looks at {unread:?}");
+}
+
+#[test]
+fn quirks_of_the_operations_settings() {
+    for (text, seconds) in [("10", 10), ("30", 30), ("9", 10), ("0", 10), ("-1", 10), ("x", 10)] {
+        assert_eq!(read(&[("HTTP_TIMEOUT", text)]).unwrap().operations.http_timeout, Duration::from_secs(seconds), "{text}");
+    }
+    assert_eq!(read(&[("AWS_VPC_K8S_PLUGIN_LOG_FILE", "stdout")]).unwrap_err()[0].name, "AWS_VPC_K8S_PLUGIN_LOG_FILE");
+    assert_eq!(read(&[("POD_SECURITY_GROUP_ENFORCING_MODE", "lenient")]).unwrap_err()[0].name, "POD_SECURITY_GROUP_ENFORCING_MODE");
+    assert_eq!(read(&[("AWS_EC2_ENDPOINT", "http://10.0.0.1")]).unwrap().operations.ec2_endpoint, "http://10.0.0.1");
+    assert!(read(&[("DISABLE_TCP_EARLY_DEMUX", "true")]).unwrap().network.disable_tcp_early_demux);
+}

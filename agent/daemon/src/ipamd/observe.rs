@@ -391,7 +391,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             mark: network.connmark,
             external_service_cidrs: network.external_service_cidrs.clone(),
             ipv6: self.config.pool.ipv6,
-            tcp_early_demux: true,
+            tcp_early_demux: !network.disable_tcp_early_demux,
         }
     }
 
