@@ -17,7 +17,7 @@ use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
 use stanchion_daemon::admin::views::Views;
 use stanchion_daemon::admin::{http, socket};
-use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server};
+use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server, credentials};
 use stanchion_daemon::cni::CniSettings;
 use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::LogsParts;
@@ -312,13 +312,15 @@ async fn cluster(args: &AgentArgs, config: &Config, node_name: &str, shutdown: &
     if let Some(directory) = &args.manifests {
         return ManifestsDir::spawn(directory.clone(), shutdown.clone()).context("read the manifests");
     }
-    let client = api_server::client(args.kubeconfig.as_deref(), &config.operations.cluster_endpoint).await?;
+    let clients = credentials::connect(args.kubeconfig.as_deref(), &config.operations.cluster_endpoint, shutdown.clone()).await?;
     let scope = api_server::Scope {
         node_name: node_name.to_owned(),
         policy: args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None,
+        // NetworkPolicy objects are resolved here.
+        policy_endpoints: false,
         eni_configs: args.roles.contains(&Role::Network) && config.pool.custom_networking,
     };
-    Ok(api_server::spawn(client, scope, shutdown.clone()))
+    Ok(api_server::spawn(clients, &scope, shutdown.clone()))
 }
 
 /// Who this instance is; asked until IMDS answers. `None` when the agent is told to end before.

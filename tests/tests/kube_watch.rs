@@ -5,11 +5,15 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stanchion_core::ids::PodName;
-use stanchion_daemon::cluster::{ClusterHandle, api_server};
-use stanchion_lab::fake_kube::FakeKube;
+use stanchion_daemon::cluster::{ClusterHandle, api_server, credentials};
+use stanchion_lab::fake_kube::{FakeKube, Rules};
 use tokio_util::sync::CancellationToken;
 
 const PODS: &str = "/api/v1/pods";
+const NODES: &str = "/api/v1/nodes";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
+const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
+const AWS_CLUSTER_POLICIES: &str = "/apis/networking.k8s.aws/v1alpha1/clusternetworkpolicies";
 
 fn object(kind: &str, namespace: &str, name: &str, node: &str) -> Value {
     json!({"kind": kind, "apiVersion": "v1", "metadata": {"name": name, "namespace": namespace, "managedFields": [{"big": "x"}]}, "spec": {"nodeName": node}})
@@ -23,25 +27,19 @@ struct World {
 
 async fn world(policy: bool, prepare: impl FnOnce(&FakeKube)) -> World {
     let kube = FakeKube::default();
-    for collection in [
-        PODS,
-        "/api/v1/nodes",
-        "/api/v1/configmaps",
-        "/api/v1/namespaces",
-        "/api/v1/services",
-        "/apis/discovery.k8s.io/v1/endpointslices",
-        "/apis/networking.k8s.io/v1/networkpolicies",
-    ] {
+    for collection in
+        [PODS, NODES, "/api/v1/configmaps", "/api/v1/namespaces", "/api/v1/services", SLICES, "/apis/networking.k8s.io/v1/networkpolicies"]
+    {
         kube.serve_collection(collection);
     }
     prepare(&kube);
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(kube.clone().serve(listener));
-    let client = api_server::plain_client(&format!("http://{address}")).unwrap();
+    let client = credentials::plain(&format!("http://{address}")).unwrap();
     let shutdown = CancellationToken::new();
-    let scope = api_server::Scope { node_name: "n1".into(), policy, eni_configs: true };
-    let cluster = api_server::spawn(client, scope, shutdown.clone());
+    let scope = api_server::Scope { node_name: "n1".into(), policy, policy_endpoints: policy, eni_configs: true };
+    let cluster = api_server::spawn(credentials::fixed(client), &scope, shutdown.clone());
     World { kube, cluster, _shutdown: shutdown.drop_guard() }
 }
 
@@ -57,8 +55,8 @@ async fn lists_then_follows_changes_and_survives_a_missing_crd() {
         for index in 0..1200 {
             kube.put(PODS, object("Pod", "x", &format!("p{index}"), "n2"));
         }
-        kube.put("/api/v1/nodes", object("Node", "", "n1", ""));
-        kube.put("/api/v1/nodes", object("Node", "", "n2", ""));
+        kube.put(NODES, object("Node", "", "n1", ""));
+        kube.put(NODES, object("Node", "", "n2", ""));
     })
     .await;
     until(&world, "the pages of the list", |s| s.synced && s.pods.len() == 1200).await;
@@ -69,8 +67,7 @@ async fn lists_then_follows_changes_and_survives_a_missing_crd() {
     until(&world, "an addition and a deletion", |s| s.pods.contains_key(&new) && !s.pods.contains_key(&gone)).await;
 }
 
-#[tokio::test]
-async fn what_happened_during_a_disconnect_or_before_a_410_is_not_missed() {
+async fn what_happened_before_a_410_is_not_missed(in_stream: bool) {
     let world = world(true, |kube| {
         kube.put(PODS, object("Pod", "x", "a", "n1"));
         kube.put(PODS, object("Pod", "x", "b", "n1"));
@@ -81,11 +78,83 @@ async fn what_happened_during_a_disconnect_or_before_a_410_is_not_missed() {
     world.kube.disconnect();
     world.kube.delete(PODS, "x/a");
     world.kube.put(PODS, object("Pod", "x", "c", "n1"));
-    world.kube.compact();
+    world.kube.compact(in_stream);
     world.kube.outage(None);
     let (a, c) = (PodName::new("x", "a"), PodName::new("x", "c"));
     until(&world, "the relist", |s| !s.pods.contains_key(&a) && s.pods.contains_key(&c)).await;
     assert!(world.cluster.latest().synced);
+    assert!(!world.kube.requests().iter().any(|r| r.contains("sendInitialEvents")), "a list by watch may be refused: none is asked");
+}
+
+#[tokio::test]
+async fn gone_as_an_answer_lists_anew() {
+    what_happened_before_a_410_is_not_missed(false).await;
+}
+
+#[tokio::test]
+async fn gone_in_the_stream_lists_anew() {
+    what_happened_before_a_410_is_not_missed(true).await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_down_at_the_start_is_asked_again_and_said() {
+    let world = world(false, |kube| {
+        kube.put(PODS, object("Pod", "x", "mine", "n1"));
+        kube.outage(Some(503));
+    })
+    .await;
+    until(&world, "the trouble", |s| s.trouble.contains_key("pods") && !s.synced).await;
+    world.kube.outage(None);
+    until(&world, "the end of the outage", |s| s.synced && s.pods.len() == 1 && s.trouble.is_empty()).await;
+}
+
+/// The API server does not bound the ports of EndpointSlices: whoever may write one must not blind every node.
+#[tokio::test]
+async fn an_object_that_cannot_be_read_hides_no_other() {
+    let slice = |name: &str, port: i64| json!({"kind": "EndpointSlice", "metadata": {"name": name, "namespace": "x"}, "addressType": "IPv4", "ports": [{"port": port}]});
+    let world = world(true, |kube| {
+        kube.put(SLICES, slice("bad", 70_000));
+        kube.put(SLICES, slice("good", 80));
+    })
+    .await;
+    until(&world, "the good one", |s| s.synced && s.endpoint_slices.contains_key(&PodName::new("x", "good"))).await;
+    // A bad change leaves what was known.
+    world.kube.put(SLICES, slice("good", -1));
+    until(&world, "the trouble", |s| s.trouble.get("endpointslices").is_some_and(|t| t.contains("x/good"))).await;
+    assert_eq!(world.cluster.latest().endpoint_slices.len(), 1);
+    world.kube.put(SLICES, slice("good", 81));
+    until(&world, "its mending", |s| s.trouble.is_empty()).await;
+}
+
+#[tokio::test]
+async fn cluster_policies_of_both_groups_are_kept_apart_and_nodes_are_read_when_they_speak_of_them() {
+    let policy = |name: &str, group: &str, egress: Value| json!({"apiVersion": group, "kind": "ClusterNetworkPolicy", "metadata": {"name": name}, "spec": {"tier": "Admin", "egress": egress}});
+    let (kubernetes, aws) = ("policy.networking.k8s.io/v1alpha2", "networking.k8s.aws/v1alpha1");
+    let world = world(true, |kube| {
+        kube.serve_collection(CLUSTER_POLICIES);
+        kube.put(AWS_CLUSTER_POLICIES, policy("a", aws, json!([])));
+        kube.put(CLUSTER_POLICIES, policy("a", kubernetes, json!([])));
+        kube.put(NODES, object("Node", "", "n1", ""));
+        kube.put(NODES, object("Node", "", "n2", ""));
+    })
+    .await;
+    until(&world, "both", |s| s.synced && s.cluster_network_policies.len() == 2).await;
+    assert_eq!(world.cluster.latest().nodes.len(), 1);
+    world.kube.delete(CLUSTER_POLICIES, "/a");
+    until(&world, "one", |s| s.cluster_network_policies.keys().collect::<Vec<_>>() == ["networking.k8s.aws/a"]).await;
+    world.kube.put(CLUSTER_POLICIES, policy("b", kubernetes, json!([{"action": "Deny", "to": [{"nodes": {}}]}])));
+    until(&world, "all nodes", |s| s.nodes.len() == 2).await;
+}
+
+#[tokio::test]
+async fn a_forbidden_custom_resource_is_taken_as_empty_and_a_forbidden_pod_list_is_not() {
+    let rules = "kind: ClusterRole\nmetadata: {name: r}\nrules:\n- {apiGroups: ['', discovery.k8s.io, networking.k8s.io], resources: [nodes, namespaces, configmaps, services, endpointslices, networkpolicies], verbs: [list, watch]}\n";
+    let more = format!("{rules}- {{apiGroups: [''], resources: [pods], verbs: [list, watch]}}\n");
+    let world = world(true, |kube| kube.enforce(Rules::of_manifest(rules).unwrap())).await;
+    until(&world, "the trouble", |s| s.trouble.get("pods").is_some_and(|t| t.starts_with("403"))).await;
+    assert!(!world.cluster.latest().synced);
+    world.kube.enforce(Rules::of_manifest(&more).unwrap());
+    until(&world, "the rest", |s| s.synced).await;
 }
 
 #[tokio::test]

@@ -20,6 +20,8 @@ pub type Named<T> = BTreeMap<String, Arc<T>>;
 pub struct ClusterState {
     /// Every source was read at least once: absence means absence.
     pub synced: bool,
+    /// What could not be read lately, by resource (`pods`): the reason. What was known of it before stays in the state.
+    pub trouble: BTreeMap<String, String>,
     /// Namespaces.
     pub namespaces: Named<Namespace>,
     /// Pods, of all nodes where policies need them.

@@ -68,7 +68,7 @@ impl Views {
             "version": self.version, "node": self.node_name, "roles": self.roles, "started_ms": self.started_ms,
             "cluster": {
                 "synced": cluster.synced, "pods": cluster.pods.len(), "namespaces": cluster.namespaces.len(),
-                "network_policies": cluster.network_policies.len(),
+                "network_policies": cluster.network_policies.len(), "trouble": cluster.trouble,
             },
             "ipam": ipam, "policy": netpol,
             "logs": self.logs.as_ref().map(|logs| value(logs.counters())),

@@ -1,28 +1,24 @@
 //! The cluster's state from the API server: one watch a kind, merged by one task.
 //!
-//! List, then watch with bookmarks; 410 Gone lists anew; errors are tried again with growing, jittered pauses (kube's
-//! default back-off). A kind whose CRD is not installed counts as read and empty, and is asked for again at that pace.
-//! Objects are cut down to their slim form while they are read: the full ones are never held.
+//! List in pages, then watch with bookmarks; 410 Gone lists anew; failures are tried again with growing, spread pauses. A
+//! kind whose CRD is not installed counts as read and empty and is looked for again. No list is asked by watch, which
+//! servers may refuse.
 
-use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use anyhow::Context as _;
-use futures_util::StreamExt as _;
-use kube::api::{ApiResource, DynamicObject};
-use kube::runtime::WatchStreamExt as _;
-use kube::runtime::watcher::{self, Event};
-use kube::{Api, Client};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer};
-use stanchion_core::cluster::{ClusterState, Kind, Object, ObjectKey};
-use stanchion_core::objects::{EndpointSlice, EniConfig, Meta, Namespace, NetworkPolicy, Node, Pod, Service};
+use kube::api::ApiResource;
+use stanchion_core::cluster::{ClusterState, Kind, ObjectKey};
+use stanchion_core::objects::{EndpointSlice, EniConfig, Namespace, NetworkPolicy, Node, Pod, Service};
+use stanchion_core::policy::objects::{AWS_GROUP, ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::ClusterHandle;
+use super::credentials::Clients;
+use super::follow::{Source, Update, follow};
+use super::slim::{Slim, VpcCniConfig};
 
 /// Updates that wait for the owner. A list of 10,000 pods passes through; the watches wait while it is full.
 const MAILBOX: usize = 1024;
@@ -32,141 +28,57 @@ const MAILBOX: usize = 1024;
 pub struct Scope {
     /// This node.
     pub node_name: String,
-    /// Policies are resolved here: all pods, namespaces, services, endpoint slices and policies are needed. Otherwise
-    /// only this node's pods.
+    /// Policies are resolved here: all pods, namespaces, services, endpoint slices and policies are needed, and all nodes
+    /// once a policy speaks of nodes. Otherwise only this node and its pods.
     pub policy: bool,
+    /// Policies as AWS's controller resolved them.
+    pub policy_endpoints: bool,
     /// Custom networking: ENIConfigs.
     pub eni_configs: bool,
 }
 
-/// A slim object with the metadata that kube's watcher wants.
-#[derive(Clone, Debug)]
-struct Watched<T> {
-    object: T,
-    meta: k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta,
-}
-
-/// Slim kinds.
-trait Slim: DeserializeOwned + Clone + std::fmt::Debug + Send + 'static {
-    fn meta(&self) -> &Meta;
-    fn into_object(self) -> Object;
-}
-
-macro_rules! slim {
-    ($($kind:ident),*) => {$(
-        impl Slim for $kind {
-            fn meta(&self) -> &Meta {
-                &self.metadata
-            }
-            fn into_object(self) -> Object {
-                Object::$kind(self)
-            }
-        }
-    )*};
-}
-slim!(Namespace, Pod, Node, Service, EndpointSlice, NetworkPolicy, EniConfig);
-
-/// The one ConfigMap that is read.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct VpcCniConfig {
-    metadata: Meta,
-    data: Option<std::collections::BTreeMap<String, String>>,
-}
-
-impl Slim for VpcCniConfig {
-    fn meta(&self) -> &Meta {
-        &self.metadata
-    }
-    fn into_object(self) -> Object {
-        Object::VpcCniConfig(self.data.unwrap_or_default())
-    }
-}
-
-impl<'de, T: Slim> Deserialize<'de> for Watched<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let object = T::deserialize(deserializer)?;
-        let text = |s: &str| (!s.is_empty()).then(|| s.to_owned());
-        let meta = object.meta();
-        let meta = k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta {
-            name: text(&meta.name),
-            namespace: text(&meta.namespace),
-            uid: text(&meta.uid),
-            resource_version: text(&meta.resource_version),
-            ..Default::default()
-        };
-        Ok(Self { object, meta })
-    }
-}
-
-impl<T: Slim> kube::Resource for Watched<T> {
-    type DynamicType = ApiResource;
-    type Scope = <DynamicObject as kube::Resource>::Scope;
-
-    fn kind(dt: &ApiResource) -> Cow<'_, str> {
-        dt.kind.as_str().into()
-    }
-    fn group(dt: &ApiResource) -> Cow<'_, str> {
-        dt.group.as_str().into()
-    }
-    fn version(dt: &ApiResource) -> Cow<'_, str> {
-        dt.version.as_str().into()
-    }
-    fn plural(dt: &ApiResource) -> Cow<'_, str> {
-        dt.plural.as_str().into()
-    }
-    fn meta(&self) -> &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta {
-        &self.meta
-    }
-    fn meta_mut(&mut self) -> &mut k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta {
-        &mut self.meta
-    }
-}
-
-/// What a watch tells the owner.
-enum Update {
-    /// A new list begins.
-    Begin,
-    /// An object of the list.
-    Listed(Object),
-    /// The list is complete: what it did not name is gone.
-    Complete,
-    /// Made or changed.
-    Applied(Object),
-    /// Gone.
-    Deleted(ObjectKey),
-    /// The kind is not served here.
-    Absent,
-}
-
 /// Watches the API server until `shutdown`. Returns at once; `ClusterState::synced` tells when every kind was read.
-pub fn spawn(client: Client, scope: Scope, shutdown: CancellationToken) -> ClusterHandle {
+pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> ClusterHandle {
     let (updates, mailbox) = mpsc::channel(MAILBOX);
-    let mut kinds = Vec::new();
     let own_node = format!("metadata.name={}", scope.node_name);
     let own_pods = format!("spec.nodeName={}", scope.node_name);
-    let mut watches = Watches { client, updates, shutdown: shutdown.clone(), kinds: &mut kinds };
-    watches.add::<Node>(Kind::Node, resource("", "v1", "Node", "nodes"), None, Some(&own_node));
-    watches.add::<Pod>(Kind::Pod, resource("", "v1", "Pod", "pods"), None, (!scope.policy).then_some(own_pods.as_str()));
-    watches.add::<VpcCniConfig>(
-        Kind::VpcCniConfig,
-        resource("", "v1", "ConfigMap", "configmaps"),
-        Some("kube-system"),
-        Some("metadata.name=amazon-vpc-cni"),
-    );
+    // The owner widens this one when a policy speaks of nodes.
+    let (nodes, node_selector) = watch::channel(Some(own_node));
+    let mut watches = Watches { clients, updates, shutdown: shutdown.clone(), sources: Vec::new() };
+    watches.add::<Node>(Kind::Node, None, resource("", "v1", "Node", "nodes"), node_selector);
+    watches.all::<Pod>(Kind::Pod, resource("", "v1", "Pod", "pods"), (!scope.policy).then_some(own_pods));
+    let config_map = watch::channel(Some("metadata.name=amazon-vpc-cni".to_owned())).1;
+    watches.add::<VpcCniConfig>(Kind::VpcCniConfig, Some("kube-system"), resource("", "v1", "ConfigMap", "configmaps"), config_map);
     if scope.policy {
-        watches.add::<Namespace>(Kind::Namespace, resource("", "v1", "Namespace", "namespaces"), None, None);
-        watches.add::<Service>(Kind::Service, resource("", "v1", "Service", "services"), None, None);
+        watches.all::<Namespace>(Kind::Namespace, resource("", "v1", "Namespace", "namespaces"), None);
+        watches.all::<Service>(Kind::Service, resource("", "v1", "Service", "services"), None);
         let slices = resource("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices");
-        watches.add::<EndpointSlice>(Kind::EndpointSlice, slices, None, None);
+        watches.all::<EndpointSlice>(Kind::EndpointSlice, slices, None);
         let policies = resource("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies");
-        watches.add::<NetworkPolicy>(Kind::NetworkPolicy, policies, None, None);
+        watches.all::<NetworkPolicy>(Kind::NetworkPolicy, policies, None);
+        for (group, version) in [("policy.networking.k8s.io", "v1alpha2"), (AWS_GROUP, "v1alpha1")] {
+            let policies = resource(group, version, "ClusterNetworkPolicy", "clusternetworkpolicies");
+            watches.all::<ClusterNetworkPolicy>(Kind::ClusterNetworkPolicy, policies, None);
+        }
+    }
+    if scope.policy_endpoints {
+        let endpoints = resource(AWS_GROUP, "v1alpha1", "PolicyEndpoint", "policyendpoints");
+        watches.all::<PolicyEndpoint>(Kind::PolicyEndpoint, endpoints, None);
+        let endpoints = resource(AWS_GROUP, "v1alpha1", "ClusterPolicyEndpoint", "clusterpolicyendpoints");
+        watches.all::<ClusterPolicyEndpoint>(Kind::ClusterPolicyEndpoint, endpoints, None);
     }
     if scope.eni_configs {
-        watches.add::<EniConfig>(Kind::EniConfig, resource("crd.k8s.amazonaws.com", "v1alpha1", "ENIConfig", "eniconfigs"), None, None);
+        watches.all::<EniConfig>(Kind::EniConfig, resource("crd.k8s.amazonaws.com", "v1alpha1", "ENIConfig", "eniconfigs"), None);
     }
     let (publish, state) = watch::channel(Arc::new(ClusterState::default()));
-    tokio::spawn(own(mailbox, publish, kinds, shutdown));
+    let owner = Owner {
+        unread: (0..watches.sources.len()).collect(),
+        sources: watches.sources,
+        state: ClusterState::default(),
+        listed: HashMap::new(),
+        nodes,
+    };
+    tokio::spawn(owner.run(mailbox, publish, shutdown));
     ClusterHandle { state, _fixed: None }
 }
 
@@ -175,145 +87,133 @@ fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource
     ApiResource { group: group.into(), version: version.into(), api_version, kind: kind.into(), plural: plural.into() }
 }
 
-struct Watches<'a> {
-    client: Client,
-    updates: mpsc::Sender<(Kind, Update)>,
+struct Watches {
+    clients: Clients,
+    updates: mpsc::Sender<(usize, Update)>,
     shutdown: CancellationToken,
-    kinds: &'a mut Vec<Kind>,
+    sources: Vec<Source>,
 }
 
-impl Watches<'_> {
-    fn add<T: Slim + Sync>(&mut self, kind: Kind, resource: ApiResource, namespace: Option<&str>, fields: Option<&str>) {
-        self.kinds.push(kind);
-        let api: Api<Watched<T>> = match namespace {
-            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
-            None => Api::all_with(self.client.clone(), &resource),
-        };
-        let config = watcher::Config { field_selector: fields.map(str::to_owned), ..watcher::Config::default() };
-        let updates = self.updates.clone();
-        let shutdown = self.shutdown.clone();
+impl Watches {
+    /// Every object of a cluster-wide list, or those that a fixed field selector picks.
+    fn all<T: Slim>(&mut self, kind: Kind, resource: ApiResource, fields: Option<String>) {
+        self.add::<T>(kind, None, resource, watch::channel(fields).1);
+    }
+
+    fn add<T: Slim>(
+        &mut self,
+        kind: Kind,
+        namespace: Option<&'static str>,
+        resource: ApiResource,
+        selector: watch::Receiver<Option<String>>,
+    ) {
+        let source = Source { kind, resource, namespace };
+        let index = self.sources.len();
+        self.sources.push(source.clone());
+        let (clients, updates, shutdown) = (self.clients.clone(), self.updates.clone(), self.shutdown.clone());
         tokio::spawn(async move {
             tokio::select! {
                 () = shutdown.cancelled() => {}
-                () = follow(api, config, kind, updates) => {}
+                () = follow::<T>(index, source, clients, selector, updates) => {}
             }
         });
     }
 }
 
-/// Passes one kind's events to the owner, for ever.
-async fn follow<T: Slim + Sync>(api: Api<Watched<T>>, config: watcher::Config, kind: Kind, updates: mpsc::Sender<(Kind, Update)>) {
-    let watch = || Box::pin(watcher::watcher(api.clone(), config.clone()).default_backoff());
-    let mut events = watch();
-    let mut complaint = String::new();
-    while let Some(event) = events.next().await {
-        let update = match event {
-            Ok(Event::Init) => Update::Begin,
-            Ok(Event::InitApply(watched)) => Update::Listed(watched.object.into_object()),
-            Ok(Event::InitDone) => {
-                complaint.clear();
-                Update::Complete
+/// Owns the state.
+struct Owner {
+    sources: Vec<Source>,
+    state: ClusterState,
+    /// Sources that were never read to the end.
+    unread: HashSet<usize>,
+    /// What the lists under way have named.
+    listed: HashMap<usize, HashSet<ObjectKey>>,
+    /// The field selector of nodes.
+    nodes: watch::Sender<Option<String>>,
+}
+
+impl Owner {
+    /// Applies what has come, then publishes once.
+    async fn run(
+        mut self,
+        mut mailbox: mpsc::Receiver<(usize, Update)>,
+        publish: watch::Sender<Arc<ClusterState>>,
+        shutdown: CancellationToken,
+    ) {
+        let mut batch = Vec::new();
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                count = mailbox.recv_many(&mut batch, MAILBOX) => if count == 0 { return },
             }
-            Ok(Event::Apply(watched)) => Update::Applied(watched.object.into_object()),
-            Ok(Event::Delete(watched)) => Update::Deleted(watched.object.into_object().key()),
-            Err(watcher::Error::InitialListFailed(kube::Error::Api(status))) if status.code == 404 => Update::Absent,
-            Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) if status.code == 410 => {
-                // kube's watcher lists anew when a stream says 410; some servers refuse the request itself.
-                events = watch();
-                continue;
+            for (index, update) in batch.drain(..) {
+                self.take(index, update);
             }
-            Err(error) => {
-                // The same complaint is made once, until a list succeeds.
-                let text = format!("{:#}", anyhow::Error::new(error));
-                if text != complaint {
-                    warn!(?kind, error = text, "the API server does not answer as it should; tried again");
-                    complaint = text;
+            self.widen_nodes();
+            self.state.synced = self.unread.is_empty();
+            publish.send_replace(Arc::new(self.state.clone()));
+        }
+    }
+
+    fn take(&mut self, index: usize, update: Update) {
+        let source = &self.sources[index];
+        match update {
+            Update::Begin => drop(self.listed.insert(index, HashSet::new())),
+            Update::Listed(object) => {
+                self.listed.entry(index).or_default().insert(object.key());
+                self.state.apply(object);
+            }
+            Update::Complete => {
+                let named = self.listed.remove(&index).unwrap_or_default();
+                for key in self.state.keys(source.kind).into_iter().filter(|key| source.owns(key) && !named.contains(key)) {
+                    self.state.remove(&key);
                 }
-                continue;
+                self.state.trouble.remove(&source.resource.plural);
+                self.unread.remove(&index);
             }
-        };
-        if updates.send((kind, update)).await.is_err() {
+            Update::Applied(object) => {
+                self.state.trouble.remove(&source.resource.plural);
+                self.state.apply(object);
+            }
+            Update::Deleted(key) => self.state.remove(&key),
+            Update::Unreadable(key, problem) => {
+                warn!(kind = ?key.kind, name = %key.name, problem, "this object cannot be read: what was known of it stays");
+                self.state.trouble.insert(source.resource.plural.clone(), format!("{}: {problem}", key.name));
+                self.listed.entry(index).or_default().insert(key);
+            }
+            Update::Absent(trouble) => {
+                match trouble {
+                    Some(trouble) => drop(self.state.trouble.insert(source.resource.plural.clone(), trouble)),
+                    None => drop(self.state.trouble.remove(&source.resource.plural)),
+                }
+                if self.unread.remove(&index) {
+                    info!(
+                        resource = source.resource.plural,
+                        group = source.resource.group,
+                        "not there: taken as empty and looked for again"
+                    );
+                }
+                for key in self.state.keys(source.kind).into_iter().filter(|key| source.owns(key)) {
+                    self.state.remove(&key);
+                }
+            }
+            Update::Well => drop(self.state.trouble.remove(&source.resource.plural)),
+            Update::Failed(problem) => drop(self.state.trouble.insert(source.resource.plural.clone(), problem)),
+        }
+    }
+
+    /// All nodes are read once a policy names nodes as peers: before, each node's heartbeats would be read for nothing.
+    fn widen_nodes(&mut self) {
+        if self.nodes.borrow().is_none() {
             return;
         }
+        let speaks_of_nodes = |policy: &ClusterNetworkPolicy| {
+            let rules = policy.spec.ingress.iter().chain(&policy.spec.egress);
+            rules.flat_map(|rule| rule.from.iter().chain(&rule.to)).any(|peer| peer.nodes.is_some())
+        };
+        if self.state.cluster_network_policies.values().any(|policy| speaks_of_nodes(policy)) {
+            info!("a policy speaks of nodes: all nodes are read");
+            self.nodes.send_replace(None);
+        }
     }
-}
-
-/// Owns the state: applies what has come, then publishes once.
-async fn own(
-    mut mailbox: mpsc::Receiver<(Kind, Update)>,
-    publish: watch::Sender<Arc<ClusterState>>,
-    kinds: Vec<Kind>,
-    shutdown: CancellationToken,
-) {
-    let mut state = ClusterState::default();
-    let mut unread: HashSet<Kind> = kinds.into_iter().collect();
-    let mut listed: std::collections::HashMap<Kind, HashSet<ObjectKey>> = std::collections::HashMap::new();
-    let mut batch = Vec::new();
-    loop {
-        tokio::select! {
-            () = shutdown.cancelled() => return,
-            count = mailbox.recv_many(&mut batch, MAILBOX) => if count == 0 { return },
-        }
-        for (kind, update) in batch.drain(..) {
-            match update {
-                Update::Begin => drop(listed.insert(kind, HashSet::new())),
-                Update::Listed(object) => {
-                    listed.entry(kind).or_default().insert(object.key());
-                    state.apply(object);
-                }
-                Update::Complete => {
-                    let named = listed.remove(&kind).unwrap_or_default();
-                    for key in state.keys(kind) {
-                        if !named.contains(&key) {
-                            state.remove(&key);
-                        }
-                    }
-                    unread.remove(&kind);
-                }
-                Update::Applied(object) => state.apply(object),
-                Update::Deleted(key) => state.remove(&key),
-                Update::Absent => {
-                    if unread.remove(&kind) {
-                        info!(?kind, "not served by this API server: taken as empty");
-                    }
-                    for key in state.keys(kind) {
-                        state.remove(&key);
-                    }
-                }
-            }
-        }
-        state.synced = unread.is_empty();
-        publish.send_replace(Arc::new(state.clone()));
-    }
-}
-
-/// The client for a kubeconfig, or for the service account when there is none. `endpoint` (CLUSTER_ENDPOINT) replaces the
-/// service address, so that nothing depends on kube-proxy at boot.
-///
-/// # Errors
-/// No credentials are found, or they cannot be read.
-pub async fn client(kubeconfig: Option<&std::path::Path>, endpoint: &str) -> anyhow::Result<Client> {
-    let mut config = match kubeconfig {
-        Some(path) => {
-            let file = kube::config::Kubeconfig::read_from(path).with_context(|| format!("read the kubeconfig {}", path.display()))?;
-            kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
-                .await
-                .with_context(|| format!("use the kubeconfig {}", path.display()))?
-        }
-        None => {
-            kube::Config::incluster().context("no service account: pass --kubeconfig, or --manifests for a cluster without API server")?
-        }
-    };
-    if !endpoint.is_empty() {
-        config.cluster_url = endpoint.parse().with_context(|| format!("CLUSTER_ENDPOINT={endpoint:?}"))?;
-    }
-    Client::try_from(config).context("build the Kubernetes client")
-}
-
-/// A client for a plain HTTP endpoint without credentials: a proxy beside the agent, or a test.
-///
-/// # Errors
-/// The URL cannot be read.
-pub fn plain_client(url: &str) -> anyhow::Result<Client> {
-    Ok(Client::try_from(kube::Config::new(url.parse()?))?)
 }

@@ -3,7 +3,10 @@
 //! One task owns the source and publishes snapshots on a watch channel: readers see the latest, never a queue.
 
 pub mod api_server;
+pub mod credentials;
+mod follow;
 mod manifests;
+mod slim;
 
 use std::sync::Arc;
 
