@@ -46,6 +46,11 @@ impl ModelHost {
         self.with(|state| state.applied)
     }
 
+    /// Takes an interface away for a while.
+    pub fn delay_link(&self, mac: Mac, lasts: Duration) {
+        self.with(|state| state.links.insert(mac, Instant::now() + lasts));
+    }
+
     /// Follows the cloud: interfaces appear and go with their ENIs.
     fn follow(&self, cloud: &Cloud, instance: &InstanceId) -> JoinHandle<()> {
         let mut events = cloud.subscribe();

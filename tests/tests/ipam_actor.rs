@@ -288,3 +288,52 @@ async fn an_ipv6_node_has_one_prefix_and_needs_no_pool() {
     );
     world.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn after_a_restart_an_adopted_eni_keeps_its_index_and_its_room() {
+    let timing = Timing { attach: SECOND * 8, ..Timing::default() };
+    let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.xlarge", &[("WARM_IP_TARGET", "1")]) });
+    for n in 0..15 {
+        world.add(&format!("old-{n}"), SECOND * 60).await.expect("served");
+    }
+    world.settle(SECOND * 20).await;
+    assert_eq!(world.per_eni(), [14, 2]);
+    // Its interface is gone for a while, as when udev renames it: the ENI is adopted, and not ready.
+    let second = world.cloud.enis_of(&world.instance)[1].mac;
+    world.host.delay_link(second, SECOND * 10);
+    let (creates, attaches) = (world.cloud.count("CreateNetworkInterface"), world.cloud.count("AttachNetworkInterface"));
+    world.restart();
+    let waits: Vec<_> = (0..6)
+        .map(|n| {
+            let handle = world.handle.clone();
+            tokio::spawn(async move { handle.assign(stanchion_lab::ipam_world::request(&format!("new-{n}"), SECOND * 60)).await })
+        })
+        .collect();
+    for wait in waits {
+        let given = wait.await.expect("no panic").expect("served when the interface is back");
+        assert_eq!(given.attachments[0].device_index, 1, "the second ENI has room for all of them");
+    }
+    world.settle(SECOND * 20).await;
+    let made = (world.cloud.count("CreateNetworkInterface") - creates, world.cloud.count("AttachNetworkInterface") - attaches);
+    assert_eq!((world.per_eni(), made), (vec![14, 8], (0, 0)), "no third ENI, no clash of indexes");
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_that_trickle_in_while_an_eni_attaches_share_it() {
+    let timing = Timing { attach: SECOND * 8, ..Timing::default() };
+    let world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.2xlarge", &[("WARM_IP_TARGET", "1")]) });
+    world.handle.ready().await.expect("ready");
+    let mut waits = Vec::new();
+    for n in 0..20 {
+        let handle = world.handle.clone();
+        waits.push(tokio::spawn(async move { handle.assign(stanchion_lab::ipam_world::request(&format!("pod-{n}"), SECOND * 60)).await }));
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    for wait in waits {
+        wait.await.expect("no panic").expect("served");
+    }
+    world.settle(SECOND * 20).await;
+    assert_eq!(world.per_eni(), [14, 7], "one ENI, not one a pod");
+    assert_eq!(world.cloud.count("CreateNetworkInterface"), 1);
+}

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::plan::Placement;
-use super::store::{EniRole, StoredEni};
+use super::store::{EniRole, EniState, StoredEni};
 use super::types::Time;
 use crate::cloud::{Eni, EniKind, ImdsEni, InstanceIdentity, Subnet};
 use crate::ids::{InstanceId, SecurityGroupId, SubnetId};
@@ -119,7 +119,7 @@ impl Adoption<'_> {
             added: self.now,
             slots: self.slots,
             route_table: eni_route_table(u32::from(network_card), u32::from(device_index)),
-            releasing: false,
+            state: EniState::Serving,
             cidrs: cidrs.into_iter().filter(|cidr| Some(cidr.addr()) != primary_ipv4.map(Into::into)).map(|cidr| (cidr, false)).collect(),
         })
     }

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use super::memory::{AddressKind, Memory};
 use super::plan::{Action, Blocked, Demand, Placement, Plan, PlanInput, Provisioning, Reason};
-use super::store::{EniRole, PoolMode, Stats, StoredEni, addresses_of};
+use super::store::{EniRole, EniState, PoolMode, Stats, StoredEni, addresses_of};
 use super::types::Time;
 use crate::cloud::{AddressRequest, Ec2Action, EniKind};
 use crate::ids::{EniId, SubnetId};
@@ -22,6 +22,9 @@ pub const SHRINK_AFTER: Duration = Duration::from_secs(60);
 
 /// An ENI younger than this is not released: attaching one costs ten seconds and three calls.
 pub const ENI_MIN_AGE: Duration = Duration::from_secs(60);
+
+/// How long the addresses of an ENI whose interface is not there are waited for: the longest that was ever seen is 150 s.
+pub const JOIN_PATIENCE: Duration = Duration::from_secs(180);
 
 /// Single addresses kept free while a fragmented subnet gives no prefixes and only prefix targets are set. A full
 /// prefix's worth would take the slots that the prefixes need when the subnet recovers.
@@ -52,8 +55,10 @@ struct CardPlanner<'a> {
     counted: Stats,
     /// All CIDRs that can serve a pod.
     all: Stats,
-    /// Addresses that actions under way will bring.
+    /// Addresses that actions under way will bring, and those of ENIs that are joining.
     coming: u64,
+    /// Addresses that pods hold on ENIs that are joining.
+    held_on_joining: u64,
     attaching: u16,
 }
 
@@ -77,8 +82,18 @@ impl<'a> CardPlanner<'a> {
             counted: Stats::default(),
             all: input.store.stats(card, input.now),
             coming: 0,
+            held_on_joining: 0,
             attaching: 0,
         };
+        for eni in this.joining() {
+            for cidr in eni.cidrs.keys().copied() {
+                if this.counts(eni, cidr) {
+                    let stats = input.store.cidr_stats(cidr, input.now);
+                    this.coming += stats.free();
+                    this.held_on_joining += stats.total - stats.free();
+                }
+            }
+        }
         for eni in this.serving() {
             for cidr in eni.cidrs.iter().filter(|(_, leaving)| !**leaving).map(|(cidr, _)| *cidr) {
                 if this.counts(eni, cidr) {
@@ -103,6 +118,7 @@ impl<'a> CardPlanner<'a> {
         if self.input.targets.mode == PoolMode::Ipv6Prefixes {
             return self.plan_ipv6(budget, out);
         }
+        out.wake_at = self.joining().map(|eni| eni.added + JOIN_PATIENCE).chain(out.wake_at).min();
         let missing = self.missing();
         if missing.short > 0 {
             self.grow(missing, budget, out);
@@ -118,6 +134,12 @@ impl<'a> CardPlanner<'a> {
 
     fn serving(&self) -> impl Iterator<Item = &'a StoredEni> + use<'a> {
         self.enis().filter(|eni| eni.serves_pods())
+    }
+
+    /// Attached, for pods, and expected to serve soon.
+    fn joining(&self) -> impl Iterator<Item = &'a StoredEni> + use<'a> {
+        let now = self.input.now;
+        self.enis().filter(move |eni| eni.state == EniState::Joining && eni.role == EniRole::Pods && now.since(eni.added) < JOIN_PATIENCE)
     }
 
     fn on_card(&self, id: &EniId) -> bool {
@@ -167,7 +189,7 @@ impl<'a> CardPlanner<'a> {
 
     fn missing(&self) -> Missing {
         let free = self.counted.free() + self.coming;
-        let total = self.counted.total + self.coming;
+        let total = self.counted.total + self.coming + self.held_on_joining;
         let any_free = self.all.free() + self.coming;
         let pods = u64::from(self.demand.waiting + self.demand.bound);
         let for_pods = pods.saturating_sub(any_free);
@@ -214,12 +236,8 @@ impl<'a> CardPlanner<'a> {
             Provisioning::Unschedulable => true,
             state => return out.blocked.push((self.card, Blocked::Provisioning(state))),
         };
-        let mut growth = Growth {
-            left: if waiting_only { missing.for_pods } else { missing.short },
-            for_pods: missing.for_pods,
-            blocked: Vec::new(),
-            wake_at: None,
-        };
+        let mut growth =
+            Growth { left: if waiting_only { missing.for_pods } else { missing.short }, for_pods: missing.for_pods, ..Growth::default() };
         let mut enis: Vec<_> = self.serving().filter(|eni| eni.room() > 0 && !self.busy(eni)).collect();
         enis.sort_by_key(|eni| (!eni.is_primary(), eni.device_index));
         for eni in enis {
@@ -233,16 +251,15 @@ impl<'a> CardPlanner<'a> {
                 growth.blocked.push(Blocked::Provisioning(self.input.provisioning));
             }
         } else {
-            // An ENI that has room and a call under way is asked again when the call ends: sooner than a new ENI comes.
-            let later: u64 = self.serving().filter(|eni| self.busy(eni)).map(|eni| self.room_left(eni)).sum();
+            let later = self.room_left(&out.actions, None);
             if growth.left > later {
                 growth.left -= later;
                 self.attach(&missing, &mut growth, budget, out);
+                if growth.left > 0 {
+                    self.make_room(&growth, budget, out);
+                }
                 growth.left += later;
             }
-        }
-        if growth.left > 0 {
-            self.make_room(&growth, budget, out);
         }
         out.wake_at = [out.wake_at, growth.wake_at].into_iter().flatten().min();
         if growth.left > 0 {
@@ -250,25 +267,41 @@ impl<'a> CardPlanner<'a> {
         }
     }
 
-    /// Addresses that fit on a busy ENI beyond what is under way.
-    fn room_left(&self, eni: &StoredEni) -> u64 {
-        let asked: u16 = self
-            .input
-            .in_flight
-            .iter()
-            .filter(|action| action.eni() == Some(&eni.id))
-            .map(|action| match action {
+    /// Addresses that fit on ENIs that are there or on their way (all, or those of one subnet), beyond what is under way and
+    /// `planned`. They are asked for when a call, a pause or an attachment ends: as soon as a new ENI would come, for fewer
+    /// calls. A subnet that refuses counts for nothing.
+    fn room_left(&self, planned: &[Action], subnet: Option<&SubnetId>) -> u64 {
+        let wanted = |other: &SubnetId| subnet.is_none_or(|subnet| subnet == other);
+        let under_way = || self.input.in_flight.iter().chain(planned);
+        let there = self.serving().chain(self.joining()).filter(|eni| wanted(&eni.subnet)).map(|eni| {
+            let asked = under_way().filter(|action| action.eni() == Some(&eni.id)).map(|action| match action {
                 Action::Assign { request, .. } => AddressKind::of(*request).1,
                 _ => 0,
-            })
-            .sum();
-        let unit = if self.input.targets.mode == PoolMode::Prefixes && !self.fragmented(eni) { u64::from(PREFIX_ADDRESSES) } else { 1 };
-        u64::from(eni.room().saturating_sub(asked)) * unit
+            });
+            u64::from(eni.room().saturating_sub(asked.sum())) * self.unit(&eni.subnet)
+        });
+        let coming = under_way().filter_map(|action| match action {
+            Action::AttachEni { network_card, subnet, request, .. } if *network_card == self.card && wanted(subnet) => {
+                let room = self.input.limits.slots_per_eni.saturating_sub(AddressKind::of(*request).1);
+                Some(u64::from(room) * self.unit(subnet))
+            }
+            _ => None,
+        });
+        there.chain(coming).sum()
+    }
+
+    /// Addresses that a slot brings in a subnet now.
+    fn unit(&self, subnet: &SubnetId) -> u64 {
+        let gives = |kind| self.input.memory.allowance(subnet, kind, 1, self.input.now).is_ok();
+        match self.input.targets.mode {
+            PoolMode::Prefixes if gives(AddressKind::Prefixes) => u64::from(PREFIX_ADDRESSES),
+            _ => u64::from(gives(AddressKind::Addresses)),
+        }
     }
 
     /// Asks for more on an ENI that has room.
     fn fill(&self, eni: &StoredEni, missing: &Missing, growth: &mut Growth, budget: &mut Memory, out: &mut Plan) {
-        let Some(request) = self.request(&eni.subnet, eni.room(), missing, growth) else { return };
+        let Some(request) = self.request(&eni.subnet, eni.room(), 0, missing, growth) else { return };
         if !growth.afford(&[Ec2Action::AssignPrivateIpAddresses], budget, self.input.now) {
             return;
         }
@@ -295,10 +328,14 @@ impl<'a> CardPlanner<'a> {
                 Placement::Subnets { subnets, .. } => subnets,
                 Placement::Nowhere(why) => return growth.blocked.push(Blocked::Nowhere(why.clone())),
             };
-            let Some(device_index) = (1..DEVICE_INDEXES).find(|index| !indexes.contains(index)) else { return };
+            let Some(device_index) = (1..DEVICE_INDEXES).find(|index| !indexes.contains(index)) else {
+                return growth.blocked.push(Blocked::AllFull { enis: attached, of: self.max_enis, trunk_reserved: false });
+            };
             let slots = self.input.limits.slots_per_eni;
-            let Some((subnet, request)) = subnets.iter().find_map(|subnet| Some((subnet, self.request(subnet, slots, missing, growth)?)))
-            else {
+            let Some((subnet, request)) = subnets.iter().find_map(|subnet| {
+                let elsewhere = self.room_left(&out.actions, Some(subnet));
+                Some((subnet, self.request(subnet, slots, elsewhere, missing, growth)?))
+            }) else {
                 return;
             };
             let calls = [Ec2Action::CreateNetworkInterface, Ec2Action::AttachNetworkInterface, Ec2Action::ModifyNetworkInterfaceAttribute];
@@ -318,14 +355,17 @@ impl<'a> CardPlanner<'a> {
         }
     }
 
-    /// What to ask a subnet for, given the room; `None` while it is paused.
-    fn request(&self, subnet: &SubnetId, room: u16, missing: &Missing, growth: &mut Growth) -> Option<AddressRequest> {
+    /// What to ask a subnet for, given the room on the ENI and the room `elsewhere` in that subnet; `None` while it is paused.
+    fn request(&self, subnet: &SubnetId, room: u16, elsewhere: u64, missing: &Missing, growth: &mut Growth) -> Option<AddressRequest> {
         match self.input.targets.mode {
             PoolMode::Prefixes => {
                 let prefixes = growth.left.div_ceil(u64::from(PREFIX_ADDRESSES));
                 let singles = match self.ip_targets() {
                     Some(_) => growth.left,
-                    None => growth.for_pods.max(FALLBACK_WARM.saturating_sub(self.all.free() + self.coming)),
+                    None => growth
+                        .for_pods
+                        .max(FALLBACK_WARM.saturating_sub(self.all.free() + self.coming + growth.got))
+                        .saturating_sub(elsewhere),
                 };
                 self.ask(subnet, AddressKind::Prefixes, prefixes, room, growth)
                     .or_else(|| self.ask(subnet, AddressKind::Addresses, singles, room, growth))
@@ -478,7 +518,7 @@ impl<'a> CardPlanner<'a> {
     fn releasable(&self, eni: &StoredEni) -> bool {
         let now = self.input.now;
         !eni.is_primary()
-            && !eni.releasing
+            && eni.state == EniState::Serving
             && eni.kind == EniKind::Interface
             && matches!(eni.role, EniRole::Pods | EniRole::ExcludedSubnet)
             && !self.busy(eni)
@@ -494,7 +534,7 @@ impl<'a> CardPlanner<'a> {
         if self.input.provisioning != Provisioning::On {
             return out.blocked.push((self.card, Blocked::Provisioning(self.input.provisioning)));
         }
-        let mut growth = Growth { left: 1, for_pods: 1, blocked: Vec::new(), wake_at: None };
+        let mut growth = Growth { left: 1, for_pods: 1, ..Growth::default() };
         match self.input.memory.allowance(&primary.subnet, AddressKind::Ipv6, 1, self.input.now) {
             Ok(_) if growth.afford(&[Ec2Action::AssignIpv6Addresses], budget, self.input.now) => out.actions.push(Action::Assign {
                 eni: primary.id.clone(),
@@ -517,15 +557,19 @@ impl<'a> CardPlanner<'a> {
 }
 
 /// Growth that is being planned.
+#[derive(Default)]
 struct Growth {
     left: u64,
     for_pods: u64,
+    /// Addresses that this plan asks for.
+    got: u64,
     blocked: Vec<Blocked>,
     wake_at: Option<Time>,
 }
 
 impl Growth {
     fn got(&mut self, request: AddressRequest) {
+        self.got += addresses_in(request);
         self.left = self.left.saturating_sub(addresses_in(request));
         self.for_pods = self.for_pods.saturating_sub(addresses_in(request));
     }

@@ -40,9 +40,9 @@ pub use adopt::{
     excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config, tags_for_new,
 };
 pub use checkpoint::{Checkpoint, CheckpointEntry, CheckpointError, CoolingEntry, CoolingFile, Restored, restore};
-pub use decide::{ENI_MIN_AGE, SHRINK_AFTER, addresses_in, plan};
+pub use decide::{ENI_MIN_AGE, JOIN_PATIENCE, SHRINK_AFTER, addresses_in, plan};
 pub use memory::{AddressKind, Budget, Memory, Shortage};
 pub use plan::{Action, Blocked, Demand, Placement, Plan, PlanInput, PoolLimits, Provisioning, Reason, Targets};
 pub use simulate::{PoolAnswer, PoolQuestion, steady_state};
-pub use store::{AddressState, Allocation, Datastore, EniRole, Held, PoolMode, Stats, StoredEni, addresses_of};
+pub use store::{AddressState, Allocation, Datastore, EniRole, EniState, Held, PoolMode, Stats, StoredEni, addresses_of};
 pub use types::{IpamKey, Time};

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::decide::plan;
 use super::memory::Memory;
 use super::plan::{Action, Demand, Placement, PlanInput, PoolLimits, Provisioning, Targets};
-use super::store::{Datastore, EniRole, PoolMode, StoredEni};
+use super::store::{Datastore, EniRole, EniState, PoolMode, StoredEni};
 use super::types::{IpamKey, Time};
 use crate::cloud::{AddressRequest, EniKind};
 use crate::ids::{ContainerId, EniId, Mac, PodName, SubnetId};
@@ -107,7 +107,7 @@ impl VirtualNode {
             added: self.now,
             slots: self.limits.slots_per_eni,
             route_table: 0,
-            releasing: false,
+            state: EniState::Serving,
             cidrs: BTreeMap::new(),
         });
         id

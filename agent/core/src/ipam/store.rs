@@ -73,6 +73,19 @@ pub enum EniRole {
     OtherCard,
 }
 
+/// Where an attached ENI is in its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EniState {
+    /// Its interface or its routes are not ready: it gives out nothing yet, and what it will give is on its way.
+    Joining,
+    /// Gives out addresses, if its role says so.
+    #[default]
+    Serving,
+    /// Being detached: gives out nothing any more.
+    Releasing,
+}
+
 /// An attached ENI.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredEni {
@@ -106,8 +119,8 @@ pub struct StoredEni {
     pub slots: u16,
     /// The routing table; 254 is main.
     pub route_table: u32,
-    /// Being detached: gives out nothing.
-    pub releasing: bool,
+    /// Where it is in its life.
+    pub state: EniState,
     /// What is on it; `true` while EC2 is being asked to take it away.
     pub cidrs: BTreeMap<IpNet, bool>,
 }
@@ -120,7 +133,7 @@ impl StoredEni {
 
     /// Gives out addresses.
     pub fn serves_pods(&self) -> bool {
-        self.role == EniRole::Pods && !self.releasing
+        self.role == EniRole::Pods && self.state == EniState::Serving
     }
 
     /// Slots that nothing is on; addresses and prefixes share them.
@@ -510,6 +523,34 @@ fn addresses(cidr: IpNet) -> Box<dyn Iterator<Item = IpAddr>> {
             let first = u128::from(net.network());
             let last = u128::from(net.broadcast());
             Box::new((first.saturating_add(u128::from(first < last))..=last).map(|bits| IpAddr::V6(bits.into())))
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests_support {
+    use super::*;
+
+    /// A serving ENI `eni-<index>` without CIDRs.
+    pub(in super::super) fn stored_eni(device_index: u16, subnet: &str, slots: u16) -> StoredEni {
+        StoredEni {
+            id: EniId::new(format!("eni-{device_index}")),
+            mac: Mac::default(),
+            device_index,
+            network_card: 0,
+            subnet: SubnetId::from(subnet),
+            subnet_cidr: None,
+            subnet_ipv6_cidrs: Vec::new(),
+            primary_ipv4: None,
+            kind: EniKind::Interface,
+            attachment: None,
+            security_groups: Vec::new(),
+            role: EniRole::Pods,
+            added: Time(0),
+            slots,
+            route_table: 254,
+            state: EniState::Serving,
+            cidrs: BTreeMap::new(),
         }
     }
 }

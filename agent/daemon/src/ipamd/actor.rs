@@ -55,14 +55,6 @@ pub(super) struct Waiting {
     pub(super) since: Instant,
 }
 
-/// An attached ENI whose interface or routes are not ready yet.
-pub(super) struct Joining {
-    pub(super) eni: StoredEni,
-    /// The action that attached it; `None` for one that was found.
-    pub(super) action: Option<u64>,
-    pub(super) since: Time,
-}
-
 /// A reply that waits for the checkpoint.
 enum Prepared {
     Assigned {
@@ -105,7 +97,6 @@ pub(super) struct Actor<E, I, H> {
     pub(super) store: Datastore,
     pub(super) memory: Memory,
     pub(super) in_flight: BTreeMap<u64, Action>,
-    pub(super) joining: Vec<Joining>,
     pub(super) waiting: VecDeque<Waiting>,
     /// Pods bound to this node that have no address by the cluster's account.
     pub(super) wanting: Vec<PodName>,

@@ -9,13 +9,13 @@ use stanchion_core::cloud::{Ec2Api, Eni, EniKind, Imds, ImdsEni, Subnet};
 use stanchion_core::config::RandomizeSnat;
 use stanchion_core::ids::{EniId, SubnetId};
 use stanchion_core::ipam::{
-    Action, Adoption, EniRole, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name, excluded_subnets, imds_cidrs,
-    judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
+    Action, Adoption, EniRole, EniState, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name, excluded_subnets,
+    imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
 };
 use stanchion_core::network::{EniPlan, EniRole as HostRole, HostNetwork, HostPlan, HostReport, NetOp, PodHost, Randomize, Snat};
 use tokio::time::Instant;
 
-use super::actor::{Actor, Joining, Work, chain};
+use super::actor::{Actor, Work, chain};
 use super::execute::Executor;
 
 /// How often IMDS is read when nothing happens.
@@ -237,7 +237,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             let described = ec2.and_then(|enis| enis.iter().find(|eni| eni.id == *id));
             let subnet = described.map(|eni| &eni.subnet).and_then(|subnet| self.subnets.iter().find(|known| known.id == *subnet));
             let Some(mut record) = self.adoption(now).record(shown, described, subnet) else { continue };
-            if self.joining.iter().any(|joining| joining.eni.id == record.id) || self.is_in_hand(&record) {
+            if self.is_in_hand(&record) {
                 continue;
             }
             record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
@@ -255,7 +255,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 None if is_hands_off(record.role) => self.store.put_eni(record),
                 None => {
                     tracing::info!(eni = %record.id, mac = %record.mac, role = ?record.role, "adopted");
-                    self.joining.push(Joining { eni: record, action: None, since: now });
+                    record.state = EniState::Joining;
+                    self.store.put_eni(record);
                     self.host_due = Some(Instant::now());
                 }
             }
@@ -278,8 +279,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     fn tag(&mut self, eni: &Eni) {
         let pool = &self.config.pool;
-        let stored = self.store.enis().get(&eni.id).or(self.joining.iter().map(|joining| &joining.eni).find(|stored| stored.id == eni.id));
-        let managed = stored.is_some_and(|stored| !is_hands_off(stored.role) && stored.kind != EniKind::Trunk);
+        let managed = self.store.enis().get(&eni.id).is_some_and(|stored| !is_hands_off(stored.role) && stored.kind != EniKind::Trunk);
         if !managed || pool.disable_provisioning || !self.tagged.insert(eni.id.clone()) {
             return;
         }
@@ -301,7 +301,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let mut missing = BTreeMap::new();
         for eni in self.store.enis().values() {
             let doubtful = self.doubtful.contains_key(&(eni.id.clone(), None));
-            if (eni.releasing && !doubtful) || self.in_flight.values().any(|action| action.eni() == Some(&eni.id)) {
+            if (eni.state == EniState::Releasing && !doubtful) || self.in_flight.values().any(|action| action.eni() == Some(&eni.id)) {
                 continue;
             }
             match ec2.iter().find(|described| described.id == eni.id) {
@@ -345,7 +345,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 Some(cidr) => self.store.set_leaving(&id, cidr, false),
                 None => {
                     if let Some(eni) = self.store.eni_mut(&id) {
-                        eni.releasing = false;
+                        eni.state = EniState::Serving;
                     }
                 }
             }
@@ -373,8 +373,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// What the host network shall be.
     pub(super) fn host_plan(&self) -> HostPlan {
         let network = &self.config.network;
-        let enis = self.store.enis().values().chain(self.joining.iter().map(|joining| &joining.eni));
-        let managed = enis.filter(|eni| !is_hands_off(eni.role) && !eni.releasing);
+        let managed = self.store.enis().values().filter(|eni| !is_hands_off(eni.role) && eni.state != EniState::Releasing);
         let primary = self.store.enis().values().find(|eni| eni.is_primary()).and_then(|eni| eni.primary_ipv4).or(self.identity.local_ipv4);
         let bypass = self.vpc_cidrs.iter().chain(&network.exclude_snat_cidrs).copied().collect();
         let randomize = match network.randomize_snat {
@@ -429,24 +428,26 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             tracing::info!(operations = report.applied.len(), "host network changed");
         }
         let trouble = !report.failed.is_empty();
-        let joining = std::mem::take(&mut self.joining);
-        let mut progress = false;
-        for entry in joining {
+        let mut waits = false;
+        let mut ready = Vec::new();
+        for eni in self.store.enis().values().filter(|eni| eni.state == EniState::Joining) {
             // One that joined after the plan was made waits for the next.
-            let newer = !self.host_planned.contains(&entry.eni.id);
-            let refused = report.failed.iter().any(|failed| concerns(&failed.op, &entry.eni));
-            if newer || refused || report.missing.contains(&entry.eni.mac) {
-                self.joining.push(entry);
-                continue;
+            let newer = !self.host_planned.contains(&eni.id);
+            let refused = report.failed.iter().any(|failed| concerns(&failed.op, eni));
+            if newer || refused || report.missing.contains(&eni.mac) {
+                waits = true;
+            } else {
+                ready.push(eni.id.clone());
             }
-            progress = true;
-            tracing::info!(eni = %entry.eni.id, device = entry.eni.device_index, table = entry.eni.route_table, "ENI serves pods");
-            if let Some(action) = entry.action {
-                self.in_flight.remove(&action);
-            }
-            self.store.put_eni(entry.eni);
         }
-        let again = if self.joining.is_empty() && !trouble {
+        let progress = !ready.is_empty();
+        for id in ready {
+            if let Some(eni) = self.store.eni_mut(&id) {
+                eni.state = EniState::Serving;
+                tracing::info!(eni = %eni.id, device = eni.device_index, table = eni.route_table, "ENI serves pods");
+            }
+        }
+        let again = if !waits && !trouble {
             self.host_pause = LINK_PAUSE.0;
             heal_at
         } else {

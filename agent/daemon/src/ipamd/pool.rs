@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api, Ec2Error, Imds};
 use stanchion_core::ids::SubnetId;
-use stanchion_core::ipam::{Action, Blocked, DESCRIPTION_PREFIX, Demand, Placement, PlanInput, Provisioning, plan, tags_for_new};
+use stanchion_core::ipam::{Action, Blocked, DESCRIPTION_PREFIX, Demand, EniState, Placement, PlanInput, Provisioning, plan, tags_for_new};
 use stanchion_core::network::HostNetwork;
 use tokio::time::Instant;
 
-use super::actor::{Actor, Joining, Work};
+use super::actor::{Actor, Work};
 use super::execute::{Done, Outcome};
 use super::files::FileError;
 
@@ -103,7 +103,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Action::ReleaseEni { eni, .. } => {
                 let attachment = self.store.enis().get(eni).and_then(|eni| eni.attachment.clone());
                 if let Some(eni) = self.store.eni_mut(eni) {
-                    eni.releasing = true;
+                    eni.state = EniState::Releasing;
                 }
                 let eni = eni.clone();
                 self.tasks.spawn(async move { Work::Action(id, executor.release(eni, attachment).await) });
@@ -164,9 +164,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 Some(error) => self.memory.failed(error, asked, now),
             }
         }
-        if !matches!(outcome.result, Done::Attached(_)) {
-            self.in_flight.remove(&id);
-        }
+        self.in_flight.remove(&id);
         match outcome.result {
             Done::Assigned { eni, cidrs } => {
                 if let Some((subnet, request)) = asked {
@@ -185,14 +183,12 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 }
                 tracing::info!(eni = %eni.id, mac = %eni.mac, subnet = %eni.subnet, "attached");
                 let subnet = self.subnets.iter().find(|subnet| subnet.id == eni.subnet);
-                match self.adoption(now).record(None, Some(&eni), subnet) {
-                    Some(mut record) => {
-                        record.cidrs.keys().for_each(|cidr| self.store.given_anew(*cidr, now));
-                        record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
-                        self.joining.push(Joining { eni: record, action: Some(id), since: now });
-                        self.host_due = Some(Instant::now());
-                    }
-                    None => drop(self.in_flight.remove(&id)),
+                if let Some(mut record) = self.adoption(now).record(None, Some(&eni), subnet) {
+                    record.cidrs.keys().for_each(|cidr| self.store.given_anew(*cidr, now));
+                    record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
+                    record.state = EniState::Joining;
+                    self.store.put_eni(record);
+                    self.host_due = Some(Instant::now());
                 }
             }
             Done::Unassigned { eni, cidrs } => cidrs.into_iter().for_each(|cidr| self.store.remove_cidr(&eni, cidr)),
@@ -220,7 +216,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Action::Unassign { eni, cidrs, .. } => cidrs.iter().for_each(|cidr| self.store.set_leaving(eni, *cidr, false)),
             Action::ReleaseEni { eni, .. } => {
                 if let Some(eni) = self.store.eni_mut(eni) {
-                    eni.releasing = false;
+                    eni.state = EniState::Serving;
                 }
             }
             Action::Assign { .. } | Action::AttachEni { .. } => {}
@@ -262,14 +258,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
         parts.extend(self.blocked.iter().map(|(_, blocked)| blocked.to_string()));
         parts.extend(self.in_flight.values().map(|action| format!("under way: {action}")));
-        let now_ms = now;
-        parts.extend(self.joining.iter().map(|joining| {
-            format!(
-                "{} is attached but its interface {} is not ready since {} s",
-                joining.eni.id,
-                joining.eni.mac,
-                now_ms.since(joining.since).as_secs()
-            )
+        let joining = self.store.enis().values().filter(|eni| eni.state == EniState::Joining);
+        parts.extend(joining.map(|eni| {
+            format!("{} is attached but its interface {} is not ready since {} s", eni.id, eni.mac, now.since(eni.added).as_secs())
         }));
         if !self.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::Subnet { .. } | Blocked::ActionPaused { error: Some(_), .. }))
             && let Some(last) = self.errors.back()

@@ -9,7 +9,7 @@ use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, Imd
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::PodName;
-use stanchion_core::ipam::{Datastore, Memory, Placement, PoolLimits, PoolMode, Targets, excluded_subnets, restore};
+use stanchion_core::ipam::{Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Targets, excluded_subnets, restore};
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, host_veth_name};
 use tokio::sync::{mpsc, watch};
@@ -171,7 +171,6 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         store: Datastore::new(targets.mode, parts.config.pool.ip_cooldown),
         memory: Memory::new(seed),
         in_flight: BTreeMap::new(),
-        joining: Vec::new(),
         waiting: VecDeque::new(),
         wanting: Vec::new(),
         demand: BTreeMap::new(),
@@ -259,10 +258,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// The primary ENI's interface is the node's own and there; the others join when theirs are ready.
     fn take_enis(&mut self, shown: &[ImdsEni], attached: Option<&[Eni]>) {
         self.adopt(shown, attached);
-        let (primary, joining) = std::mem::take(&mut self.joining).into_iter().partition(|joining| joining.eni.is_primary());
-        self.joining = joining;
-        let primary: Vec<_> = primary;
-        primary.into_iter().for_each(|joining| self.store.put_eni(joining.eni));
+        let primary = self.store.enis().values().find(|eni| eni.is_primary()).map(|eni| eni.id.clone());
+        if let Some(eni) = primary.and_then(|id| self.store.eni_mut(&id)) {
+            eni.state = EniState::Serving;
+        }
     }
 
     /// Who holds what, by the checkpoint; what it lacks cannot be known.

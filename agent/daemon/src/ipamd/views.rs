@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use stanchion_core::cloud::{Ec2Api, Imds};
-use stanchion_core::ipam::{AddressState, EniRole, StoredEni};
+use stanchion_core::ipam::{AddressState, EniRole, EniState, StoredEni};
 use stanchion_core::network::HostNetwork;
 
 use super::actor::Actor;
@@ -45,8 +45,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             };
             *counters.in_progress.entry(function).or_default() += 1;
         }
-        let mut enis: Vec<EniView> = self.store.enis().values().map(|eni| self.eni_view(eni, None)).collect();
-        enis.extend(self.joining.iter().map(|joining| self.eni_view(&joining.eni, Some("joining: its interface is not ready"))));
+        let mut enis: Vec<EniView> = self.store.enis().values().map(|eni| self.eni_view(eni)).collect();
         enis.sort_by_key(|eni| (eni.network_card, eni.device_index));
         let demand = self.demand.values().copied().next().unwrap_or_default();
         let max_enis: u32 = self.pool_limits.cards.iter().map(|(_, enis)| u32::from(*enis)).sum();
@@ -87,10 +86,11 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
     }
 
-    fn eni_view(&self, eni: &StoredEni, state: Option<&str>) -> EniView {
+    fn eni_view(&self, eni: &StoredEni) -> EniView {
         let now = self.clock.now();
-        let role = match (eni.releasing, eni.role) {
-            (true, _) => "releasing",
+        let role = match (eni.state, eni.role) {
+            (EniState::Releasing, _) => "releasing",
+            (EniState::Joining, _) => "joining: its interface is not ready",
             (_, EniRole::Pods) => "pods",
             (_, EniRole::PrimaryOfCustomNetworking) => "node only (custom networking)",
             (_, EniRole::ExcludedSubnet) => "excluded by its subnet's tag",
@@ -112,7 +112,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             subnet: eni.subnet.clone(),
             primary_ipv4: eni.primary_ipv4,
             kind: format!("{:?}", eni.kind).to_lowercase(),
-            role: state.unwrap_or(role).to_owned(),
+            role: role.to_owned(),
             route_table: eni.route_table,
             slots: eni.slots,
             cidrs: cidrs.collect(),

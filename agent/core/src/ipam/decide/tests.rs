@@ -2,9 +2,13 @@
 
 use proptest::prelude::*;
 
+use std::collections::BTreeMap;
+
 use super::super::plan::{PoolLimits, Targets};
 use super::super::simulate::VirtualNode;
+use super::super::store::{Datastore, tests_support::stored_eni};
 use super::*;
+use crate::cloud::Ec2Error;
 
 fn targets() -> impl Strategy<Value = Targets> {
     (any::<bool>(), 0u32..3, 0u32..12, 0u32..30, 0u32..3, any::<bool>()).prop_map(
@@ -98,4 +102,289 @@ fn other_kinds_go_when_the_mode_was_switched() {
     let singles = switched.store.enis().values().flat_map(|eni| eni.cidrs.keys()).filter(|cidr| cidr.prefix_len() == 32).count();
     assert_eq!(singles, 4, "only those that pods hold stay: {:?}", switched.calls);
     assert!(switched.store.stats(0, switched.now).prefixes >= 1);
+}
+
+/// A node's state at one instant, for a single plan.
+#[derive(Clone, Debug)]
+struct Scene {
+    store: Datastore,
+    in_flight: Vec<Action>,
+    memory: Memory,
+    targets: Targets,
+    limits: PoolLimits,
+    demand: Demand,
+    subnets: Vec<SubnetId>,
+}
+
+impl Scene {
+    /// m5.large in one subnet, with its primary ENI.
+    fn new(targets: Targets) -> Self {
+        let mut scene = Self {
+            store: Datastore::new(targets.mode, Duration::ZERO),
+            in_flight: Vec::new(),
+            memory: Memory::new(0),
+            targets,
+            limits: PoolLimits { cards: vec![(0, 4)], slots_per_eni: 9, max_pods: 110 },
+            demand: Demand::default(),
+            subnets: vec![SubnetId::from("subnet-a")],
+        };
+        scene.add(0, "subnet-a", 0, EniState::Serving);
+        scene
+    }
+
+    /// An ENI with that many of the mode's CIDRs.
+    fn add(&mut self, device_index: u16, subnet: &str, cidrs: u8, state: EniState) {
+        let mut eni = stored_eni(device_index, subnet, 9);
+        eni.state = state;
+        eni.added = NOW;
+        let id = eni.id.clone();
+        self.store.put_eni(eni);
+        let net = device_index as u8;
+        let prefix = self.targets.mode == PoolMode::Prefixes;
+        let cidr = |n: u8| -> IpNet {
+            let text = if prefix { format!("10.{net}.1.{}/28", n * 16) } else { format!("10.{net}.0.{n}/32") };
+            text.parse().expect("CIDR")
+        };
+        self.store.add_cidrs(&id, (0..cidrs).map(cidr));
+    }
+
+    fn plan(&self) -> Plan {
+        let demand = BTreeMap::from([(0, self.demand)]);
+        plan(&PlanInput {
+            store: &self.store,
+            in_flight: &self.in_flight,
+            memory: &self.memory,
+            targets: &self.targets,
+            limits: &self.limits,
+            demand: &demand,
+            placement: &Placement::Subnets { subnets: self.subnets.clone(), security_groups: Vec::new() },
+            provisioning: Provisioning::On,
+            now: NOW,
+        })
+    }
+
+    fn attach_indexes(&self) -> Vec<u16> {
+        let index = |action: &Action| match action {
+            Action::AttachEni { device_index, .. } => Some(*device_index),
+            _ => None,
+        };
+        self.plan().actions.iter().filter_map(index).collect()
+    }
+}
+
+const NOW: Time = Time(10_000_000);
+
+fn warm_ip(warm_ip: u32) -> Targets {
+    Targets { warm_ip, ..Targets::default() }
+}
+
+fn attaching(device_index: u16, request: AddressRequest) -> Action {
+    let reason = Reason::PodsWaiting { short: 1 };
+    Action::AttachEni { network_card: 0, device_index, subnet: SubnetId::from("subnet-a"), request, reason }
+}
+
+fn throttled(action: Ec2Action) -> Ec2Error {
+    Ec2Error::Throttled { action, code: "RequestLimitExceeded".to_owned() }
+}
+
+#[test]
+fn no_second_eni_while_the_first_has_room() {
+    // AssignPrivateIpAddresses is throttled: the pods wait for it, and do not cost three further calls each.
+    let mut scene = Scene::new(warm_ip(1));
+    scene.demand.waiting = 3;
+    scene.memory.failed(&throttled(Ec2Action::AssignPrivateIpAddresses), None, NOW);
+    let planned = scene.plan();
+    assert_eq!(planned.actions, []);
+    assert!(planned.wake_at.is_some_and(|at| at > NOW), "asked again when the pause ends");
+    assert!(matches!(planned.blocked[..], [(0, Blocked::ActionPaused { .. })]), "{:?}", planned.blocked);
+
+    // The subnet gives little at a time.
+    let mut scene = Scene::new(warm_ip(1));
+    scene.demand.waiting = 6;
+    let refused = Ec2Error::InsufficientAddresses {
+        action: Ec2Action::AssignPrivateIpAddresses,
+        code: "InsufficientFreeAddressesInSubnet".to_owned(),
+        message: String::new(),
+    };
+    scene.memory.failed(&refused, Some((&scene.subnets[0], AddressRequest::Ipv4(7))), NOW);
+    assert!(matches!(scene.plan().actions[..], [Action::Assign { request: AddressRequest::Ipv4(3), .. }]), "{:?}", scene.plan().actions);
+
+    // It has no prefixes: two single addresses are kept, on one ENI.
+    let mut scene = Scene::new(Targets { mode: PoolMode::Prefixes, warm_prefix: 1, ..Targets::default() });
+    scene.memory.failed(&refused, Some((&scene.subnets[0], AddressRequest::Ipv4Prefixes(1))), NOW);
+    assert!(matches!(scene.plan().actions[..], [Action::Assign { request: AddressRequest::Ipv4(2), .. }]), "{:?}", scene.plan().actions);
+}
+
+#[test]
+fn an_eni_on_its_way_takes_the_pods_that_come_meanwhile() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.add(0, "subnet-a", 9, EniState::Serving);
+    scene.limits.max_pods = 500;
+    scene.in_flight = vec![attaching(1, AddressRequest::Ipv4(2))];
+    // Nine free ones are on the primary ENI.
+    scene.demand.waiting = 9 + 1 + 4;
+    assert_eq!(scene.plan().actions, [], "it has room for seven more");
+    scene.demand.waiting = 9 + 1 + 12;
+    assert_eq!(scene.attach_indexes(), [2], "now it has not");
+    // Attached, and its interface is not there yet: the same.
+    scene.in_flight.clear();
+    scene.add(1, "subnet-a", 2, EniState::Joining);
+    scene.demand.waiting = 9 + 1 + 4;
+    assert_eq!(scene.plan().actions, []);
+}
+
+#[test]
+fn an_eni_that_never_gets_its_interface_is_not_waited_for_for_ever() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.add(0, "subnet-a", 9, EniState::Serving);
+    scene.add(1, "subnet-a", 9, EniState::Joining);
+    scene.demand.waiting = 12;
+    let planned = scene.plan();
+    assert_eq!((planned.actions.len(), planned.wake_at), (0, Some(NOW + JOIN_PATIENCE)), "{:?}", planned.actions);
+    let id = stored_eni(1, "subnet-a", 9).id;
+    scene.store.eni_mut(&id).expect("there").added = NOW - JOIN_PATIENCE;
+    assert_eq!(scene.attach_indexes(), [2]);
+}
+
+#[test]
+fn another_subnet_serves_when_the_first_refuses_though_an_eni_has_room() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.demand.waiting = 3;
+    let refused = Ec2Error::InsufficientAddresses {
+        action: Ec2Action::AssignPrivateIpAddresses,
+        code: "InsufficientFreeAddressesInSubnet".to_owned(),
+        message: String::new(),
+    };
+    scene.memory.failed(&refused, Some((&scene.subnets[0].clone(), AddressRequest::Ipv4(1))), NOW);
+    assert_eq!(scene.attach_indexes(), [0u16; 0], "the only subnet is paused");
+    scene.subnets.push(SubnetId::from("subnet-b"));
+    let planned = scene.plan();
+    assert!(
+        matches!(&planned.actions[..], [Action::AttachEni { subnet, request: AddressRequest::Ipv4(4), .. }] if subnet.as_str() == "subnet-b"),
+        "{:?}",
+        planned.actions
+    );
+}
+
+/// Defect 14 of aws-node: an index at its array's bound ended the process.
+#[test]
+fn a_device_index_is_never_one_that_is_held_and_never_out_of_range() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.add(0, "subnet-a", 9, EniState::Serving);
+    scene.limits = PoolLimits { cards: vec![(0, 200)], slots_per_eni: 9, max_pods: 5_000 };
+    scene.demand.waiting = 20;
+    // Found after a restart and not ready yet, being detached, held by others, and numbers that EC2 does not give.
+    scene.add(1, "subnet-a", 0, EniState::Joining);
+    scene.add(2, "subnet-a", 0, EniState::Releasing);
+    for index in [3, 100, 101, u16::MAX] {
+        let mut foreign = stored_eni(index, "subnet-a", 9);
+        foreign.role = EniRole::Unmanaged;
+        scene.store.put_eni(foreign);
+    }
+    scene.in_flight = vec![attaching(4, AddressRequest::Ipv4(9))];
+    scene.demand.waiting = 9 + 9 + 9 + 5;
+    assert_eq!(scene.attach_indexes(), [5]);
+    for index in 5..100 {
+        let mut foreign = stored_eni(index, "subnet-a", 9);
+        foreign.role = EniRole::Unmanaged;
+        scene.store.put_eni(foreign);
+    }
+    let planned = scene.plan();
+    assert!(
+        planned.actions.is_empty() && planned.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::AllFull { .. })),
+        "{planned:?}"
+    );
+}
+
+fn scene() -> impl Strategy<Value = Scene> {
+    let enis = proptest::collection::vec((1u16..6, any::<bool>(), 0u8..10, 0u8..3), 0..5);
+    let attachings = proptest::collection::vec((1u16..6, 1u16..10), 0..3);
+    (targets(), enis, attachings, 0u8..10, any::<[bool; 4]>(), (0u32..60, 0u32..10)).prop_map(
+        |(mut targets, enis, attachings, primary, [throttle_assign, throttle_create, singles_gone, prefixes_gone], (waiting, bound))| {
+            targets.warm_eni = 0;
+            targets.reserve_trunk = false;
+            if targets.warm_ip == 0 {
+                targets.warm_ip = 1;
+            }
+            let mut scene = Scene::new(targets);
+            scene.add(0, "subnet-a", primary, EniState::Serving);
+            for (index, second, cidrs, state) in enis {
+                let state = [EniState::Joining, EniState::Serving, EniState::Releasing][usize::from(state)];
+                scene.add(index, if second { "subnet-b" } else { "subnet-a" }, cidrs.min(9), state);
+            }
+            for (index, count) in attachings {
+                let taken = scene.store.enis().values().any(|eni| eni.device_index == index);
+                let twice =
+                    scene.in_flight.iter().any(|action| matches!(action, Action::AttachEni { device_index, .. } if *device_index == index));
+                if !taken && !twice {
+                    let request =
+                        if targets.mode == PoolMode::Prefixes { AddressRequest::Ipv4Prefixes(count) } else { AddressRequest::Ipv4(count) };
+                    scene.in_flight.push(attaching(index, request));
+                }
+            }
+            scene.subnets.push(SubnetId::from("subnet-b"));
+            if throttle_assign {
+                scene.memory.failed(&throttled(Ec2Action::AssignPrivateIpAddresses), None, NOW);
+            }
+            if throttle_create {
+                scene.memory.failed(&throttled(Ec2Action::CreateNetworkInterface), None, NOW);
+            }
+            let refused = |request| {
+                let error = Ec2Error::InsufficientAddresses {
+                    action: Ec2Action::AssignPrivateIpAddresses,
+                    code: "InsufficientFreeAddressesInSubnet".to_owned(),
+                    message: String::new(),
+                };
+                (error, request)
+            };
+            let subnet = SubnetId::from("subnet-a");
+            for (gone, request) in [(singles_gone, AddressRequest::Ipv4(1)), (prefixes_gone, AddressRequest::Ipv4Prefixes(1))] {
+                if gone {
+                    let (error, request) = refused(request);
+                    scene.memory.failed(&error, Some((&subnet, request)), NOW);
+                }
+            }
+            scene.demand = Demand { waiting, bound };
+            scene
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+    #[test]
+    fn one_plan_keeps_indexes_limits_and_room(scene in scene()) {
+        let planned = scene.plan();
+        let mut indexes: Vec<u16> = scene.store.enis().values().map(|eni| eni.device_index).collect();
+        let in_flight = scene.in_flight.iter().chain(&planned.actions).filter_map(|action| match action {
+            Action::AttachEni { device_index, .. } => Some(*device_index),
+            _ => None,
+        });
+        indexes.extend(in_flight);
+        let count = indexes.len();
+        indexes.sort_unstable();
+        indexes.dedup();
+        prop_assert_eq!(indexes.len(), count, "an index is asked for twice: {:?}", planned.actions);
+        let attaches = planned.actions.iter().any(|action| matches!(action, Action::AttachEni { .. }));
+        prop_assert!(!attaches || count <= 4);
+
+        // Room for all that could be missing, in subnets that give: then no ENI is attached.
+        let gives = |subnet: &SubnetId, kind| scene.memory.allowance(subnet, kind, 1, NOW).is_ok();
+        let unit = |subnet: &SubnetId| match scene.targets.mode {
+            PoolMode::Prefixes if gives(subnet, AddressKind::Prefixes) => 16,
+            _ => u64::from(gives(subnet, AddressKind::Addresses)),
+        };
+        let room: u64 = scene
+            .store
+            .enis()
+            .values()
+            .filter(|eni| eni.state != EniState::Releasing)
+            .map(|eni| u64::from(eni.room()) * unit(&eni.subnet))
+            .sum();
+        let Targets { warm_ip, minimum_ip, .. } = scene.targets;
+        let most_missing = u64::from(scene.demand.waiting + scene.demand.bound + warm_ip + minimum_ip);
+        if room >= most_missing {
+            prop_assert!(!attaches, "room {} for at most {}: {:?}", room, most_missing, planned.actions);
+        }
+    }
 }

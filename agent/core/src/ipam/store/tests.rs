@@ -44,26 +44,8 @@ fn id(eni: u8) -> EniId {
 }
 
 fn eni(n: u8) -> StoredEni {
-    StoredEni {
-        id: id(n),
-        mac: Mac::default(),
-        device_index: u16::from(n),
-        network_card: 0,
-        subnet: SubnetId::from("subnet-1"),
-        subnet_cidr: None,
-        subnet_ipv6_cidrs: Vec::new(),
-        // EC2 has listed an ENI's own address among the pods' (a foreign account's ENI).
-        primary_ipv4: Some(Ipv4Addr::new(10, 0, n, 10)),
-        kind: EniKind::Interface,
-        attachment: None,
-        security_groups: Vec::new(),
-        role: EniRole::Pods,
-        added: Time(0),
-        slots: 12,
-        route_table: 254,
-        releasing: false,
-        cidrs: BTreeMap::new(),
-    }
+    // EC2 has listed an ENI's own address among the pods' (a foreign account's ENI).
+    StoredEni { primary_ipv4: Some(Ipv4Addr::new(10, 0, n, 10)), ..tests_support::stored_eni(u16::from(n), "subnet-1", 12) }
 }
 
 proptest! {
