@@ -9,9 +9,7 @@ use stanchion_core::cloud::{Ec2Api, Imds, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{EniId, PodName, SubnetId, VpcId};
-use stanchion_core::ipam::{
-    Action, Allocation, Blocked, Datastore, Demand, IpamKey, Memory, Placement, PoolLimits, StoredEni, Targets, Time,
-};
+use stanchion_core::ipam::{Action, Allocation, Blocked, Datastore, Demand, IpamKey, Memory, Placement, PoolLimits, Targets, Time};
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, HostReport};
 use tokio::sync::{mpsc, oneshot, watch};
