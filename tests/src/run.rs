@@ -12,6 +12,7 @@ use anyhow::Context;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::netns::{self, Netns};
 
@@ -72,6 +73,38 @@ impl Run {
 impl Drop for Run {
     fn drop(&mut self) {
         remove_all(&self.id, &self.dir);
+    }
+}
+
+/// The signals by which a person or the machine asks this process to end. Make it before a [`Run`]: from then on none of
+/// them kills the process, so whoever waits for [`EndSignals::asked`] can drop the run, and with it all that it made.
+#[derive(Debug)]
+pub struct EndSignals {
+    terminate: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl EndSignals {
+    /// Installs the handlers.
+    ///
+    /// # Errors
+    /// The kernel refuses, or there is no runtime.
+    pub fn install() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Resolves with the name of the first of them that comes.
+    pub async fn asked(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.hang_up.recv() => "SIGHUP",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
     }
 }
 

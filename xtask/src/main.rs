@@ -78,12 +78,12 @@ fn run() -> Result<ExitCode> {
             if keep {
                 demo.arg("--keep");
             }
-            return ui::exit_code(demo.current_dir(&root).status().context("start the demo")?);
+            return ui::become_command(demo.current_dir(&root));
         }
         Task::Lab { args } => {
             prepare(&root, build::Profile::Dev)?;
             let mut lab = Command::new(build::binary(&root, build::Profile::Dev, "lab"));
-            return ui::exit_code(lab.args(args).current_dir(&root).status().context("start the lab")?);
+            return ui::become_command(lab.args(args).current_dir(&root));
         }
         Task::Test { filter } => return test(&root, &filter),
         Task::Bench { names, quick, output } => {
@@ -93,7 +93,7 @@ fn run() -> Result<ExitCode> {
             if quick {
                 bench.arg("--quick");
             }
-            return ui::exit_code(bench.current_dir(&root).status().context("start the bench")?);
+            return ui::become_command(bench.current_dir(&root));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -121,7 +121,7 @@ fn test(root: &Path, filter: &[String]) -> Result<ExitCode> {
     let mut tests = Command::new("cargo");
     tests.args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(filter).current_dir(root);
     println!("{} tests", ui::paint("run", ui::BOLD));
-    ui::exit_code(tests.status().context("start cargo nextest")?)
+    ui::become_command(&mut tests)
 }
 
 fn root() -> Result<PathBuf> {

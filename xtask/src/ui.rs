@@ -1,7 +1,8 @@
 //! What a person sees of a task.
 
 use std::io::IsTerminal as _;
-use std::process::{Command, ExitCode, ExitStatus};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
@@ -28,10 +29,11 @@ pub(crate) fn step(what: &str, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Passes a child's verdict on.
-pub(crate) fn exit_code(status: ExitStatus) -> Result<ExitCode> {
-    match status.code() {
-        Some(code) => Ok(ExitCode::from(u8::try_from(code).unwrap_or(1))),
-        None => bail!("ended by a signal: {status}"),
-    }
+/// Becomes the last command of a task, so that its exit code is the task's and a signal to the task reaches it.
+///
+/// # Errors
+/// It cannot be started; otherwise this does not return.
+pub(crate) fn become_command(command: &mut Command) -> Result<ExitCode> {
+    let error = command.exec();
+    Err(error).with_context(|| format!("start {}", command.get_program().display()))
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use stanchion_lab::pod::PodSpec;
+use stanchion_lab::run::EndSignals;
 use stanchion_lab::{Vpc, tour};
 
 #[derive(Parser)]
@@ -53,10 +54,7 @@ async fn main() -> ExitCode {
             stanchion_lab::run::sweep();
             Ok(())
         }
-        Command::Up(up) => tokio::select! {
-            done = run(&up) => done,
-            _ = tokio::signal::ctrl_c() => Ok(()),
-        },
+        Command::Up(up) => run_until_asked(&up).await,
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -64,6 +62,14 @@ async fn main() -> ExitCode {
             eprintln!("lab: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+async fn run_until_asked(up: &Up) -> anyhow::Result<()> {
+    let mut signals = EndSignals::install().context("install the signal handlers")?;
+    tokio::select! {
+        done = run(up) => done,
+        _ = signals.asked() => Ok(()),
     }
 }
 

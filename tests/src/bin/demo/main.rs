@@ -5,7 +5,9 @@ mod story;
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser;
+use stanchion_lab::run::EndSignals;
 
 use crate::scenes::Stage;
 use crate::story::Story;
@@ -22,13 +24,18 @@ struct Args {
 async fn main() -> ExitCode {
     let args = Args::parse();
     let mut story = Story::begin();
-    // Ctrl-C drops the stage, and with it everything in the lab.
-    let outcome = tokio::select! {
-        outcome = play(&mut story, args.keep) => outcome,
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
-    };
+    let outcome = play_until_asked(&mut story, args.keep).await;
     story.end(&outcome);
     if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// A signal drops the stage, and with it everything in the lab.
+async fn play_until_asked(story: &mut Story, keep: bool) -> anyhow::Result<()> {
+    let mut signals = EndSignals::install().context("install the signal handlers")?;
+    tokio::select! {
+        outcome = play(story, keep) => outcome,
+        signal = signals.asked() => Err(anyhow::anyhow!("ended by {signal}")),
+    }
 }
 
 async fn play(story: &mut Story, keep: bool) -> anyhow::Result<()> {
