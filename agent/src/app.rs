@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
+use futures_util::StreamExt as _;
 use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::cloud::{Imds as _, InstanceIdentity};
 use stanchion_core::config::{Config, PolicyMode, RecordLayout};
@@ -14,6 +15,8 @@ use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
 use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::metrics::insights::NodeIdentity;
+use stanchion_core::network::Randomize;
+use stanchion_core::network::egress::{self, EgressFamily};
 use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
 use stanchion_daemon::admin::views::Views;
 use stanchion_daemon::admin::{http, socket};
@@ -25,6 +28,7 @@ use stanchion_daemon::netpol::{AttachMode, EnforcingMode, LoadOptions, NetpolHan
 use stanchion_daemon::telemetry::{Roots, TelemetryParts, TelemetrySettings};
 use stanchion_daemon::{cni, ipamd, logs, netpol, telemetry};
 use stanchion_netlink::{HostNet, Netlink};
+use stanchion_proto::cni_server::CniServer;
 use stanchion_proto::debug_server::DebugServer;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -98,6 +102,7 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
         ec2_timeout: Some(config.operations.http_timeout),
         ..Overrides::default()
     };
+    let egress = egress_family(&config, &identity);
     let aws = AwsClients::load(overrides).await.context("build the AWS clients")?;
     let cluster = cluster(&args, &config, &node_name, &shutdown).await?;
 
@@ -145,16 +150,21 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
         let settings = CniSettings {
             pod_mtu: config.network.pod_mtu,
             veth_prefix: config.network.veth_prefix.clone(),
+            egress,
             strict_policy: config.network.policy_mode == PolicyMode::Strict,
         };
-        cni::service(ipam, netpol, settings)
+        cni::CniService::new(ipam, netpol, settings)
     });
+    let connections = match &cni {
+        Some(service) => cni::take_plugins(socket::root_connections(listener), service.clone()).boxed(),
+        None => socket::root_connections(listener).boxed(),
+    };
     let ended = shutdown.clone();
     tonic::transport::Server::builder()
         .add_service(health_service)
         .add_service(DebugServer::new(DebugService { views, set_log_filter }))
-        .add_optional_service(cni)
-        .serve_with_incoming_shutdown(socket::root_connections(listener), async move { ended.cancelled().await })
+        .add_optional_service(cni.map(CniServer::new))
+        .serve_with_incoming_shutdown(connections, async move { ended.cancelled().await })
         .await
         .context("serve the socket")?;
 
@@ -254,7 +264,7 @@ async fn start_network(
             let options = LoadOptions { pin_root: args.bpf_dir.clone(), ..LoadOptions::default() };
             let (handle, task) = netpol::spawn(NetpolParts {
                 loaded: netpol::load(&options).context("load the eBPF programs")?,
-                attach: AttachMode::of_this_kernel(),
+                attach: AttachMode::Clsact,
                 cluster: (*cluster).clone(),
                 node_name: (*node_name).to_owned(),
                 mode: if config.network.policy_mode == PolicyMode::Strict { EnforcingMode::Strict } else { EnforcingMode::Standard },
@@ -294,6 +304,15 @@ async fn start_network(
     });
     tasks.push(("addresses", task));
     Ok((ipam, netpol))
+}
+
+/// The family that pods reach besides the cluster's.
+fn egress_family(config: &Config, identity: &InstanceIdentity) -> Option<EgressFamily> {
+    let wanted = egress::wanted(config, identity.local_ipv4, identity.ipv6, Randomize::default());
+    if wanted.is_none() && config.network.v6_egress && !config.pool.ipv6 {
+        warn!("ENABLE_V6_EGRESS=true, but the primary ENI has no IPv6 address: pods get no IPv6 egress; give the instance one");
+    }
+    wanted.map(|egress| EgressFamily::of(egress.to))
 }
 
 /// What every part gets.

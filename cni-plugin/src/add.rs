@@ -1,19 +1,22 @@
 //! ADD.
 
-use std::time::Duration;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use stanchion_core::cni::{CniError, CniResult, ErrorCode, Interface, Invocation, IpConfig, NetConf};
+use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::host::DEFAULT_MTU;
-use stanchion_core::network::names::{check_veth_prefix, host_veth_name, pod_if_name, veth_macs};
+use stanchion_core::network::names::{MAIN_TABLE, check_veth_prefix, host_veth_name, pod_if_name, veth_macs};
 use stanchion_core::network::{NetOp, PodPlan};
-use stanchion_netlink::veth::VethEnd;
-use stanchion_netlink::{Netlink, Netns, sysctl};
-use stanchion_proto::{ActivateEndpointRequest, AddNetworkReply, AddNetworkRequest, Endpoint};
+use stanchion_netlink::veth::{VethEnd, VethIndices};
+use stanchion_netlink::{Netlink, NetlinkError, Netns, sysctl};
+use stanchion_proto::frame::Method;
+use stanchion_proto::{ActivateEndpointReply, ActivateEndpointRequest, AddNetworkReply, AddNetworkRequest, Endpoint};
 
 use crate::agent::{self, Agent};
 use crate::journal::Journal;
-use crate::{sandbox, spool};
+use crate::{egress, sandbox, spool};
 
 /// For everything. A burst of pods on a cold node waits for an ENI (up to 10 s, then EC2's pace); the kubelet's own limit is two minutes.
 const PATIENCE: Duration = Duration::from_secs(45);
@@ -21,49 +24,60 @@ const PATIENCE: Duration = Duration::from_secs(45);
 const RESERVE: Duration = Duration::from_secs(10);
 /// For the release after a failure.
 const UNDO_PATIENCE: Duration = Duration::from_secs(5);
+const GET_ADDRESS: &str = "get an address for the pod";
+const ENFORCE: &str = "put the pod's network policy in force";
 
 /// Sets up and describes the pod's network, or leaves nothing behind.
-pub(crate) async fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal) -> Result<Value, CniError> {
+pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal) -> Result<Value, CniError> {
     let path = invocation.netns.as_deref().unwrap_or_else(|| "".as_ref());
     // Before anything is asked for: most failures of a dying sandbox are seen here.
     let netns = sandbox::open_netns(path)?;
-    let host_netns = Netns::current().map_err(|error| sandbox::netns_error(&error))?;
-    let mut host = Netlink::open().map_err(|error| sandbox::kernel_error(&error))?;
-    let mut agent = Agent::connect(&conf.socket, PATIENCE).await?;
-    journal.phase("connect");
-
+    let mut agent = Agent::connect(&conf.socket, PATIENCE)?;
     let request = AddNetworkRequest {
         sandbox: Some(agent::sandbox(invocation, conf)),
         plugin_version: agent::plugin_version(),
         multi_nic: conf.multi_nic,
         wait_ms: u32::try_from(agent.left().saturating_sub(RESERVE).as_millis()).unwrap_or(u32::MAX),
     };
-    let assigned = agent.call("get an address for the pod", async |client| client.add_network(request).await).await;
+    let asked = agent.ask(GET_ADDRESS, Method::AddNetwork, &request);
+    journal.phase("ask");
+    // While the agent writes its checkpoint.
+    let site = Site::open(&netns);
+    let assigned = asked.and_then(|()| agent.answer::<AddNetworkReply>(GET_ADDRESS));
     journal.phase("assign");
     // A call that timed out may have been served all the same.
-    let reply = match assigned {
-        Ok(reply) => reply,
-        Err(error) => return Err(give_back(invocation, conf, error).await),
+    let ready = assigned.and_then(|reply| {
+        let mut plans = plans(&reply, invocation, conf)?;
+        plans.extend(egress_plan(&reply, invocation, conf)?);
+        Ok((reply, plans, site?))
+    });
+    let (reply, plans, mut site) = match ready {
+        Ok(ready) => ready,
+        Err(error) => return Err(give_back(invocation, conf, error)),
     };
-    let plans = match plans(&reply, invocation, conf) {
-        Ok(plans) => plans,
-        Err(error) => return Err(give_back(invocation, conf, error).await),
-    };
-    let mut site = Site { host: &mut host, host_netns: &host_netns, netns: &netns };
-    match set_up(&mut site, &mut agent, &reply, &plans, invocation, conf, journal).await {
+    match set_up(&mut site, &mut agent, &reply, &plans, invocation, conf, journal) {
         Ok(()) => Ok(conf.render(&describe(&plans, path))),
         Err(error) => {
             let error = take_down(&mut site, &plans, invocation, error);
-            Err(give_back(invocation, conf, error).await)
+            Err(give_back(invocation, conf, error))
         }
     }
 }
 
 /// Where the work is done.
 struct Site<'a> {
-    host: &'a mut Netlink,
-    host_netns: &'a Netns,
+    host: Netlink,
+    pod: Netlink,
+    host_netns: Netns,
     netns: &'a Netns,
+}
+
+impl<'a> Site<'a> {
+    fn open(netns: &'a Netns) -> Result<Self, CniError> {
+        let host_netns = Netns::current().map_err(|error| sandbox::netns_error(&error))?;
+        let host = Netlink::open().map_err(|error| sandbox::kernel_error(&error))?;
+        Ok(Self { host, pod: sandbox::netlink_in(netns)?, host_netns, netns })
+    }
 }
 
 /// What the agent's reply means for this pod.
@@ -76,9 +90,8 @@ fn plans(reply: &AddNetworkReply, invocation: &Invocation, conf: &NetConf) -> Re
     if reply.attachments.is_empty() {
         return Err(unusable("it has no address".to_owned()));
     }
-    let prefix = if reply.veth_prefix.is_empty() { &conf.veth_prefix } else { &reply.veth_prefix };
+    let (prefix, mtu) = prefix_and_mtu(reply, conf);
     check_veth_prefix(prefix).map_err(|error| unusable(error.to_string()))?;
-    let mtu = conf.mtu.or(Some(reply.pod_mtu).filter(|mtu| *mtu != 0)).unwrap_or(DEFAULT_MTU);
     let plan = |(index, attachment): (usize, &stanchion_proto::Attachment)| {
         let pod_if = pod_if_name(&invocation.if_name, index);
         let (host_mac, pod_mac) = veth_macs(&invocation.container_id, &pod_if);
@@ -101,11 +114,42 @@ fn plans(reply: &AddNetworkReply, invocation: &Invocation, conf: &NetConf) -> Re
     }
 }
 
+/// The interface of the other family, with an address that is reserved from here on.
+fn egress_plan(reply: &AddNetworkReply, invocation: &Invocation, conf: &NetConf) -> Result<Option<PodPlan>, CniError> {
+    let Some(egress) = &reply.egress else { return Ok(None) };
+    let unknown = || CniError::new(ErrorCode::Decode, format!("the agent's reply cannot be used: egress by {:?}", egress.if_name));
+    let family = EgressFamily::of_pod_if(&egress.if_name).ok_or_else(unknown)?;
+    let address = egress::reserve(family, &conf.name, &invocation.container_id)?;
+    let (ipv4, ipv6) = match address {
+        IpAddr::V4(address) => (Some(address), None),
+        IpAddr::V6(address) => (None, Some(address)),
+    };
+    let (prefix, mtu) = prefix_and_mtu(reply, conf);
+    let (host_mac, pod_mac) = veth_macs(&invocation.container_id, family.pod_if());
+    Ok(Some(PodPlan {
+        // Its routes are the pod's main ones, of their family.
+        attachment: 0,
+        host_if: family.host_if(prefix, &invocation.pod),
+        pod_if: family.pod_if().to_owned(),
+        host_mac,
+        pod_mac,
+        ipv4,
+        ipv6,
+        mtu,
+        table: MAIN_TABLE,
+    }))
+}
+
+fn prefix_and_mtu<'a>(reply: &'a AddNetworkReply, conf: &'a NetConf) -> (&'a str, u32) {
+    let prefix = if reply.veth_prefix.is_empty() { &conf.veth_prefix } else { &reply.veth_prefix };
+    (prefix, conf.mtu.or(Some(reply.pod_mtu).filter(|mtu| *mtu != 0)).unwrap_or(DEFAULT_MTU))
+}
+
 fn address<T: std::str::FromStr>(text: &str) -> Result<Option<T>, &'static str> {
     if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(|_| "an address is none") }
 }
 
-async fn set_up(
+fn set_up(
     site: &mut Site<'_>,
     agent: &mut Agent,
     reply: &AddNetworkReply,
@@ -114,24 +158,34 @@ async fn set_up(
     conf: &NetConf,
     journal: &mut Journal,
 ) -> Result<(), CniError> {
-    let (mut pod, host_indices) = create(site, plans).map_err(|error| sandbox::kernel_error(&error))?;
+    let indices = create(site, plans)?;
     journal.phase("veth");
-    if !reply.policy_mode.is_empty() {
-        let endpoints = plans.iter().zip(&host_indices).map(|(plan, index)| endpoint(plan, *index)).collect();
-        let request = ActivateEndpointRequest { sandbox: Some(agent::sandbox(invocation, conf)), endpoints };
-        agent.call("put the pod's network policy in force", async |client| client.activate_endpoint(request).await).await?;
+    let policed = !reply.policy_mode.is_empty();
+    if policed {
+        let endpoints = plans.iter().zip(&indices).map(|(plan, index)| endpoint(plan, index.peer)).collect();
+        let request =
+            ActivateEndpointRequest { sandbox: Some(agent::sandbox(invocation, conf)), endpoints, shares_ingress: conf.shares_ingress };
+        agent.ask(ENFORCE, Method::ActivateEndpoint, &request)?;
+    }
+    // While the agent attaches the programs; the host end is down, so nothing passes.
+    let dressed = dress(site, plans, &indices);
+    journal.phase("pod");
+    if policed {
+        // In any case: until it has answered, the agent is at work on an interface that a failure would remove.
+        agent.answer::<ActivateEndpointReply>(ENFORCE)?;
         journal.phase("policy");
     }
+    dressed?;
     // Only now can a packet pass.
     let mut ops = Vec::new();
-    for (plan, index) in plans.iter().zip(&host_indices) {
-        ops.push(NetOp::LinkUp { index: *index });
-        ops.extend(plan.host_ops(*index));
+    for (plan, index) in plans.iter().zip(&indices) {
+        ops.push(NetOp::LinkUp { index: index.peer });
+        ops.extend(plan.host_ops(index.peer));
     }
     site.host.perform_all(&ops).map_err(|error| sandbox::kernel_error(&error))?;
     journal.phase("host");
     for plan in plans {
-        wait_until_running(&mut pod, &plan.pod_if).await.map_err(|error| sandbox::kernel_error(&error))?;
+        wait_until_running(&mut site.pod, &plan.pod_if).map_err(|error| sandbox::kernel_error(&error))?;
     }
     journal.phase("carrier");
     Ok(())
@@ -139,45 +193,49 @@ async fn set_up(
 
 /// The pod's first packet must not be lost: the pod end was up before the host end, so the kernel lets it send a moment later. A
 /// kernel that takes longer than this is not waited for: a lost packet is sent again, a failed ADD costs seconds.
-async fn wait_until_running(pod: &mut Netlink, name: &str) -> Result<(), stanchion_netlink::NetlinkError> {
+fn wait_until_running(pod: &mut Netlink, name: &str) -> Result<(), NetlinkError> {
     const AT_MOST: Duration = Duration::from_secs(2);
-    let began = tokio::time::Instant::now();
+    let began = Instant::now();
     while !pod.is_running(name)? && began.elapsed() < AT_MOST {
-        tokio::time::sleep(Duration::from_millis(1)).await;
+        std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }
 
-/// Creates the veths, pod ends complete and up, host ends down; returns a socket in the pod and the host ends' numbers.
-fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<(Netlink, Vec<u32>), stanchion_netlink::NetlinkError> {
-    let wants_ipv6 = plans.iter().any(|plan| plan.ipv6.is_some());
-    let mut pod = match site.netns.run(|| {
-        if wants_ipv6 {
-            // Some runtimes start sandboxes with IPv6 switched off; a kernel without it refuses the address later, with a better message.
+/// Creates the veths, pod ends up, host ends down.
+fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<Vec<VethIndices>, CniError> {
+    if plans.iter().any(|plan| plan.ipv6.is_some()) {
+        // Some runtimes start sandboxes with IPv6 switched off; a kernel without it refuses the address later, with a better message.
+        let switched = site.netns.run(|| {
             let _ = sysctl::ensure("net/ipv6/conf/default/disable_ipv6", "0");
             let _ = sysctl::ensure("net/ipv6/conf/lo/disable_ipv6", "0");
+        });
+        switched.map_err(|error| sandbox::netns_error(&error))?;
+    }
+    plans.iter().map(|plan| create_one(site, plan).map_err(|error| sandbox::kernel_error(&error))).collect()
+}
+
+fn create_one(site: &mut Site<'_>, plan: &PodPlan) -> Result<VethIndices, NetlinkError> {
+    let own = VethEnd { name: plan.pod_if.clone(), mac: plan.pod_mac };
+    let peer = VethEnd { name: plan.host_if.clone(), mac: plan.host_mac };
+    match site.pod.create_veth(&own, &peer, &site.host_netns, plan.mtu) {
+        // A StatefulSet's pod comes back under its old name while the old sandbox still dies. (Or the pod's name is taken.)
+        Err(error) if error.errno() == Some(libc::EEXIST) && site.host.delete_link(&plan.host_if)? => {
+            site.pod.create_veth(&own, &peer, &site.host_netns, plan.mtu)
         }
-        Netlink::open()
-    }) {
-        Ok(opened) => opened?,
-        Err(error) => {
-            return Err(stanchion_netlink::NetlinkError::Socket { op: "open it in the pod", source: std::io::Error::other(error) });
-        }
-    };
-    let mut host_indices = Vec::with_capacity(plans.len());
+        created => created,
+    }
+}
+
+/// Addresses, routes and neighbours in the pod, and what the host end must not hear.
+fn dress(site: &mut Site<'_>, plans: &[PodPlan], indices: &[VethIndices]) -> Result<(), CniError> {
+    let ops: Vec<NetOp> = plans.iter().zip(indices).flat_map(|(plan, index)| plan.pod_ops(index.own)).collect();
+    site.pod.perform_all(&ops).map_err(|error| sandbox::kernel_error(&error))?;
     for plan in plans {
-        // A StatefulSet's pod comes back under its old name while the old sandbox still dies.
-        site.host.delete_link(&plan.host_if)?;
-        let own = VethEnd { name: plan.pod_if.clone(), mac: plan.pod_mac };
-        let peer = VethEnd { name: plan.host_if.clone(), mac: plan.host_mac };
-        pod.create_veth(&own, &peer, site.host_netns, plan.mtu)?;
-        let pod_index = pod.link_index(&plan.pod_if)?;
-        pod.perform_all(&plan.pod_ops(pod_index))?;
-        host_indices.push(site.host.link_index(&plan.host_if)?);
         // A pod must not advertise itself as the node's router.
         let _ = sysctl::ensure(&format!("net/ipv6/conf/{}/accept_ra", plan.host_if), "0");
     }
-    Ok((pod, host_indices))
+    Ok(())
 }
 
 fn endpoint(plan: &PodPlan, host_if_index: u32) -> Endpoint {
@@ -195,7 +253,7 @@ fn endpoint(plan: &PodPlan, host_if_index: u32) -> Endpoint {
 fn take_down(site: &mut Site<'_>, plans: &[PodPlan], invocation: &Invocation, error: CniError) -> CniError {
     let mut problems = Vec::new();
     for plan in plans.iter().rev() {
-        problems.extend(sandbox::undo(site.host, &plan.undo_host_ops()));
+        problems.extend(sandbox::undo(&mut site.host, &plan.undo_host_ops()));
     }
     if let Err(error) = sandbox::remove_veths(site.netns, &invocation.if_name) {
         problems.push(error.msg);
@@ -204,12 +262,16 @@ fn take_down(site: &mut Site<'_>, plans: &[PodPlan], invocation: &Invocation, er
 }
 
 /// Gives the addresses back, now or by the spool; returns the error that made it necessary.
-async fn give_back(invocation: &Invocation, conf: &NetConf, error: CniError) -> CniError {
+fn give_back(invocation: &Invocation, conf: &NetConf, error: CniError) -> CniError {
     const REASON: &str = "SetupNSFailed";
+    let error = match egress::release(&conf.name, &invocation.container_id) {
+        Ok(()) => error,
+        Err(problem) => error.with_details(problem.msg),
+    };
     let sandbox = agent::sandbox(invocation, conf);
     // A connection of its own: the first one's time may be over.
-    let released = match Agent::connect(&conf.socket, UNDO_PATIENCE).await {
-        Ok(mut agent) => agent.release(sandbox.clone(), REASON).await.map(|_| ()),
+    let released = match Agent::connect(&conf.socket, UNDO_PATIENCE) {
+        Ok(mut agent) => agent.release(sandbox.clone(), REASON).map(|_| ()),
         Err(error) => Err(error),
     };
     match released {

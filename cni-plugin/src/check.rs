@@ -10,7 +10,8 @@ use stanchion_core::network::Rule;
 use stanchion_core::network::host::PRIORITY_TO_POD;
 use stanchion_core::network::names::MAIN_TABLE;
 use stanchion_netlink::{Netlink, NetlinkError, Netns};
-use stanchion_proto::{CheckNetworkRequest, Endpoint};
+use stanchion_proto::frame::Method;
+use stanchion_proto::{CheckNetworkReply, CheckNetworkRequest, Endpoint};
 
 use crate::agent::{self, Agent};
 use crate::sandbox;
@@ -18,16 +19,16 @@ use crate::sandbox;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Fails with one sentence for each difference.
-pub(crate) async fn run(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
+pub(crate) fn run(invocation: &Invocation, conf: &NetConf) -> Result<(), CniError> {
     let prev = conf
         .read_prev_result()?
         .ok_or_else(|| CniError::new(ErrorCode::InvalidConfig, "CHECK needs the prevResult of the ADD that it checks"))?;
     let path = invocation.netns.as_deref().unwrap_or_else(|| "".as_ref());
     let netns = sandbox::open_netns(path)?;
     let (endpoints, mut differences) = compare(&netns, &prev).map_err(|error| sandbox::kernel_error(&error))?;
-    let mut agent = Agent::connect(&conf.socket, PATIENCE).await?;
+    let mut agent = Agent::connect(&conf.socket, PATIENCE)?;
     let request = CheckNetworkRequest { sandbox: Some(agent::sandbox(invocation, conf)), endpoints };
-    let reply = agent.call("check the pod's network", async |client| client.check_network(request).await).await?;
+    let reply: CheckNetworkReply = agent.call("check the pod's network", Method::CheckNetwork, &request)?;
     differences.extend(reply.differences);
     if differences.is_empty() { Ok(()) } else { Err(CniError::new(ErrorCode::Differs, differences.join("; "))) }
 }

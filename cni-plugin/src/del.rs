@@ -4,13 +4,14 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use stanchion_core::cni::{CniError, ErrorCode, Invocation, NetConf};
+use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::names::host_veth_name;
 use stanchion_netlink::Netlink;
 use stanchion_proto::DelNetworkReply;
 
 use crate::agent::{self, Agent};
 use crate::journal::Journal;
-use crate::{sandbox, spool};
+use crate::{egress, sandbox, spool};
 
 /// For the agent's part.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -19,13 +20,14 @@ const REASON: &str = "PodDeleted";
 const ATTACHMENTS: usize = 8;
 
 /// Takes the network down, then gives the addresses back: an address whose network still exists is never free.
-pub(crate) async fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal) -> Result<(), CniError> {
+pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal) -> Result<(), CniError> {
     let mut host = Netlink::open().map_err(|error| sandbox::kernel_error(&error))?;
     // An unreadable result is no reason to keep the address.
     let prev = conf.read_prev_result().unwrap_or_default().unwrap_or_default();
     let mut addresses: Vec<IpAddr> = prev.ips.iter().map(|ip| ip.address).collect();
     let mut own_names: Vec<String> = prev.interfaces.iter().map(|interface| interface.name.clone()).collect();
     own_names.extend((0..ATTACHMENTS).map(|index| host_veth_name(&conf.veth_prefix, &invocation.pod, index)));
+    own_names.extend(EgressFamily::ALL.map(|family| family.host_if(&conf.veth_prefix, &invocation.pod)));
 
     if let Some(path) = invocation.netns.as_deref() {
         match sandbox::open_netns(path) {
@@ -38,11 +40,12 @@ pub(crate) async fn run(invocation: &Invocation, conf: &NetConf, journal: &mut J
     addresses.sort_unstable();
     addresses.dedup();
     sandbox::remove_rules(&mut host, &addresses, &own_names)?;
+    egress::release(&conf.name, &invocation.container_id)?;
     journal.phase("kernel");
 
     let who = agent::sandbox(invocation, conf);
-    let released = match Agent::connect(&conf.socket, PATIENCE).await {
-        Ok(mut agent) => agent.release(who.clone(), REASON).await,
+    let released = match Agent::connect(&conf.socket, PATIENCE) {
+        Ok(mut agent) => agent.release(who.clone(), REASON),
         Err(error) => Err(error),
     };
     let outcome = match released {

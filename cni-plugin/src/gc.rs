@@ -3,16 +3,19 @@
 use std::time::Duration;
 
 use stanchion_core::cni::{CniError, NetConf};
-use stanchion_proto::{CollectGarbageRequest, ValidAttachment};
+use stanchion_proto::frame::Method;
+use stanchion_proto::{CollectGarbageReply, CollectGarbageRequest, ValidAttachment};
 
 use crate::agent::Agent;
+use crate::egress;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub(crate) async fn run(conf: &NetConf) -> Result<(), CniError> {
+pub(crate) fn run(conf: &NetConf) -> Result<(), CniError> {
     let valid = conf.valid_attachments.iter();
     let valid = valid.map(|a| ValidAttachment { container_id: a.container_id.clone(), if_name: a.if_name.clone() }).collect();
     let request = CollectGarbageRequest { network_name: conf.name.clone(), valid };
-    let mut agent = Agent::connect(&conf.socket, PATIENCE).await?;
-    agent.call("collect garbage", async |client| client.collect_garbage(request).await).await.map(|_| ())
+    egress::collect(&conf.name, &conf.valid_attachments)?;
+    let mut agent = Agent::connect(&conf.socket, PATIENCE)?;
+    agent.call::<CollectGarbageReply>("collect garbage", Method::CollectGarbage, &request).map(|_| ())
 }

@@ -2,12 +2,13 @@
 //!
 //! The CNI environment and standard input in, one JSON document out. It asks the agent for addresses and policy over the
 //! root-only socket and builds the pod's network itself: two calls on one connection, one deadline, every step undone on
-//! failure. One file a verb.
+//! failure. One file a verb. One thread and no runtime: it lives for two milliseconds.
 
 mod add;
 mod agent;
 mod check;
 mod del;
+mod egress;
 mod gc;
 mod journal;
 mod sandbox;
@@ -50,20 +51,14 @@ fn call(stdin: &[u8]) -> Result<Option<serde_json::Value>, CniError> {
     }
     let conf = NetConf::parse(stdin)?;
     let mut journal = Journal::start(&conf, &invocation);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| CniError::new(ErrorCode::Io, format!("cannot start the runtime: {error}")))?;
-    let outcome = runtime.block_on(async {
-        match invocation.verb {
-            Verb::Add => add::run(&invocation, &conf, &mut journal).await.map(Some),
-            Verb::Del => del::run(&invocation, &conf, &mut journal).await.map(|()| None),
-            Verb::Check => check::run(&invocation, &conf).await.map(|()| None),
-            Verb::Gc => gc::run(&conf).await.map(|()| None),
-            Verb::Status => status::run(&conf).await.map(|()| None),
-            Verb::Version => Ok(None),
-        }
-    });
+    let outcome = match invocation.verb {
+        Verb::Add => add::run(&invocation, &conf, &mut journal).map(Some),
+        Verb::Del => del::run(&invocation, &conf, &mut journal).map(|()| None),
+        Verb::Check => check::run(&invocation, &conf).map(|()| None),
+        Verb::Gc => gc::run(&conf).map(|()| None),
+        Verb::Status => status::run(&conf).map(|()| None),
+        Verb::Version => Ok(None),
+    };
     journal.finish(outcome.as_ref().err());
     outcome
 }

@@ -4,10 +4,12 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use stanchion_core::cni::{CniError, ErrorCode};
+use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::host::{PRIORITY_FROM_POD, PRIORITY_TO_POD};
 use stanchion_core::network::names::pod_if_name;
 use stanchion_core::network::{NetOp, Rule};
 use stanchion_netlink::netns::NetnsError;
+use stanchion_netlink::veth::LinkFacts;
 use stanchion_netlink::{Netlink, NetlinkError, Netns};
 
 /// More attachments than an instance has network cards.
@@ -46,6 +48,11 @@ pub(crate) fn netlink_in(netns: &Netns) -> Result<Netlink, CniError> {
 pub(crate) fn remove_veths(netns: &Netns, if_name: &str) -> Result<Vec<IpAddr>, CniError> {
     let mut pod = netlink_in(netns)?;
     let mut removed = Vec::new();
+    for family in EgressFamily::ALL {
+        if let Some(facts) = pod.link(family.pod_if()).map_err(|error| kernel_error(&error))?.filter(|facts| facts.link.kind == "veth") {
+            remove_veth(&mut pod, &facts, &mut removed)?;
+        }
+    }
     for attachment in 0..MAX_ATTACHMENTS {
         let name = pod_if_name(if_name, attachment);
         let facts = pod.link(&name).map_err(|error| kernel_error(&error))?;
@@ -57,11 +64,15 @@ pub(crate) fn remove_veths(netns: &Netns, if_name: &str) -> Result<Vec<IpAddr>, 
                 break;
             };
         };
-        let addresses = pod.addresses().map_err(|error| kernel_error(&error))?;
-        removed.extend(addresses.iter().filter(|a| a.index == facts.link.index && a.global).map(|a| a.address.addr()));
-        pod.delete_link(&name).map_err(|error| kernel_error(&error))?;
+        remove_veth(&mut pod, &facts, &mut removed)?;
     }
     Ok(removed)
+}
+
+fn remove_veth(pod: &mut Netlink, facts: &LinkFacts, removed: &mut Vec<IpAddr>) -> Result<(), CniError> {
+    let addresses = pod.addresses().map_err(|error| kernel_error(&error))?;
+    removed.extend(addresses.iter().filter(|a| a.index == facts.link.index && a.global).map(|a| a.address.addr()));
+    pod.delete_link(&facts.link.name).map(|_| ()).map_err(|error| kernel_error(&error))
 }
 
 /// Deletes the host's rules for the addresses, whatever table they name, unless another pod's veth has the address by now: a DEL may come

@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use stanchion_core::cni::{CniError, ErrorCode, NetConf};
-use stanchion_proto::StatusRequest;
+use stanchion_proto::frame::Method;
+use stanchion_proto::{StatusReply, StatusRequest};
 
 use crate::agent::Agent;
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
-pub(crate) async fn run(conf: &NetConf) -> Result<(), CniError> {
+pub(crate) fn run(conf: &NetConf) -> Result<(), CniError> {
     let not_available = |error: CniError| CniError { code: ErrorCode::NotAvailable, ..error };
-    let mut agent = Agent::connect(&conf.socket, PATIENCE).await.map_err(not_available)?;
-    let reply = agent.call("ask for the status", async |client| client.status(StatusRequest {}).await).await.map_err(not_available)?;
+    let mut agent = Agent::connect(&conf.socket, PATIENCE).map_err(not_available)?;
+    let reply: StatusReply = agent.call("ask for the status", Method::Status, &StatusRequest {}).map_err(not_available)?;
     if reply.ready { Ok(()) } else { Err(CniError::new(ErrorCode::NotAvailable, reply.reason)) }
 }

@@ -1,5 +1,8 @@
-//! The gRPC interface of the agent, generated from `stanchion.proto`.
+//! The interface of the agent: the gRPC services and messages of `stanchion.proto`, and the frames in which the plugin sends
+//! them.
 #![allow(missing_docs, reason = "generated; the documentation is in stanchion.proto")]
+
+pub mod frame;
 
 tonic::include_proto!("stanchion.v1");
 

@@ -208,6 +208,7 @@ impl World {
             pod_uid: String::new(),
             container_id: ContainerId::new(name.to_string()),
             endpoints: vec![host_if.clone()],
+            shares_ingress: false,
         };
         let handle = self.agent().clone();
         self.runtime.block_on(handle.activate(request))?;

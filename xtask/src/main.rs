@@ -24,6 +24,8 @@ enum Task {
     Setup,
     /// Build the eBPF object
     BuildEbpf,
+    /// Build the CNI plugin as it is shipped: static
+    Plugin,
     /// Play the main job end to end in a VPC made of network namespaces
     Demo {
         /// Leave the lab up and say how to look around
@@ -72,6 +74,7 @@ fn run() -> Result<ExitCode> {
             bpf::ensure_toolchain()?;
             bpf::build(&root)?;
         }
+        Task::Plugin => build::plugin(&root)?,
         Task::Demo { keep } => {
             prepare(&root, build::Profile::Dev)?;
             let mut demo = Command::new(build::binary(&root, build::Profile::Dev, "demo"));

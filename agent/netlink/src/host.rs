@@ -3,6 +3,7 @@
 use std::sync::mpsc;
 
 use stanchion_core::network::diff::{diff, missing, wanted_sysctls};
+use stanchion_core::network::nft::Ruleset;
 use stanchion_core::network::{FailedOp, HostError, HostNetwork, HostObserved, HostPlan, HostReport, NetOp};
 use tokio::sync::oneshot;
 
@@ -93,23 +94,35 @@ impl HostNetwork for HostNet {
 
 fn work(mut netlink: Netlink, inbox: &mpsc::Receiver<Job>) {
     let mut last = None;
-    // aws-node's rules do not come back by themselves: once gone they are not looked for.
-    let mut upstream_is_gone = false;
+    let mut memory = Memory { upstream_is_gone: false, may_have_ipv6_table: true };
     while let Ok((plan, reply)) = inbox.recv() {
         if plan.is_some() {
             last = plan;
         }
-        let outcome = last.as_deref().map(|plan| apply(&mut netlink, plan, &mut upstream_is_gone)).transpose();
+        let outcome = last.as_deref().map(|plan| apply(&mut netlink, plan, &mut memory)).transpose();
         // Nobody waits any more: the work is done all the same, the next plan finds it done.
         let _ = reply.send(outcome);
     }
 }
 
-fn apply(netlink: &mut Netlink, desired: &HostPlan, upstream_is_gone: &mut bool) -> Result<HostReport, HostError> {
+/// What need not be looked for again: each look is a process.
+struct Memory {
+    /// aws-node's rules do not come back by themselves.
+    upstream_is_gone: bool,
+    /// Our IPv6 table exists only where the plan wanted one.
+    may_have_ipv6_table: bool,
+}
+
+fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Result<HostReport, HostError> {
     let mut observed = observe(netlink, desired)?;
-    if !*upstream_is_gone {
+    if !memory.upstream_is_gone {
         observed.upstream = nft::observe_upstream().map_err(|error| HostError::Observe { what: "nft chains", error })?;
-        *upstream_is_gone = observed.upstream.is_empty();
+        memory.upstream_is_gone = observed.upstream.is_empty();
+    }
+    memory.may_have_ipv6_table |= Ruleset::of_ipv6(desired).is_wanted();
+    if memory.may_have_ipv6_table {
+        observed.nft_ipv6 = nft::observe("ip6").map_err(|error| HostError::Observe { what: "nft ruleset of IPv6", error })?;
+        memory.may_have_ipv6_table = observed.nft_ipv6.is_some() || Ruleset::of_ipv6(desired).is_wanted();
     }
     let ops = diff(desired, &observed);
     let mut report = HostReport { missing: missing(desired, &observed), ..HostReport::default() };
@@ -119,6 +132,10 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, upstream_is_gone: &mut bool)
         if is_netlink(&run[0]) {
             let results = netlink.perform(run).map_err(|error| HostError::Observe { what: "answers", error: error.chain() })?;
             for (op, result) in run.iter().zip(results) {
+                // Its interface went while we looked: a pod was deleted, or set up anew. The next look sees what is there then.
+                if op.is_of_a_pod() && result.as_ref().is_err_and(is_of_a_gone_link) {
+                    continue;
+                }
                 record(&mut report, op, result.map_err(|error| error.chain()));
             }
         } else {
@@ -133,6 +150,10 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, upstream_is_gone: &mut bool)
         }
     }
     Ok(report)
+}
+
+fn is_of_a_gone_link(error: &NetlinkError) -> bool {
+    matches!(error.errno(), Some(libc::ENETDOWN | libc::ENODEV | libc::ENXIO))
 }
 
 fn record(report: &mut HostReport, op: &NetOp, result: Result<(), String>) {
@@ -156,6 +177,6 @@ fn observe(netlink: &mut Netlink, desired: &HostPlan) -> Result<HostObserved, Ho
         let value = sysctl::read(&path).map_err(|error| HostError::Observe { what: "sysctls", error: format!("{path}: {error}") })?;
         observed.sysctls.extend(value.map(|value| (path, value)));
     }
-    observed.nft = nft::observe().map_err(|error| HostError::Observe { what: "nft ruleset", error })?;
+    observed.nft = nft::observe("ip").map_err(|error| HostError::Observe { what: "nft ruleset", error })?;
     Ok(observed)
 }

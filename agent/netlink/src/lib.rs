@@ -18,6 +18,7 @@ mod nft;
 pub mod observe;
 mod socket;
 pub mod sysctl;
+pub mod tc;
 pub mod veth;
 
 pub use host::HostNet;

@@ -27,9 +27,9 @@ pub(crate) fn apply(document: &str) -> Result<(), String> {
     written.map_err(|error| format!("nft: cannot write the document: {error}"))
 }
 
-/// Our table as the kernel has it; `None`: there is none.
-pub(crate) fn observe() -> Result<Option<NftObserved>, String> {
-    let output = Command::new("nft").args(["-j", "list", "table", "ip", TABLE]).output().map_err(not_started)?;
+/// Our table of the family (`ip`, `ip6`) as the kernel has it; `None`: there is none.
+pub(crate) fn observe(family: &str) -> Result<Option<NftObserved>, String> {
+    let output = Command::new("nft").args(["-j", "list", "table", family, TABLE]).output().map_err(not_started)?;
     if output.status.success() {
         let text = String::from_utf8_lossy(&output.stdout);
         return parse_listing(&text).map(Some).map_err(|error| format!("nft: cannot read its listing: {error}"));

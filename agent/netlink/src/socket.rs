@@ -3,7 +3,8 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -175,7 +176,33 @@ impl Netlink {
         self.batch(vec![request])?.pop().unwrap_or(Ok(()))
     }
 
-    /// Asks for one object; the kernel answers with it.
+    /// One request that makes an object, and what the kernel made of it; `None` from kernels that do not tell (links: before 6.2).
+    pub(crate) fn create(&mut self, request: Request) -> Result<Option<RouteNetlinkMessage>, NetlinkError> {
+        let Request { message, mode, words } = request;
+        let mut out = Vec::with_capacity(256);
+        self.emit(message, mode.flags() | NLM_F_ECHO, &mut out);
+        self.send(&out)?;
+        let mut made = None;
+        loop {
+            self.receive()?;
+            for message in parse(&self.buffer, &words)? {
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::InnerMessage(echo) => made = Some(echo),
+                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(made),
+                    NetlinkPayload::Error(error) => {
+                        let detail = explanation(&error.header);
+                        return Err(NetlinkError::Refused { request: words, detail, source: error.to_io() });
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Asks for one object; the kernel answers with it, or with an error. Only for kinds of objects that it does answer for.
     pub(crate) fn get(&mut self, message: RouteNetlinkMessage, words: &str) -> Result<RouteNetlinkMessage, NetlinkError> {
         let mut out = Vec::with_capacity(128);
         self.emit(message, NLM_F_REQUEST, &mut out);

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 use stanchion_core::ids::PodName;
 use stanchion_core::network::host_veth_name;
+use stanchion_daemon::cni::take_plugins;
 use stanchion_lab::netns::Netns;
 use stanchion_proto as wire;
 use stanchion_proto::cni_server::{Cni, CniServer};
@@ -196,8 +197,9 @@ impl Site {
         let _ = std::fs::remove_file(self.socket());
         let listener = UnixListener::bind(self.socket()).unwrap();
         let agent = Agent { script: self.script.clone(), node: self.node.0.clone() };
+        let connections = take_plugins(UnixListenerStream::new(listener), agent.clone());
         let server = tonic::transport::Server::builder().add_service(CniServer::new(agent));
-        self.server = Some(tokio::spawn(async move { server.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap() }));
+        self.server = Some(tokio::spawn(async move { server.serve_with_incoming(connections).await.unwrap() }));
     }
 
     /// The agent goes away; its socket file stays, as after kill -9.

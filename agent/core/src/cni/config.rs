@@ -19,6 +19,9 @@ const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 /// `k8s.amazonaws.com/nicConfig: multi-nic-attachment` asks for an address on every network card.
 const MULTI_NIC: (&str, &str) = ("k8s.amazonaws.com/nicConfig", "multi-nic-attachment");
 
+/// The bandwidth plugin, chained behind us, shapes what such a pod sends by an ingress qdisc on the host veth.
+const EGRESS_BANDWIDTH: &str = "kubernetes.io/egress-bandwidth";
+
 /// The configuration: aws-node's keys, and `socket` and `spoolDir` of our own.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NetConf {
@@ -36,6 +39,8 @@ pub struct NetConf {
     pub mtu: Option<u32>,
     /// The pod's annotation asks for several interfaces.
     pub multi_nic: bool,
+    /// Another plugin of the chain will put an ingress qdisc on the host veth.
+    pub shares_ingress: bool,
     /// What an earlier ADD returned, unread: a DEL must not fail on it.
     pub prev_result: Option<serde_json::Value>,
     /// GC: the attachments that live.
@@ -155,7 +160,9 @@ impl NetConf {
             return Err(invalid("pluginLogFile is stdout, which is where the result goes; use a file or stderr".to_owned()));
         }
         let (key, value) = MULTI_NIC;
-        let multi_nic = wire.runtime_config.annotations.unwrap_or_default().get(key).is_some_and(|text| text == value);
+        let annotations = wire.runtime_config.annotations.unwrap_or_default();
+        let multi_nic = annotations.get(key).is_some_and(|text| text == value);
+        let shares_ingress = annotations.contains_key(EGRESS_BANDWIDTH);
         let prev_result = wire.prev_result.filter(|value| !value.is_null());
         Ok(Self {
             version,
@@ -165,6 +172,7 @@ impl NetConf {
             veth_prefix,
             mtu: wire.mtu,
             multi_nic,
+            shares_ingress,
             prev_result,
             valid_attachments: wire.valid_attachments,
             log_file,
@@ -222,9 +230,21 @@ mod tests {
                 "runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"k8s.amazonaws.com/nicConfig":"multi-nic-attachment"}}}"#,
         )
         .unwrap();
-        assert_eq!((conf.version, conf.mtu, conf.multi_nic), (Version::V040, Some(9001), true));
+        assert_eq!((conf.version, conf.mtu, conf.multi_nic, conf.shares_ingress), (Version::V040, Some(9001), true, false));
         assert_eq!(conf.socket, Path::new(DEFAULT_SOCKET));
         assert_eq!(conf.spool_dir, Path::new("/var/run/stanchion/spool"));
+    }
+
+    #[test]
+    fn a_pod_that_the_bandwidth_plugin_will_shape_is_seen() {
+        let conf = |annotation: &str| {
+            let text = format!(
+                r#"{{"cniVersion":"1.0.0","name":"x","runtimeConfig":{{"io.kubernetes.cri.pod-annotations":{{"{annotation}":"10M"}}}}}}"#
+            );
+            parse(&text).unwrap()
+        };
+        assert!(conf("kubernetes.io/egress-bandwidth").shares_ingress);
+        assert!(!conf("kubernetes.io/ingress-bandwidth").shares_ingress, "a root qdisc is in nobody's way");
     }
 
     #[test]

@@ -110,23 +110,21 @@ impl Config {
 
 /// Settings that are read above and whose effect is not there yet: `true` stops the start. Taking a row out switches the
 /// setting on.
-const REFUSED_WHEN_TRUE: [(&str, &str); 6] = [
+const REFUSED_WHEN_TRUE: [(&str, &str); 5] = [
     ("ENABLE_MULTI_NIC", "pods on several network cards are not supported by this version"),
     ("ENABLE_POD_ENI", "security groups for pods are not supported by this version"),
     ("ANNOTATE_POD_IP", "annotating pods is not supported by this version"),
-    ("ENABLE_V6_EGRESS", "IPv6 egress from IPv4 clusters is not supported by this version"),
     ("ENABLE_BANDWIDTH_PLUGIN", "chain the bandwidth plugin in a conflist of your own"),
     ("DISABLE_POD_V6", "chain the tuning plugin in a conflist of your own"),
 ];
 
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
-const MEANINGLESS: [(&str, &str); 16] = [
+const MEANINGLESS: [(&str, &str); 15] = [
     ("ENABLE_NFTABLES", "nftables is always used"),
     ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "deprecated upstream as well"),
     ("AWS_VPC_K8S_CNI_LOG_FILE", "the agent logs to stderr; the runtime keeps it"),
-    ("ENABLE_V4_EGRESS", "there is no egress from IPv6 clusters to IPv4 yet"),
-    ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", "there is no egress plugin"),
-    ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", "there is no egress plugin"),
+    ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
+    ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
     ("HOST_CNI_BIN_PATH", "the agent does not install the plugin"),
     ("HOST_CNI_CONFDIR_PATH", "the agent does not write the conflist"),
     ("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "the conflist's pluginLogLevel decides"),

@@ -30,15 +30,21 @@ pub fn diff(desired: &HostPlan, observed: &HostObserved) -> Vec<NetOp> {
         }
     }
     let primary_if = desired.primary().and_then(|eni| observed.link_with_mac(eni.mac));
+    let mut commands = Vec::new();
     // A rule must not name an interface that is not known: with the primary ENI missing the table stays as it is.
     if primary_if.is_some() || desired.primary().is_none() {
         let ruleset = Ruleset::of(desired, primary_if.map(|link| link.name.as_str()));
-        let in_force = ruleset.is_in_force(observed.nft.as_ref());
-        let mut commands = if in_force { Vec::new() } else { ruleset.transaction() };
-        commands.extend(observed.upstream.iter().cloned());
-        if !commands.is_empty() {
-            ops.push(NetOp::Nft { document: document(&commands) });
+        if !ruleset.is_in_force(observed.nft.as_ref()) {
+            commands.extend(ruleset.transaction());
         }
+        commands.extend(observed.upstream.iter().cloned());
+    }
+    let ipv6 = Ruleset::of_ipv6(desired);
+    if !ipv6.is_in_force(observed.nft_ipv6.as_ref()) {
+        commands.extend(ipv6.transaction());
+    }
+    if !commands.is_empty() {
+        ops.push(NetOp::Nft { document: document(&commands) });
     }
     pod_routes(desired, observed, &mut ops);
 
@@ -63,10 +69,18 @@ pub fn wanted_sysctls(desired: &HostPlan, observed: &HostObserved) -> Vec<(Strin
         wanted.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
         // With forwarding on, router advertisements are only heard with 2.
         wanted.extend(primary.map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned())));
+        if desired.egress.is_some() {
+            wanted.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
+        }
     } else {
         wanted.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
         // Answers of node-port connections come from pods on other ENIs: loose reverse path check.
         wanted.extend(primary.map(|name| (format!("net/ipv4/conf/{name}/rp_filter"), "2".to_owned())));
+        if desired.egress.is_some() {
+            // Before forwarding: with it on, the default route that a router advertised would go.
+            wanted.extend(primary.map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned())));
+            wanted.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
+        }
     }
     wanted
 }

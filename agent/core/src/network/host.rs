@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use super::names::{DEFAULT_VETH_PREFIX, MAIN_TABLE, host_veth_name};
@@ -44,6 +44,8 @@ pub struct HostPlan {
     pub external_service_cidrs: Vec<Ipv4Net>,
     /// IPv6 node: forwarding and router advertisements are set accordingly, IPv4 rules and NAT are not wanted.
     pub ipv6: bool,
+    /// Pods reach the family that the cluster does not have through the node's address.
+    pub egress: Option<Egress>,
     /// `net.ipv4.tcp_early_demux`; 0 lets the kubelet probe pods with a branch ENI in strict mode.
     pub tcp_early_demux: bool,
 }
@@ -104,6 +106,18 @@ pub struct Snat {
     pub randomize: Randomize,
 }
 
+/// Source NAT for the pods' second address family: IPv4 in an IPv6 cluster (`ENABLE_V4_EGRESS`), or IPv6 in an IPv4 cluster
+/// (`ENABLE_V6_EGRESS`). The pods' addresses are the node's own business: nothing from outside may open a connection to one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Egress {
+    /// The pods' addresses, see [`egress`](super::egress).
+    pub range: IpNet,
+    /// The node's address of that family.
+    pub to: IpAddr,
+    /// How ports are chosen.
+    pub randomize: Randomize,
+}
+
 /// `AWS_VPC_K8S_CNI_RANDOMIZESNAT`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Randomize {
@@ -129,6 +143,7 @@ impl Default for HostPlan {
             mark: DEFAULT_MARK,
             external_service_cidrs: Vec::new(),
             ipv6: false,
+            egress: None,
             tcp_early_demux: true,
         }
     }

@@ -11,6 +11,7 @@
 //! is a difference like any other.
 
 pub mod diff;
+pub mod egress;
 pub mod host;
 pub mod names;
 pub mod nft;
@@ -23,7 +24,7 @@ use std::future::Future;
 use serde::Serialize;
 
 pub use diff::diff;
-pub use host::{EniPlan, EniRole, HostPlan, PodHost, Randomize, Snat};
+pub use host::{Egress, EniPlan, EniRole, HostPlan, PodHost, Randomize, Snat};
 pub use names::{eni_route_table, host_veth_name, subnet_gateway};
 pub use ops::{HostObserved, NetOp, NodeIf, Route, Rule};
 pub use pod::PodPlan;

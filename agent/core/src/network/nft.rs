@@ -9,22 +9,29 @@
 //! | `mark-early` | prerouting, -150 (before kube-proxy's DNAT) | marks connections to node ports on the primary ENI; gives packets of pods their connection's mark |
 //! | `mark-egress` | prerouting, -90 (after DNAT) | marks new connections of pods to outside the VPC |
 //! | `source-nat` | nat postrouting, 110 (after kube-proxy's masquerade) | source NAT to the node's primary address |
+//! | `egress-nat` | nat postrouting, 105 | source NAT of the pods' second address family to the node's address of that family |
+//! | `egress-guard` | forward, 0 | refuses connections to those addresses |
+//!
+//! The last two are in the family that they are about; all others are IPv4's.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use ipnet::Ipv4Net;
 use serde_json::{Value, json};
 use sha1::{Digest as _, Sha1};
 
-use super::host::{HostPlan, Randomize, Snat};
+use super::host::{Egress, HostPlan, Randomize, Snat};
 use super::ops::NftObserved;
 
-/// Our table's name, in family `ip`.
+/// Our table's name, in the families `ip` and `ip6`.
 pub const TABLE: &str = "stanchion";
 
 /// The wanted table: chains with their rules, as `nft -j` spells them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ruleset {
+    /// `ip` or `ip6`.
+    family: &'static str,
     /// Empty: no table is wanted.
     chains: Vec<Chain>,
     fingerprint: String,
@@ -42,7 +49,13 @@ struct Chain {
 // === impl Ruleset ===
 
 impl Ruleset {
-    /// What the plan wants; `primary_if` is the name of the primary ENI's interface, if it is known.
+    /// What the plan wants of IPv6.
+    pub fn of_ipv6(plan: &HostPlan) -> Self {
+        let egress = plan.egress.as_ref().filter(|egress| egress.to.is_ipv6());
+        Self::new("ip6", egress.map(egress_chains).unwrap_or_default())
+    }
+
+    /// What the plan wants of IPv4; `primary_if` is the name of the primary ENI's interface, if it is known.
     pub fn of(plan: &HostPlan, primary_if: Option<&str>) -> Self {
         let mut chains = Vec::new();
         if plan.uses_mark() {
@@ -69,9 +82,14 @@ impl Ruleset {
             rules.extend(bypass_rule(snat));
             rules.push(json!([is("oifname", "vlan*"), {"return": null}]));
             rules.push(json!([to_local(&["daddr"]), {"return": null}]));
-            rules.push(json!([snat_statement(snat)]));
+            rules.push(json!([snat_statement(snat.to.into(), snat.randomize)]));
             chains.push(Chain { name: "source-nat", kind: "nat", hook: "postrouting", priority: 110, rules });
         }
+        chains.extend(plan.egress.as_ref().filter(|egress| egress.to.is_ipv4()).into_iter().flat_map(egress_chains));
+        Self::new("ip", chains)
+    }
+
+    fn new(family: &'static str, chains: Vec<Chain>) -> Self {
         let mut text = String::new();
         for Chain { name, kind, hook, priority, rules } in &chains {
             text.push_str(&format!("{name} {kind} {hook} {priority}\n"));
@@ -81,7 +99,12 @@ impl Ruleset {
         }
         let digest = Sha1::digest(text.as_bytes());
         let fingerprint = digest.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-        Self { chains, fingerprint }
+        Self { family, chains, fingerprint }
+    }
+
+    /// Whether a table is wanted at all.
+    pub fn is_wanted(&self) -> bool {
+        !self.chains.is_empty()
     }
 
     /// Whether the kernel has exactly this.
@@ -95,7 +118,7 @@ impl Ruleset {
     /// The transaction that makes it so: the old table goes and the new one comes in the same instant. Connections keep
     /// their translation and their marks, which live in conntrack.
     pub fn transaction(&self) -> Vec<Value> {
-        let table = json!({"family": "ip", "name": TABLE});
+        let table = json!({"family": self.family, "name": TABLE});
         // Adding first makes the deletion succeed whether or not it existed.
         let mut commands = vec![json!({"add": {"table": table}}), json!({"delete": {"table": table}})];
         if self.chains.is_empty() {
@@ -104,13 +127,13 @@ impl Ruleset {
         commands.push(json!({"add": {"table": table}}));
         for Chain { name, kind, hook, priority, .. } in &self.chains {
             commands.push(json!({"add": {"chain": {
-                "family": "ip", "table": TABLE, "name": name, "type": kind, "hook": hook, "prio": priority, "policy": "accept",
+                "family": self.family, "table": TABLE, "name": name, "type": kind, "hook": hook, "prio": priority, "policy": "accept",
             }}}));
         }
         for chain in &self.chains {
             for (number, expr) in chain.rules.iter().enumerate() {
                 commands.push(json!({"add": {"rule": {
-                    "family": "ip", "table": TABLE, "chain": chain.name, "expr": expr, "comment": self.comment(number),
+                    "family": self.family, "table": TABLE, "chain": chain.name, "expr": expr, "comment": self.comment(number),
                 }}}));
             }
         }
@@ -154,6 +177,29 @@ pub fn parse_listing(text: &str) -> Result<NftObserved, serde_json::Error> {
     Ok(NftObserved { chains })
 }
 
+/// aws-node's chain a pod, once for all pods, and its guard.
+fn egress_chains(egress: &Egress) -> Vec<Chain> {
+    let (protocol, multicast, reject) =
+        if egress.to.is_ipv4() { ("ip", ("224.0.0.0", 4), "icmp") } else { ("ip6", ("ff00::", 8), "icmpv6") };
+    let address = |field: &str, op: &str, net: (String, u8)| {
+        let left = json!({"payload": {"protocol": protocol, "field": field}});
+        json!({"match": {"op": op, "left": left, "right": {"prefix": {"addr": net.0, "len": net.1}}}})
+    };
+    let range = || (egress.range.network().to_string(), egress.range.prefix_len());
+    let nat = vec![
+        json!([address("saddr", "!=", range()), {"return": null}]),
+        json!([address("daddr", "==", (multicast.0.to_owned(), multicast.1)), {"return": null}]),
+        json!([snat_statement(egress.to, egress.randomize)]),
+    ];
+    let is_new = json!({"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": "new"}});
+    let refuse = json!({"reject": {"type": reject, "expr": "port-unreachable"}});
+    let guard = vec![json!([address("daddr", "==", range()), is_new, refuse])];
+    vec![
+        Chain { name: "egress-nat", kind: "nat", hook: "postrouting", priority: 105, rules: nat },
+        Chain { name: "egress-guard", kind: "filter", hook: "forward", priority: 0, rules: guard },
+    ]
+}
+
 fn is(key: &str, value: &str) -> Value {
     json!({"match": {"op": "==", "left": {"meta": {"key": key}}, "right": value}})
 }
@@ -193,11 +239,11 @@ fn bypass_rule(snat: &Snat) -> Option<Value> {
     Some(json!([{"match": {"op": "==", "left": left, "right": {"set": set}}}, {"return": null}]))
 }
 
-fn snat_statement(snat: &Snat) -> Value {
-    match snat.randomize {
-        Randomize::Fully => json!({"snat": {"addr": snat.to, "flags": ["fully-random"]}}),
-        Randomize::Hash => json!({"snat": {"addr": snat.to, "flags": ["random"]}}),
-        Randomize::No => json!({"snat": {"addr": snat.to}}),
+fn snat_statement(to: IpAddr, randomize: Randomize) -> Value {
+    match randomize {
+        Randomize::Fully => json!({"snat": {"addr": to, "flags": ["fully-random"]}}),
+        Randomize::Hash => json!({"snat": {"addr": to, "flags": ["random"]}}),
+        Randomize::No => json!({"snat": {"addr": to}}),
     }
 }
 
@@ -249,6 +295,20 @@ mod tests {
         let ruleset = Ruleset::of(&all, Some("eth0"));
         let snat = ruleset.chains.iter().find(|chain| chain.name == "source-nat").unwrap();
         assert_eq!(snat.rules[0], json!([{"return": null}]));
+    }
+
+    #[test]
+    fn egress_is_translated_in_its_own_family_only() {
+        let names = |ruleset: &Ruleset| ruleset.chains.iter().map(|chain| chain.name).collect::<Vec<_>>();
+        let egress =
+            |range: &str, to: &str| Some(Egress { range: range.parse().unwrap(), to: to.parse().unwrap(), randomize: Randomize::No });
+        let four = HostPlan { ipv6: true, egress: egress("169.254.172.0/22", "10.0.0.5"), ..HostPlan::default() };
+        assert_eq!(names(&Ruleset::of(&four, Some("eth0"))), ["egress-nat", "egress-guard"], "of an IPv6 cluster nothing else is IPv4's");
+        assert!(!Ruleset::of_ipv6(&four).is_wanted());
+        let six = HostPlan { egress: egress("fd00::ac:0/118", "2001:db8::5"), ..plan() };
+        assert_eq!(names(&Ruleset::of_ipv6(&six)), ["egress-nat", "egress-guard"]);
+        assert_eq!(Ruleset::of(&six, Some("eth0")), Ruleset::of(&plan(), Some("eth0")));
+        assert!(Ruleset::of_ipv6(&six).transaction().iter().all(|command| !command.to_string().contains(r#""family":"ip""#)));
     }
 
     #[test]

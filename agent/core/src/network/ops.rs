@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Serialize;
 
+use super::names::MAIN_TABLE;
 use crate::ids::Mac;
 
 /// What was read of a network namespace.
@@ -26,6 +27,8 @@ pub struct HostObserved {
     pub sysctls: BTreeMap<String, String>,
     /// The fingerprints that our nft table carries, see [`nft`](super::nft); `None`: there is no such table.
     pub nft: Option<NftObserved>,
+    /// The same of the family `ip6`.
+    pub nft_ipv6: Option<NftObserved>,
     /// The nft commands that remove what aws-node left, see [`takeover`](super::takeover).
     pub upstream: Vec<serde_json::Value>,
 }
@@ -194,6 +197,12 @@ impl Rule {
 // === impl NetOp ===
 
 impl NetOp {
+    /// Whether it is a route to a pod: one host of the main table, straight out of an interface.
+    pub fn is_of_a_pod(&self) -> bool {
+        let is_host = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
+        matches!(self, Self::ReplaceRoute(Route { dst, table: MAIN_TABLE, via: None, .. }) if is_host(dst))
+    }
+
     /// Whether it takes something away: those come after all additions.
     pub fn removes(&self) -> bool {
         matches!(self, Self::DeleteAddress { .. } | Self::DeleteRoute(_) | Self::DeleteRule(_))

@@ -82,6 +82,8 @@ impl PodPlan {
         for (address, _) in self.addresses() {
             ops.push(NetOp::ReplaceRoute(Route { dst: address.into(), table: MAIN_TABLE, via: None, index: host_index }));
         }
+        // Not to be asked for: the host end may not ask before its own link-local address is past duplicate detection, a second later.
+        ops.extend(self.ipv6.map(|address| NetOp::Neighbour { index: host_index, address: address.into(), mac: self.pod_mac }));
         ops.extend(self.rules().into_iter().map(NetOp::AddRule));
         ops
     }
@@ -154,5 +156,10 @@ mod tests {
         assert_eq!(ops.len(), 3, "route, rule 512, rule 1536");
         assert_eq!(PodPlan { table: MAIN_TABLE, ..plan() }.host_ops(7).len(), 2, "an address of the primary ENI needs no from rule");
         assert_eq!(plan().undo_host_ops().len(), 2);
+        let six = PodPlan { ipv4: None, ipv6: Some("2001:db8::9".parse().unwrap()), ..plan() };
+        assert!(
+            matches!(six.host_ops(7)[1], NetOp::Neighbour { index: 7, mac: Mac([2, 0, 0, 0, 0, 2]), .. }),
+            "nobody waits for neighbour discovery"
+        );
     }
 }

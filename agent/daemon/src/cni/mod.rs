@@ -2,7 +2,8 @@
 //!
 //! | file | what is there |
 //! |---|---|
-//! | `service` | the gRPC service |
+//! | `service` | the service: what each call means |
+//! | `frames` | the service in the plugin's frames, on the socket that also carries gRPC |
 //! | `convert` | wire types to requests, errors to status codes |
 //! | `heal` | the task that repairs the host network when somebody else changed it |
 //! | `spool` | the task that delivers releases left behind while the agent was away |
@@ -10,10 +11,12 @@
 //! The socket's owner ([`admin`](crate::admin)) lets only root connect.
 
 mod convert;
+mod frames;
 mod heal;
 mod service;
 mod spool;
 
+pub use frames::take_plugins;
 pub use heal::spawn as spawn_heal;
-pub use service::{CniService, CniSettings, service};
+pub use service::{CniService, CniSettings};
 pub use spool::{drain, spawn as spawn_spool};

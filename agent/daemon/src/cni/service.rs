@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use stanchion_core::ids::ContainerId;
+use stanchion_core::network::egress::{EgressFamily, is_egress_address};
 use stanchion_proto as wire;
-use stanchion_proto::cni_server::{Cni, CniServer};
+use stanchion_proto::cni_server::Cni;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
@@ -25,6 +26,8 @@ pub struct CniSettings {
     pub pod_mtu: u32,
     /// `AWS_VPC_K8S_CNI_VETHPREFIX`.
     pub veth_prefix: String,
+    /// Pods get an interface of the family that the cluster does not have.
+    pub egress: Option<EgressFamily>,
     /// Pods do not start while the policy is not known (`NETWORK_POLICY_ENFORCING_MODE=strict`).
     pub strict_policy: bool,
 }
@@ -38,12 +41,12 @@ pub struct CniService {
     settings: CniSettings,
 }
 
-/// The service for a tonic router.
-pub fn service(ipam: IpamHandle, netpol: Option<NetpolHandle>, settings: CniSettings) -> CniServer<CniService> {
-    CniServer::new(CniService { ipam, netpol, settings })
+impl CniService {
+    /// Answers from these two actors.
+    pub fn new(ipam: IpamHandle, netpol: Option<NetpolHandle>, settings: CniSettings) -> Self {
+        Self { ipam, netpol, settings }
+    }
 }
-
-// === impl CniService ===
 
 #[tonic::async_trait]
 impl Cni for CniService {
@@ -79,6 +82,7 @@ impl Cni for CniService {
             pod_mtu: self.settings.pod_mtu,
             veth_prefix: self.settings.veth_prefix.clone(),
             branch: None,
+            egress: self.settings.egress.map(|family| wire::Egress { if_name: family.pod_if().to_owned() }),
         }))
     }
 
@@ -90,8 +94,13 @@ impl Cni for CniService {
         let caller = caller(request.sandbox)?;
         let endpoints = request.endpoints.iter().map(endpoint).collect::<Result<Vec<_>, _>>()?;
         let Some(netpol) = &self.netpol else { return Ok(Response::new(wire::ActivateEndpointReply::default())) };
-        let activate =
-            ActivateRequest { pod: caller.pod.clone(), pod_uid: caller.pod_uid, container_id: caller.key.container_id, endpoints };
+        let activate = ActivateRequest {
+            pod: caller.pod.clone(),
+            pod_uid: caller.pod_uid,
+            container_id: caller.key.container_id,
+            endpoints,
+            shares_ingress: request.shares_ingress,
+        };
         let report = netpol.activate(activate).await.map_err(|error| {
             warn!(pod = %caller.pod, error = &error as &dyn std::error::Error, "policy not in force");
             activate_status(&error)
@@ -180,7 +189,7 @@ fn address_differences(held: Option<&Assignment>, seen: &[ActivateIf]) -> Vec<St
         }
     }
     for veth in seen {
-        for address in veth.addresses() {
+        for address in veth.addresses().filter(|address| !is_egress_address(*address)) {
             let known = held.attachments.iter().any(|a| a.ipv4.is_some_and(|v4| v4 == address) || a.ipv6.is_some_and(|v6| v6 == address));
             if !known {
                 differences.push(format!("{} carries {address}, which the agent does not hold for this sandbox", veth.host_if_name));

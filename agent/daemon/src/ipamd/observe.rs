@@ -12,6 +12,7 @@ use stanchion_core::ipam::{
     Action, Adoption, EniRole, EniState, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name, excluded_subnets,
     imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
 };
+use stanchion_core::network::egress;
 use stanchion_core::network::{EniPlan, EniRole as HostRole, HostNetwork, HostPlan, HostReport, NetOp, PodHost, Randomize, Snat};
 use tokio::time::Instant;
 
@@ -390,6 +391,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             mark: network.connmark,
             external_service_cidrs: network.external_service_cidrs.clone(),
             ipv6: self.config.pool.ipv6,
+            egress: egress::wanted(&self.config, self.identity.local_ipv4, self.identity.ipv6, randomize),
             tcp_early_demux: !network.disable_tcp_early_demux,
         }
     }

@@ -21,7 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::attach::{AttachMode, attach, detach, pinned_interfaces};
+use super::attach::{AttachMode, attach, attached_by, detach, pinned_interfaces};
 use super::conntrack::{self, Connection};
 use super::events::{Events, Names, record};
 use super::flows::{FlowKey, Flows, state_name};
@@ -46,7 +46,7 @@ const DRAIN: Duration = Duration::from_millis(100);
 pub struct NetpolParts {
     /// The eBPF object, see [`super::load`].
     pub loaded: Loaded,
-    /// How to attach; [`AttachMode::of_this_kernel`] outside tests.
+    /// How to attach; [`AttachMode::Clsact`] outside tests.
     pub attach: AttachMode,
     /// Policies, pods, namespaces.
     pub cluster: ClusterHandle,
@@ -225,7 +225,7 @@ impl Actor {
             }
             let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, &sandbox.addresses());
             self.apply(ops);
-            if let Err(cause) = self.put(&sandbox) {
+            if let Err(cause) = self.put(&sandbox, self.attach) {
                 self.fail("cannot attach again", &cause);
             }
         }
@@ -306,8 +306,9 @@ impl Actor {
 
     fn activate(&mut self, request: ActivateRequest, since: Instant) -> Result<ActivateReport, ActivateError> {
         let used = self.slots.len();
+        let mode = if request.shares_ingress { AttachMode::beside_ingress_qdisc() } else { self.attach };
         let sandbox = self.slots.assign(request).ok_or(ActivateError::NoSlot { used })?;
-        let result = self.try_activate(&sandbox);
+        let result = self.try_activate(&sandbox, mode);
         if let Err(cause) = result {
             self.fail("cannot activate", &cause);
             self.release(&sandbox);
@@ -319,7 +320,7 @@ impl Actor {
         Ok(ActivateReport { policy_us })
     }
 
-    fn try_activate(&mut self, sandbox: &Sandbox) -> Result<(), ActivateError> {
+    fn try_activate(&mut self, sandbox: &Sandbox, mode: AttachMode) -> Result<(), ActivateError> {
         self.slots.save().map_err(|source| ActivateError::NotDurable { path: self.slots.path(), source })?;
         self.refresh_node_addresses();
         if !self.rules.image().endpoints.contains_key(&sandbox.slot()) {
@@ -329,14 +330,14 @@ impl Actor {
         // Its first packet is still to come: there is nothing to seed.
         self.isolated.extend(ops.iter().filter_map(newly_isolated));
         self.apply_or_queue(ops).map_err(ActivateError::Maps)?;
-        self.put(sandbox)
+        self.put(sandbox, mode)
     }
 
     /// Interface records, then programs: never a program without a record.
-    fn put(&mut self, sandbox: &Sandbox) -> Result<(), ActivateError> {
+    fn put(&mut self, sandbox: &Sandbox, mode: AttachMode) -> Result<(), ActivateError> {
         self.interfaces.set(sandbox).map_err(ActivateError::Maps)?;
         for interface in &sandbox.interfaces {
-            attach(&mut self.loaded, self.attach, &interface.name, interface.index).map_err(ActivateError::Attach)?;
+            attach(&mut self.loaded, mode, &interface.name, interface.index).map_err(ActivateError::Attach)?;
         }
         Ok(())
     }
@@ -358,7 +359,7 @@ impl Actor {
                 self.fail("cannot forget an interface", &cause);
             }
             if !exists(&interface.name, interface.index)
-                && let Err(cause) = detach(&self.loaded, self.attach, &interface.name, interface.index)
+                && let Err(cause) = detach(&self.loaded, &interface.name, interface.index)
             {
                 self.fail("cannot detach", &cause);
             }
@@ -461,7 +462,7 @@ impl Actor {
         let mut released = false;
         for sandbox in &known {
             if sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
-                if let Err(cause) = self.put(sandbox) {
+                if let Err(cause) = self.put(sandbox, self.attach) {
                     self.fail("cannot attach again", &cause);
                 }
             } else if self.gone.contains(&sandbox.container_id) {
@@ -481,7 +482,7 @@ impl Actor {
             let exists = nix::net::if_::if_indextoname(index).is_ok();
             if !used
                 && !exists
-                && let Err(cause) = detach(&self.loaded, self.attach, "", index)
+                && let Err(cause) = detach(&self.loaded, "", index)
             {
                 self.fail("cannot remove a stale link", &cause);
             }
@@ -544,7 +545,7 @@ impl Actor {
                         name: interface.name.clone(),
                         index: interface.index,
                         addresses: interface.addresses().collect(),
-                        attached: self.attach.name(),
+                        attached: attached_by(&self.loaded, interface.index),
                     })
                     .collect(),
                 ingress_isolated: image.is_some_and(|image| image.ingress.is_some()),

@@ -1,49 +1,46 @@
-//! Programs on interfaces: TCX links (Linux 6.6) that are pinned, or clsact filters, which stay by themselves. Both outlive
+//! Programs on interfaces: clsact filters, which stay by themselves, or TCX links (Linux 6.6) that are pinned. Both outlive
 //! the agent, and both are replaced without a moment in which neither program is there.
+//!
+//! A filter is attached in 0.1 ms; a TCX link makes the kernel wait for two RCU grace periods with the network lock held (15 to
+//! 40 ms, in which no other pod can start), and two more when the veth goes. Links are for nodes whose interfaces have another
+//! ingress qdisc: the bandwidth plugin's excludes clsact.
 
 use std::error::Error;
 use std::fs;
 use std::io;
-use std::mem::ManuallyDrop;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use aya::programs::links::{FdLink, LinkOrder, PinnedLink};
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use serde::Serialize;
+use stanchion_netlink::tc::{TcHook, TcProgram};
+use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::object::{LoadError, Loaded, POD_EGRESS, POD_INGRESS};
 
-/// The filter's place under clsact. Ours lets the next filter decide, so its rank among others is immaterial; handle and
-/// priority only make it findable.
-const PRIORITY: u16 = 50;
-const HANDLE: TcHandle = TcHandle::new(0, 1);
-
-/// How programs are attached.
+/// How programs are attached to interfaces that have none yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AttachMode {
     /// TCX links.
     Tcx,
-    /// tc filters.
+    /// tc filters; TCX links where something else has the interface's ingress place and the kernel has them.
     Clsact,
 }
 
 impl AttachMode {
-    /// TCX where the kernel has it.
-    pub fn of_this_kernel() -> Self {
-        let has_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
-        if has_tcx { Self::Tcx } else { Self::Clsact }
+    /// For pods whose host veth another plugin gives an ingress qdisc: links where the kernel has them. Where it has not, the
+    /// other plugin will say that the place is taken.
+    pub fn beside_ingress_qdisc() -> Self {
+        if has_tcx() { Self::Tcx } else { Self::Clsact }
     }
+}
 
-    /// As shown to people.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcx => "tcx",
-            Self::Clsact => "clsact",
-        }
-    }
+fn has_tcx() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
 }
 
 /// A program could not be put on an interface, or taken from it.
@@ -61,43 +58,123 @@ pub struct AttachError {
     pub source: Box<dyn Error + Send + Sync>,
 }
 
-/// A program and its hook.
-const HOOKS: [(&str, TcAttachType, &str); 2] =
-    [(POD_EGRESS, TcAttachType::Ingress, "egress"), (POD_INGRESS, TcAttachType::Egress, "ingress")];
+/// A program, its place as the host end sees it, and the direction as the pod sees it.
+struct Hook {
+    program: &'static str,
+    tcx: TcAttachType,
+    filter: TcHook,
+    direction: &'static str,
+}
 
-/// Attaches both programs to a host veth, or replaces what an earlier agent attached there.
+const HOOKS: [Hook; 2] = [
+    Hook { program: POD_EGRESS, tcx: TcAttachType::Ingress, filter: TcHook::Ingress, direction: "egress" },
+    Hook { program: POD_INGRESS, tcx: TcAttachType::Egress, filter: TcHook::Egress, direction: "ingress" },
+];
+
+/// Attaches both programs to a host veth, or replaces what an earlier agent attached there, in the way that it chose.
 ///
 /// # Errors
 /// The interface is gone, or the kernel refuses. A program that was attached before stays.
 pub fn attach(loaded: &mut Loaded, mode: AttachMode, interface: &str, index: u32) -> Result<(), AttachError> {
-    let links = loaded.pins.join("links");
-    for (name, hook, direction) in HOOKS {
-        let failed = |source: Box<dyn Error + Send + Sync>| AttachError {
-            operation: "attach",
-            program: name,
-            interface: interface.to_owned(),
-            source,
-        };
-        let program = loaded.program(name).map_err(|source: LoadError| failed(source.into()))?;
-        match mode {
-            AttachMode::Tcx => attach_tcx(program, &links.join(format!("{index}-{direction}")), interface, hook),
-            AttachMode::Clsact => attach_clsact(program, interface, hook),
+    if mode == AttachMode::Clsact && !update_links(loaded, interface, index)? {
+        match attach_filters(loaded, index) {
+            // Of two links one may have been left.
+            Ok(true) => return remove_pins(loaded, interface, index),
+            Ok(false) if has_tcx() => {}
+            Ok(false) => return Err(failed("attach", POD_EGRESS, interface, FilterError::Taken)),
+            Err(error) => return Err(failed("attach", POD_EGRESS, interface, error)),
         }
-        .map_err(failed)?;
+    } else if mode == AttachMode::Clsact {
+        return Ok(());
+    }
+    for hook in &HOOKS {
+        let pin = pin_path(loaded, index, hook.direction);
+        let program = loaded.program(hook.program).map_err(|error| failed("attach", hook.program, interface, error))?;
+        attach_link(program, &pin, interface, hook.tcx).map_err(|error| failed("attach", hook.program, interface, error))?;
+    }
+    if mode == AttachMode::Tcx {
+        // An agent of the other mode was here: one judgement is enough.
+        remove_filters(index).map_err(|error| failed("detach the filters of", POD_EGRESS, interface, error))?;
     }
     Ok(())
 }
 
-fn attach_tcx(program: &mut SchedClassifier, pin: &Path, interface: &str, hook: TcAttachType) -> Result<(), Box<dyn Error + Send + Sync>> {
-    if let Ok(pinned) = PinnedLink::from_pin(pin) {
-        let link = SchedClassifierLink::try_from(FdLink::from(pinned))?;
-        if let Ok(id) = program.attach_to_link(link) {
+/// How the programs are attached to an interface: `tcx` or `clsact`.
+pub(super) fn attached_by(loaded: &Loaded, index: u32) -> &'static str {
+    if pin_path(loaded, index, HOOKS[0].direction).exists() { "tcx" } else { "clsact" }
+}
+
+fn failed(operation: &'static str, program: &'static str, interface: &str, source: impl Into<Box<dyn Error + Send + Sync>>) -> AttachError {
+    AttachError { operation, program, interface: interface.to_owned(), source: source.into() }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum FilterError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error("cannot duplicate the program's descriptor")]
+    Descriptor(#[from] io::Error),
+    #[error(transparent)]
+    Kernel(#[from] NetlinkError),
+    #[error("the interface has an ingress qdisc of another kind, beside which only Linux 6.6 can attach programs")]
+    Taken,
+}
+
+/// False: the interface has an ingress qdisc of another kind.
+fn attach_filters(loaded: &mut Loaded, index: u32) -> Result<bool, FilterError> {
+    let mut programs = Vec::with_capacity(HOOKS.len());
+    for hook in &HOOKS {
+        programs.push((hook, loaded.program(hook.program)?.fd()?.try_clone()?));
+    }
+    let programs: Vec<_> =
+        programs.iter().map(|(hook, fd)| TcProgram { hook: hook.filter, program: fd.as_fd(), name: hook.program }).collect();
+    Ok(Netlink::open()?.attach_programs(index, &programs)?)
+}
+
+fn remove_filters(index: u32) -> Result<(), NetlinkError> {
+    let mut netlink = Netlink::open()?;
+    for hook in &HOOKS {
+        netlink.detach_program(index, hook.filter)?;
+    }
+    Ok(())
+}
+
+/// Puts our programs into the links that an earlier agent left; false if there are not two.
+fn update_links(loaded: &mut Loaded, interface: &str, index: u32) -> Result<bool, AttachError> {
+    let mut updated = 0;
+    for hook in &HOOKS {
+        let pin = pin_path(loaded, index, hook.direction);
+        if !pin.exists() {
+            continue;
+        }
+        let program = loaded.program(hook.program).map_err(|error| failed("attach", hook.program, interface, error))?;
+        updated += usize::from(update_link(program, &pin).map_err(|error| failed("attach", hook.program, interface, error))?);
+    }
+    Ok(updated == HOOKS.len())
+}
+
+/// False: there is no link, or it is that of an interface that no longer exists and whose index has come again.
+fn update_link(program: &mut SchedClassifier, pin: &Path) -> Result<bool, Box<dyn Error + Send + Sync>> {
+    let Ok(pinned) = PinnedLink::from_pin(pin) else { return Ok(false) };
+    let link = SchedClassifierLink::try_from(FdLink::from(pinned))?;
+    match program.attach_to_link(link) {
+        Ok(id) => {
             // The pin holds the link; ours was only to change it.
             drop(program.take_link(id)?);
-            return Ok(());
+            Ok(true)
         }
-        // The link of an interface that no longer exists, whose index has come again.
-        fs::remove_file(pin)?;
+        Err(_) => {
+            fs::remove_file(pin)?;
+            Ok(false)
+        }
+    }
+}
+
+fn attach_link(program: &mut SchedClassifier, pin: &Path, interface: &str, hook: TcAttachType) -> Result<(), Box<dyn Error + Send + Sync>> {
+    if update_link(program, pin)? {
+        return Ok(());
     }
     let id = program.attach_with_options(interface, hook, TcAttachOptions::TcxOrder(LinkOrder::default()))?;
     let link: FdLink = program.take_link(id)?.try_into()?;
@@ -105,16 +182,13 @@ fn attach_tcx(program: &mut SchedClassifier, pin: &Path, interface: &str, hook: 
     Ok(())
 }
 
-fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: TcAttachType) -> Result<(), Box<dyn Error + Send + Sync>> {
-    // Being there already is the only failure that does not show again in the next step.
-    let _there = qdisc_add_clsact(interface);
-    let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
-    let id = match program.attach_with_options(interface, hook, TcAttachOptions::Netlink(options)) {
-        Ok(id) => id,
-        Err(_) => program.attach_to_link(SchedClassifierLink::attached(interface, hook, PRIORITY, HANDLE, None)?)?,
-    };
-    // Dropping the link would take the filter away.
-    let _stays = ManuallyDrop::new(program.take_link(id)?);
+fn remove_pins(loaded: &Loaded, interface: &str, index: u32) -> Result<(), AttachError> {
+    for hook in &HOOKS {
+        match fs::remove_file(pin_path(loaded, index, hook.direction)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("detach", hook.program, interface, error)),
+            _ => {}
+        }
+    }
     Ok(())
 }
 
@@ -122,28 +196,9 @@ fn attach_clsact(program: &mut SchedClassifier, interface: &str, hook: TcAttachT
 ///
 /// # Errors
 /// A pin could not be removed, or the kernel refuses.
-pub fn detach(loaded: &Loaded, mode: AttachMode, interface: &str, index: u32) -> Result<(), AttachError> {
-    for (name, hook, direction) in HOOKS {
-        let failed = |source: Box<dyn Error + Send + Sync>| AttachError {
-            operation: "detach",
-            program: name,
-            interface: interface.to_owned(),
-            source,
-        };
-        match mode {
-            AttachMode::Tcx => match fs::remove_file(pin_path(loaded, index, direction)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error.into())),
-                _ => {}
-            },
-            AttachMode::Clsact => {
-                if let Ok(link) = SchedClassifierLink::attached(interface, hook, PRIORITY, HANDLE, None) {
-                    // Detached by being dropped; a filter that is not there is as wanted.
-                    drop(link);
-                }
-            }
-        }
-    }
-    Ok(())
+pub fn detach(loaded: &Loaded, interface: &str, index: u32) -> Result<(), AttachError> {
+    remove_pins(loaded, interface, index)?;
+    remove_filters(index).map_err(|error| failed("detach", POD_EGRESS, interface, error))
 }
 
 fn pin_path(loaded: &Loaded, index: u32, direction: &str) -> PathBuf {

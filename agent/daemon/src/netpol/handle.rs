@@ -28,6 +28,8 @@ pub struct ActivateRequest {
     pub container_id: ContainerId,
     /// One a host veth.
     pub endpoints: Vec<ActivateIf>,
+    /// Another plugin of the chain will put an ingress qdisc on the host veths: filters below clsact would be in its way.
+    pub shares_ingress: bool,
 }
 
 /// A host veth and the addresses behind it.

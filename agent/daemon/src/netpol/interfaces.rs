@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use aya::maps::{Array, HashMap, MapData as AyaMap, MapError as AyaError};
 use stanchion_core::policy::image::MapError;
 use stanchion_ebpf_abi::{INTERFACE_PLACES, Interface, interface_flag, ipv4_word, ipv6_words, map_name};
+use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::maps::refused;
 use super::object::{LoadError, Loaded, Raw};
@@ -79,18 +80,13 @@ pub(super) fn exists(name: &str, index: u32) -> bool {
     nix::net::if_::if_nametoindex(name).is_ok_and(|present| present == index)
 }
 
-/// The addresses of this network namespace, without loopback's and link-local ones.
+/// The addresses of this network namespace, without loopback's and link-local ones. Asked at every activation: addresses are
+/// a tenth of what a list of the links would be.
 ///
 /// # Errors
 /// The kernel's.
-pub(super) fn node_addresses() -> nix::Result<BTreeSet<IpAddr>> {
-    let addresses = nix::ifaddrs::getifaddrs()?.filter_map(|interface| {
-        let address = interface.address?;
-        if let Some(four) = address.as_sockaddr_in() {
-            return Some(IpAddr::from(four.ip()));
-        }
-        Some(IpAddr::from(address.as_sockaddr_in6()?.ip()))
-    });
+pub(super) fn node_addresses() -> Result<BTreeSet<IpAddr>, NetlinkError> {
+    let addresses = Netlink::open()?.addresses()?.into_iter().map(|present| present.address.addr());
     Ok(addresses
         .filter(|address| match address {
             IpAddr::V4(a) => !a.is_loopback(),

@@ -127,7 +127,7 @@ impl Slots {
             Some(sandbox) => sandbox.slot,
             None => self.free()?,
         };
-        let ActivateRequest { pod, pod_uid, container_id, endpoints } = request;
+        let ActivateRequest { pod, pod_uid, container_id, endpoints, shares_ingress: _ } = request;
         let interfaces = endpoints.into_iter().map(HostInterface::from).collect();
         let sandbox = Sandbox { slot, pod, pod_uid, container_id, interfaces };
         self.sandboxes.insert(slot, sandbox.clone());
@@ -179,6 +179,7 @@ mod tests {
             pod_uid: String::new(),
             container_id: ContainerId::from(container),
             endpoints: vec![endpoint],
+            shares_ingress: false,
         }
     }
 

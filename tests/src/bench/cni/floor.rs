@@ -1,0 +1,88 @@
+//! The kernel's floor: the netlink requests of ADD and DEL, one after the other from one process, with nothing between them.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use stanchion_core::ids::PodName;
+use stanchion_core::network::names::veth_macs;
+use stanchion_core::network::{NetOp, PodPlan, host_veth_name};
+use stanchion_netlink::Netlink;
+use stanchion_netlink::veth::VethEnd;
+
+use super::{Calls, Owned, TABLE, address, pod_netns};
+use crate::netns::Netns;
+
+/// One pod after the other, each with its own time.
+pub(super) fn one_by_one(node: &Netns, rounds: usize) -> anyhow::Result<Calls> {
+    let mut calls = Calls::default();
+    for number in 0..rounds {
+        let pod = pod_netns(number)?;
+        let (path, plan) = (pod.0.path(), plan(number)?);
+        node.run(|| -> anyhow::Result<()> {
+            let started = Instant::now();
+            add(&path, &plan)?;
+            calls.add.push(started.elapsed());
+            let started = Instant::now();
+            delete(&path, &plan)?;
+            calls.del.push(started.elapsed());
+            Ok(())
+        })??;
+    }
+    Ok(calls)
+}
+
+/// All pods are asked for at the same moment; each waits until the one process has come to it.
+pub(super) fn burst(node: &Netns, pods: usize) -> anyhow::Result<Calls> {
+    let sandboxes = (0..pods).map(pod_netns).collect::<anyhow::Result<Vec<_>>>()?;
+    let plans = (0..pods).map(plan).collect::<anyhow::Result<Vec<_>>>()?;
+    let work: Vec<(&Owned, &PodPlan)> = sandboxes.iter().zip(&plans).collect();
+    node.run(|| Ok(Calls { add: in_turn(&work, add)?, del: in_turn(&work, delete)? }))?
+}
+
+fn in_turn(work: &[(&Owned, &PodPlan)], step: fn(&Path, &PodPlan) -> anyhow::Result<()>) -> anyhow::Result<Vec<Duration>> {
+    let started = Instant::now();
+    work.iter().map(|(pod, plan)| step(&pod.0.path(), plan).map(|()| started.elapsed())).collect()
+}
+
+fn plan(number: usize) -> anyhow::Result<PodPlan> {
+    let (host_mac, pod_mac) = veth_macs(&format!("floor{number}"), "eth0");
+    Ok(PodPlan {
+        attachment: 0,
+        host_if: host_veth_name("eni", &PodName::new("floor", number.to_string()), 0),
+        pod_if: "eth0".to_owned(),
+        host_mac,
+        pod_mac,
+        ipv4: Some(address(u16::try_from(number)?)),
+        ipv6: None,
+        mtu: 9001,
+        table: TABLE,
+    })
+}
+
+fn add(netns: &Path, plan: &PodPlan) -> anyhow::Result<()> {
+    let (pod_ns, node_ns) = (stanchion_netlink::Netns::open(netns)?, stanchion_netlink::Netns::current()?);
+    let mut host = Netlink::open()?;
+    let mut pod = pod_ns.run(Netlink::open)??;
+    let own = VethEnd { name: plan.pod_if.clone(), mac: plan.pod_mac };
+    let peer = VethEnd { name: plan.host_if.clone(), mac: plan.host_mac };
+    let index = pod.create_veth(&own, &peer, &node_ns, plan.mtu)?;
+    for op in plan.pod_ops(index.own) {
+        pod.perform_all(&[op])?;
+    }
+    host.perform_all(&[NetOp::LinkUp { index: index.peer }])?;
+    for op in plan.host_ops(index.peer) {
+        host.perform_all(&[op])?;
+    }
+    Ok(())
+}
+
+fn delete(netns: &Path, plan: &PodPlan) -> anyhow::Result<()> {
+    let pod_ns = stanchion_netlink::Netns::open(netns)?;
+    let mut host = Netlink::open()?;
+    let mut pod = pod_ns.run(Netlink::open)??;
+    pod.delete_link(&plan.pod_if)?;
+    for op in plan.undo_host_ops() {
+        host.perform_all(&[op])?;
+    }
+    Ok(())
+}
