@@ -8,13 +8,16 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
 use futures_util::StreamExt as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::cloud::{Imds as _, InstanceIdentity};
-use stanchion_core::config::{Config, PolicyMode, RecordLayout};
+use stanchion_core::config::{Config, PolicyMode, RecordLayout, TelemetryConfig};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
 use stanchion_core::logs::settings::LogSettings;
+use stanchion_core::metrics::catalog::DocType;
 use stanchion_core::metrics::insights::NodeIdentity;
+use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::network::Randomize;
 use stanchion_core::network::egress::{self, EgressFamily};
 use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
@@ -25,9 +28,9 @@ use stanchion_daemon::cni::CniSettings;
 use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::LogsParts;
 use stanchion_daemon::netpol::{AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts};
-use stanchion_daemon::telemetry::{Roots, TelemetryParts, TelemetrySettings};
+use stanchion_daemon::telemetry::{Extras, KubeletSettings, Roots, TelemetryParts, TelemetrySettings};
 use stanchion_daemon::{cni, ipamd, logs, netpol, telemetry};
-use stanchion_netlink::{HostNet, Netlink};
+use stanchion_netlink::{HostNet, Netlink, process};
 use stanchion_proto::cni_server::CniServer;
 use stanchion_proto::debug_server::DebugServer;
 use tokio::runtime::Runtime;
@@ -41,6 +44,8 @@ use crate::logging;
 
 /// Flows that a pod may have open at once; more are judged packet by packet.
 const POD_FLOWS: u32 = 16_384;
+/// Open files at most: what systemd gives a service that asks for many.
+const OPEN_FILES: u64 = 524_288;
 /// How long the last log lines may take after SIGTERM; below the pod's grace period of 20 s.
 const GRACE: Duration = Duration::from_secs(12);
 /// How long a pod's ADD waits for the cluster's state after a start.
@@ -48,6 +53,8 @@ const POLICY_SYNC_WAIT: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until SIGTERM or SIGINT. Stopping removes nothing: pods keep network and policy.
 pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
+    process::bound_heaps();
+    raise_open_files();
     let config = match Config::read(&|name| std::env::var(name).ok()) {
         Ok(config) => Arc::new(config),
         Err(errors) => {
@@ -72,6 +79,16 @@ pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
     telemetry.shutdown_timeout(Duration::from_secs(1));
     network.shutdown_timeout(Duration::from_secs(1));
     outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// As many open files as the container may have: log files, and cgroup files that stay open from tick to tick. What cannot be raised is
+/// kept to.
+fn raise_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _kept = setrlimit(Resource::RLIMIT_NOFILE, hard.min(OPEN_FILES), hard);
+    }
 }
 
 fn runtime(name: &str, workers: usize) -> Result<Runtime> {
@@ -225,6 +242,8 @@ fn start_telemetry(
             sink: Arc::new(aws.logs()),
             cluster: cluster.watch(),
             netpol,
+            logs: logs.clone(),
+            extras: extras(settings, args.manifests.is_some())?,
             roots: Roots { proc: args.proc_root.clone(), cgroup: args.cgroup_root.clone(), sys: args.sys_root.clone() },
             identity: NodeIdentity {
                 cluster: cluster_name,
@@ -237,8 +256,9 @@ fn start_telemetry(
             settings: TelemetrySettings {
                 interval: settings.metrics_interval,
                 documents: settings.container_insights,
+                selection: settings.selection.clone(),
+                figures: settings.figures,
                 veth_prefix: config.network.veth_prefix.clone(),
-                ..TelemetrySettings::default()
             },
             shutdown: (*shutdown).clone(),
         });
@@ -248,6 +268,32 @@ fn start_telemetry(
         None
     };
     Ok((logs, metrics))
+}
+
+/// What telemetry does besides the tick. Without an API server there is no service account whose word a kubelet would take.
+fn extras(settings: &TelemetryConfig, manifests: bool) -> Result<Extras> {
+    let asked = |text: &String| (!text.is_empty()).then(|| text.clone());
+    let told = settings.container_insights && !settings.selection.without_types.contains(&DocType::ContainerFS);
+    let kubelet = (settings.kubelet && told && !manifests).then(|| KubeletSettings {
+        url: settings.kubelet_url.clone(),
+        insecure: settings.kubelet_insecure,
+        ..KubeletSettings::default()
+    });
+    let rules = || match asked(&settings.scrape_rules) {
+        None => Ok(Rules::default()),
+        Some(path) => {
+            let text = std::fs::read_to_string(&path).with_context(|| format!("STANCHION_SCRAPE_RULES: read {path}"))?;
+            Rules::parse(&text).with_context(|| format!("STANCHION_SCRAPE_RULES={path}"))
+        }
+    };
+    let statsd = asked(&settings.statsd)
+        .map(|address| address.parse().with_context(|| format!("STANCHION_STATSD_ADDRESS={address:?}: write it as 0.0.0.0:8125")));
+    Ok(Extras {
+        kubelet,
+        otlp: asked(&settings.otlp_endpoint),
+        scrape: if settings.scrape { Some(rules()?) } else { None },
+        statsd: statsd.transpose()?,
+    })
 }
 
 /// Starts policy, then addresses: a pod must not get an address before its policy can be written.

@@ -25,7 +25,7 @@ enum Command {
     Plan(cli::plan::PlanArgs),
     /// Run the daemon
     Agent(Box<cli::agent::AgentArgs>),
-    /// A live table of pods: processor, memory, network, drops
+    /// A live table of pods: processor, memory, network, drops, logs
     Top(cli::top::TopArgs),
     #[command(flatten)]
     Ask(cli::inspect::Question),

@@ -132,9 +132,14 @@ impl Node {
 
     /// Starts the real agent in the node's namespace with aws-node's environment names; what is given is added.
     pub fn start_agent(&self, settings: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        self.start_agent_with(settings, &[])
+    }
+
+    /// As [`Node::start_agent`], with more flags.
+    pub fn start_agent_with(&self, settings: &[(&str, &str)], flags: &[(&str, &str)]) -> anyhow::Result<Agent> {
         std::fs::create_dir_all(self.var_log().join("containers"))?;
         let path = |path: PathBuf| path.display().to_string();
-        let args = [
+        let mut args = vec![
             ("--manifests", path(self.inner.manifests.dir().to_owned())),
             ("--node-name", self.name().to_owned()),
             ("--socket", path(self.socket())),
@@ -142,6 +147,7 @@ impl Node {
             ("--bpf-dir", path(self.bpf_dir().to_owned())),
             ("--log-dir", path(self.var_log().join("containers"))),
         ];
+        args.extend(flags.iter().map(|(flag, value)| (*flag, (*value).to_owned())));
         let mut env = self.inner.aws_env.clone();
         env.extend([("MY_NODE_NAME", self.name()), ("CLUSTER_NAME", CLUSTER_NAME)].map(|(k, v)| (k.to_owned(), v.to_owned())));
         env.insert("AWS_VPC_K8S_CNI_BACKING_STORE".to_owned(), path(self.checkpoint()));

@@ -30,6 +30,18 @@ impl PodCgroups {
     /// # Errors
     /// When cgroups cannot be made: not root, or the tree is mounted elsewhere.
     pub fn make(node: &str, pods: usize, containers: usize) -> io::Result<Self> {
+        let mut out = Self::empty(node)?;
+        for index in 0..pods {
+            out.add_pod(index, containers)?;
+        }
+        Ok(out)
+    }
+
+    /// The tree, without pods.
+    ///
+    /// # Errors
+    /// As [`PodCgroups::make`].
+    pub fn empty(node: &str) -> io::Result<Self> {
         let root = tempfile::tempdir()?;
         let name =
             format!("stmetrics-{}-{}", std::process::id(), root.path().file_name().and_then(|name| name.to_str()).unwrap_or_default());
@@ -49,9 +61,6 @@ impl PodCgroups {
                 out.trees.push(tree);
             }
         }
-        for index in 0..pods {
-            out.add_pod(index, containers)?;
-        }
         Ok(out)
     }
 
@@ -69,20 +78,7 @@ impl PodCgroups {
     fn add_pod(&mut self, index: usize, containers: usize) -> io::Result<()> {
         let uid = format!("{index:08x}-0000-4000-8000-000000000000");
         let ids: Vec<String> = (0..containers).map(|container| format!("{:064x}", index * 1000 + container + 1)).collect();
-        for tree in self.trees.clone() {
-            for parent in [tree.join("kubepods"), tree.join("kubepods/burstable")] {
-                if !parent.exists() {
-                    self.directory(&parent)?;
-                }
-            }
-            let pod = tree.join("kubepods/burstable").join(format!("pod{uid}"));
-            self.directory(&pod)?;
-            for id in &ids {
-                let container = pod.join(id);
-                fs::create_dir(&container)?;
-                self.made.push(container);
-            }
-        }
+        self.add(&uid, &ids)?;
         let mut pod = Pod::default();
         pod.metadata.name = format!("pod-{index}");
         pod.metadata.namespace = "default".into();
@@ -101,6 +97,28 @@ impl PodCgroups {
             pod.status.container_statuses.push(status);
         }
         self.pods.push(pod);
+        Ok(())
+    }
+
+    /// Cgroups of a pod and its containers, by uid and runtime ids.
+    ///
+    /// # Errors
+    /// As [`PodCgroups::make`].
+    pub fn add(&mut self, uid: &str, ids: &[String]) -> io::Result<()> {
+        for tree in self.trees.clone() {
+            for parent in [tree.join("kubepods"), tree.join("kubepods/burstable")] {
+                if !parent.exists() {
+                    self.directory(&parent)?;
+                }
+            }
+            let pod = tree.join("kubepods/burstable").join(format!("pod{uid}"));
+            self.directory(&pod)?;
+            for id in ids {
+                let container = pod.join(id);
+                fs::create_dir(&container)?;
+                self.made.push(container);
+            }
+        }
         Ok(())
     }
 

@@ -45,7 +45,7 @@ fn words(query: &str) -> Vec<String> {
 
 #[test]
 fn every_query_of_grafana_names_a_family_that_is_served() {
-    let all: Vec<&Family> = families::AWS_NODE.iter().chain(families::OWN).copied().collect();
+    let all: Vec<&Family> = families::AWS_NODE.iter().chain(families::OWN).chain(families::NODE).copied().collect();
     let known: BTreeSet<String> = all.iter().flat_map(|family| series(family)).collect();
     // Prometheus adds the target's name.
     let labels: BTreeSet<&str> = all.iter().flat_map(|family| family.labels).copied().chain(["instance"]).collect();

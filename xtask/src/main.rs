@@ -50,6 +50,9 @@ enum Task {
         /// Smaller inputs
         #[arg(long)]
         quick: bool,
+        /// Seconds for which the idle agent is watched
+        #[arg(long)]
+        window: Option<u64>,
         /// table or json
         #[arg(short, long, default_value = "table")]
         output: String,
@@ -89,12 +92,15 @@ fn run() -> Result<ExitCode> {
             return ui::become_command(lab.args(args).current_dir(&root));
         }
         Task::Test { filter } => return test(&root, &filter),
-        Task::Bench { names, quick, output } => {
+        Task::Bench { names, quick, window, output } => {
             prepare(&root, build::Profile::Release)?;
             let mut bench = Command::new(build::binary(&root, build::Profile::Release, "bench"));
             bench.args(names).args(["-o", &output]);
             if quick {
                 bench.arg("--quick");
+            }
+            if let Some(seconds) = window {
+                bench.args(["--window", &seconds.to_string()]);
             }
             return ui::become_command(bench.current_dir(&root));
         }

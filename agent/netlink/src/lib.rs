@@ -16,6 +16,7 @@ pub mod monitor;
 pub mod netns;
 mod nft;
 pub mod observe;
+pub mod process;
 mod socket;
 pub mod sysctl;
 pub mod tc;

@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use stanchion_core::metrics::catalog::Preset;
 use stanchion_core::metrics::cost::{Bill, ClusterSize, bill};
+use stanchion_core::metrics::insights::Selection;
 
 use super::table::Table;
 
@@ -35,6 +36,18 @@ pub(crate) struct CostArgs {
     /// Seconds between ticks
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     interval: u64,
+    /// Types of documents and metrics that are left out, as STANCHION_METRICS_WITHOUT has them
+    #[arg(long, value_delimiter = ',', env = "STANCHION_METRICS_WITHOUT")]
+    without: Vec<String>,
+}
+
+/// What each preset costs.
+fn bills(size: &ClusterSize, without: &[String]) -> Result<Vec<Bill>> {
+    let selection = |preset| {
+        let words = without.iter().map(|word| word.trim()).filter(|word| !word.is_empty());
+        words.into_iter().try_fold(Selection { preset, ..Selection::default() }, Selection::without)
+    };
+    Preset::ALL.into_iter().map(|preset| Ok(bill(&selection(preset).context("--without")?, size))).collect()
 }
 
 /// Prints one row a preset.
@@ -50,7 +63,7 @@ pub(super) fn run(args: &CostArgs, json: bool) -> Result<ExitCode> {
         disks_per_node: args.disks_per_node,
         interval_seconds: args.interval,
     };
-    let bills: Vec<Bill> = Preset::ALL.iter().map(|preset| bill(*preset, &size)).collect();
+    let bills = bills(&size, &args.without)?;
     if json {
         println!("{}", serde_json::json!({ "cluster": size, "presets": bills }));
         return Ok(ExitCode::SUCCESS);
@@ -59,7 +72,9 @@ pub(super) fn run(args: &CostArgs, json: bool) -> Result<ExitCode> {
     println!(
         "\nUSD a month at us-east-1 list prices without free tier or discounts. METRICS are what CloudWatch keeps under custom-metric"
     );
-    println!("prices; AWS may bill Container Insights with enhanced observability by observation instead (last column, replaces TOTAL).");
+    println!(
+        "prices; the preset in force is STANCHION_METRICS_PRESET's. AWS may bill Container Insights with enhanced observability by observation instead (last column, replaces TOTAL)."
+    );
     Ok(ExitCode::SUCCESS)
 }
 
@@ -105,7 +120,8 @@ mod tests {
             disks_per_node: 1,
             interval_seconds: 60,
         };
-        let bills: Vec<Bill> = Preset::ALL.iter().map(|preset| bill(*preset, &size)).collect();
+        let bills = bills(&size, &[]).unwrap();
+        assert!(super::bills(&size, &["Nothing".to_owned()]).is_err());
         let text = table(&bills);
         let presets: Vec<_> = text.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
         assert_eq!(presets, ["logsonly", "minimal", "standard", "enhanced"]);

@@ -18,7 +18,7 @@ pub(crate) struct TopArgs {
     #[arg(short, long)]
     namespace: Option<String>,
     /// What to sort by
-    #[arg(long, value_parser = ["cpu", "memory", "network", "drops", "restarts", "name"], default_value = "cpu")]
+    #[arg(long, value_parser = ["cpu", "memory", "network", "drops", "logs", "restarts", "name"], default_value = "cpu")]
     sort: String,
     /// Rows shown
     #[arg(long, default_value_t = 40)]
@@ -57,6 +57,7 @@ struct Pod {
     memory: Option<Memory>,
     net: Option<Traffic>,
     denied: Option<f64>,
+    log_bytes: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -144,6 +145,7 @@ fn render(args: &TopArgs, document: &Document) -> String {
         "memory" => pod.memory.map_or(-1.0, |memory| memory.working_set as f64),
         "network" => pod.net.map_or(-1.0, |net| net.rx.bytes + net.tx.bytes),
         "drops" => pod.denied.unwrap_or(-1.0),
+        "logs" => pod.log_bytes.unwrap_or(-1.0),
         "restarts" => pod.restarts() as f64,
         _ => 0.0,
     };
@@ -160,6 +162,7 @@ fn render(args: &TopArgs, document: &Document) -> String {
         ">RX/s",
         ">TX/s",
         ">DROPS/s",
+        ">LOGS/s",
         ">RESTARTS",
     ]);
     for pod in pods.iter().take(args.rows) {
@@ -175,6 +178,7 @@ fn render(args: &TopArgs, document: &Document) -> String {
             pod.net.map_or_else(String::new, |net| bytes(net.rx.bytes)),
             pod.net.map_or_else(String::new, |net| bytes(net.tx.bytes)),
             pod.denied.map_or_else(String::new, |denied| format!("{denied:.1}")),
+            pod.log_bytes.map_or_else(String::new, bytes),
             pod.restarts().to_string(),
         ]);
     }
@@ -237,8 +241,10 @@ mod tests {
             cpu: Some(CpuSample { total: cpu, user: cpu, system: 0.0 }),
             memory: None,
             net: None,
+            net_totals: None,
             restarts: 0,
             denied,
+            log_bytes: denied.map(|denied| denied * 1024.0),
             containers: Vec::new(),
         };
         let snapshot = Snapshot {
@@ -254,6 +260,8 @@ mod tests {
         let by_cpu = render(&args("cpu"), &document);
         assert_eq!(names(&by_cpu), ["busy", "middle", "and"], "{by_cpu}");
         assert_eq!(names(&render(&args("name"), &document))[..2], ["idle", "busy"]);
+        assert_eq!(names(&render(&args("logs"), &document))[0], "busy");
+        assert!(by_cpu.contains("2.0 KiB"), "{by_cpu}");
         assert!(by_cpu.contains("... and 1 more"));
         let other = TopArgs { namespace: Some("other".into()), ..args("cpu") };
         assert!(render(&other, &document).contains("no pods on this node"));

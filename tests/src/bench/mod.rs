@@ -3,6 +3,7 @@
 pub mod cni;
 pub mod datapath;
 pub mod idle;
+mod idle_agent;
 pub mod logs;
 pub mod pool;
 

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use stanchion_lab::bench::Row;
@@ -13,20 +14,23 @@ struct Args {
     /// Smaller inputs
     #[arg(long)]
     quick: bool,
+    /// Seconds for which the idle agent is watched; 60 hold one metric tick
+    #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    window: u64,
     /// table or json
     #[arg(short, long, default_value = "table")]
     output: String,
 }
 
-type Bench = fn(bool) -> anyhow::Result<Vec<Row>>;
+type Bench = fn(&Args) -> anyhow::Result<Vec<Row>>;
 
 /// Every bench by its name.
 const BENCHES: [(&str, Bench); 5] = [
-    ("cni", stanchion_lab::bench::cni::run),
-    ("datapath", stanchion_lab::bench::datapath::run),
-    ("logs", stanchion_lab::bench::logs::run),
-    ("pool", stanchion_lab::bench::pool::run),
-    ("idle", stanchion_lab::bench::idle::run),
+    ("cni", |args| stanchion_lab::bench::cni::run(args.quick)),
+    ("datapath", |args| stanchion_lab::bench::datapath::run(args.quick)),
+    ("logs", |args| stanchion_lab::bench::logs::run(args.quick)),
+    ("pool", |args| stanchion_lab::bench::pool::run(args.quick)),
+    ("idle", |args| stanchion_lab::bench::idle::run(args.quick, Duration::from_secs(args.window))),
 ];
 
 fn main() -> ExitCode {
@@ -41,7 +45,7 @@ fn main() -> ExitCode {
     let mut json = serde_json::Map::new();
     for (name, bench) in BENCHES.iter().filter(|(name, _)| all || args.names.iter().any(|n| n == name)) {
         eprintln!("bench {name} ...");
-        match bench(args.quick) {
+        match bench(&args) {
             Ok(rows) if args.output == "json" => {
                 json.insert((*name).to_owned(), serde_json::json!(rows));
             }

@@ -16,6 +16,9 @@ use serde::Serialize;
 
 pub use go::parse_bool;
 
+use crate::metrics::insights::Selection;
+use crate::metrics::track::Figures;
+
 /// Where a value came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -230,6 +233,26 @@ pub struct TelemetryConfig {
     pub container_insights: bool,
     /// How often.
     pub metrics_interval: Duration,
+    /// Which documents and metrics.
+    pub selection: Selection,
+    /// Ours, or the CloudWatch agent's with its errors.
+    pub figures: Figures,
+    /// Gauges under the names of node_exporter and cAdvisor on :61678 too.
+    pub node_metrics: bool,
+    /// Ask the kubelet how much of the disk containers use.
+    pub kubelet: bool,
+    /// Where the kubelet answers; empty: the node's address, port 10250.
+    pub kubelet_url: String,
+    /// Take any certificate of the kubelet.
+    pub kubelet_insecure: bool,
+    /// OTLP/HTTP receiver of metrics; empty: none.
+    pub otlp_endpoint: String,
+    /// Scrape pods that are annotated for Prometheus.
+    pub scrape: bool,
+    /// File of the CloudWatch agent's metric declarations for what was scraped; empty: no metrics, documents only.
+    pub scrape_rules: String,
+    /// UDP address of the statsd listener; empty: none.
+    pub statsd: String,
 }
 
 /// Listeners and paths.

@@ -2,6 +2,7 @@
 
 use super::reader::Reader;
 use super::{Config, ConfigError, NetworkConfig, OperationsConfig, PoolConfig, RecordLayout, Setting, TelemetryConfig};
+use crate::metrics::track::Figures;
 
 impl Config {
     /// Reads every setting through `get`.
@@ -78,6 +79,20 @@ impl Config {
             log_flush: r.seconds("STANCHION_LOG_FLUSH_SECONDS", 1.0, 0.05..=60.0, "how long a line may wait for company in its batch"),
             container_insights: r.bool("STANCHION_CONTAINER_INSIGHTS", true, "write Container Insights documents"),
             metrics_interval: r.seconds("STANCHION_METRICS_INTERVAL_SECONDS", 60.0, 1.0..=3600.0, "how often metrics are collected"),
+            selection: r.selection(),
+            figures: r.choice(
+                "STANCHION_METRICS_FIGURES",
+                &[("correct", Figures::Correct), ("upstream", Figures::Upstream)],
+                "upstream: node network and CPU as the CloudWatch agent counts them",
+            ),
+            node_metrics: r.bool("STANCHION_NODE_METRICS", false, "gauges named as node_exporter's and cAdvisor's on :61678"),
+            kubelet: r.bool("STANCHION_KUBELET", true, "ask the kubelet for the disk use of containers"),
+            kubelet_url: r.text("STANCHION_KUBELET_URL", "", "where the kubelet answers; empty is https://<node address>:10250"),
+            kubelet_insecure: r.bool("STANCHION_KUBELET_INSECURE_TLS", false, "take any certificate of the kubelet"),
+            otlp_endpoint: r.text("STANCHION_OTLP_ENDPOINT", "", "OTLP/HTTP receiver of metrics; empty is none"),
+            scrape: r.bool("STANCHION_SCRAPE", false, "scrape this node's pods that carry prometheus.io annotations"),
+            scrape_rules: r.text("STANCHION_SCRAPE_RULES", "", "file of metric declarations for what was scraped"),
+            statsd: r.text("STANCHION_STATSD_ADDRESS", "", "UDP address of the statsd listener; empty is none"),
         };
         let operations = OperationsConfig {
             log_level: r.text("AWS_VPC_K8S_CNI_LOGLEVEL", "info", "tracing filter, or an aws-node level"),

@@ -11,6 +11,8 @@ use super::{
     BranchMode, Config, ConfigError, NetworkConfig, OperationsConfig, Origin, PolicyMode, PoolConfig, RandomizeSnat, Setting,
     TelemetryConfig,
 };
+use crate::metrics::catalog::Preset;
+use crate::metrics::insights::Selection;
 
 pub(super) struct Reader<'a> {
     get: &'a dyn Fn(&str) -> Option<String>,
@@ -153,6 +155,22 @@ impl<'a> Reader<'a> {
         };
         self.record(NAME, value.to_string(), origin, about);
         (value > 0).then_some(value)
+    }
+
+    /// The metric preset and what is left out of it.
+    pub(super) fn selection(&mut self) -> Selection {
+        const WITHOUT: &str = "STANCHION_METRICS_WITHOUT";
+        let words = Preset::ALL.map(|preset| (preset.name(), preset));
+        let preset = self.choice("STANCHION_METRICS_PRESET", &words, "metrics that CloudWatch makes of the documents");
+        let mut selection = Selection { preset, ..Selection::default() };
+        let text = self.text(WITHOUT, "", "types of documents and metrics left out of the preset");
+        for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+            match selection.clone().without(word) {
+                Ok(smaller) => selection = smaller,
+                Err(error) => self.error(WITHOUT, &text, error.to_string(), "take the names from the documents"),
+            }
+        }
+        selection
     }
 
     pub(super) fn mtu(&mut self, name: &'static str, default: u32, ipv6: bool, about: &'static str) -> u32 {

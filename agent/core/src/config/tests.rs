@@ -177,3 +177,27 @@ fn quirks_of_the_operations_settings() {
     assert_eq!(read(&[("AWS_EC2_ENDPOINT", "http://10.0.0.1")]).unwrap().operations.ec2_endpoint, "http://10.0.0.1");
     assert!(read(&[("DISABLE_TCP_EARLY_DEMUX", "true")]).unwrap().network.disable_tcp_early_demux);
 }
+
+#[test]
+fn metrics_are_selected_by_preset_and_name() {
+    use crate::metrics::catalog::{DocType, Field, Preset};
+    use crate::metrics::track::Figures;
+    let config = read(&[
+        ("STANCHION_METRICS_PRESET", "enhanced"),
+        ("STANCHION_METRICS_WITHOUT", "ContainerFS, pod_cpu_limit"),
+        ("STANCHION_METRICS_FIGURES", "upstream"),
+        ("STANCHION_NODE_METRICS", "true"),
+    ])
+    .unwrap();
+    let telemetry = &config.telemetry;
+    assert_eq!((telemetry.selection.preset, telemetry.figures, telemetry.node_metrics), (Preset::Enhanced, Figures::Upstream, true));
+    assert!(telemetry.selection.without_types.contains(&DocType::ContainerFS));
+    assert!(telemetry.selection.without_metrics[&DocType::Pod].contains(Field::CpuLimit));
+    assert_eq!(read(&[]).unwrap().telemetry.selection.preset, Preset::Standard);
+    for (name, value) in
+        [("STANCHION_METRICS_PRESET", "everything"), ("STANCHION_METRICS_WITHOUT", "Pods"), ("STANCHION_METRICS_FIGURES", "x")]
+    {
+        let errors = read(&[(name, value)]).unwrap_err();
+        assert_eq!(errors.iter().map(|error| error.name).collect::<Vec<_>>(), [name]);
+    }
+}

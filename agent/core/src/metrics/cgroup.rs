@@ -14,17 +14,6 @@ pub struct CpuCounters {
     pub system_ns: u64,
 }
 
-/// How a CPU limit slowed a cgroup, since it exists.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Throttling {
-    /// Enforcement intervals passed.
-    pub periods: u64,
-    /// In which it was held back.
-    pub throttled_periods: u64,
-    /// For how long, nanoseconds.
-    pub throttled_ns: u64,
-}
-
 /// What memory.stat and its neighbours tell, in bytes; page faults as counts since the cgroup exists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryCounters {
@@ -77,36 +66,19 @@ pub fn single(text: &str) -> Option<u64> {
     }
 }
 
-/// v2 `cpu.stat`: usage, and throttling where a limit can be set.
-pub fn cpu_stat_v2(text: &str) -> Option<(CpuCounters, Throttling)> {
-    let (mut cpu, mut throttling, mut found) = (CpuCounters::default(), Throttling::default(), false);
+/// v2 `cpu.stat`.
+pub fn cpu_stat_v2(text: &str) -> Option<CpuCounters> {
+    let (mut cpu, mut found) = (CpuCounters::default(), false);
     for (key, value) in pairs(text) {
         let ns = value.saturating_mul(1000);
         match key {
             "usage_usec" => (cpu.usage_ns, found) = (ns, true),
             "user_usec" => cpu.user_ns = ns,
             "system_usec" => cpu.system_ns = ns,
-            "nr_periods" => throttling.periods = value,
-            "nr_throttled" => throttling.throttled_periods = value,
-            "throttled_usec" => throttling.throttled_ns = ns,
             _ => {}
         }
     }
-    found.then_some((cpu, throttling))
-}
-
-/// v1 `cpu.stat`: throttling only.
-pub fn cpu_stat_v1(text: &str) -> Option<Throttling> {
-    let (mut throttling, mut found) = (Throttling::default(), false);
-    for (key, value) in pairs(text) {
-        match key {
-            "nr_periods" => (throttling.periods, found) = (value, true),
-            "nr_throttled" => throttling.throttled_periods = value,
-            "throttled_time" => throttling.throttled_ns = value,
-            _ => {}
-        }
-    }
-    found.then_some(throttling)
+    found.then_some(cpu)
 }
 
 /// v1 `cpuacct.stat`: user and system time in nanoseconds, from clock ticks.
@@ -320,10 +292,7 @@ mod tests {
 
     #[test]
     fn both_versions_give_one_form() {
-        let (cpu, throttling) = cpu_stat_v2(V2_CPU).unwrap();
-        assert_eq!(cpu, CpuCounters { usage_ns: 1_500_000, user_ns: 1_000_000, system_ns: 500_000 });
-        assert_eq!(throttling, Throttling { periods: 18, throttled_periods: 1, throttled_ns: 77_000 });
-        assert_eq!(cpu_stat_v1("nr_periods 18\nnr_throttled 1\nthrottled_time 77000\n"), Some(throttling));
+        assert_eq!(cpu_stat_v2(V2_CPU), Some(CpuCounters { usage_ns: 1_500_000, user_ns: 1_000_000, system_ns: 500_000 }));
         assert_eq!(cpuacct_stat("user 100\nsystem 50\n"), Some((1_000_000_000, 500_000_000)));
         let v2 = memory_stat_v2(V2_MEMORY).unwrap();
         let v1 = memory_stat_v1(V1_MEMORY).unwrap();
@@ -335,7 +304,7 @@ mod tests {
     }
 
     fn parse_everything(text: &str) {
-        let _ = (cpu_stat_v2(text), cpu_stat_v1(text), cpuacct_stat(text), memory_stat_v1(text), memory_stat_v2(text), single(text));
+        let _ = (cpu_stat_v2(text), cpuacct_stat(text), memory_stat_v1(text), memory_stat_v2(text), single(text));
         let _ = (classify(text), is_kubepods_root(text), pod_uid(text));
     }
 

@@ -12,7 +12,7 @@ use super::catalog::{DocType, Preset, Tag};
 use super::insights::{Encoder, NodeIdentity, Selection};
 use super::model::{
     ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample, NodeStatus,
-    PodSample, Snapshot, Traffic,
+    PodSample, Snapshot, Totals, Traffic,
 };
 use super::pods::{Amounts, ContainerMeta, ContainerState, PodMeta};
 
@@ -99,16 +99,15 @@ impl ClusterSize {
     }
 }
 
-/// What a preset costs.
-pub fn bill(preset: Preset, size: &ClusterSize) -> Bill {
-    let metrics: u64 = preset
-        .directives()
-        .iter()
-        .map(|directive| directive.fields.len() as u64 * directive.dimensions.iter().map(|set| size.cardinality(set)).sum::<u64>())
-        .sum();
-    let figures: u64 = preset.directives().iter().map(|directive| directive.fields.len() as u64 * size.documents(directive.doc)).sum();
+/// What a selection costs.
+pub fn bill(selection: &Selection, size: &ClusterSize) -> Bill {
+    let preset = selection.preset;
+    let told = || preset.directives().iter().map(|directive| (selection.told(directive.doc, directive.fields).len() as u64, directive));
+    let metrics: u64 =
+        told().map(|(fields, directive)| fields * directive.dimensions.iter().map(|set| size.cardinality(set)).sum::<u64>()).sum();
+    let figures: u64 = told().map(|(fields, directive)| fields * size.documents(directive.doc)).sum();
     let ticks = (HOURS * 3600.0 / size.interval_seconds.max(1) as f64).round();
-    let sizes = document_sizes(preset);
+    let sizes = document_sizes(selection);
     let bytes: u64 = DocType::ALL.iter().map(|doc| size.documents(*doc) * sizes.get(doc).map_or(0, |bytes| *bytes as u64)).sum();
     let ingested_gb = bytes as f64 * ticks / 1e9;
     let metrics_usd = tiered(metrics as f64);
@@ -137,7 +136,7 @@ fn tiered(metrics: f64) -> f64 {
 }
 
 /// Bytes of a typical document of each type, as CloudWatch Logs counts it: from the encoder itself.
-pub fn document_sizes(preset: Preset) -> BTreeMap<DocType, usize> {
+pub fn document_sizes(selection: &Selection) -> BTreeMap<DocType, usize> {
     let identity = NodeIdentity {
         cluster: "production".into(),
         node: "ip-192-168-100-200.eu-west-1.compute.internal".into(),
@@ -146,7 +145,7 @@ pub fn document_sizes(preset: Preset) -> BTreeMap<DocType, usize> {
         availability_zone: "eu-west-1a".into(),
         auto_scaling_group: Some("eks-workers-0123abcd".into()),
     };
-    let documents = Encoder::new(identity, Selection { preset, ..Selection::default() }).documents(&typical());
+    let documents = Encoder::new(identity, selection.clone()).documents(&typical());
     let type_of = |text: &str| DocType::ALL.into_iter().find(|doc| text.contains(&format!("\"Type\":\"{}\"", doc.name())));
     documents.iter().filter_map(|text| Some((type_of(text)?, text.len() + EVENT_OVERHEAD))).collect()
 }
@@ -198,7 +197,7 @@ fn typical() -> Snapshot {
         kubernetes: "{\"host\":\"ip-192-168-100-200.eu-west-1.compute.internal\",\"labels\":{\"app.kubernetes.io/name\":\"checkout-service\",\"pod-template-hash\":\"6b9c4cb4dc\"},\"namespace_name\":\"production\",\"pod_id\":\"b0839fa0-6ab0-4be2-85bf-944547b6ef59\",\"pod_name\":\"checkout-service-6b9c4cb4dc-8zpz5\",\"pod_owners\":[{\"owner_kind\":\"Deployment\",\"owner_name\":\"checkout-service\"}],\"service_name\":\"checkout\"".into(),
         ..PodMeta::default()
     };
-    let sample = ContainerSample { index: 0, cpu, memory: Some(memory), restarts: 0, files: Some(size) };
+    let sample = ContainerSample { index: 0, cpu_ns: None, cpu, memory: Some(memory), restarts: 0, files: Some(size) };
     Snapshot {
         wall_ms: 1_795_232_118_300,
         node: NodeSample {
@@ -224,17 +223,21 @@ fn typical() -> Snapshot {
             writes: 12.345_678,
         }],
         allowances: Vec::new(),
+        alarms: Vec::new(),
         interfaces: vec![InterfaceSample { name: "ens5".into(), traffic }],
         pods: vec![PodSample {
             meta: Arc::new(meta),
             cpu,
             memory: Some(memory),
             net: Some(traffic),
+            net_totals: None,
             restarts: 0,
             denied: None,
+            log_bytes: None,
             containers: vec![sample],
         }],
         unknown_pods: 0,
+        totals: Totals::default(),
     }
 }
 
@@ -253,9 +256,26 @@ mod tests {
         interval_seconds: 60,
     };
 
+    fn of(preset: Preset) -> Selection {
+        Selection { preset, ..Selection::default() }
+    }
+
+    #[test]
+    fn what_is_left_out_costs_nothing() {
+        let all = bill(&of(Preset::Enhanced), &SMALL);
+        let without = of(Preset::Enhanced).without("Container").unwrap().without("ContainerFS").unwrap();
+        let less = bill(&without, &SMALL);
+        // 12 metrics of containers for the cluster, each container of a pod, and each container of a workload.
+        assert_eq!(all.metrics - less.metrics, 12 * (1 + 60 + 20));
+        assert!(less.ingested_gb < all.ingested_gb && less.observations < all.observations);
+        let one = bill(&of(Preset::Standard).without("pod_number_of_container_restarts").unwrap(), &SMALL);
+        assert_eq!(bill(&of(Preset::Standard), &SMALL).metrics - one.metrics, 20);
+        assert!(of(Preset::Standard).without("pod_colour").is_err());
+    }
+
     #[test]
     fn presets_cost_more_the_more_they_tell() {
-        let bills: Vec<_> = Preset::ALL.iter().map(|preset| bill(*preset, &SMALL)).collect();
+        let bills: Vec<_> = Preset::ALL.iter().map(|preset| bill(&of(*preset), &SMALL)).collect();
         assert_eq!(bills[0].metrics, 0);
         assert!(bills.windows(2).all(|pair| pair[0].metrics < pair[1].metrics && pair[0].total_usd < pair[1].total_usd), "{bills:?}");
     }
@@ -263,7 +283,7 @@ mod tests {
     #[test]
     fn minimal_by_hand() {
         // Seven of the node and one of its file systems for the cluster, four of pods for each namespace.
-        let bill = bill(Preset::Minimal, &SMALL);
+        let bill = bill(&of(Preset::Minimal), &SMALL);
         assert_eq!(bill.metrics, 7 + 1 + 4 * 5);
         assert!((bill.metrics_usd - 28.0 * 0.30).abs() < 1e-9);
         assert_eq!(bill.observations, (7 * 3 + 3 + 4 * 60) * 43_800);
@@ -272,7 +292,7 @@ mod tests {
     #[test]
     fn standard_by_hand() {
         let per_set = 7 * (3 + 1) + 4 + (3 + 1) + 6 * (20 + 1 + 10 + 5) + 2 * (20 + 1) + 20;
-        assert_eq!(bill(Preset::Standard, &SMALL).metrics, per_set);
+        assert_eq!(bill(&of(Preset::Standard), &SMALL).metrics, per_set);
     }
 
     #[test]
@@ -284,9 +304,9 @@ mod tests {
 
     #[test]
     fn documents_are_of_the_known_size() {
-        let sizes = document_sizes(Preset::Enhanced);
+        let sizes = document_sizes(&of(Preset::Enhanced));
         assert_eq!(sizes.len(), DocType::ALL.len());
         assert!((2000..5000).contains(&sizes[&DocType::Pod]), "{sizes:?}");
-        assert!(document_sizes(Preset::LogsOnly)[&DocType::Pod] < sizes[&DocType::Pod]);
+        assert!(document_sizes(&of(Preset::LogsOnly))[&DocType::Pod] < sizes[&DocType::Pod]);
     }
 }

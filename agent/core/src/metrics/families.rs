@@ -1,7 +1,8 @@
 //! The families on :61678/metrics.
 //!
 //! [`AWS_NODE`] are aws-node's, name for name and type for type, so that its dashboards, alerts and cni-metrics-helper read on.
-//! [`OWN`] are ours.
+//! Three of its families have nothing to tell here and are left out: [`ABSENT`].
+//! [`OWN`] are ours. [`NODE`] are node_exporter's and cAdvisor's.
 
 use super::exposition::{Family, Kind};
 
@@ -26,7 +27,6 @@ families! {
     ASSIGNED_PER_ENI "awscni_assigned_ip_per_eni" Gauge ["eni"] "The number of allocated ips partitioned by eni",
     ACTION_IN_PROGRESS "awscni_ipamd_action_inprogress" Gauge ["fn"] "The number of ipamd actions in progress",
     IPAMD_ERRORS "awscni_ipamd_error_count" Counter ["fn"] "The number of errors encountered in ipamd",
-    POD_ENI_ERRORS "awscni_pod_eni_error_count" Counter ["fn"] "The number of errors encountered for pod ENIs",
     RECONCILES "awscni_reconcile_count" Counter ["fn"] "The number of times ipamd reconciles on ENIs and IP/Prefix addresses",
     EC2_REQUESTS "awscni_ec2api_req_count" Counter ["fn"] "The number of requests made to EC2 APIs by CNI",
     EC2_ERRORS "awscni_ec2api_error_count" Counter ["fn"] "The number of failed EC2 APIs requests",
@@ -37,13 +37,15 @@ families! {
     FORCE_REMOVED_IPS "awscni_force_removed_ips" Counter [] "The number of IPs force removed while they had assigned pods",
     API_LATENCY "awscni_aws_api_latency_ms" Summary ["api", "error", "status"] "AWS API call latency in ms",
     API_ERRORS "awscni_aws_api_error_count" Counter ["api", "error"] "The number of times AWS API returns an error",
-    UTILS_ERRORS "awscni_aws_utils_error_count" Counter ["fn", "error"] "The number of errors not handled in awsutils library",
     STARTUP_SECONDS "awscni_ipamd_startup_duration_seconds" Histogram ["success", "with_api_server", "failure_reason"] "Time taken for ipamd to start, in seconds",
     NODE_INIT_SECONDS "awscni_ipamd_node_initialization_duration_seconds" Histogram ["success"] "Time taken to initialise the node's network, in seconds",
     CONNMARK_BACKEND "awscni_connmark_backend" Gauge ["backend"] "Active backend of the connmark rules",
-    CONNMARK_RECONCILES "awscni_connmark_reconcile_total" Counter ["result"] "Reconciliations of the connmark rules",
     BUILD_INFO "awscni_build_info" Gauge ["version", "goversion"] "A metric with a constant '1' value labeled by version",
 }
+
+/// Families of aws-node without a counterpart: there are no ENIs for single pods, no library of AWS calls with errors of its own, and no
+/// rules for connection marks apart from the nft table, which is healed as a whole.
+pub const ABSENT: [&str; 3] = ["awscni_pod_eni_error_count", "awscni_aws_utils_error_count", "awscni_connmark_reconcile_total"];
 
 families! {
     /// Our own families.
@@ -85,24 +87,82 @@ families! {
     TICK_SECONDS "stanchion_metrics_tick_cpu_seconds" Gauge [] "CPU time of the last metric tick",
     TICKS "stanchion_metrics_ticks_total" Counter [] "Metric ticks that gave samples",
     TICK_ERRORS "stanchion_metrics_tick_errors_total" Counter [] "Metric ticks that could not read the kernel's figures",
+    KUBELET_READS "stanchion_kubelet_summaries_total" Counter ["outcome"] "Summaries asked of the kubelet",
+    OTLP_REQUESTS "stanchion_otlp_requests_total" Counter ["outcome"] "Requests to the OTLP receiver, sent or dropped",
+    SCRAPES "stanchion_scrapes_total" Counter ["outcome"] "Pods asked for their Prometheus text",
+    SCRAPE_DROPPED "stanchion_scrape_dropped_series_total" Counter [] "Series of pods that no document can hold: histograms, untyped, too many",
+    STATSD_PACKETS "stanchion_statsd_packets_total" Counter [] "Statsd packets read",
+    STATSD_LOST "stanchion_statsd_lost_total" Counter ["reason"] "Statsd lines that could not be read, and values that found no room",
     UNKNOWN_PODS "stanchion_metrics_unknown_pods" Gauge [] "Pod cgroups that no known pod owns",
     CAPPED "stanchion_metrics_capped_samples" Gauge [] "Samples left out of this text because a family has too many",
     ENA_EXCEEDED "stanchion_ena_allowance_exceeded_total" Counter ["interface", "allowance"] "Packets that the instance's allowance queued or dropped, by allowance",
     ENA_AVAILABLE "stanchion_ena_conntrack_allowance_available" Gauge ["interface"] "Connections that the instance may still track",
-    NODE_LOAD1 "node_load1" Gauge [] "Load average over 1 minute",
-    NODE_LOAD5 "node_load5" Gauge [] "Load average over 5 minutes",
-    NODE_LOAD15 "node_load15" Gauge [] "Load average over 15 minutes",
-    NODE_MEMORY_TOTAL "node_memory_MemTotal_bytes" Gauge [] "Memory that the kernel manages",
-    CONTAINER_MEMORY "container_memory_working_set_bytes" Gauge ["namespace", "pod", "container"] "What could not be taken away without hurting",
-    CONTAINER_RSS "container_memory_rss" Gauge ["namespace", "pod", "container"] "Anonymous memory",
-    NODE_FS_SIZE "node_filesystem_size_bytes" Gauge ["device"] "Size of the file system",
-    NODE_FS_AVAIL "node_filesystem_avail_bytes" Gauge ["device"] "Space obtainable without privilege",
     PROCESS_CPU "process_cpu_seconds_total" Counter [] "Total user and system CPU time spent in seconds",
     PROCESS_RSS "process_resident_memory_bytes" Gauge [] "Resident memory size in bytes",
     PROCESS_VIRTUAL "process_virtual_memory_bytes" Gauge [] "Virtual memory size in bytes",
     PROCESS_FDS "process_open_fds" Gauge [] "Number of open file descriptors",
     PROCESS_THREADS "process_threads" Gauge [] "Number of threads",
     PROCESS_START "process_start_time_seconds" Gauge [] "Start time of the process since unix epoch in seconds",
+}
+
+families! {
+    /// Families under the names of node_exporter and cAdvisor, for nodes that run neither; told on request. node_exporter's label `cpu` is
+    /// not there: the counters are of all processors.
+    NODE:
+    NODE_LOAD1 "node_load1" Gauge [] "Load average over 1 minute",
+    NODE_LOAD5 "node_load5" Gauge [] "Load average over 5 minutes",
+    NODE_LOAD15 "node_load15" Gauge [] "Load average over 15 minutes",
+    NODE_BOOT "node_boot_time_seconds" Gauge [] "Seconds since 1970 at boot",
+    NODE_CPU "node_cpu_seconds_total" Counter ["mode"] "Processor time by what it was spent on",
+    NODE_SWITCHES "node_context_switches_total" Counter [] "Context switches",
+    NODE_FORKS "node_forks_total" Counter [] "Processes made",
+    NODE_RUNNING "node_procs_running" Gauge [] "Runnable processes",
+    NODE_BLOCKED "node_procs_blocked" Gauge [] "Processes that wait for I/O",
+    NODE_MEMORY_TOTAL "node_memory_MemTotal_bytes" Gauge [] "Memory that the kernel manages",
+    NODE_MEMORY_FREE "node_memory_MemFree_bytes" Gauge [] "Memory unused",
+    NODE_MEMORY_AVAILABLE "node_memory_MemAvailable_bytes" Gauge [] "Memory obtainable without swapping",
+    NODE_MEMORY_BUFFERS "node_memory_Buffers_bytes" Gauge [] "Block device cache",
+    NODE_MEMORY_CACHED "node_memory_Cached_bytes" Gauge [] "Page cache",
+    NODE_MEMORY_SWAP_TOTAL "node_memory_SwapTotal_bytes" Gauge [] "Swap space",
+    NODE_MEMORY_SWAP_FREE "node_memory_SwapFree_bytes" Gauge [] "Swap space unused",
+    NODE_MEMORY_DIRTY "node_memory_Dirty_bytes" Gauge [] "Memory to be written back",
+    NODE_MEMORY_SLAB "node_memory_Slab_bytes" Gauge [] "Kernel objects",
+    NODE_MEMORY_SLAB_RECLAIMABLE "node_memory_SReclaimable_bytes" Gauge [] "Kernel objects that can be reclaimed",
+    NODE_FS_SIZE "node_filesystem_size_bytes" Gauge ["device"] "Size of the file system",
+    NODE_FS_FREE "node_filesystem_free_bytes" Gauge ["device"] "Space unused",
+    NODE_FS_AVAIL "node_filesystem_avail_bytes" Gauge ["device"] "Space obtainable without privilege",
+    NODE_FS_FILES "node_filesystem_files" Gauge ["device"] "Inodes",
+    NODE_FS_FILES_FREE "node_filesystem_files_free" Gauge ["device"] "Inodes unused",
+    NODE_DISK_READS "node_disk_reads_completed_total" Counter ["device"] "Reads completed",
+    NODE_DISK_READ_BYTES "node_disk_read_bytes_total" Counter ["device"] "Bytes read",
+    NODE_DISK_READ_TIME "node_disk_read_time_seconds_total" Counter ["device"] "Time of reads, summed over them",
+    NODE_DISK_WRITES "node_disk_writes_completed_total" Counter ["device"] "Writes completed",
+    NODE_DISK_WRITTEN "node_disk_written_bytes_total" Counter ["device"] "Bytes written",
+    NODE_DISK_WRITE_TIME "node_disk_write_time_seconds_total" Counter ["device"] "Time of writes, summed over them",
+    NODE_DISK_NOW "node_disk_io_now" Gauge ["device"] "Requests under way",
+    NODE_DISK_BUSY "node_disk_io_time_seconds_total" Counter ["device"] "Time with any request under way",
+    NODE_NET_RX_BYTES "node_network_receive_bytes_total" Counter ["device"] "Bytes received",
+    NODE_NET_RX_PACKETS "node_network_receive_packets_total" Counter ["device"] "Packets received",
+    NODE_NET_RX_ERRORS "node_network_receive_errs_total" Counter ["device"] "Errors of receiving",
+    NODE_NET_RX_DROPS "node_network_receive_drop_total" Counter ["device"] "Received packets dropped",
+    NODE_NET_TX_BYTES "node_network_transmit_bytes_total" Counter ["device"] "Bytes sent",
+    NODE_NET_TX_PACKETS "node_network_transmit_packets_total" Counter ["device"] "Packets sent",
+    NODE_NET_TX_ERRORS "node_network_transmit_errs_total" Counter ["device"] "Errors of sending",
+    NODE_NET_TX_DROPS "node_network_transmit_drop_total" Counter ["device"] "Packets to send dropped",
+    CONTAINER_CPU "container_cpu_usage_seconds_total" Counter ["namespace", "pod", "container"] "Processor time used",
+    CONTAINER_MEMORY "container_memory_working_set_bytes" Gauge ["namespace", "pod", "container"] "What could not be taken away without hurting",
+    CONTAINER_USAGE "container_memory_usage_bytes" Gauge ["namespace", "pod", "container"] "All memory that is charged",
+    CONTAINER_RSS "container_memory_rss" Gauge ["namespace", "pod", "container"] "Anonymous memory",
+    CONTAINER_CACHE "container_memory_cache" Gauge ["namespace", "pod", "container"] "Page cache",
+    CONTAINER_STARTED "container_start_time_seconds" Gauge ["namespace", "pod", "container"] "Seconds since 1970 at the start",
+    CONTAINER_RX_BYTES "container_network_receive_bytes_total" Counter ["namespace", "pod", "interface"] "Bytes that the pod received",
+    CONTAINER_RX_PACKETS "container_network_receive_packets_total" Counter ["namespace", "pod", "interface"] "Packets that the pod received",
+    CONTAINER_RX_ERRORS "container_network_receive_errors_total" Counter ["namespace", "pod", "interface"] "Errors of receiving",
+    CONTAINER_RX_DROPS "container_network_receive_packets_dropped_total" Counter ["namespace", "pod", "interface"] "Packets to the pod dropped",
+    CONTAINER_TX_BYTES "container_network_transmit_bytes_total" Counter ["namespace", "pod", "interface"] "Bytes that the pod sent",
+    CONTAINER_TX_PACKETS "container_network_transmit_packets_total" Counter ["namespace", "pod", "interface"] "Packets that the pod sent",
+    CONTAINER_TX_ERRORS "container_network_transmit_errors_total" Counter ["namespace", "pod", "interface"] "Errors of sending",
+    CONTAINER_TX_DROPS "container_network_transmit_packets_dropped_total" Counter ["namespace", "pod", "interface"] "Packets of the pod dropped",
 }
 
 #[cfg(test)]
@@ -147,19 +207,21 @@ awscni_build_info gauge version,goversion";
             .iter()
             .map(|family| format!("{} {} {}", family.name, family.kind.name(), family.labels.join(",")).trim_end().to_owned())
             .collect();
-        let theirs: BTreeSet<String> = UPSTREAM.lines().map(str::to_owned).collect();
+        let absent = |line: &str| ABSENT.iter().any(|name| line.split(' ').next() == Some(name));
+        assert_eq!(UPSTREAM.lines().filter(|line| absent(line)).count(), ABSENT.len());
+        let theirs: BTreeSet<String> = UPSTREAM.lines().filter(|line| !absent(line)).map(str::to_owned).collect();
         assert_eq!(ours, theirs);
     }
 
     #[test]
     fn own_names_follow_the_conventions() {
         let mut seen = BTreeSet::new();
-        for family in AWS_NODE.iter().chain(OWN) {
+        for family in AWS_NODE.iter().chain(OWN).chain(NODE) {
             assert!(seen.insert(family.name), "{} twice", family.name);
             assert!(family.name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'), "{}", family.name);
             assert!(!family.help.is_empty() && !family.help.ends_with('.'), "{}", family.name);
         }
-        for family in OWN {
+        for family in OWN.iter().chain(NODE) {
             assert_eq!(family.kind == Kind::Counter, family.name.ends_with("_total"), "{}", family.name);
         }
     }

@@ -3,9 +3,11 @@
 //! Version 0 has `CloudWatchMetrics`, `Version` and `Timestamp` (a string) at the root, no `_aws`; CloudWatch takes it in groups
 //! named `/aws/containerinsights/<cluster>/performance`.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::catalog::{DocType, Field, Fields, NAMESPACE, Preset, Tag, Tags, field_name};
+use serde::Serialize;
+
+use super::catalog::{DocType, Field, Fields, NAMESPACE, Preset, Tag, Tags, field_name, fields_of};
 use super::model::{ContainerSample, Cpu, FilesystemSample, FilesystemSize, Memory, NodeSample, PodSample, Snapshot, Traffic};
 use super::pods::{Amounts, ContainerMeta, ContainerState};
 
@@ -30,21 +32,60 @@ pub struct NodeIdentity {
 }
 
 impl NodeIdentity {
-    /// The log group of the documents.
-    pub fn log_group(&self) -> String {
-        format!("/aws/containerinsights/{}/performance", self.cluster)
+    /// A log group of the cluster: `performance` is that of the documents.
+    pub fn log_group(&self, name: &str) -> String {
+        format!("/aws/containerinsights/{}/{name}", self.cluster)
     }
 }
 
 /// Which documents and metrics are told.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Selection {
     /// The metrics that CloudWatch makes of the documents.
     pub preset: Preset,
     /// Types of documents that are not sent at all.
     pub without_types: BTreeSet<DocType>,
     /// Fields that become no metric although the preset has them.
-    pub without_metrics: Fields,
+    pub without_metrics: BTreeMap<DocType, Fields>,
+}
+
+/// A word that names neither a type of document nor a metric.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is neither a type of document (Pod, ContainerFS ...) nor a metric (pod_cpu_utilization ...)")]
+pub struct UnknownWord(pub String);
+
+impl Selection {
+    /// Without a type of document (`ContainerFS`), or without a metric by its CloudWatch name (`pod_cpu_reserved_capacity`): the figure
+    /// stays in the documents.
+    ///
+    /// # Errors
+    /// When the word names neither.
+    pub fn without(mut self, word: &str) -> Result<Self, UnknownWord> {
+        if let Some(doc) = DocType::ALL.into_iter().find(|doc| doc.name() == word) {
+            self.without_types.insert(doc);
+            return Ok(self);
+        }
+        let mut found = false;
+        for doc in DocType::ALL {
+            let named = |field: &Field| {
+                let (prefix, name) = field_name(doc, *field);
+                word.strip_prefix(prefix) == Some(name)
+            };
+            for field in fields_of(doc).iter().filter(named) {
+                self.without_metrics.entry(doc).or_default().insert(field);
+                found = true;
+            }
+        }
+        if found { Ok(self) } else { Err(UnknownWord(word.to_owned())) }
+    }
+
+    /// The fields of a directive that become metrics.
+    pub fn told(&self, doc: DocType, fields: Fields) -> Fields {
+        if self.without_types.contains(&doc) {
+            return Fields::default();
+        }
+        fields.minus(self.without_metrics.get(&doc).copied().unwrap_or_default())
+    }
 }
 
 /// Makes documents; remembers the directives of each shape of document.
@@ -241,7 +282,7 @@ impl Encoder {
 fn directives(selection: &Selection, doc: DocType, present: Fields, tags: Tags) -> String {
     let mut out = String::new();
     for directive in selection.preset.directives().iter().filter(|directive| directive.doc == doc) {
-        let metrics = directive.fields.intersection(present).minus(selection.without_metrics);
+        let metrics = selection.told(doc, directive.fields.intersection(present));
         let sets: Vec<Vec<&str>> = directive
             .dimensions
             .iter()
@@ -332,7 +373,8 @@ impl Document {
     }
 }
 
-fn json(text: &str) -> String {
+/// A text as a JSON string.
+pub(super) fn json(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 

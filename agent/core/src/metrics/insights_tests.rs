@@ -71,6 +71,12 @@ impl Machine {
 
     /// At `at` everything counted for `second` seconds.
     fn pass_after_reset(&mut self, at: u64, second: u64) -> Snapshot {
+        let ticks = CpuTicks { user: second * 40, system: second * 10, idle: second * 140, steal: second * 10, ..Default::default() };
+        self.pass_with(Duration::from_secs(at), second, ticks)
+    }
+
+    /// With processor time of its own.
+    fn pass_with(&mut self, at: Duration, second: u64, ticks: CpuTicks) -> Snapshot {
         let web = self.table.pods().find(|pod| pod.name.ends_with("8zpz5")).unwrap();
         let veth = host_veth_name("eni", &crate::ids::PodName::new("default", web.name.clone()), 0);
         let net_dev = format!(
@@ -88,7 +94,7 @@ impl Machine {
         );
         let cgroup = |uid: &str, container: Option<&str>, cores: u64| CgroupReading {
             id: Arc::new(CgroupId { pod_uid: uid.into(), container: container.map(str::to_owned) }),
-            at: Duration::from_secs(at),
+            at,
             cpu: Some(CpuCounters { usage_ns: second * cores * 100_000_000, user_ns: second * 60_000_000, system_ns: second * 40_000_000 }),
             memory: Some(MemoryCounters {
                 usage: 32 * MIB,
@@ -104,13 +110,12 @@ impl Machine {
             cgroups.push(cgroup(&pod.uid, Some(&pod.containers[0].id), 1));
             cgroups.push(cgroup(&pod.uid, Some("the sandbox"), 1));
         }
-        let ticks = CpuTicks { user: second * 40, system: second * 10, idle: second * 140, steal: second * 10, ..Default::default() };
         let size = FilesystemSize { capacity: 100, available: 55, usage: 40, inodes: 10, inodes_free: 9 };
         let files = ContainerFiles::from([(web.uid.clone(), vec![("c".to_owned(), size)])]);
         let readings = Readings {
-            at: Duration::from_secs(at),
+            at,
             wall_ms: 1_795_232_118_300 + i64::try_from(second).unwrap() * 1000,
-            stat: Stat { cpu: ticks, online: 2, ..Default::default() },
+            stat: Stat { cpu: ticks, online: 2, boot_time: 1_795_000_000, ..Default::default() },
             meminfo: MemInfo { total: 1000 * MIB, free: 600 * MIB, inactive_file: 100 * MIB, ..Default::default() },
             root_memory: None,
             load: [0.5, 0.4, 0.3],
@@ -264,6 +269,31 @@ fn pod_and_container_figures() {
     assert_eq!(files["container_filesystem_utilization"], 40);
 }
 
+proptest::proptest! {
+    /// However the ticks fall beside our clock, and even where idle time goes back: a node uses no more than it has.
+    #[test]
+    fn a_node_never_uses_more_than_it_has(
+        steps in proptest::collection::vec((1u64..3000, 0u64..500, 0u64..500, 0u64..50, -3i64..500), 1..20),
+        upstream: bool,
+    ) {
+        let mut machine = Machine::new(if upstream { Figures::Upstream } else { Figures::Correct });
+        let (mut at, mut ticks) = (Duration::ZERO, CpuTicks { idle: 100, ..CpuTicks::default() });
+        machine.pass_with(at, 1, ticks);
+        for (ms, user, system, steal, idle) in steps {
+            at += Duration::from_millis(ms);
+            ticks.user += user;
+            ticks.system += system;
+            ticks.steal += steal;
+            ticks.idle = ticks.idle.saturating_add_signed(idle);
+            let node = machine.pass_with(at, 1, ticks).node;
+            if let Some(cpu) = node.cpu {
+                proptest::prop_assert!(cpu.total <= node.cpu_limit && cpu.total >= 0.0, "{cpu:?}");
+                proptest::prop_assert!(cpu.user + cpu.system <= cpu.total + 1e-6);
+            }
+        }
+    }
+}
+
 #[test]
 fn upstreams_figures_on_request() {
     let mut machine = Machine::new(Figures::Upstream);
@@ -275,17 +305,18 @@ fn upstreams_figures_on_request() {
 
 #[test]
 fn what_is_deselected_is_not_told() {
-    let selection = Selection {
-        preset: Preset::Enhanced,
-        without_types: BTreeSet::from([DocType::Container, DocType::PodNet]),
-        without_metrics: super::catalog::Fields::of(&[Field::CpuUtilization]),
-    };
+    let mut selection = Selection { preset: Preset::Enhanced, ..Selection::default() };
+    for word in ["Container", "PodNet", "pod_cpu_utilization"] {
+        selection = selection.without(word).unwrap();
+    }
     let documents = documents(selection);
     assert!(of_type(&documents, DocType::Container).is_empty() && of_type(&documents, DocType::PodNet).is_empty());
     for pod in of_type(&documents, DocType::Pod) {
         assert!(pod["pod_cpu_utilization"].is_number(), "the figure stays in the document");
         assert!(!pod["CloudWatchMetrics"].to_string().contains("\"pod_cpu_utilization\""));
     }
+    let [node] = of_type(&documents, DocType::Node)[..] else { panic!("one node") };
+    assert!(node["CloudWatchMetrics"].to_string().contains("\"node_cpu_utilization\""), "only the pods' is left out");
 }
 
 #[test]

@@ -10,6 +10,11 @@
 //! | [`track`] | readings and pods to samples, keeping the counters of the last tick |
 //! | [`catalog`] | every metric of Container Insights: type, field, unit, dimensions, preset |
 //! | [`insights`] | samples to Container Insights documents (EMF version 0) |
+//! | [`otlp`] | samples to OTLP metrics |
+//! | [`kubelet`] | what the kubelet's summary adds: containers' own files |
+//! | [`scrape`] | pods' Prometheus text to documents, by the CloudWatch agent's rules |
+//! | [`statsd`] | statsd packets to documents |
+//! | [`emf`] | documents of the two above |
 //! | [`exposition`], [`families`] | Prometheus and OpenMetrics text; the families on :61678/metrics |
 //!
 //! [`cost`]: what a preset costs a month.
@@ -20,13 +25,18 @@
 pub mod catalog;
 pub mod cgroup;
 pub mod cost;
+pub mod emf;
 pub mod exposition;
 pub mod families;
 pub mod insights;
 #[cfg(test)]
 mod insights_tests;
+pub mod kubelet;
 pub mod model;
+pub mod otlp;
 pub mod pods;
 pub mod proc;
 pub mod rate;
+pub mod scrape;
+pub mod statsd;
 pub mod track;

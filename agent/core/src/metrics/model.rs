@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::cgroup::MemoryCounters;
 use super::pods::PodMeta;
+use super::proc::{Direction, MemInfo, Stat};
 
 /// All samples of one tick.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -25,10 +26,43 @@ pub struct Snapshot {
     pub interfaces: Vec<InterfaceSample>,
     /// What its ENA interfaces tell of the instance's network allowances.
     pub allowances: Vec<AllowanceSample>,
+    /// Allowances that were exceeded since the tick before.
+    pub alarms: Vec<AllowanceAlarm>,
     /// Its pods, those without cgroups (pending, ended) included.
     pub pods: Vec<PodSample>,
     /// Pod cgroups that no known pod owns.
     pub unknown_pods: usize,
+    /// The kernel's counters, for those who make rates themselves.
+    #[serde(skip)]
+    pub totals: Totals,
+}
+
+/// Counters since boot, as the kernel has them.
+#[derive(Clone, Debug, Default)]
+pub struct Totals {
+    /// /proc/stat.
+    pub stat: Stat,
+    /// /proc/meminfo.
+    pub meminfo: MemInfo,
+    /// Both directions of the interfaces in [`Snapshot::interfaces`].
+    pub interfaces: Vec<(String, [Direction; 2])>,
+    /// The devices in [`Snapshot::disks`].
+    pub disks: Vec<DiskTotals>,
+}
+
+/// Counters of a block device since boot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskTotals {
+    /// `nvme0n1`
+    pub device: String,
+    /// Reads completed, bytes of them, milliseconds of them.
+    pub reads: [u64; 3],
+    /// Writes completed, bytes of them, milliseconds of them.
+    pub writes: [u64; 3],
+    /// Under way now.
+    pub in_flight: u64,
+    /// Milliseconds with anything under way.
+    pub busy_ms: u64,
 }
 
 /// CPU use in millicores.
@@ -156,6 +190,8 @@ pub struct NodeSample {
     pub net: Option<Traffic>,
     /// Load averages over 1, 5 and 15 minutes.
     pub load: [f64; 3],
+    /// When it booted: milliseconds since 1970; 0 where the kernel does not tell.
+    pub boot_ms: i64,
     /// Pods in phase Running.
     pub running_pods: usize,
     /// Containers in state running.
@@ -277,9 +313,44 @@ impl AllowanceSample {
         found.then_some(out)
     }
 
+    /// What rose since `before`; nothing where the driver began to count anew.
+    pub fn risen_since(&self, before: &Self) -> impl Iterator<Item = AllowanceAlarm> {
+        let pairs = self.exceeded().into_iter().zip(before.exceeded());
+        pairs.filter_map(|((allowance, now), (_, before))| {
+            let packets = now.checked_sub(before).filter(|packets| *packets > 0)?;
+            Some(AllowanceAlarm { interface: self.interface.clone(), allowance, packets })
+        })
+    }
+
     /// Name and value of each counter of packets beyond an allowance.
     pub fn exceeded(&self) -> [(&'static str, u64); 5] {
         [("bw_in", self.bw_in), ("bw_out", self.bw_out), ("pps", self.pps), ("conntrack", self.conntrack), ("linklocal", self.linklocal)]
+    }
+}
+
+/// An allowance of the instance that was exceeded between two ticks: nothing else tells why an instance drops packets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AllowanceAlarm {
+    /// `ens5`
+    pub interface: String,
+    /// `bw_in`, `bw_out`, `pps`, `conntrack`, `linklocal`
+    pub allowance: &'static str,
+    /// Queued or dropped.
+    pub packets: u64,
+}
+
+impl AllowanceAlarm {
+    /// For people: what happened and what helps.
+    pub fn sentence(&self) -> String {
+        let Self { interface, allowance, packets } = self;
+        let (what, remedy) = match *allowance {
+            "bw_in" => ("bandwidth of received data", "a larger instance type has more"),
+            "bw_out" => ("bandwidth of sent data", "a larger instance type has more"),
+            "pps" => ("packets a second", "a larger instance type has more"),
+            "conntrack" => ("tracked connections", "a larger instance type has more; security groups that allow all traffic track none"),
+            _ => ("packets to DNS, metadata and time services (1,024 a second for an interface)", "NodeLocal DNSCache spares them"),
+        };
+        format!("{packets} packets of {interface} were queued or dropped: the instance's allowance of {what} was exceeded; {remedy}")
     }
 }
 
@@ -294,10 +365,15 @@ pub struct PodSample {
     pub memory: Option<Memory>,
     /// Its traffic; `None` for a pod on the node's network.
     pub net: Option<Traffic>,
+    /// What it received and sent since its interface exists.
+    #[serde(skip)]
+    pub net_totals: Option<[Direction; 2]>,
     /// Restarts of its containers since the last tick.
     pub restarts: u64,
     /// Packets a second that policy dropped; `None` for a pod without policy.
     pub denied: Option<f64>,
+    /// Bytes a second read from its containers' logs; `None` where logs are not shipped.
+    pub log_bytes: Option<f64>,
     /// Its containers that have a cgroup.
     pub containers: Vec<ContainerSample>,
 }
@@ -307,6 +383,9 @@ pub struct PodSample {
 pub struct ContainerSample {
     /// Its index in [`PodMeta::containers`].
     pub index: usize,
+    /// CPU time since its cgroup exists, nanoseconds.
+    #[serde(skip)]
+    pub cpu_ns: Option<u64>,
     /// CPU use.
     pub cpu: Option<Cpu>,
     /// Memory use.
@@ -332,6 +411,10 @@ mod tests {
         let sample = AllowanceSample::from_counters("ens5", ena.into_iter()).unwrap();
         assert_eq!((sample.bw_in, sample.linklocal, sample.conntrack_available), (3, 9, Some(136_812)));
         assert_eq!(AllowanceSample::from_counters("ens6", ena[..3].iter().copied()).unwrap().conntrack_available, None);
+        let before = AllowanceSample { bw_in: 1, linklocal: 9, pps: 4, ..sample.clone() };
+        let risen: Vec<_> = sample.risen_since(&before).collect();
+        assert_eq!(risen, [AllowanceAlarm { interface: "ens5".into(), allowance: "bw_in", packets: 2 }]);
+        assert!(risen[0].sentence().starts_with("2 packets of ens5"));
         assert_eq!(AllowanceSample::from_counters("eth0", [("rx_queue_0_packets", 7)].into_iter()), None);
     }
 }

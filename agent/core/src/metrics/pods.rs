@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::insights::json;
 use super::model::NodeStatus;
 use crate::cluster::ClusterState;
 use crate::network::names::host_veth_name;
@@ -35,6 +36,8 @@ pub struct PodMeta {
     pub host_network: bool,
     /// `Pending`, `Running`, `Succeeded`, `Failed`, `Unknown`.
     pub phase: String,
+    /// When the kubelet took it on: milliseconds since 1970.
+    pub started_ms: Option<i64>,
     /// Condition `Ready` is True.
     pub ready: bool,
     /// Condition `PodScheduled` is True.
@@ -79,6 +82,8 @@ pub struct ContainerMeta {
     pub restarts: u64,
     /// What it is doing.
     pub state: ContainerState,
+    /// Since when it runs: milliseconds since 1970.
+    pub started_ms: Option<i64>,
     /// Why it ended the last time (`OOMKilled`, `Error` …).
     pub last_termination: Option<String>,
 }
@@ -166,6 +171,12 @@ impl PodTable {
         self.pods.iter().map(|(_, meta)| meta)
     }
 
+    /// Whether a pod has a container with this id: the id of its sandbox is none of them.
+    pub fn has_container(&self, uid: &str, id: &str) -> bool {
+        let pod = self.position(uid).and_then(|at| self.pods.get(at));
+        pod.is_some_and(|(_, meta)| meta.containers.iter().any(|container| container.id == id))
+    }
+
     /// The place in [`Self::pods`] of the pod with this uid.
     pub fn position(&self, uid: &str) -> Option<usize> {
         self.by_uid.get(uid).copied()
@@ -203,6 +214,7 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veth_prefix: &str)
         service,
         host_network: pod.spec.host_network,
         phase: if pod.status.phase.is_empty() { "Unknown".to_owned() } else { pod.status.phase.clone() },
+        started_ms: pod.status.start_time.as_deref().and_then(milliseconds),
         ready: condition("Ready"),
         scheduled: condition("PodScheduled"),
         requests: Amounts { cpu: sum_of_set(&containers, |c| c.requests.cpu), memory: sum_of_set(&containers, |c| c.requests.memory) },
@@ -217,7 +229,6 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veth_prefix: &str)
 
 /// The `kubernetes` object of a pod's documents, open at its end so that a container's adds its own members.
 fn kubernetes_object(meta: &PodMeta, pod: &Pod, node: &str) -> String {
-    let json = |text: &str| serde_json::Value::from(text).to_string();
     let mut out = format!("{{\"host\":{}", json(node));
     let labels = serde_json::to_string(&pod.metadata.labels).unwrap_or_else(|_| "{}".to_owned());
     // Writing to a String cannot fail.
@@ -261,8 +272,15 @@ fn container_meta(container: &Container, status: Option<&ContainerStatus>) -> Co
     } else {
         ContainerState::Unknown
     };
+    let running = status.state.get("running").and_then(|running| running.get("startedAt")?.as_str());
+    out.started_ms = running.and_then(milliseconds);
     out.last_termination = reason(status.last_state.get("terminated"));
     out
+}
+
+/// RFC 3339 as milliseconds since 1970.
+fn milliseconds(text: &str) -> Option<i64> {
+    text.parse::<jiff::Timestamp>().ok().map(|at| at.as_millisecond())
 }
 
 fn sum_of_set(containers: &[ContainerMeta], of: impl Fn(&ContainerMeta) -> Option<f64>) -> Option<f64> {
@@ -324,31 +342,13 @@ fn node_status(node: &Node) -> NodeStatus {
 
 #[cfg(test)]
 mod tests {
+    use super::super::insights_tests::cluster;
     use super::*;
     use crate::objects::OwnerReference;
 
-    /// The recorded answer of a kubelet's `/pods`, with a service that selects its Deployment.
-    fn recorded() -> ClusterState {
-        #[derive(serde::Deserialize)]
-        struct List {
-            items: Vec<Pod>,
-        }
-        let list: List = serde_json::from_str(include_str!("../../testdata/kubelet/pods.json")).unwrap();
-        let mut state = ClusterState::default();
-        for pod in list.items {
-            state.pods.insert(pod.full_name(), Arc::new(pod));
-        }
-        let mut service = Service::default();
-        service.metadata.name = "web-svc".into();
-        service.metadata.namespace = "default".into();
-        service.spec.selector.insert("app".into(), "web".into());
-        state.services.insert(crate::ids::PodName::new("default", "web-svc"), Arc::new(service));
-        state
-    }
-
     #[test]
     fn a_recorded_kubelet_gives_workload_service_limits_states() {
-        let table = PodTable::default().refreshed(&recorded(), "node1", "eni");
+        let table = PodTable::default().refreshed(&cluster(), "node1", "eni");
         let web = table.pods().find(|pod| pod.name == "web-6b9c4cb4dc-8zpz5").unwrap();
         assert_eq!((web.workload.as_str(), web.service.as_deref()), ("web", Some("web-svc")));
         assert_eq!(web.owner, Some(("Deployment", "web".to_owned())));
@@ -369,7 +369,7 @@ mod tests {
 
     #[test]
     fn what_did_not_change_is_taken_over() {
-        let mut state = recorded();
+        let mut state = cluster();
         let first = PodTable::default().refreshed(&state, "node1", "eni");
         let changed = crate::ids::PodName::new("default", "cli");
         let mut pod = (*state.pods[&changed]).clone();

@@ -41,6 +41,11 @@ impl CpuTicks {
     pub fn steal_ns(&self) -> u64 {
         ticks_to_ns(self.steal)
     }
+
+    /// Neither used nor taken, nanoseconds.
+    pub fn idle_ns(&self) -> u64 {
+        ticks_to_ns(self.idle.saturating_add(self.iowait))
+    }
 }
 
 fn ticks_to_ns(ticks: u64) -> u64 {
@@ -164,11 +169,6 @@ pub fn meminfo(text: &str) -> Option<MemInfo> {
 pub fn loadavg(text: &str) -> Option<[f64; 3]> {
     let mut words = text.split_ascii_whitespace().map(|word| word.parse::<f64>().ok().filter(|load| load.is_finite()));
     Some([words.next()??, words.next()??, words.next()??])
-}
-
-/// Seconds since boot, from /proc/uptime.
-pub fn uptime(text: &str) -> Option<f64> {
-    text.split_ascii_whitespace().next()?.parse().ok().filter(|seconds: &f64| seconds.is_finite() && *seconds >= 0.0)
 }
 
 /// Counters of one direction of an interface.
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_mounts_load_uptime_processes() {
+    fn disks_mounts_load_processes() {
         let disks: Vec<_> = diskstats(DISKS).collect();
         assert_eq!((disks[1].name, disks[1].device, disks[1].reads, disks[1].in_flight), ("vda", (254, 0), 80_813, 3));
         assert_eq!(disks[1].write_bytes, 48_783_664 * 512);
@@ -393,7 +393,6 @@ mod tests {
         assert_eq!((mounts[0].device, &*mounts[0].point, mounts[0].fs_type, mounts[0].source), ((259, 1), "/", "xfs", "/dev/nvme0n1p1"));
         assert_eq!(mounts[1].point, "/mnt/a b\\");
         assert_eq!(loadavg("0.50 1.25 2.00 1/200 4242\n"), Some([0.5, 1.25, 2.0]));
-        assert_eq!(uptime("350735.47 234388.90\n"), Some(350_735.47));
         let stat = process_stat("42 (a (b) c) S 1 1 1 0 -1 4194304 10 0 0 0 7 8 0 0 20 0 5 0 999 4096 33 18446744073709551615 1").unwrap();
         assert_eq!(
             stat,
@@ -407,7 +406,6 @@ mod tests {
             + usize::from(stat(text).is_some())
             + usize::from(meminfo(text).is_some())
             + usize::from(loadavg(text).is_some())
-            + usize::from(uptime(text).is_some())
             + usize::from(process_stat(text).is_some())
     }
 

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use super::cgroup::{CpuCounters, MemoryCounters};
 use super::model::{
-    AllowanceSample, ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample,
-    PodSample, Snapshot, Traffic,
+    AllowanceSample, ContainerSample, Cpu, DiskSample, DiskTotals, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory,
+    NodeSample, PodSample, Snapshot, Totals, Traffic,
 };
 use super::pods::{ContainerState, PodMeta, PodTable};
 use super::proc::{self, InterfaceCounters, MemInfo, Stat};
 use super::rate::{Delta, Rate};
+use crate::ids::PodName;
 
 /// Interfaces that cAdvisor leaves out, by the beginning of their names.
 const IGNORED_INTERFACES: [&str; 8] = ["lo", "veth", "docker", "cni", "nerdctl", "dummy", "ifb", "kube-"];
@@ -49,15 +50,17 @@ pub struct Readings<'a> {
     pub cgroups: &'a [CgroupReading],
     /// Containers' own files, where the kubelet told.
     pub container_files: &'a ContainerFiles,
-    /// What other parts of the agent counted, by pod uid.
-    pub pod_counters: &'a HashMap<String, PodCounters>,
+    /// What other parts of the agent counted.
+    pub pod_counters: &'a HashMap<PodName, PodCounters>,
 }
 
 /// What other parts of the agent counted for a pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PodCounters {
-    /// Packets that policy dropped, both directions.
-    pub denied: u64,
+    /// Packets that policy dropped, both directions; `None` without policy.
+    pub denied: Option<u64>,
+    /// Bytes read from the log files that are open now; `None` where logs are not shipped.
+    pub log_bytes: Option<u64>,
 }
 
 /// Containers' own files by pod uid, each with the container's name.
@@ -86,7 +89,8 @@ pub struct CgroupReading {
 }
 
 /// Where our figures and the CloudWatch agent's differ.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Figures {
     /// Each byte counts once and stolen time is not use.
     #[default]
@@ -100,12 +104,14 @@ pub enum Figures {
 pub struct Tracker {
     figures: Figures,
     tick: u64,
-    cpu: [Rate; 3],
+    /// User, system, stolen and idle time of all processors, nanoseconds.
+    cpu: Option<[u64; 4]>,
     root_faults: [Rate; 4],
     cgroups: HashMap<Arc<CgroupId>, CgroupState>,
     interfaces: HashMap<String, Seen<[Rate; 8]>>,
     disks: HashMap<String, Seen<[Rate; 4]>>,
     pods: HashMap<String, Seen<PodState>>,
+    allowances: Vec<AllowanceSample>,
 }
 
 #[derive(Debug, Default)]
@@ -120,12 +126,20 @@ struct CgroupState {
 struct PodState {
     restarts: Vec<(String, Delta)>,
     denied: Rate,
+    log_bytes: Rate,
 }
 
 #[derive(Debug, Default)]
 struct Seen<T> {
     tick: u64,
     state: T,
+}
+
+/// An interface in one pass.
+#[derive(Clone, Copy, Debug)]
+struct Wire<'a> {
+    traffic: Option<Traffic>,
+    counters: InterfaceCounters<'a>,
 }
 
 impl Tracker {
@@ -137,8 +151,8 @@ impl Tracker {
     /// Turns one pass into samples. What is gone is forgotten.
     pub fn observe(&mut self, readings: &Readings<'_>, table: &PodTable) -> Snapshot {
         self.tick += 1;
-        let traffic = self.interfaces(readings);
-        let mut pods: Vec<PodSample> = table.pods().map(|meta| self.pod(meta, &traffic)).collect();
+        let wires = self.interfaces(readings);
+        let mut pods: Vec<PodSample> = table.pods().map(|meta| self.pod(meta, &wires)).collect();
         let mut unknown_pods = 0;
         for reading in readings.cgroups {
             let (cpu, memory) = self.cgroup(reading);
@@ -154,7 +168,8 @@ impl Tracker {
                     let name = &pod.meta.containers[index].name;
                     let files = readings.container_files.get(&pod.meta.uid).and_then(|of| of.iter().find(|(of, _)| of == name));
                     let files = files.map(|(_, size)| *size);
-                    pod.containers.push(ContainerSample { index, cpu, memory, restarts: 0, files });
+                    let cpu_ns = reading.cpu.map(|cpu| cpu.usage_ns);
+                    pod.containers.push(ContainerSample { index, cpu_ns, cpu, memory, restarts: 0, files });
                 }
             }
         }
@@ -166,11 +181,17 @@ impl Tracker {
             for container in &mut pod.containers {
                 container.restarts = deltas.get(container.index).copied().unwrap_or(0);
             }
-            pod.denied = readings.pod_counters.get(&meta.uid).and_then(|counters| state.denied.update(readings.at, counters.denied));
+            let counters = readings.pod_counters.get(&PodName::new(meta.namespace.clone(), meta.name.clone())).copied().unwrap_or_default();
+            pod.denied = counters.denied.and_then(|packets| state.denied.update(readings.at, packets));
+            pod.log_bytes = counters.log_bytes.and_then(|bytes| state.log_bytes.update(readings.at, bytes));
         }
-        let interfaces = self.node_interfaces(readings, table, &traffic);
+        let interfaces = self.node_interfaces(readings, table, &wires);
         let node = self.node(readings, table, &interfaces);
         let disks = self.disks(readings);
+        let before = |sample: &AllowanceSample| self.allowances.iter().find(|before| before.interface == sample.interface);
+        let alarms = readings.allowances.iter().filter_map(|sample| Some(sample.risen_since(before(sample)?))).flatten().collect();
+        self.allowances.clone_from(&readings.allowances);
+        let totals = totals(readings, &wires, &interfaces, &disks);
         self.forget();
         Snapshot {
             wall_ms: readings.wall_ms,
@@ -179,8 +200,10 @@ impl Tracker {
             disks,
             interfaces,
             allowances: readings.allowances.clone(),
+            alarms,
             pods,
             unknown_pods,
+            totals,
         }
     }
 
@@ -199,8 +222,8 @@ impl Tracker {
         (cpu, memory)
     }
 
-    /// Traffic of every interface as the node sees it.
-    fn interfaces<'a>(&mut self, readings: &Readings<'a>) -> HashMap<&'a str, Traffic> {
+    /// Traffic of every interface as the node sees it, and what it is made of.
+    fn interfaces<'a>(&mut self, readings: &Readings<'a>) -> HashMap<&'a str, Wire<'a>> {
         let tick = self.tick;
         let mut out = HashMap::with_capacity(self.interfaces.len());
         for counters in proc::net_dev(readings.net_dev) {
@@ -209,22 +232,23 @@ impl Tracker {
                 None => self.interfaces.entry(counters.name.to_owned()).or_default(),
             };
             entry.tick = tick;
-            if let Some(traffic) = traffic(&mut entry.state, readings.at, &counters) {
-                out.insert(counters.name, traffic);
-            }
+            let traffic = traffic(&mut entry.state, readings.at, &counters);
+            out.insert(counters.name, Wire { traffic, counters });
         }
         out
     }
 
-    fn pod(&self, meta: &Arc<PodMeta>, traffic: &HashMap<&str, Traffic>) -> PodSample {
-        let net = if meta.host_network { None } else { traffic.get(meta.host_interface.as_str()) };
+    fn pod(&self, meta: &Arc<PodMeta>, wires: &HashMap<&str, Wire<'_>>) -> PodSample {
+        let wire = if meta.host_network { None } else { wires.get(meta.host_interface.as_str()) };
         PodSample {
             meta: Arc::clone(meta),
             cpu: None,
             memory: None,
-            net: net.map(|traffic| traffic.seen_from_the_other_end()),
+            net: wire.and_then(|wire| wire.traffic).map(Traffic::seen_from_the_other_end),
+            net_totals: wire.map(|wire| [wire.counters.tx, wire.counters.rx]),
             restarts: 0,
             denied: None,
+            log_bytes: None,
             containers: Vec::new(),
         }
     }
@@ -239,7 +263,7 @@ impl Tracker {
         &mut entry.state
     }
 
-    fn node_interfaces(&self, readings: &Readings<'_>, table: &PodTable, traffic: &HashMap<&str, Traffic>) -> Vec<InterfaceSample> {
+    fn node_interfaces(&self, readings: &Readings<'_>, table: &PodTable, wires: &HashMap<&str, Wire<'_>>) -> Vec<InterfaceSample> {
         let pods: BTreeSet<&str> = table.pods().map(|pod| pod.host_interface.as_str()).collect();
         let counted = |name: &str| match self.figures {
             Figures::Upstream => !IGNORED_INTERFACES.iter().any(|prefix| name.starts_with(prefix)),
@@ -249,20 +273,17 @@ impl Tracker {
                 !pods.contains(name) && !name.starts_with("vlan") && !IGNORED_INTERFACES.iter().any(|prefix| name.starts_with(prefix))
             }
         };
-        let mut out: Vec<_> = traffic
+        let mut out: Vec<_> = wires
             .iter()
             .filter(|(name, _)| counted(name))
-            .map(|(name, traffic)| InterfaceSample { name: (*name).to_owned(), traffic: *traffic })
+            .filter_map(|(name, wire)| Some(InterfaceSample { name: (*name).to_owned(), traffic: wire.traffic? }))
             .collect();
         out.sort_by(|a, b| a.name.cmp(&b.name));
         out
     }
 
     fn node(&mut self, readings: &Readings<'_>, table: &PodTable, interfaces: &[InterfaceSample]) -> NodeSample {
-        let ticks = readings.stat.cpu;
-        let (user, system) = (ticks.user_ns(), ticks.system_ns());
-        let stolen = if self.figures == Figures::Upstream { ticks.steal_ns() } else { 0 };
-        let cpu = Rate::update_all(&mut self.cpu, readings.at, [user + system + stolen, user, system]).map(millicores);
+        let cpu = self.node_cpu(readings);
         let memory = node_memory(&readings.meminfo, readings.root_memory);
         let faults = readings.root_memory.and_then(|root| faults(&mut self.root_faults, readings.at, &root));
         let active = || table.pods().filter(|pod| pod.is_active());
@@ -275,10 +296,34 @@ impl Tracker {
             memory_request: active().filter_map(|pod| pod.requests.memory).sum(),
             net: interfaces.iter().map(|interface| interface.traffic).reduce(Traffic::plus),
             load: readings.load,
+            boot_ms: i64::try_from(readings.stat.boot_time.saturating_mul(1000)).unwrap_or(0),
             running_pods: table.pods().filter(|pod| pod.phase == "Running").count(),
             running_containers: table.pods().flat_map(|pod| &pod.containers).filter(|c| c.state == ContainerState::Running).count(),
             status: table.node,
         }
+    }
+
+    /// The node's CPU use as a share of the time that /proc/stat itself accounts for.
+    ///
+    /// Dividing by a clock of ours instead gave 100.2 % of a busy node: the kernel counts in ticks of 10 ms, each field of each
+    /// processor rounded by itself, and the clock is read at another moment than the counters.
+    fn node_cpu(&mut self, readings: &Readings<'_>) -> Option<Cpu> {
+        let ticks = readings.stat.cpu;
+        let now = [ticks.user_ns(), ticks.system_ns(), ticks.steal_ns(), ticks.idle_ns()];
+        let last = self.cpu.replace(now)?;
+        // Idle and I/O wait are estimates that may go back a little; use never does unless its counters began anew.
+        if now[0] < last[0] || now[1] < last[1] {
+            return None;
+        }
+        let [user, system, stolen, idle] = std::array::from_fn(|at| now[at].saturating_sub(last[at]) as f64);
+        let accounted = user + system + stolen + idle;
+        if accounted <= 0.0 {
+            return None;
+        }
+        let limit = f64::from(readings.stat.online) * 1000.0;
+        let share = |part: f64| part / accounted * limit;
+        let used = if self.figures == Figures::Upstream { user + system + stolen } else { user + system };
+        Some(Cpu { total: share(used).min(limit), user: share(user), system: share(system) })
     }
 
     fn disks(&mut self, readings: &Readings<'_>) -> Vec<DiskSample> {
@@ -325,6 +370,26 @@ impl PodState {
             self.restarts.len() - 1
         });
         self.restarts[at].1.update(restarts)
+    }
+}
+
+/// The counters of what the snapshot tells.
+fn totals(readings: &Readings<'_>, wires: &HashMap<&str, Wire<'_>>, interfaces: &[InterfaceSample], disks: &[DiskSample]) -> Totals {
+    let both = |name: &str| wires.get(name).map(|wire| [wire.counters.rx, wire.counters.tx]).unwrap_or_default();
+    let told = proc::diskstats(readings.diskstats).filter(|disk| disks.iter().any(|told| told.device == disk.name));
+    Totals {
+        stat: readings.stat.clone(),
+        meminfo: readings.meminfo,
+        interfaces: interfaces.iter().map(|interface| (interface.name.clone(), both(&interface.name))).collect(),
+        disks: told
+            .map(|disk| DiskTotals {
+                device: disk.name.to_owned(),
+                reads: [disk.reads, disk.read_bytes, disk.read_ms],
+                writes: [disk.writes, disk.write_bytes, disk.write_ms],
+                in_flight: disk.in_flight,
+                busy_ms: disk.busy_ms,
+            })
+            .collect(),
     }
 }
 

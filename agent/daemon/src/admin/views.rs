@@ -158,7 +158,7 @@ impl Views {
             logs: logs.as_ref(),
             telemetry: self.telemetry.as_ref(),
             version: self.version,
-            node_and_containers: false,
+            node_and_containers: self.config.telemetry.node_metrics,
         };
         render(&sources, format)
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use notify::Watcher as _;
+use notify::event::{AccessKind, AccessMode, EventKind};
 use stanchion_core::cluster::{ClusterState, Object};
 use stanchion_core::manifests::{ManifestError, parse};
 use tokio::sync::{mpsc, watch};
@@ -72,8 +73,11 @@ impl ManifestsDir {
     async fn run(mut self, shutdown: CancellationToken) {
         // One pending wake-up is enough: a sweep reads everything.
         let (wake, mut woken) = mpsc::channel(1);
-        let watcher = notify::recommended_watcher(move |_: notify::Result<notify::Event>| {
-            let _ = wake.try_send(());
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // The sweep itself opens the directory and its files, which is an event too: to follow that would never end.
+            if event.is_ok_and(|event| is_change(&event.kind)) {
+                let _ = wake.try_send(());
+            }
         });
         let _watcher = match watcher {
             Ok(mut watcher) => match watcher.watch(&self.directory, notify::RecursiveMode::Recursive) {
@@ -148,6 +152,11 @@ pub fn read_once(directory: &Path) -> Result<ClusterState, SourceError> {
         objects.extend(read_file(&path)?);
     }
     Ok(ClusterState::default().replaced_by(objects))
+}
+
+/// Whether something is there that was not before: opening and reading changes nothing.
+fn is_change(kind: &EventKind) -> bool {
+    !matches!(kind, EventKind::Access(access) if *access != AccessKind::Close(AccessMode::Write))
 }
 
 fn read_file(path: &Path) -> Result<Vec<Object>, SourceError> {

@@ -344,7 +344,7 @@ impl Tailer {
                 let read = self.read(&mut container, now);
                 progress |= read;
                 container.poll_ms = if read { POLL_MS.0 } else { (container.poll_ms * 2).min(POLL_MS.1) };
-                container.next_poll_ms = if read { 0 } else { now.mono + container.poll_ms };
+                container.next_poll_ms = if read { 0 } else { next_look(now.mono, container.poll_ms) };
             }
             if container.joiner.is_open() {
                 let all = container.gone_ms.is_some() && container.generations.iter().all(|generation| generation.finished);
@@ -754,4 +754,11 @@ fn is_compressed_form(container: &mut Container, path: &Path) -> io::Result<bool
         }
     }
     Ok(false)
+}
+
+/// When a file without news is looked at again. Silent files are all looked at in the same moment, so that a node with hundreds of them
+/// wakes once a second and not hundreds of times.
+fn next_look(now_ms: i64, pause_ms: i64) -> i64 {
+    let at = now_ms + pause_ms;
+    if pause_ms < POLL_MS.1 { at } else { at - at % POLL_MS.1 }
 }

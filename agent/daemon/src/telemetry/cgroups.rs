@@ -91,7 +91,8 @@ impl KernelFile {
         fs::File::open(&self.path).ok()
     }
 
-    fn text_of(&mut self, file: &fs::File) -> Option<&str> {
+    /// All that a file says, from its beginning.
+    pub(super) fn text_of(&mut self, file: &fs::File) -> Option<&str> {
         if self.buffer.is_empty() {
             self.buffer.resize(16 * 1024, 0);
         }
@@ -157,6 +158,8 @@ struct Known {
     cpu: PathBuf,
     memory: PathBuf,
     files: [Kept; 6],
+    /// What was read last.
+    used: Option<CpuCounters>,
 }
 
 impl Known {
@@ -184,17 +187,24 @@ impl Cgroups {
         memory(&self.memory, self.memory.path(), &mut files, &mut 0, file)
     }
 
-    /// Reads every pod's and container's cgroup into `out`; `since` is the origin of the times.
-    pub(super) fn read(&mut self, since: Instant, file: &mut KernelFile, out: &mut Vec<CgroupReading>) {
-        if !self.read_known(since, file, out) {
+    /// Reads into `out` the cgroups of pods and of those containers that `wanted` names: a pod's sandbox has a cgroup of its own
+    /// that nobody asks for. `since` is the origin of the times.
+    pub(super) fn read(&mut self, since: Instant, wanted: &dyn Fn(&CgroupId) -> bool, file: &mut KernelFile, out: &mut Vec<CgroupReading>) {
+        if !self.read_known(since, wanted, file, out) {
             // A directory took the place of another: the number of links told nothing.
             self.listings.clear();
-            self.read_known(since, file, out);
+            self.read_known(since, wanted, file, out);
         }
     }
 
     /// Reads what is there; false if something that was listed is gone.
-    fn read_known(&mut self, since: Instant, file: &mut KernelFile, out: &mut Vec<CgroupReading>) -> bool {
+    fn read_known(
+        &mut self,
+        since: Instant,
+        wanted: &dyn Fn(&CgroupId) -> bool,
+        file: &mut KernelFile,
+        out: &mut Vec<CgroupReading>,
+    ) -> bool {
         out.clear();
         let changed = |listing: &Listing| listing.links.is_none() || links(&listing.directory) != listing.links;
         // With nobody known the root itself may be another one by now.
@@ -203,13 +213,18 @@ impl Cgroups {
         }
         let mut complete = true;
         for known in &mut self.known {
-            let cpu = cpu(&self.cpu, &known.cpu, &mut known.files, &mut self.room, file);
+            if known.id.container.is_some() && !wanted(&known.id) {
+                continue;
+            }
+            let cpu = cpu(&self.cpu, known, &mut self.room, file);
+            // The time belongs to the processor time, of which a rate is made.
+            let at = since.elapsed();
             let memory = memory(&self.memory, &known.memory, &mut known.files, &mut self.room, file);
             if cpu.is_none() && memory.is_none() {
                 complete = false;
                 continue;
             }
-            out.push(CgroupReading { id: Arc::clone(&known.id), at: since.elapsed(), cpu, memory });
+            out.push(CgroupReading { id: Arc::clone(&known.id), at, cpu, memory });
         }
         complete
     }
@@ -242,6 +257,7 @@ impl Cgroups {
                 memory: tree.join(&relative),
                 relative,
                 files: Default::default(),
+                used: None,
             });
             self.known.push(known);
         }
@@ -337,16 +353,23 @@ fn directories(path: &Path) -> Vec<String> {
         .collect()
 }
 
-fn cpu(controller: &Controller, dir: &Path, files: &mut [Kept; 6], room: &mut usize, file: &mut KernelFile) -> Option<CpuCounters> {
-    let [usage, split, ..] = files;
-    match controller {
+fn cpu(controller: &Controller, known: &mut Known, room: &mut usize, file: &mut KernelFile) -> Option<CpuCounters> {
+    let Known { cpu: dir, files: [usage, split, ..], used, .. } = known;
+    *used = match controller {
         Controller::V1(_) => {
             let usage_ns = cgroup::single(file.read_kept(usage, room, dir, "cpuacct.usage")?)?;
-            let (user_ns, system_ns) = cgroup::cpuacct_stat(file.read_kept(split, room, dir, "cpuacct.stat")?)?;
-            Some(CpuCounters { usage_ns, user_ns, system_ns })
+            match *used {
+                // Not a nanosecond used: user and system time are what they were.
+                Some(last) if last.usage_ns == usage_ns => Some(last),
+                _ => {
+                    let (user_ns, system_ns) = cgroup::cpuacct_stat(file.read_kept(split, room, dir, "cpuacct.stat")?)?;
+                    Some(CpuCounters { usage_ns, user_ns, system_ns })
+                }
+            }
         }
-        Controller::V2(_) => Some(cgroup::cpu_stat_v2(file.read_kept(usage, room, dir, "cpu.stat")?)?.0),
-    }
+        Controller::V2(_) => Some(cgroup::cpu_stat_v2(file.read_kept(usage, room, dir, "cpu.stat")?)?),
+    };
+    *used
 }
 
 fn memory(controller: &Controller, dir: &Path, files: &mut [Kept; 6], room: &mut usize, file: &mut KernelFile) -> Option<MemoryCounters> {

@@ -4,45 +4,71 @@
 //! |---|---|---|---|---|
 //! | tick | clock, cluster watch, kernel files | [`Snapshot`] on a watch channel, documents to the shipping task | last counters, pod table | the supervisor restarts the agent's telemetry; counters start anew |
 //! | ship | documents | PutLogEvents | documents not yet taken | as above; kept documents are lost |
+//! | kubelet | the kubelet's summary | containers' own files on a watch channel | – | as above |
+//! | OTLP | snapshots | requests to a receiver | time of the last tick | as above |
+//! | scrape | annotated pods | documents to a shipping task of its own | last counters | as above; counters start anew |
+//! | statsd | packets | documents to a shipping task of its own | what came since the last tick | as above; that is lost |
+//!
+//! The last four run only where [`Extras`] ask for them.
 //!
 //! A tick that comes late is skipped, never queued: rates are over the time that passed.
 
 mod cgroups;
+mod http;
+mod kubelet;
+mod otlp;
 mod prometheus;
 mod read;
+mod scrape;
 mod ship;
+mod statsd;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use stanchion_core::cloud::{LogEvent, LogSink};
 use stanchion_core::cluster::ClusterState;
+use stanchion_core::ids::PodName;
 use stanchion_core::metrics::insights::{Encoder, NodeIdentity, Selection};
-use stanchion_core::metrics::model::Snapshot;
+use stanchion_core::metrics::model::{AllowanceAlarm, Snapshot};
+use stanchion_core::metrics::otlp::OtlpEncoder;
 use stanchion_core::metrics::pods::PodTable;
+use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::metrics::track::{ContainerFiles, Figures, PodCounters, Tracker};
 use stanchion_core::network::names::DEFAULT_VETH_PREFIX;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::logs::LogsHandle;
 use crate::netpol::{EndpointCounters, NetpolHandle};
 
+pub use kubelet::{KubeletCounters, KubeletSettings};
+pub use otlp::OtlpCounters;
 pub use prometheus::{Sources, render};
 pub use read::{ReadError, Roots};
+pub use scrape::ScrapeCounters;
 pub use ship::ShipCounters;
+pub use statsd::StatsdCounters;
 
 /// Ticks whose documents wait for the shipping task; that one takes them even while it waits for CloudWatch, so more than one
 /// or two means that it hangs, and the tick drops rather than waits.
 const WAITING_TICKS: usize = 4;
+/// For what other parts counted; without an answer a tick goes without it.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+/// Alarms that a reader may be behind; there are at most five an interface and tick.
+const WAITING_ALARMS: usize = 64;
 
 /// What is told and how often.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +97,32 @@ impl Default for TelemetrySettings {
     }
 }
 
+/// What runs besides the tick, each only if it is asked for.
+#[derive(Debug, Default)]
+pub struct Extras {
+    /// Containers' own files from the kubelet; the documents of type `ContainerFS`.
+    pub kubelet: Option<KubeletSettings>,
+    /// An OTLP/HTTP receiver: `http://collector:4318`.
+    pub otlp: Option<String>,
+    /// Pods with `prometheus.io` annotations, and what becomes a metric of what they tell.
+    pub scrape: Option<Rules>,
+    /// A statsd listener.
+    pub statsd: Option<SocketAddr>,
+}
+
+/// What the extras counted, since the start.
+#[derive(Debug, Default)]
+pub struct ExtraCounters {
+    /// Asking the kubelet.
+    pub kubelet: Arc<KubeletCounters>,
+    /// Telling the OTLP receiver.
+    pub otlp: Arc<OtlpCounters>,
+    /// Scraping pods.
+    pub scrape: Arc<ScrapeCounters>,
+    /// Statsd packets.
+    pub statsd: Arc<StatsdCounters>,
+}
+
 /// What the tick needs.
 #[derive(Debug)]
 pub struct TelemetryParts<S> {
@@ -86,6 +138,10 @@ pub struct TelemetryParts<S> {
     pub settings: TelemetrySettings,
     /// Counts packets that policy dropped, where the network role runs too.
     pub netpol: Option<NetpolHandle>,
+    /// Counts bytes of logs, where log shipping runs too.
+    pub logs: Option<LogsHandle>,
+    /// What runs besides.
+    pub extras: Extras,
     /// Ends the tasks.
     pub shutdown: CancellationToken,
 }
@@ -96,6 +152,8 @@ pub struct TelemetryHandle {
     snapshot: watch::Receiver<Arc<Snapshot>>,
     shipped: Arc<ShipCounters>,
     ticks: Arc<TickCounters>,
+    extras: Arc<ExtraCounters>,
+    alarms: broadcast::Sender<AllowanceAlarm>,
 }
 
 /// What became of ticks, since the start.
@@ -147,6 +205,16 @@ impl TelemetryHandle {
         &self.ticks
     }
 
+    /// What the extras counted.
+    pub fn extras(&self) -> &ExtraCounters {
+        &self.extras
+    }
+
+    /// Notice of each network allowance of the instance that was exceeded since the tick before.
+    pub fn allowance_alarms(&self) -> broadcast::Receiver<AllowanceAlarm> {
+        self.alarms.subscribe()
+    }
+
     /// All of it on one line.
     pub fn status(&self) -> TelemetryStatus {
         TelemetryStatus {
@@ -160,18 +228,55 @@ impl TelemetryHandle {
     }
 }
 
-/// Starts the tasks. The join handle ends when both have.
+/// Starts the tasks. The join handle ends when all have.
 pub fn spawn<S: LogSink>(parts: TelemetryParts<S>) -> (TelemetryHandle, JoinHandle<()>) {
-    let TelemetryParts { sink, cluster, roots, identity, settings, netpol, shutdown } = parts;
+    let TelemetryParts { sink, cluster, roots, identity, settings, netpol, logs, extras, shutdown } = parts;
     let (publish, snapshot) = watch::channel(Arc::default());
+    let (alarms, _) = broadcast::channel(WAITING_ALARMS);
     let (shipped, ticks) = (Arc::new(ShipCounters::default()), Arc::new(TickCounters::default()));
-    let (documents, received) = mpsc::channel(WAITING_TICKS);
-    let ship = ship::run(sink, identity.log_group(), identity.node.clone(), received, Arc::clone(&shipped), shutdown.clone());
-    let collector = Collector::new(roots, cluster, identity, &settings);
-    let handle = TelemetryHandle { snapshot, shipped: Arc::clone(&shipped), ticks: Arc::clone(&ticks) };
-    let ticker = Ticker { interval: settings.interval, publish, documents, shipped, ticks, netpol, shutdown };
+    let counters = Arc::new(ExtraCounters::default());
+    let mut tasks: Vec<Pin<Box<dyn Future<Output = ()> + Send>>> = Vec::new();
+    let mut ship_to = |group: String| {
+        let (documents, received) = mpsc::channel(WAITING_TICKS);
+        let task = ship::run(Arc::clone(&sink), group, identity.node.clone(), received, Arc::clone(&shipped), shutdown.clone());
+        tasks.push(Box::pin(task));
+        documents
+    };
+    let documents = ship_to(identity.log_group("performance"));
+    let scraped = extras.scrape.map(|rules| (rules, ship_to(identity.log_group("prometheus"))));
+    let statsd = extras.statsd.map(|address| (address, ship_to(identity.log_group("statsd"))));
+    let mut collector = Collector::new(roots, cluster.clone(), identity.clone(), &settings);
+    if let Some(kubelet) = extras.kubelet {
+        let (publish, files) = watch::channel(Arc::default());
+        collector.files = Some(files);
+        let (node, counters) = (identity.node.clone(), Arc::clone(&counters.kubelet));
+        let (cluster, interval, shutdown) = (cluster.clone(), settings.interval, shutdown.clone());
+        tasks.push(Box::pin(kubelet::Kubelet { settings: kubelet, node, cluster, interval, counters, publish, shutdown }.run()));
+    }
+    if let Some(endpoint) = extras.otlp {
+        let encoder = OtlpEncoder::new(&identity, env!("CARGO_PKG_VERSION"));
+        let (snapshots, counters) = (snapshot.clone(), Arc::clone(&counters.otlp));
+        tasks.push(Box::pin(otlp::Otlp { endpoint, encoder, snapshots, counters, shutdown: shutdown.clone() }.run()));
+    }
+    let (node, cluster_name, interval) = (identity.node, identity.cluster, settings.interval);
+    if let Some((rules, documents)) = scraped {
+        let (node, cluster_name, counters) = (node.clone(), cluster_name.clone(), Arc::clone(&counters.scrape));
+        tasks.push(Box::pin(
+            scrape::Scrape { rules, node, cluster_name, cluster, interval, documents, counters, shutdown: shutdown.clone() }.run(),
+        ));
+    }
+    if let Some((address, documents)) = statsd {
+        let counters = Arc::clone(&counters.statsd);
+        tasks.push(Box::pin(
+            statsd::Listener { address, node, cluster_name, interval, documents, counters, shutdown: shutdown.clone() }.run(),
+        ));
+    }
+    let handle =
+        TelemetryHandle { snapshot, shipped: Arc::clone(&shipped), ticks: Arc::clone(&ticks), extras: counters, alarms: alarms.clone() };
+    let ticker = Ticker { interval, publish, documents, shipped, ticks, netpol, logs, alarms, shutdown };
+    tasks.push(Box::pin(ticker.run(collector)));
     let task = tokio::spawn(async move {
-        tokio::join!(ship, ticker.run(collector));
+        futures_util::future::join_all(tasks).await;
     });
     (handle, task)
 }
@@ -184,6 +289,8 @@ struct Ticker {
     shipped: Arc<ShipCounters>,
     ticks: Arc<TickCounters>,
     netpol: Option<NetpolHandle>,
+    logs: Option<LogsHandle>,
+    alarms: broadcast::Sender<AllowanceAlarm>,
     shutdown: CancellationToken,
 }
 
@@ -215,6 +322,12 @@ impl Ticker {
                 Ok((snapshot, messages)) => {
                     self.ticks.done.fetch_add(1, Ordering::Relaxed);
                     let timestamp_ms = snapshot.wall_ms;
+                    for alarm in &snapshot.alarms {
+                        let AllowanceAlarm { interface, allowance, packets } = alarm;
+                        warn!(%interface, allowance, packets, "the instance's network allowance was exceeded");
+                        // Nobody may be listening.
+                        let _heard = self.alarms.send(alarm.clone());
+                    }
                     self.publish.send_replace(Arc::new(snapshot));
                     if !first && !messages.is_empty() {
                         self.send(timestamp_ms, messages);
@@ -239,12 +352,34 @@ impl Ticker {
     }
 
     /// What the other parts counted for each pod.
-    async fn pod_counters(&self) -> HashMap<String, PodCounters> {
-        let Some(netpol) = &self.netpol else { return HashMap::new() };
-        let snapshot = netpol.snapshot().await;
-        let denied = |counters: &EndpointCounters| counters.ingress_denied.packets + counters.egress_denied.packets;
-        snapshot.endpoints.iter().map(|endpoint| (endpoint.pod_uid.clone(), PodCounters { denied: denied(&endpoint.counters) })).collect()
+    async fn pod_counters(&self) -> HashMap<PodName, PodCounters> {
+        let mut counters: HashMap<PodName, PodCounters> = HashMap::new();
+        if let Some(netpol) = &self.netpol {
+            let snapshot = netpol.snapshot().await;
+            let denied = |counters: &EndpointCounters| counters.ingress_denied.packets + counters.egress_denied.packets;
+            for endpoint in &snapshot.endpoints {
+                counters.entry(endpoint.pod.clone()).or_default().denied = Some(denied(&endpoint.counters));
+            }
+        }
+        let logs = async {
+            match &self.logs {
+                Some(logs) => logs.snapshot().await,
+                None => None,
+            }
+        };
+        // A log storm must not hold up the tick.
+        if let Ok(Some(snapshot)) = tokio::time::timeout(ANSWER_WITHIN, logs).await {
+            for file in snapshot.files {
+                *counters.entry(PodName::new(file.namespace, file.pod)).or_default().log_bytes.get_or_insert(0) += file.offset;
+            }
+        }
+        counters
     }
+}
+
+/// Milliseconds since 1970.
+fn wall_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// CPU time of the calling thread.
@@ -269,8 +404,8 @@ pub struct Collector {
     table: PodTable,
     veth_prefix: String,
     encoder: Encoder,
-    files: ContainerFiles,
-    pod_counters: HashMap<String, PodCounters>,
+    files: Option<watch::Receiver<Arc<ContainerFiles>>>,
+    pod_counters: HashMap<PodName, PodCounters>,
     encode: bool,
     fresh: bool,
 }
@@ -285,7 +420,7 @@ impl Collector {
             table: PodTable::default(),
             veth_prefix: settings.veth_prefix.clone(),
             encoder: Encoder::new(identity, settings.selection.clone()),
-            files: ContainerFiles::new(),
+            files: None,
             pod_counters: HashMap::new(),
             encode: settings.documents,
             fresh: true,
@@ -302,7 +437,8 @@ impl Collector {
             self.table = self.table.refreshed(&state, &self.encoder.identity().node, &self.veth_prefix);
             self.fresh = false;
         }
-        let snapshot = self.reader.pass(&mut self.tracker, &self.table, &self.files, &self.pod_counters)?;
+        let files = self.files.as_ref().map(|files| Arc::clone(&files.borrow())).unwrap_or_default();
+        let snapshot = self.reader.pass(&mut self.tracker, &self.table, &files, &self.pod_counters)?;
         let documents = if self.encode { self.encoder.documents(&snapshot) } else { Vec::new() };
         debug!(pods = snapshot.pods.len(), documents = documents.len(), "metric tick");
         Ok((snapshot, documents))

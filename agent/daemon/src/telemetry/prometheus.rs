@@ -1,5 +1,7 @@
 //! The text of :61678/metrics, made at each scrape from the parts' latest snapshots: nothing is counted twice or kept here.
 
+pub(super) mod node;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
@@ -7,7 +9,7 @@ use stanchion_core::metrics::exposition::{Exposition, Format};
 use stanchion_core::metrics::families as f;
 use stanchion_core::metrics::proc;
 
-use super::TelemetryHandle;
+use super::{ExtraCounters, TelemetryHandle};
 use crate::ipamd::IpamSnapshot;
 use crate::logs::LogsSnapshot;
 use crate::netpol::NetpolSnapshot;
@@ -46,7 +48,7 @@ pub fn render(sources: &Sources<'_>, format: Format) -> String {
     if let Some(telemetry) = sources.telemetry {
         ticks(&mut out, telemetry);
         if sources.node_and_containers {
-            node_and_containers(&mut out, telemetry);
+            node::node_and_containers(&mut out, &telemetry.snapshot());
         }
     }
     process(&mut out);
@@ -90,6 +92,7 @@ fn addresses(out: &mut Exposition, ipam: &IpamSnapshot) {
         out.family(&f::STARTUP_SECONDS).histogram(&["true", "true", ""], &[seconds]);
         out.family(&f::NODE_INIT_SECONDS).histogram(&["true"], &[seconds]);
     }
+    out.family(&f::CONNMARK_BACKEND).value(&["nftables"], 1.0);
     out.single(&f::IPAM_READY, flag(ipam.status.ready));
     let mut samples = out.family(&f::IPAM_FREE);
     for pool in &ipam.pools {
@@ -225,6 +228,7 @@ fn ticks(out: &mut Exposition, telemetry: &TelemetryHandle) {
     out.single(&f::TICKS, ticks.done.load(Ordering::Relaxed) as f64);
     out.single(&f::TICK_ERRORS, ticks.failed.load(Ordering::Relaxed) as f64);
     out.single(&f::TICK_SECONDS, ticks.cpu_us.load(Ordering::Relaxed) as f64 / 1e6);
+    extras(out, telemetry);
     let snapshot = telemetry.snapshot();
     out.single(&f::UNKNOWN_PODS, snapshot.unknown_pods as f64);
     let mut samples = out.family(&f::ENA_EXCEEDED);
@@ -241,30 +245,21 @@ fn ticks(out: &mut Exposition, telemetry: &TelemetryHandle) {
     }
 }
 
-fn node_and_containers(out: &mut Exposition, telemetry: &TelemetryHandle) {
-    let snapshot = telemetry.snapshot();
-    let [one, five, fifteen] = snapshot.node.load;
-    out.single(&f::NODE_LOAD1, one);
-    out.single(&f::NODE_LOAD5, five);
-    out.single(&f::NODE_LOAD15, fifteen);
-    out.single(&f::NODE_MEMORY_TOTAL, snapshot.node.memory_limit as f64);
-    for (family, available) in [(&f::NODE_FS_SIZE, false), (&f::NODE_FS_AVAIL, true)] {
+/// What does not run counts nothing.
+fn extras(out: &mut Exposition, telemetry: &TelemetryHandle) {
+    let ExtraCounters { kubelet, otlp, scrape, statsd } = telemetry.extras();
+    for (family, [(good, done), (bad, failed)]) in [
+        (&f::KUBELET_READS, [("read", &kubelet.read), ("failed", &kubelet.failed)]),
+        (&f::OTLP_REQUESTS, [("sent", &otlp.sent), ("dropped", &otlp.dropped)]),
+        (&f::SCRAPES, [("read", &scrape.done), ("failed", &scrape.failed)]),
+        (&f::STATSD_LOST, [("malformed", &statsd.malformed), ("no_room", &statsd.dropped)]),
+    ] {
         let mut samples = out.family(family);
-        for filesystem in &snapshot.filesystems {
-            let size = if available { filesystem.size.available } else { filesystem.size.capacity };
-            samples.value(&[&filesystem.device], size as f64);
-        }
+        samples.value(&[good], done.load(Ordering::Relaxed) as f64);
+        samples.value(&[bad], failed.load(Ordering::Relaxed) as f64);
     }
-    for (family, anonymous) in [(&f::CONTAINER_MEMORY, false), (&f::CONTAINER_RSS, true)] {
-        let mut samples = out.family(family);
-        for pod in &snapshot.pods {
-            for container in &pod.containers {
-                let Some(memory) = container.memory else { continue };
-                let value = if anonymous { memory.rss } else { memory.working_set };
-                samples.value(&[&pod.meta.namespace, &pod.meta.name, &pod.meta.containers[container.index].name], value as f64);
-            }
-        }
-    }
+    out.single(&f::SCRAPE_DROPPED, scrape.dropped_series.load(Ordering::Relaxed) as f64);
+    out.single(&f::STATSD_PACKETS, statsd.packets.load(Ordering::Relaxed) as f64);
 }
 
 /// This process, under the names that Prometheus' client libraries use.

@@ -1,19 +1,23 @@
 //! One pass over /proc, /sys and the cgroups.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use stanchion_core::ids::PodName;
 use stanchion_core::metrics::model::{AllowanceSample, FilesystemSample, FilesystemSize, Snapshot};
 use stanchion_core::metrics::pods::PodTable;
 use stanchion_core::metrics::proc;
-use stanchion_core::metrics::track::{CgroupReading, ContainerFiles, PodCounters, Readings, Tracker};
+use stanchion_core::metrics::track::{CgroupId, CgroupReading, ContainerFiles, PodCounters, Readings, Tracker};
 
 use stanchion_netlink::ethtool;
-use tracing::warn;
 
 use super::cgroups::{Cgroups, KernelFile};
+use super::wall_ms;
 
 /// Where the kernel's views are mounted: the host's, which a container may see under other names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +63,7 @@ pub(super) struct Reader {
     /// Disks with a device behind them and their EBS volumes; others map to nothing in `checked_disks`.
     disks: HashMap<String, Option<String>>,
     checked_disks: BTreeSet<String>,
-    allowances: Vec<AllowanceSample>,
+    disks_in_use: Mounts,
 }
 
 impl Reader {
@@ -76,7 +80,7 @@ impl Reader {
             physical: BTreeSet::new(),
             disks: HashMap::new(),
             checked_disks: BTreeSet::new(),
-            allowances: Vec::new(),
+            disks_in_use: Mounts::default(),
         }
     }
 
@@ -86,7 +90,7 @@ impl Reader {
         tracker: &mut Tracker,
         table: &PodTable,
         files: &ContainerFiles,
-        pod_counters: &HashMap<String, PodCounters>,
+        pod_counters: &HashMap<PodName, PodCounters>,
     ) -> Result<Snapshot, ReadError> {
         let proc_root = self.roots.proc.as_path();
         let missing = |name: &str| ReadError::Unreadable { path: proc_root.join(name) };
@@ -98,12 +102,13 @@ impl Reader {
         let net_dev = if self.roots.proc == Path::new("/proc") { "net/dev" } else { "1/net/dev" };
         keep(&mut self.net_dev, self.file.read(proc_root, net_dev));
         keep(&mut self.diskstats, self.file.read(proc_root, "diskstats"));
-        self.cgroups.read(self.started, &mut self.file, &mut self.readings);
+        let wanted = |id: &CgroupId| id.container.as_ref().is_none_or(|container| table.has_container(&id.pod_uid, container));
+        self.cgroups.read(self.started, &wanted, &mut self.file, &mut self.readings);
         let root_memory = self.cgroups.root_memory(&mut self.file);
         self.learn_devices();
         let filesystems = self.filesystems();
         let allowances = self.allowances();
-        let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX));
+        let wall_ms = wall_ms();
         let readings = Readings {
             at,
             wall_ms,
@@ -149,62 +154,91 @@ impl Reader {
         }
     }
 
-    /// Allowance counters of interfaces with a device, with a warning where one rose since the last tick: nothing else tells why an
-    /// instance drops packets.
-    fn allowances(&mut self) -> Vec<AllowanceSample> {
+    /// Allowance counters of interfaces with a device.
+    fn allowances(&self) -> Vec<AllowanceSample> {
         let read = |name: &String| {
             let counters = ethtool::statistics(name).ok()?;
             AllowanceSample::from_counters(name, counters.iter().map(|(name, value)| (name.as_str(), *value)))
         };
-        let now: Vec<AllowanceSample> = self.physical.iter().filter_map(read).collect();
-        for sample in &now {
-            let Some(before) = self.allowances.iter().find(|before| before.interface == sample.interface) else { continue };
-            for ((allowance, value), (_, last)) in sample.exceeded().into_iter().zip(before.exceeded()) {
-                if value > last {
-                    let packets = value - last;
-                    warn!(interface = %sample.interface, allowance, packets, "the instance's network allowance was exceeded");
-                }
-            }
-        }
-        self.allowances.clone_from(&now);
-        now
+        self.physical.iter().filter_map(read).collect()
     }
 
     /// Sizes of the file systems on block devices, one a device.
     fn filesystems(&mut self) -> Vec<FilesystemSample> {
-        let init = self.roots.proc.join("1");
-        let Some(text) = self.file.read(&init, "mountinfo") else { return Vec::new() };
-        let mut seen = BTreeSet::new();
-        let mut found = Vec::new();
-        for mount in proc::mountinfo(text) {
-            if mount.source.starts_with("/dev/") && seen.insert(mount.device) {
-                found.push((mount.source.to_owned(), mount.device, mount.point.into_owned()));
-            }
-        }
-        let mut out = Vec::new();
-        for (device, (major, minor), point) in found {
-            // The host's mount as process 1 sees it; where that may not be entered, our own, if it is the same.
-            let on_host = init.join("root").join(point.trim_start_matches('/'));
-            let same = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|meta| device_number(meta.dev()) == (major, minor));
-            let Some(path) = [on_host, PathBuf::from(point)].into_iter().find(same) else { continue };
-            let Ok(stat) = nix::sys::statvfs::statvfs(&path) else { continue };
+        self.disks_in_use.refresh(&self.roots, &mut self.file);
+        let size = |path: &PathBuf| {
+            let stat = nix::sys::statvfs::statvfs(path).ok()?;
             let block = stat.fragment_size();
             let capacity = stat.blocks() * block;
-            if capacity == 0 {
-                continue;
-            }
-            let sys = self.roots.sys.join(format!("dev/block/{major}:{minor}"));
-            let volume = ["device/serial", "../device/serial"].iter().find_map(|path| ebs_volume(self.file.read(&sys, path)?));
-            let size = FilesystemSize {
+            (capacity > 0).then(|| FilesystemSize {
                 capacity,
                 available: stat.blocks_available() * block,
                 usage: capacity.saturating_sub(stat.blocks_free() * block),
                 inodes: stat.files(),
                 inodes_free: stat.files_free(),
-            };
-            out.push(FilesystemSample { device, volume, size });
+            })
+        };
+        let sample = |found: &Mounted| {
+            Some(FilesystemSample { device: found.device.clone(), volume: found.volume.clone(), size: size(&found.path)? })
+        };
+        self.disks_in_use.found.iter().filter_map(sample).collect()
+    }
+}
+
+/// The file systems on block devices. Listing a node's mounts costs more than a millisecond where many pods run, so it is done only
+/// when the kernel says that they changed.
+#[derive(Debug, Default)]
+struct Mounts {
+    mountinfo: Option<File>,
+    found: Vec<Mounted>,
+}
+
+/// A file system that can be asked.
+#[derive(Debug)]
+struct Mounted {
+    device: String,
+    volume: Option<String>,
+    path: PathBuf,
+}
+
+impl Mounts {
+    fn refresh(&mut self, roots: &Roots, file: &mut KernelFile) {
+        let init = roots.proc.join("1");
+        match &self.mountinfo {
+            Some(mountinfo) if !mounts_changed(mountinfo) => return,
+            Some(_) => {}
+            None => self.mountinfo = File::open(init.join("mountinfo")).ok(),
         }
-        out
+        self.found.clear();
+        let Some(text) = self.mountinfo.as_ref().and_then(|mountinfo| file.text_of(mountinfo)) else { return };
+        let mut seen = BTreeSet::new();
+        let mut mounts = Vec::new();
+        for mount in proc::mountinfo(text) {
+            if mount.source.starts_with("/dev/") && seen.insert(mount.device) {
+                mounts.push((mount.source.to_owned(), mount.device, mount.point.into_owned()));
+            }
+        }
+        for (device, (major, minor), point) in mounts {
+            // The host's mount as process 1 sees it; where that may not be entered, our own, if it is the same.
+            let on_host = init.join("root").join(point.trim_start_matches('/'));
+            let same = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|meta| device_number(meta.dev()) == (major, minor));
+            let Some(path) = [on_host, PathBuf::from(point)].into_iter().find(same) else { continue };
+            let sys = roots.sys.join(format!("dev/block/{major}:{minor}"));
+            let volume = ["device/serial", "../device/serial"].iter().find_map(|path| ebs_volume(file.read(&sys, path)?));
+            self.found.push(Mounted { device, volume, path });
+        }
+    }
+}
+
+/// Whether the mounts changed since this was asked the last time; always for a copy of the file, which the kernel does not watch.
+fn mounts_changed(mountinfo: &File) -> bool {
+    if mountinfo.metadata().map_or(true, |meta| meta.len() > 0) {
+        return true;
+    }
+    let mut asked = [PollFd::new(mountinfo.as_fd(), PollFlags::POLLPRI)];
+    match poll(&mut asked, PollTimeout::ZERO) {
+        Ok(_) => asked[0].revents().is_none_or(|events| events.intersects(PollFlags::POLLPRI | PollFlags::POLLERR)),
+        Err(_) => true,
     }
 }
 

@@ -73,6 +73,8 @@ async fn documents_of_the_real_kernel_arrive_after_an_outage() {
         identity: identity(),
         settings,
         netpol: None,
+        logs: None,
+        extras: Extras::default(),
         shutdown: shutdown.clone(),
     });
     timeout(LIMIT, sink.taken.notified()).await.expect("documents arrive");
@@ -85,7 +87,7 @@ async fn documents_of_the_real_kernel_arrive_after_an_outage() {
     let cores = std::thread::available_parallelism().unwrap().get();
     assert!(node["node_cpu_limit"].as_f64().unwrap() >= (cores * 1000) as f64);
     let used = node["node_cpu_usage_total"].as_f64().unwrap();
-    assert!(used >= 0.0 && used <= node["node_cpu_limit"].as_f64().unwrap() * 1.2, "{used}");
+    assert!(used >= 0.0 && used <= node["node_cpu_limit"].as_f64().unwrap(), "{used}");
     assert!(node["node_memory_working_set"].as_f64().unwrap() < node["node_memory_limit"].as_f64().unwrap());
     assert!(state.messages.iter().any(|message| message.contains("\"Type\":\"NodeFS\"")));
     assert_eq!(handle.shipped().dropped.load(Ordering::Relaxed), 0);
@@ -156,7 +158,7 @@ fn check_layout(root: &Path, container: &str) {
     let mut cgroups = cgroups::Cgroups::new(root);
     let (mut file, mut out) = (cgroups::KernelFile::default(), Vec::new());
     for _twice in 0..2 {
-        cgroups.read(std::time::Instant::now(), &mut file, &mut out);
+        cgroups.read(std::time::Instant::now(), &|_| true, &mut file, &mut out);
         let found: Vec<_> = out.iter().map(|reading| (reading.id.pod_uid.as_str(), reading.id.container.as_deref())).collect();
         assert_eq!(found, [(UID, None), (UID, Some(ID))], "{container}");
         assert_eq!(out.iter().map(|reading| reading.cpu.unwrap().usage_ns).collect::<Vec<_>>(), [2_000_000, 1_000_000]);
@@ -166,7 +168,8 @@ fn check_layout(root: &Path, container: &str) {
 
 /// A text as a scraper reads it: headings before samples, each family once and known, labels as declared, numbers readable.
 fn check_exposition(text: &str, format: Format) -> BTreeSet<String> {
-    let known: HashMap<&str, &Family> = families::AWS_NODE.iter().chain(families::OWN).map(|family| (family.name, *family)).collect();
+    let known: HashMap<&str, &Family> =
+        families::AWS_NODE.iter().chain(families::OWN).chain(families::NODE).map(|family| (family.name, *family)).collect();
     let (mut seen, mut current) = (BTreeSet::new(), String::new());
     let mut lines = text.lines().peekable();
     while let Some(line) = lines.next() {
@@ -213,7 +216,7 @@ fn a_scrape_of_a_busy_node_is_valid_and_bounded() {
     for index in 0..300 {
         let endpoint = crate::netpol::EndpointView {
             slot: index,
-            pod: stanchion_core::ids::PodName::new("default", format!("p-{index}")),
+            pod: PodName::new("default", format!("p-{index}")),
             pod_uid: String::new(),
             container_id: "c".into(),
             interfaces: Vec::new(),
@@ -247,5 +250,134 @@ fn a_scrape_of_a_busy_node_is_valid_and_bounded() {
         assert!(text.contains("awscni_aws_api_error_count{api=\"CreateNetworkInterface\",error=\"Other \\\"x\\\"\"} 1\n"));
         // 300 policed pods have 1,200 series a family: 1,000 are told, the rest is counted.
         assert!(text.contains("stanchion_metrics_capped_samples 400\n"));
+    }
+}
+
+/// Writes a tree from `testdata/trees`: a note, then `=== path` and the file's text for each file.
+fn plant(tree: &str, root: &Path) {
+    for part in tree.split("\n=== ").skip(1) {
+        let (path, text) = part.split_once('\n').unwrap_or((part, ""));
+        let path = root.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        // The split took the newline before the next heading.
+        std::fs::write(path, if text.is_empty() || text.ends_with('\n') { text.to_owned() } else { format!("{text}\n") }).unwrap();
+    }
+}
+
+/// A cluster with the one pod that the trees have.
+fn pod_of_the_trees(runtime: &str) -> ClusterState {
+    let pod: stanchion_core::objects::Pod = serde_json::from_value(serde_json::json!({
+        "metadata": { "name": "web", "namespace": "default", "uid": UID },
+        "spec": { "nodeName": "node1", "containers": [{ "name": "c" }] },
+        "status": { "phase": "Running", "containerStatuses": [
+            { "name": "c", "containerID": format!("{runtime}://{ID}"), "restartCount": 0, "state": { "running": {} } }] },
+    }))
+    .unwrap();
+    let mut state = ClusterState { synced: true, ..ClusterState::default() };
+    state.pods.insert(pod.full_name(), Arc::new(pod));
+    state
+}
+
+/// Multiplies the counters of processor time in a file by three.
+fn run_on(path: &Path) {
+    let Ok(text) = std::fs::read_to_string(path) else { return };
+    let words: Vec<String> = text
+        .split_inclusive([' ', '\n'])
+        .map(|word| match word.trim().parse::<u64>() {
+            Ok(number) => word.replace(word.trim(), &(number * 3).to_string()),
+            Err(_) => word.to_owned(),
+        })
+        .collect();
+    std::fs::write(path, words.concat()).unwrap();
+}
+
+/// Whatever the kernel's layout, the driver and the runtime: one pod with one container, the same figures, the sandbox not among them.
+#[test]
+fn recorded_trees_of_every_layout_give_the_same_pod() {
+    let trees = [
+        (include_str!("../../testdata/trees/v1-cgroupfs-containerd.txt"), "containerd", true),
+        (include_str!("../../testdata/trees/hybrid-systemd-docker.txt"), "docker", true),
+        (include_str!("../../testdata/trees/v2-systemd-containerd.txt"), "containerd", true),
+        (include_str!("../../testdata/trees/v2-systemd-crio.txt"), "cri-o", false),
+        (include_str!("../../testdata/trees/v2-nested-containerd.txt"), "containerd", true),
+        (include_str!("../../testdata/trees/v2-cgroupfs-containerd.txt"), "containerd", true),
+    ];
+    for (tree, runtime, has_peak) in trees {
+        let name = tree.lines().next().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        plant(tree, dir.path());
+        let (_keep, cluster) = watch::channel(Arc::new(pod_of_the_trees(runtime)));
+        let roots = Roots { proc: dir.path().join("proc"), cgroup: dir.path().join("cgroup"), sys: dir.path().join("sys") };
+        let mut collector = Collector::new(roots, cluster, identity(), &TelemetrySettings::default());
+        let (first, _) = collector.collect().unwrap();
+        assert!(first.pods[0].cpu.is_none(), "{name}: nothing to count from");
+        let mut directories = vec![dir.path().join("cgroup")];
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(&directory).unwrap().flatten() {
+                if entry.path().is_dir() {
+                    directories.push(entry.path());
+                }
+            }
+            for file in ["cpu.stat", "cpuacct.usage", "cpuacct.stat"] {
+                run_on(&directory.join(file));
+            }
+        }
+        let (snapshot, documents) = collector.collect().unwrap();
+        assert_eq!((snapshot.pods.len(), snapshot.unknown_pods), (1, 0), "{name}");
+        let pod = &snapshot.pods[0];
+        let [container] = &pod.containers[..] else { panic!("{name}: {:?}", pod.containers) };
+        let (of_pod, of_container) = (pod.memory.unwrap(), container.memory.unwrap());
+        assert_eq!((of_pod.usage, of_container.usage), (26_066_944, 25_804_800), "{name}");
+        assert_eq!((of_container.rss, of_container.working_set), (25_280_512, 25_804_800 - 90_112), "{name}");
+        assert_eq!(of_pod.max_usage > 0, has_peak, "{name}");
+        assert!(of_container.faults.is_some_and(|faults| faults.minor == 0.0), "{name}");
+        let (of_pod, of_container) = (pod.cpu.unwrap(), container.cpu.unwrap());
+        assert!(of_container.total > 0.0 && of_container.user > 0.0, "{name}: {of_container:?}");
+        assert!((of_pod.total / of_container.total - 1.0).abs() < 0.5, "{name}: {of_pod:?} {of_container:?}");
+        assert_eq!((snapshot.node.cpu_limit, snapshot.node.memory_limit), (2000.0, 24_684_084 * 1024), "{name}");
+        let types: BTreeSet<String> = documents
+            .iter()
+            .map(|text| serde_json::from_str::<serde_json::Value>(text).unwrap()["Type"].as_str().unwrap().to_owned())
+            .collect();
+        assert_eq!(types, ["Container", "Node", "NodeDiskIO", "NodeNet", "Pod"].map(str::to_owned).into(), "{name}");
+    }
+}
+
+/// The recorded node and its pod under node_exporter's and cAdvisor's names.
+#[test]
+fn a_recorded_node_under_the_usual_names() {
+    use stanchion_core::metrics::exposition::Exposition;
+    let dir = tempfile::tempdir().unwrap();
+    plant(include_str!("../../testdata/trees/v2-systemd-containerd.txt"), dir.path());
+    let veth = stanchion_core::network::names::host_veth_name(DEFAULT_VETH_PREFIX, &PodName::new("default", "web"), 0);
+    let net_dev = dir.path().join("proc/1/net/dev");
+    let with_pod = std::fs::read_to_string(&net_dev).unwrap() + &format!("{veth}: 70 7 0 2 0 0 0 0 30 3 0 0 0 0 0 0\n");
+    std::fs::write(&net_dev, with_pod).unwrap();
+    let (_keep, cluster) = watch::channel(Arc::new(pod_of_the_trees("containerd")));
+    let roots = Roots { proc: dir.path().join("proc"), cgroup: dir.path().join("cgroup"), sys: dir.path().join("sys") };
+    let mut collector = Collector::new(roots, cluster, identity(), &TelemetrySettings::default());
+    collector.collect().unwrap();
+    let (snapshot, _) = collector.collect().unwrap();
+    for format in [Format::Prometheus, Format::OpenMetrics] {
+        let mut out = Exposition::new(format);
+        prometheus::node::node_and_containers(&mut out, &snapshot);
+        let text = out.finish();
+        check_exposition(&text, format);
+        for line in [
+            "node_boot_time_seconds 1795232750",
+            "node_memory_MemTotal_bytes 25276502016",
+            "node_network_receive_bytes_total{device=\"eth0\"} 1037338115",
+            "container_cpu_usage_seconds_total{namespace=\"default\",pod=\"web\",container=\"c\"} 0.050376",
+            "container_memory_working_set_bytes{namespace=\"default\",pod=\"web\",container=\"c\"} 25714688",
+            // What the host end sent is what the pod received.
+            "container_network_receive_bytes_total{namespace=\"default\",pod=\"web\",interface=\"eth0\"} 30",
+            "container_network_transmit_packets_dropped_total{namespace=\"default\",pod=\"web\",interface=\"eth0\"} 2",
+        ] {
+            assert!(text.lines().any(|told| told == line), "{line} in {text}");
+        }
+        assert!(
+            text.contains("node_cpu_seconds_total{mode=\"steal\"} 63.02\n")
+                && text.contains("node_disk_written_bytes_total{device=\"vda\"}")
+        );
     }
 }

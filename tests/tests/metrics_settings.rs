@@ -1,0 +1,94 @@
+//! The metric settings of the real agent: each shows in what it tells.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpStream, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use stanchion_lab::cluster::{Cluster, SOON};
+use stanchion_lab::node::{CLUSTER_NAME, Node};
+use stanchion_lab::pod::PodSpec;
+use stanchion_lab::wait::wait_for;
+
+fn documents(cluster: &Cluster, group: &str) -> Vec<Value> {
+    let cloud = cluster.vpc().cloud();
+    let events = cloud.events(&format!("/aws/containerinsights/{CLUSTER_NAME}/{group}"), "node1");
+    events.iter().map(|event| serde_json::from_str(&event.message).unwrap()).collect()
+}
+
+/// The text of :61678/metrics.
+fn scrape(node: &Node) -> anyhow::Result<String> {
+    node.netns().run(|| {
+        let mut stream = TcpStream::connect("127.0.0.1:61678")?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node1\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    })?
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_metric_setting_shows() {
+    let settings = [
+        ("WARM_IP_TARGET", "2"),
+        ("STANCHION_METRICS_INTERVAL_SECONDS", "1"),
+        ("STANCHION_METRICS_PRESET", "enhanced"),
+        ("STANCHION_METRICS_WITHOUT", "NodeFS,pod_status_ready"),
+        ("STANCHION_METRICS_FIGURES", "upstream"),
+        ("STANCHION_NODE_METRICS", "true"),
+        ("STANCHION_STATSD_ADDRESS", "127.0.0.1:8125"),
+    ];
+    let mut cluster = Cluster::start(&["m5.large"], &settings).await.expect("the cluster starts");
+    cluster.add_pod(0, PodSpec::new("x", "app-0")).await.expect("a pod");
+    let told = wait_for("documents of the pod and of its host interface", SOON, || async {
+        let told = documents(&cluster, "performance");
+        let of = |name: &'static str| told.iter().filter(move |document| document["Type"] == name);
+        let pod = of("Pod").any(|document| document["FullPodName"] == "app-0");
+        // As the CloudWatch agent counts: the pod's host end is an interface of the node.
+        let host_end = of("NodeNet").any(|document| document["interface"].as_str().is_some_and(|name| name.starts_with("eni")));
+        ensure!(pod && host_end, "pod: {pod}, host end: {host_end}");
+        Ok(told)
+    })
+    .await
+    .unwrap();
+    assert!(!told.iter().any(|document| document["Type"] == "NodeFS"), "left out by its type");
+    let pod = told.iter().find(|document| document["Type"] == "Pod").expect("it is there");
+    let metrics = pod["CloudWatchMetrics"].to_string();
+    assert!(metrics.contains("\"pod_status_running\"") && !metrics.contains("\"pod_status_ready\""), "{metrics}");
+    let node = cluster.node(0);
+    let text = scrape(node).expect("the metrics listener answers");
+    for name in ["node_load1 ", "node_memory_MemTotal_bytes ", "awscni_connmark_backend{backend=\"nftables\"} 1"] {
+        assert!(text.contains(name), "{name} in {text}");
+    }
+    let counted = wait_for("a statsd document", SOON, || async {
+        node.netns().run(|| UdpSocket::bind("127.0.0.1:0")?.send_to(b"orders:2|c", "127.0.0.1:8125"))?.context("send a packet")?;
+        let mut told = documents(&cluster, "statsd").into_iter();
+        told.find(|document| !document["orders"].is_null()).context("none yet")
+    })
+    .await
+    .unwrap();
+    assert_eq!(counted["orders"].as_u64().map(|orders| orders % 2), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_that_cannot_be_used_stops_the_start_with_its_name() {
+    let mut vpc = stanchion_lab::Vpc::builder().start().await.expect("a VPC");
+    let node = vpc.node("node1", "m5.large").await.expect("a node");
+    for (name, value) in
+        [("STANCHION_METRICS_PRESET", "everything"), ("STANCHION_METRICS_WITHOUT", "Pods"), ("STANCHION_STATSD_ADDRESS", "8125")]
+    {
+        let mut agent = node.start_agent(&[(name, value)]).expect("it is started");
+        let status = wait_for("the agent to refuse", SOON, || {
+            let ended = agent.ended();
+            async move { ended?.context("it still runs") }
+        })
+        .await
+        .unwrap();
+        assert!(!status.success());
+        let said = std::fs::read_to_string(agent.output()).unwrap();
+        assert!(said.contains(name) && said.contains(value), "{name}: {said}");
+    }
+}
