@@ -1,6 +1,5 @@
 //! CloudWatch Logs over the SDK.
 
-use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,17 +7,12 @@ use aws_sdk_cloudwatchlogs::Client;
 use aws_sdk_cloudwatchlogs::types::LogGroupClass;
 use aws_smithy_types::body::SdkBody;
 use bytes::Bytes;
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
 use stanchion_core::logs::LogBatch;
 
 use crate::classify::sink_error;
 use crate::failure::Failure;
 use crate::renew::Renewable;
-
-/// Level 1: of 8:1 and more on container logs at a tenth of level 6's CPU.
-const GZIP_LEVEL: u32 = 1;
 
 /// [`LogSink`] over the SDK. Each method is one request (a new group with retention: two), sent once.
 ///
@@ -27,16 +21,17 @@ const GZIP_LEVEL: u32 = 1;
 #[derive(Clone, Debug)]
 pub struct CloudWatchSink {
     client: Renewable<Client>,
-    /// Bodies go compressed; the first endpoint that does not take them turns it off for good.
+    /// Batches that are kept compressed go so; the first endpoint that does not take them turns it off for good.
     gzip: Arc<AtomicBool>,
 }
 
 impl CloudWatchSink {
     pub(crate) fn new(client: Renewable<Client>) -> Self {
-        Self { client, gzip: Arc::new(AtomicBool::new(false)) }
+        Self { client, gzip: Arc::new(AtomicBool::new(true)) }
     }
 
-    /// Compresses bodies: less network for more CPU. The service bills the bytes before compression either way.
+    /// Whether compressed bodies go as they are: less network, and less to hash and encrypt. The service bills the bytes before compression
+    /// either way.
     #[must_use]
     pub fn with_gzip(self, on: bool) -> Self {
         self.gzip.store(on, Ordering::Relaxed);
@@ -93,8 +88,10 @@ impl CloudWatchSink {
 
 impl LogSink for CloudWatchSink {
     async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
-        if self.gzip() {
-            match self.send(batch, &compress(batch.body()), true).await {
+        if self.gzip()
+            && let Some(gzip) = batch.gzip()
+        {
+            match self.send(batch, gzip, true).await {
                 Err(failure) if says_no_gzip(&failure) => {
                     tracing::warn!(group = batch.group(), "the endpoint takes no gzip bodies: sent plain from now on");
                     self.gzip.store(false, Ordering::Relaxed);
@@ -102,7 +99,7 @@ impl LogSink for CloudWatchSink {
                 reply => return reply.map_err(to_sink_error),
             }
         }
-        self.send(batch, batch.body(), false).await.map_err(to_sink_error)
+        self.send(batch, &batch.body(), false).await.map_err(to_sink_error)
     }
 
     async fn create_group(&self, group: &str, spec: &LogGroupSpec) -> Result<(), SinkError> {
@@ -134,12 +131,6 @@ impl LogSink for CloudWatchSink {
             reply => reply.map(|_| ()).map_err(to_sink_error),
         }
     }
-}
-
-fn compress(body: &[u8]) -> Bytes {
-    let mut encoder = GzEncoder::new(Vec::with_capacity(body.len() / 4), Compression::new(GZIP_LEVEL));
-    encoder.write_all(body).expect("a Vec takes every write");
-    encoder.finish().expect("a Vec takes every write").into()
 }
 
 /// What an endpoint says that reads a compressed body as it is.

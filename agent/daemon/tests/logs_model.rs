@@ -392,3 +392,26 @@ fn deleted_files_beyond_the_disk_budget_are_given_up_and_counted() {
     assert!(evicted > 5000, "only {evicted} bytes");
     assert!(tailer.snapshot(now).held_bytes <= 1000);
 }
+
+#[test]
+fn a_file_truncated_and_then_renamed_does_not_make_the_next_one_old() {
+    let mut world = World::new();
+    let steps =
+        [Step::Rotate { late_lines: 1 }, Step::Write(1), Step::Wait(1), Step::CopyTruncate, Step::Rotate { late_lines: 0 }, Step::Write(1)];
+    for step in &steps {
+        world.run(step);
+    }
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+    assert!(world.taken.values().all(|times| *times == 1), "{:?}", world.taken);
+}
+
+#[test]
+fn a_file_truncated_and_written_to_the_same_size_is_read_again() {
+    let mut world = World::new();
+    for step in [Step::Rotate { late_lines: 1 }, Step::WriteTorn, Step::CopyTruncate, Step::WriteTorn] {
+        world.run(&step);
+    }
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+}

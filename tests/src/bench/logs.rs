@@ -291,7 +291,7 @@ fn floor(input: &Input, case: &Case) -> anyhow::Result<f64> {
     let mut send = |batch: LogBatch| -> anyhow::Result<()> {
         events += batch.len() as u64;
         std::hint::black_box(Sha256::digest(batch.body()));
-        tls.send(batch.body())
+        tls.send(&batch.body())
     };
     for index in 0..FILES {
         let name = file_name(index);

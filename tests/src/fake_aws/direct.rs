@@ -302,7 +302,7 @@ impl DirectLogs {
 
 impl LogSink for DirectLogs {
     async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
-        let call = logs_wire::parse("Logs_20140328.PutLogEvents", batch.is_emf(), batch.body())
+        let call = logs_wire::parse("Logs_20140328.PutLogEvents", batch.is_emf(), &batch.body())
             .map_err(|error| stanchion_aws::sink_error(&error.code, error.status, &error.message, None))?;
         match self.call(call).await? {
             LogsReply::Put { too_new_from, too_old_until, expired_until } => Ok(Rejected { too_new_from, too_old_until, expired_until }),

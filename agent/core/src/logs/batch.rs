@@ -3,9 +3,13 @@
 //! Limits: <https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutLogEvents.html>. A batch owns one
 //! buffer, the complete JSON 1.1 request, that events are written into directly; nothing is copied per event afterwards.
 
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
 use serde::Deserialize;
 
 use super::json;
@@ -24,6 +28,8 @@ pub const MAX_SPAN_MS: i64 = 24 * 3600 * 1000;
 /// Encoded size at which a batch is closed though the service would count less: keeps buffers of lines full of control
 /// characters (six bytes each when escaped) from growing to 6 MiB.
 const MAX_ENCODED_BYTES: usize = 1_900_000;
+/// Level 1: 5:1 to 30:1 on container logs at a tenth of level 6's CPU.
+const GZIP_LEVEL: u32 = 1;
 
 /// A closed batch: 1 to 10,000 events of one stream in time order.
 ///
@@ -32,10 +38,16 @@ const MAX_ENCODED_BYTES: usize = 1_900_000;
 pub struct LogBatch {
     group: Arc<str>,
     stream: Arc<str>,
-    body: Bytes,
-    events: Vec<Span>,
+    body: Body,
+    events: Arc<[Span]>,
     counted: usize,
     emf: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Body {
+    Plain(Bytes),
+    Gzip(Bytes),
 }
 
 /// Where an event's JSON object stands in the body.
@@ -65,9 +77,31 @@ impl LogBatch {
         &self.stream
     }
 
-    /// The complete body of the PutLogEvents request (`application/x-amz-json-1.1`), to be signed and sent as it is.
-    pub fn body(&self) -> &Bytes {
-        &self.body
+    /// The complete body of the PutLogEvents request (`application/x-amz-json-1.1`), to be signed and sent as it is. Inflated where it
+    /// is kept compressed.
+    pub fn body(&self) -> Bytes {
+        match &self.body {
+            Body::Plain(body) => body.clone(),
+            Body::Gzip(gzip) => {
+                let mut body = Vec::new();
+                GzDecoder::new(&gzip[..]).read_to_end(&mut body).expect("the builder compressed it");
+                body.into()
+            }
+        }
+    }
+
+    /// The body as it is kept compressed, to be sent with `content-encoding: gzip`; `None` where it is kept plain.
+    pub fn gzip(&self) -> Option<&Bytes> {
+        match &self.body {
+            Body::Plain(_) => None,
+            Body::Gzip(gzip) => Some(gzip),
+        }
+    }
+
+    /// Bytes of memory that it takes.
+    pub fn held_bytes(&self) -> usize {
+        let (Body::Plain(body) | Body::Gzip(body)) = &self.body;
+        body.len() + self.events.len() * size_of::<Span>()
     }
 
     /// The events are metric documents: send `x-amzn-logs-format: json/emf`.
@@ -98,8 +132,9 @@ impl LogBatch {
 
     /// The events, decoded: for sinks other than CloudWatch Logs, and for tests.
     pub fn events(&self) -> impl Iterator<Item = LogEvent> + '_ {
-        self.events.iter().map(|span| {
-            let object = &self.body[span.start as usize..span.end as usize];
+        let body = self.body();
+        self.events.iter().map(move |span| {
+            let object = &body[span.start as usize..span.end as usize];
             let wire: WireEvent = serde_json::from_slice(object).expect("the builder wrote a JSON object");
             LogEvent { timestamp_ms: wire.timestamp, message: wire.message }
         })
@@ -110,14 +145,15 @@ impl LogBatch {
         if self.events.len() < 2 {
             return None;
         }
+        let body = self.body();
         let (left, right) = self.events.split_at(self.events.len() / 2);
-        Some((self.part(left), self.part(right)))
+        Some((self.part(&body, left), self.part(&body, right)))
     }
 
-    fn part(&self, spans: &[Span]) -> Self {
-        let mut builder = BatchBuilder::new(self.group.clone(), self.stream.clone(), self.emf);
+    fn part(&self, body: &[u8], spans: &[Span]) -> Self {
+        let mut builder = BatchBuilder::new(self.group.clone(), self.stream.clone(), self.emf).compressing(self.gzip().is_some());
         for span in spans {
-            builder.append_encoded(&self.body[span.start as usize..span.end as usize], *span);
+            builder.append_encoded(&body[span.start as usize..span.end as usize], *span);
         }
         builder.finish().expect("half of two or more events is not empty")
     }
@@ -126,7 +162,7 @@ impl LogBatch {
     /// over [`MAX_MESSAGE_BYTES`] is cut at a character.
     pub fn from_events(group: &str, stream: &str, emf: bool, mut events: Vec<LogEvent>) -> Vec<Self> {
         events.sort_by_key(|event| event.timestamp_ms);
-        let mut builder = BatchBuilder::new(group.into(), stream.into(), emf);
+        let mut builder = BatchBuilder::new(group.into(), stream.into(), emf).compressing(true);
         let mut batches = Vec::new();
         for event in &events {
             let message = &event.message[..event.message.floor_char_boundary(MAX_MESSAGE_BYTES)];
@@ -147,6 +183,7 @@ pub struct BatchBuilder {
     group: Arc<str>,
     stream: Arc<str>,
     emf: bool,
+    compress: bool,
     /// The request's head, then events separated by commas.
     body: Vec<u8>,
     head: usize,
@@ -160,10 +197,36 @@ pub struct BatchBuilder {
 impl BatchBuilder {
     /// An empty builder.
     pub fn new(group: Arc<str>, stream: Arc<str>, emf: bool) -> Self {
-        let mut builder =
-            Self { group, stream, emf, body: Vec::new(), head: 0, events: Vec::new(), counted: 0, first_ms: 0, last_ms: 0, sorted: true };
+        let mut builder = Self {
+            group,
+            stream,
+            emf,
+            compress: false,
+            body: Vec::new(),
+            head: 0,
+            events: Vec::new(),
+            counted: 0,
+            first_ms: 0,
+            last_ms: 0,
+            sorted: true,
+        };
         builder.begin();
         builder
+    }
+
+    /// Batches are kept compressed, if `on`.
+    #[must_use]
+    pub fn compressing(mut self, on: bool) -> Self {
+        self.compress = on;
+        self
+    }
+
+    /// Gives back memory beyond `bytes` that the batches before needed; while there is no event.
+    pub fn shrink_to(&mut self, bytes: usize) {
+        if self.events.is_empty() {
+            self.body.shrink_to(bytes);
+            self.events.shrink_to(bytes / size_of::<Span>());
+        }
     }
 
     fn begin(&mut self) {
@@ -266,14 +329,19 @@ impl BatchBuilder {
             body = self.in_time_order(&body, &mut events);
         }
         body.extend_from_slice(b"]}");
-        let batch = LogBatch {
-            group: self.group.clone(),
-            stream: self.stream.clone(),
-            body: body.into(),
-            events,
-            counted: self.counted,
-            emf: self.emf,
+        let kept: Arc<[Span]> = events.as_slice().into();
+        let body = if self.compress {
+            let gzip = compress(&body);
+            // Both buffers serve the next batch.
+            body.clear();
+            events.clear();
+            (self.body, self.events) = (body, events);
+            Body::Gzip(gzip)
+        } else {
+            Body::Plain(body.into())
         };
+        let batch =
+            LogBatch { group: self.group.clone(), stream: self.stream.clone(), body, events: kept, counted: self.counted, emf: self.emf };
         self.begin();
         Some(batch)
     }
@@ -296,6 +364,14 @@ impl BatchBuilder {
     }
 }
 
+fn compress(body: &[u8]) -> Bytes {
+    let mut encoder = GzEncoder::new(Vec::with_capacity(body.len() / 8), Compression::new(GZIP_LEVEL));
+    encoder.write_all(body).expect("a Vec takes every write");
+    let mut gzip = encoder.finish().expect("a Vec takes every write");
+    gzip.shrink_to_fit();
+    gzip.into()
+}
+
 /// Offsets in a body: one event is at most six times a mebibyte when escaped.
 fn narrow(offset: usize) -> u32 {
     u32::try_from(offset).expect("a body is far below 4 GiB")
@@ -316,14 +392,18 @@ mod tests {
         assert!(events.is_sorted_by_key(|event| event.timestamp_ms));
         assert!(events[events.len() - 1].timestamp_ms - events[0].timestamp_ms <= MAX_SPAN_MS);
         assert!(events.iter().all(|event| !event.message.is_empty()));
-        let request: serde_json::Value = serde_json::from_slice(batch.body()).unwrap();
+        let request: serde_json::Value = serde_json::from_slice(&batch.body()).unwrap();
         assert_eq!(request["logGroupName"], "g");
         assert_eq!(request["logStreamName"], "s \"quoted\"");
         assert_eq!(request["logEvents"].as_array().unwrap().len(), events.len());
     }
 
     fn batches(events: &[(i64, String)]) -> Vec<LogBatch> {
-        let mut builder = BatchBuilder::new("g".into(), "s \"quoted\"".into(), false);
+        batches_of(events, false)
+    }
+
+    fn batches_of(events: &[(i64, String)], compress: bool) -> Vec<LogBatch> {
+        let mut builder = BatchBuilder::new("g".into(), "s \"quoted\"".into(), false).compressing(compress);
         let mut batches = Vec::new();
         for (timestamp, message) in events {
             batches.extend(builder.push_with(*timestamp, |out| {
@@ -350,6 +430,13 @@ mod tests {
         ) {
             let batches = batches(&events);
             batches.iter().for_each(legal);
+            let compressed = batches_of(&events, true);
+            prop_assert_eq!(compressed.len(), batches.len());
+            for (compressed, plain) in compressed.iter().zip(&batches) {
+                prop_assert_eq!(compressed.body(), plain.body());
+                prop_assert!(compressed.gzip().is_some() && plain.gzip().is_none());
+                prop_assert_eq!(compressed.events().collect::<Vec<_>>(), plain.events().collect::<Vec<_>>());
+            }
             let mut sent: Vec<_> = batches.iter().flat_map(|batch| batch.events().map(|event| (event.timestamp_ms, event.message))).collect();
             let mut expected: Vec<_> = events.into_iter().filter(|event| !event.1.is_empty()).collect();
             sent.sort();
@@ -360,11 +447,14 @@ mod tests {
         #[test]
         fn halves_of_a_batch_are_the_batch(times in proptest::collection::vec(0_i64..1000, 2..40)) {
             let events: Vec<_> = times.iter().map(|time| (*time, format!("m{time}"))).collect();
-            let whole = &batches(&events)[0];
+            for compress in [false, true] {
+            let whole = &batches_of(&events, compress)[0];
             let (left, right) = whole.bisect().unwrap();
+            prop_assert_eq!(left.gzip().is_some(), compress);
             legal(&left);
             legal(&right);
             prop_assert_eq!(left.events().chain(right.events()).collect::<Vec<_>>(), whole.events().collect::<Vec<_>>());
+            }
         }
     }
 

@@ -70,6 +70,14 @@ impl<'a> Line<'a> {
         cri(line).or_else(|| docker(line)).unwrap_or_else(|| Self::plain(line))
     }
 
+    /// What of a file's line is a line: without the carriage return before its newline, and without the zeros that a truncated or sparse
+    /// file begins with. `None` where nothing is left: there is no line.
+    pub fn trim(line: &'a [u8]) -> Option<&'a [u8]> {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let zeros = line.iter().take_while(|&&byte| byte == 0).count();
+        Some(&line[zeros..]).filter(|line| !line.is_empty())
+    }
+
     /// A line that is all content.
     pub fn plain(line: &'a [u8]) -> Self {
         Self { header: Header::None, output: Output::Stdout, timestamp_ms: None, partial: false, content: Cow::Borrowed(line) }
@@ -94,7 +102,11 @@ fn cri(line: &[u8]) -> Option<Line<'_>> {
     if time.is_empty() {
         return None;
     }
-    let partial = tag.split(|&byte| byte == b':').next() == Some(b"P");
+    let partial = match tag.split(|&byte| byte == b':').next() {
+        Some(b"P") => true,
+        Some(b"F") => false,
+        _ => return None,
+    };
     Some(Line { header: Header::Cri { time, tag }, output, timestamp_ms: timestamp_ms(time), partial, content: Cow::Borrowed(content) })
 }
 
@@ -229,6 +241,20 @@ mod tests {
         let line = Line::parse(b"2026-11-20T10:00:12Z stderr F");
         assert_eq!((line.partial, &*line.content), (false, &b""[..]));
         assert_eq!(Line::parse(b"not a cri line at all"), Line::plain(b"not a cri line at all"));
+    }
+
+    #[test]
+    fn another_tag_is_no_cri_line() {
+        for text in [&b"2026-11-20T10:00:12Z stdout X text"[..], b"2026-11-20T10:00:12Z stdout  text", b"a stdout Ptext x"] {
+            assert_eq!(Line::parse(text), Line::plain(text));
+        }
+    }
+
+    #[test]
+    fn what_is_left_of_a_files_line() {
+        assert_eq!(Line::trim(b"text\r"), Some(&b"text"[..]));
+        assert_eq!(Line::trim(b"\0\0\0text\r\r"), Some(&b"text\r"[..]));
+        assert_eq!((Line::trim(b""), Line::trim(b"\r"), Line::trim(b"\0\0")), (None, None, None));
     }
 
     #[test]

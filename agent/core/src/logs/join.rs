@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 
 use super::cri::{Header, Line, Output};
 use super::multiline::{Rule, State};
+use super::settings::Redaction;
 
 /// Where a line begins: a generation of the container's log file and the offset in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,6 +50,12 @@ pub struct Bounds {
     pub partial_ms: i64,
 }
 
+/// What of a line that has to be cut is held back while there are redactions: a match that begins in it may go on in the rest. Longer
+/// matches are still masked as far as they are known.
+const HELD_BACK: usize = 4096;
+/// What a buffer may keep for the next line.
+const KEPT: usize = 64 << 10;
+
 impl Default for Bounds {
     fn default() -> Self {
         Self { bytes: 1 << 20, group_ms: 2000, partial_ms: 60_000 }
@@ -59,6 +66,7 @@ impl Default for Bounds {
 #[derive(Debug)]
 pub struct Joiner {
     rules: Arc<[Rule]>,
+    redactions: Arc<[Redaction]>,
     bounds: Bounds,
     outputs: [OutputState; 2],
 }
@@ -80,6 +88,8 @@ struct Open {
     timestamp_ms: i64,
     content: Vec<u8>,
     touched_ms: i64,
+    /// Everything so far is one match of a redaction: the rest of the line may belong to it, and is left out.
+    withheld: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -93,6 +103,11 @@ enum Kind {
 impl Open {
     fn is_open(&self) -> bool {
         !self.marks.is_empty()
+    }
+
+    /// What is kept in a closed buffer is nothing any more.
+    fn open_bytes(&self) -> usize {
+        if self.is_open() { self.content.len() } else { 0 }
     }
 
     fn begin(&mut self, event: &Event<'_>, now_ms: i64) {
@@ -120,7 +135,9 @@ impl Open {
     }
 
     fn add(&mut self, event: &Event<'_>, now_ms: i64) {
-        self.content.extend_from_slice(event.content);
+        if !self.withheld {
+            self.content.extend_from_slice(event.content);
+        }
         for mark in event.marks {
             if !self.marks.iter().any(|known| known.generation == mark.generation) {
                 self.marks.push(*mark);
@@ -138,17 +155,72 @@ impl Open {
         Event { header, output, timestamp_ms: self.timestamp_ms, content: &self.content, marks: &self.marks }
     }
 
+    /// How much of the content can go out before the rest is known, so that no match is torn. 0 where all of it is one.
+    fn cut(&mut self, redactions: &[Redaction]) -> usize {
+        if redactions.is_empty() {
+            return self.content.len();
+        }
+        if let std::borrow::Cow::Owned(valid) = String::from_utf8_lossy(&self.content) {
+            self.content = valid.into_bytes();
+        }
+        let text = std::str::from_utf8(&self.content).unwrap_or_default();
+        let mut cut = text.floor_char_boundary(text.len().saturating_sub(HELD_BACK));
+        // A rule later in the list may have a match across the place that an earlier one moved the cut to.
+        for _ in 0..=redactions.len() {
+            let before = cut;
+            for rule in redactions {
+                let torn = rule.pattern.find_iter(text).take_while(|found| found.start() < cut).find(|found| found.end() > cut);
+                cut = torn.map_or(cut, |found| found.start());
+            }
+            if cut == before {
+                break;
+            }
+        }
+        cut
+    }
+
     fn close(&mut self) {
+        self.withheld = false;
         self.marks.clear();
         // A rare giant must not stay allocated for the life of the container.
-        self.content.shrink_to(64 << 10);
+        self.content.shrink_to(KEPT);
     }
 }
 
 impl Joiner {
     /// For a container whose lines may form groups by `rules`, the first match first.
     pub fn new(rules: Arc<[Rule]>, bounds: Bounds) -> Self {
-        Self { rules, bounds, outputs: Default::default() }
+        Self { rules, redactions: [].into(), bounds, outputs: Default::default() }
+    }
+
+    /// Lines that have to be cut are not cut in the middle of what these match.
+    #[must_use]
+    pub fn sparing(mut self, redactions: Arc<[Redaction]>) -> Self {
+        self.redactions = redactions;
+        self
+    }
+
+    /// Bytes of what is open.
+    pub fn open_bytes(&self) -> usize {
+        self.outputs.iter().map(|state| state.partial.open_bytes() + state.group.open_bytes()).sum()
+    }
+
+    /// Memory runs out: what is open and longer than `share` bytes becomes events, as it is. Returns how many.
+    pub fn relieve(&mut self, share: usize, now_ms: i64, emit: &mut impl FnMut(Event<'_>)) -> u64 {
+        let mut cuts = 0;
+        for (output, state) in [Output::Stdout, Output::Stderr].into_iter().zip(&mut self.outputs) {
+            let OutputState { partial, group, rule } = state;
+            let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms };
+            if partial.open_bytes() > share {
+                grouper.take_part(partial, output, &self.redactions, emit);
+                cuts += 1;
+            }
+            if grouper.group.open_bytes() > share {
+                grouper.close(output, emit);
+                cuts += 1;
+            }
+        }
+        cuts
     }
 
     /// Takes a line that begins at `mark`; events that are complete go to `emit`.
@@ -163,17 +235,26 @@ impl Joiner {
         let OutputState { partial, group, rule } = &mut self.outputs[line.output as usize];
         let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms };
         let joins = matches!(event.header, Header::Cri { .. } | Header::Docker { .. });
+        // The end of a line that the reader had to cut: its header is what is kept of its beginning.
+        let ends = matches!(event.header, Header::Cri { time: b"", .. });
         if !partial.is_open() || !joins {
-            if !line.partial {
+            if !line.partial && !ends {
                 return grouper.take(event, emit);
+            }
+            if partial.is_open() {
+                // A line of no runtime that is longer than what is read at once, after parts that never end.
+                grouper.take(partial.event(line.output), emit);
+                partial.close();
             }
             partial.begin(&event, now_ms);
         } else {
             partial.add(&event, now_ms);
         }
-        if !line.partial || partial.content.len() >= self.bounds.bytes {
+        if !line.partial {
             grouper.take(partial.event(line.output), emit);
             partial.close();
+        } else if partial.content.len() >= self.bounds.bytes {
+            grouper.take_part(partial, line.output, &self.redactions, emit);
         }
     }
 
@@ -222,6 +303,25 @@ struct Grouper<'a> {
 }
 
 impl Grouper<'_> {
+    /// As much of an open line as can go out; the rest stays open.
+    fn take_part(&mut self, partial: &mut Open, output: Output, redactions: &[Redaction], emit: &mut impl FnMut(Event<'_>)) {
+        let cut = partial.cut(redactions);
+        let whole = cut == 0 || cut == partial.content.len();
+        if whole {
+            self.take(partial.event(output), emit);
+            if redactions.is_empty() {
+                return partial.close();
+            }
+            partial.content.clear();
+            partial.withheld = true;
+            return;
+        }
+        let event = partial.event(output);
+        self.take(Event { content: &event.content[..cut], ..event }, emit);
+        partial.content.drain(..cut);
+        partial.content.shrink_to(partial.content.len() + KEPT);
+    }
+
     fn take(&mut self, event: Event<'_>, emit: &mut impl FnMut(Event<'_>)) {
         if self.rules.is_empty() {
             return emit(event);
@@ -359,6 +459,56 @@ mod tests {
         joiner.expire(60_000, &mut emit);
         assert!(!joiner.is_open());
         assert_eq!(seen, ["xError: y", "dying words"]);
+    }
+
+    fn masked(pattern: &str, lines: &[String], bytes: usize) -> String {
+        let rule = Redaction { pattern: regex_lite::Regex::new(pattern).unwrap(), replacement: "#".to_owned() };
+        let mut joiner = plain(bytes).sparing([rule.clone()].into());
+        let mut out = String::new();
+        let mut emit = |event: Event<'_>| out.push_str(&rule.pattern.replace_all(&String::from_utf8_lossy(event.content), "#"));
+        for (offset, line) in lines.iter().enumerate() {
+            joiner.line(&Line::parse(line.as_bytes()), Mark { generation: 0, offset: offset as u64 }, 0, &mut emit);
+        }
+        joiner.flush(0, &mut emit);
+        out
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// A secret anywhere in a line that is cut into parts, and again into events: nothing of it goes out.
+        #[test]
+        fn no_cut_tears_what_is_to_be_masked(before in 0_usize..30_000, secret in 1_usize..3000, after in 0_usize..30_000, part in 1_usize..9000) {
+            let line = format!("{} key={} {}", "a".repeat(before), "S".repeat(secret), "z".repeat(after));
+            let pieces: Vec<&[u8]> = line.as_bytes().chunks(part).collect();
+            let lines: Vec<String> = pieces.iter().enumerate().map(|(index, piece)| {
+                let tag = if index + 1 == pieces.len() { "F" } else { "P" };
+                format!("2026-11-20T10:00:01Z stdout {tag} {}", std::str::from_utf8(piece).unwrap())
+            }).collect();
+            let out = masked(r"key=\S+", &lines, 10_000);
+            prop_assert!(!out.contains('S'), "{} of the secret's letters went out", out.matches('S').count());
+            prop_assert_eq!(out, format!("{} # {}", "a".repeat(before), "z".repeat(after)));
+        }
+    }
+
+    #[test]
+    fn a_secret_longer_than_an_event_takes_the_rest_of_its_line_with_it() {
+        let part = |tag: &str, text: &str| format!("2026-11-20T10:00:01Z stdout {tag} {text}");
+        let lines =
+            [part("P", &format!("key={}", "S".repeat(20_000))), part("P", &"S".repeat(20_000)), part("F", "S end"), part("F", "next")];
+        assert_eq!(masked(r"key=\S+", &lines, 10_000), "#next");
+    }
+
+    #[test]
+    fn memory_that_runs_out_closes_what_is_long() {
+        let mut joiner = plain(1 << 20);
+        let mut seen = Vec::new();
+        let mut emit = |event: Event<'_>| seen.push(event.content.len());
+        let line = format!("2026-11-20T10:00:01Z stdout P {}", "x".repeat(100_000));
+        joiner.line(&Line::parse(line.as_bytes()), Mark { generation: 0, offset: 0 }, 0, &mut emit);
+        assert_eq!(joiner.open_bytes(), 100_000);
+        assert_eq!(joiner.relieve(1000, 0, &mut emit), 1);
+        assert_eq!((joiner.open_bytes(), joiner.relieve(1000, 0, &mut emit)), (0, 0));
+        assert_eq!(seen, [100_000]);
     }
 
     #[test]

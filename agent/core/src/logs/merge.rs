@@ -1,10 +1,16 @@
 //! Finds the JSON object at the start of a log line, without building a value.
 //!
-//! Strict JSON (RFC 8259) but for what follows the object, which is ignored as Fluent Bit ignores it. An object that a strict
-//! reader of the record would refuse later (lone surrogates, raw control characters) is no object.
+//! Strict JSON (RFC 8259) but for what follows the object, which is ignored as Fluent Bit ignores it, unless that is JSON too: a line of
+//! two values is no object. Nor is one that a strict reader of the record would refuse later (lone surrogates, raw control
+//! characters, numbers beyond a double).
+//!
+//! Two things are not taken as they stand, because Fluent Bit's readers know them otherwise: line ends at the end of a member's string go
+//! (`Merge_Log_Trim`), and a number of more digits than a double holds is written with the 16 that it has.
 
 use std::borrow::Cow;
 use std::ops::Range;
+
+use serde_json::Value;
 
 /// Deeper nesting is not followed; readers of the record have limits too.
 const MAX_DEPTH: usize = 100;
@@ -27,21 +33,90 @@ pub struct Object {
     pub members: Vec<Member>,
     /// A name came twice, so that `text` says more than `members`.
     pub repeated: bool,
+    /// Places whose text is replaced, in order.
+    pub edits: Vec<(Range<usize>, String)>,
+}
+
+impl Object {
+    /// The text of `range` with its edits, in pieces.
+    pub fn pieces<'a>(&'a self, text: &'a [u8], range: Range<usize>) -> impl Iterator<Item = &'a [u8]> {
+        let first = self.edits.partition_point(|(place, _)| place.start < range.start);
+        let inside = self.edits[first..].iter().take_while({
+            let end = range.end;
+            move |(place, _)| place.end <= end
+        });
+        let ends = inside.clone().map(|(place, _)| place.start).chain([range.end]);
+        let starts = [range.start].into_iter().chain(inside.clone().map(|(place, _)| place.end));
+        let edited = inside.map(|(_, edit)| edit.as_bytes()).chain([&b""[..]]);
+        starts.zip(ends).zip(edited).flat_map(move |((start, end), edit)| [&text[start..end], edit])
+    }
 }
 
 /// Reads the object that `text` begins with, after blanks.
 pub fn object(text: &[u8]) -> Option<Object> {
-    let mut scan = Scan { text, at: 0 };
+    let mut scan = Scan { text, at: 0, edits: Vec::new() };
     scan.blanks();
     let start = scan.at;
     if scan.peek() != Some(b'{') {
         return None;
     }
-    std::str::from_utf8(text).ok()?;
     let mut members = Vec::new();
     scan.members(0, &mut |key, value| members.push(Member { key, value }))?;
+    let end = scan.at;
+    std::str::from_utf8(&text[start..end]).ok()?;
+    let mut edits = std::mem::take(&mut scan.edits);
+    scan.blanks();
+    if scan.peek().is_some() && scan.value(0).is_some() {
+        return None;
+    }
+    edits.extend(members.iter().filter_map(|member| Some((member.value.clone(), trimmed(&text[member.value.clone()])?))));
+    edits.sort_by_key(|(place, _)| place.start);
     let repeated = remove_repeated(text, &mut members);
-    Some(Object { text: start..scan.at, members, repeated })
+    Some(Object { text: start..end, members, repeated, edits })
+}
+
+/// A string without the line ends at its end, if it has any: newlines, and the letters `\n` and `\r` that a writer escaped once too
+/// often. The first character stays in any case.
+fn trimmed(value: &[u8]) -> Option<String> {
+    let inner = value.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
+    let ends = [&b"\\n"[..], b"\\r", b"\\u000a", b"\\u000A"];
+    if !ends.iter().any(|end| inner.ends_with(end)) {
+        return None;
+    }
+    let whole: String = serde_json::from_slice(value).ok()?;
+    let mut text = whole.as_str();
+    while text.len() > 1 {
+        let shorter = text.strip_suffix('\n').or_else(|| text.strip_suffix("\\n")).or_else(|| text.strip_suffix("\\r"));
+        match shorter {
+            Some(shorter) => text = shorter,
+            None => break,
+        }
+    }
+    (text.len() < whole.len()).then(|| Value::from(text).to_string())
+}
+
+/// What is written for a number that a double or a 64-bit integer does not hold as it stands: `None` within the outer option is
+/// no number at all (beyond a double), `None` outside leaves it as it is.
+fn reduced(text: &str) -> Option<Option<String>> {
+    let mantissa = text.split(['e', 'E']).next().unwrap_or(text);
+    let digits = mantissa.bytes().filter(u8::is_ascii_digit).count();
+    let whole = !text.contains(['.', 'e', 'E']);
+    if whole && (digits < 19 || text.parse::<i64>().is_ok() || text.parse::<u64>().is_ok()) {
+        return None;
+    }
+    if !whole && digits <= 15 && text.len() == mantissa.len() {
+        return None;
+    }
+    let value: f64 = text.parse().ok()?;
+    if !value.is_finite() {
+        return Some(None);
+    }
+    (whole || digits > 15).then(|| Some(sixteen_digits(value)))
+}
+
+/// As C's `%.16g`: a number that JSON has too.
+fn sixteen_digits(value: f64) -> String {
+    format!("{value:.15e}").parse().map_or_else(|_| value.to_string(), |rounded: f64| Value::from(rounded).to_string())
 }
 
 /// The name without quotes and escapes.
@@ -75,6 +150,7 @@ fn remove_repeated(text: &[u8], members: &mut Vec<Member>) -> bool {
 struct Scan<'a> {
     text: &'a [u8],
     at: usize,
+    edits: Vec<(Range<usize>, String)>,
 }
 
 impl Scan<'_> {
@@ -173,6 +249,7 @@ impl Scan<'_> {
     }
 
     fn number(&mut self) -> Option<()> {
+        let start = self.at;
         if self.peek() == Some(b'-') {
             self.at += 1;
         }
@@ -191,6 +268,13 @@ impl Scan<'_> {
                 self.at += 1;
             }
             self.digits()?;
+        }
+        let text = std::str::from_utf8(&self.text[start..self.at]).ok()?;
+        // Nearly all numbers are short integers.
+        if (text.len() > 15 || text.contains(['e', 'E']))
+            && let Some(reduced) = reduced(text)
+        {
+            self.edits.push((start..self.at, reduced?));
         }
         Some(())
     }
@@ -244,7 +328,7 @@ impl Scan<'_> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::{Map, Value};
+    use serde_json::Map;
 
     use super::*;
 
@@ -264,11 +348,71 @@ mod tests {
         })
     }
 
+    /// The rule of `Merge_Log_Trim`, from the last byte on.
+    fn trimmed_by_the_rule(value: Value) -> Value {
+        let Value::String(text) = value else { return value };
+        let bytes = text.as_bytes();
+        let mut len = bytes.len();
+        while len > 1 {
+            match &bytes[..len] {
+                [.., b'\n'] => len -= 1,
+                [.., b'\\', b'n' | b'r'] => len -= 2,
+                _ => break,
+            }
+        }
+        Value::from(&text[..len])
+    }
+
+    fn edited(text: &str) -> Option<String> {
+        let object = object(text.as_bytes())?;
+        Some(String::from_utf8(object.pieces(text.as_bytes(), object.text.clone()).collect::<Vec<_>>().concat()).unwrap())
+    }
+
+    #[test]
+    fn line_ends_at_the_end_of_a_members_string_go() {
+        assert_eq!(
+            edited(r#"{"a":"x\n\r\n","b":{"c":"y\n"},"d":"\n\n","e":"z\u000a"} "#).unwrap(),
+            r#"{"a":"x","b":{"c":"y\n"},"d":"\n","e":"z"}"#
+        );
+        assert_eq!(edited(r#"{"path":"C:\\n","cr":"x\r","only":"\\n"}"#).unwrap(), r#"{"path":"C:","cr":"x\r","only":""}"#);
+    }
+
+    #[test]
+    fn numbers_beyond_their_type() {
+        for (number, written) in [
+            ("12345678901234567890", "12345678901234567890"),
+            ("-9223372036854775808", "-9223372036854775808"),
+            ("123456789012345678901234567890", "1.234567890123457e+29"),
+            ("0.30000000000000004", "0.3"),
+            ("1e3", "1e3"),
+            ("[1,{\"x\":3.14159265358979312}]", "[1,{\"x\":3.141592653589793}]"),
+        ] {
+            let text = edited(&format!("{{\"n\":{number}}}")).unwrap();
+            let read: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(read["n"], serde_json::from_str::<Value>(written).unwrap(), "{number}: {text}");
+        }
+        assert_eq!(object(br#"{"n":1e400}"#), None);
+        assert_eq!(object(br#"{"n":[-1e999]}"#), None);
+    }
+
+    #[test]
+    fn two_values_in_a_line_are_no_object() {
+        for text in [r#"{"a":1}{"b":2}"#, r#"{"a":1} 42"#, r#"{"a":1} true"#, r#"{"a":1} [1]"#] {
+            assert_eq!(object(text.as_bytes()), None, "{text}");
+        }
+        for text in [r#"{"a":1} trailing"#, r#"{"a":1},"#, "{\"a\":1}\n", r#"{"a":1} {"broken":"#] {
+            assert!(object(text.as_bytes()).is_some(), "{text}");
+        }
+        assert!(object(b"{\"a\":1} \xff").is_some());
+        assert_eq!(object(b"{\"a\":\"\xff\"}"), None);
+    }
+
     proptest! {
         #[test]
         fn members_are_what_serde_json_reads(value in json(), before in "[ \t]{0,3}", after in "[ a-z]{0,9}") {
             let Value::Object(expected) = value else { return Ok(()) };
-            let text = format!("{before}{}{after}", serde_json::to_string(&expected).unwrap());
+            // `null`, `true` and `false` would be a second value.
+            let text = format!("{before}{} x{after}", serde_json::to_string(&expected).unwrap());
             let bytes = text.as_bytes();
             let object = object(bytes).unwrap();
             let members: Map<String, Value> = object
@@ -276,9 +420,12 @@ mod tests {
                 .iter()
                 .map(|member| {
                     let key = String::from_utf8(key_text(bytes, &member.key).into_owned()).unwrap();
-                    (key, serde_json::from_slice(&bytes[member.value.clone()]).unwrap())
+                    (key, serde_json::from_slice(&object.pieces(bytes, member.value.clone()).collect::<Vec<_>>().concat()).unwrap())
                 })
                 .collect();
+            let whole: Map<String, Value> = serde_json::from_slice(&object.pieces(bytes, object.text.clone()).collect::<Vec<_>>().concat()).unwrap();
+            prop_assert_eq!(&whole, &members);
+            let expected: Map<String, Value> = expected.into_iter().map(|(key, value)| (key, trimmed_by_the_rule(value))).collect();
             prop_assert_eq!(members, expected);
             prop_assert!(!object.repeated);
         }

@@ -4,6 +4,9 @@
 //! |---|---|
 //! | [`names`] | which container a file belongs to, which files are its rotated siblings |
 //! | [`cri`] | the parts of one line |
+//! | [`parser`] | the members that a pod's own parser finds in one |
+//! | [`quota`] | how fast a namespace is read |
+//! | [`config`] | the settings file |
 //! | [`join`] | which lines are one event: split lines, then stack traces by the rules of [`multiline`] |
 //! | [`json`] | escaping on the hot path |
 //! | [`batch`] | when a batch is full, and its wire form |
@@ -11,6 +14,7 @@
 //! | [`positions`] | what of that survives a restart |
 
 pub mod batch;
+pub mod config;
 pub mod cri;
 pub mod enrich;
 pub mod join;
@@ -19,7 +23,9 @@ pub mod ledger;
 pub mod merge;
 pub mod multiline;
 pub mod names;
+pub mod parser;
 pub mod positions;
+pub mod quota;
 pub mod record;
 pub mod route;
 pub mod settings;

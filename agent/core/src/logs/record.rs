@@ -4,12 +4,16 @@
 //! merged body, `kubernetes`. Everything that is the same for all lines of a container is escaped once, when the container
 //! is opened, so that a line costs its own bytes and a copy.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use super::batch::MAX_MESSAGE_BYTES;
 use super::cri::Header;
 use super::enrich::Identity;
 use super::join::Event;
+use super::parser::{Format, Parser};
+use super::settings::{Oversize, TRUNCATED};
 use super::{json, merge};
 
 /// The layout of a message.
@@ -67,6 +71,9 @@ pub struct RecordWriter {
     layout: Layout,
     merge: Merge,
     keep_log: bool,
+    oversize: Oversize,
+    /// Of standard output and error: the pod's own, instead of JSON.
+    parsers: [Option<Parser>; 2],
     /// `,"kubernetes":{…}` and the closing brace, escaped for the body.
     tail: Vec<u8>,
     /// Its length unescaped.
@@ -82,6 +89,8 @@ pub struct Written {
     pub message: usize,
     /// Bytes of the content that are in it; fewer than all when it had to be split.
     pub content: usize,
+    /// The content's end was cut off.
+    pub truncated: bool,
 }
 
 /// A record's text as it grows inside a body: everything in it is escaped once more than the record itself needs.
@@ -138,10 +147,24 @@ impl RecordWriter {
             layout: options.layout,
             merge: options.merge.clone(),
             keep_log: options.keep_log,
+            oversize: Oversize::Split,
+            parsers: [None, None],
             tail,
             tail_len: record.len(),
             has_kubernetes: identity.is_some(),
         }
+    }
+
+    /// What becomes of an event that does not fit.
+    #[must_use]
+    pub fn oversize(self, oversize: Oversize) -> Self {
+        Self { oversize, ..self }
+    }
+
+    /// With the parsers that the pod names for its standard output and error.
+    #[must_use]
+    pub fn parsing(self, parsers: [Option<Parser>; 2]) -> Self {
+        Self { parsers, ..self }
     }
 
     /// Appends the message of as much of the event's content as fits [`MAX_MESSAGE_BYTES`], escaped for a body. `from` is
@@ -151,22 +174,33 @@ impl RecordWriter {
         if self.layout != Layout::FluentBit {
             let line = content.strip_suffix(b"\n").unwrap_or(content);
             let newline = content.len() - line.len();
-            let fit = fitting(line, MAX_MESSAGE_BYTES, |byte| if byte >= 0x80 { 3 } else { 1 });
+            let mark = if self.oversize == Oversize::Truncate { TRUNCATED.len() } else { 0 };
+            let fit = fitting(line, MAX_MESSAGE_BYTES - mark, |byte| if byte >= 0x80 { 3 } else { 1 });
             json::escape(out, &line[..fit]);
             let message = json::valid_len(&line[..fit]);
-            return Written { message, content: if fit == line.len() { fit + newline } else { fit } };
+            if fit == line.len() {
+                return Written { message, content: fit + newline, truncated: false };
+            }
+            if self.oversize == Oversize::Truncate {
+                json::escape(out, TRUNCATED.as_bytes());
+                return Written { message: message + TRUNCATED.len(), content: content.len(), truncated: true };
+            }
+            return Written { message, content: fit, truncated: false };
         }
-        let room = MAX_MESSAGE_BYTES - self.tail_len - fixed_len(&event.header) - 16;
+        let mark = if self.oversize == Oversize::Truncate { TRUNCATED.len() } else { 0 };
+        let room = MAX_MESSAGE_BYTES - self.tail_len - fixed_len(&event.header) - 16 - mark;
         let fit = fitting(content, room, worst_escaped);
         let whole = from == 0 && fit == content.len();
-        let object = if whole && self.merge != Merge::Off { merge::object(content) } else { None };
+        let truncated = !whole && fit < content.len() && self.oversize == Oversize::Truncate;
+        let source = if whole && self.merge != Merge::Off { self.source(event, content) } else { None };
+        let object = source.as_ref().and_then(|source| Some((&source[..], merge::object(source)?)));
         let mut text = Text { out, len: 0, first: true };
         text.json(b"{");
         match object {
-            Some(object) => self.merged(event, content, &object, &mut text),
+            Some((source, object)) => self.merged(event, content, source, &object, &mut text),
             None => {
                 self.header(event, &mut text, &|_| false);
-                self.log(&content[..fit], &mut text);
+                self.log(&content[..fit], if truncated { TRUNCATED } else { "" }, &mut text);
             }
         }
         let before_tail = text.len;
@@ -174,7 +208,16 @@ impl RecordWriter {
         let tail = if before_tail == 1 && self.has_kubernetes { &self.tail[1..] } else { &self.tail[..] };
         text.out.extend_from_slice(tail);
         text.len += self.tail_len - (self.tail.len() - tail.len());
-        Written { message: text.len, content: fit }
+        Written { message: text.len, content: if truncated { content.len() } else { fit }, truncated }
+    }
+
+    /// The text whose members are merged: the line, or what the pod's parser made of it.
+    fn source<'a>(&self, event: &Event<'_>, content: &'a [u8]) -> Option<Cow<'a, [u8]>> {
+        match &self.parsers[event.output as usize] {
+            None => Some(Cow::Borrowed(content)),
+            Some(parser) if matches!(parser.format, Format::Json) => Some(Cow::Borrowed(content)),
+            Some(parser) => parser.object(content).map(|text| Cow::Owned(text.into_bytes())),
+        }
     }
 
     fn header(&self, event: &Event<'_>, text: &mut Text<'_>, replaced: &dyn Fn(&[u8]) -> bool) {
@@ -200,64 +243,67 @@ impl RecordWriter {
         }
     }
 
-    fn log(&self, content: &[u8], text: &mut Text<'_>) {
+    fn log(&self, content: &[u8], mark: &str, text: &mut Text<'_>) {
         text.comma();
         text.ready("\\\"log\\\":\\\"", 7);
         text.string(content);
+        text.ready(mark, mark.len());
         text.quote();
     }
 
-    fn merged(&self, event: &Event<'_>, content: &[u8], object: &merge::Object, text: &mut Text<'_>) {
+    /// `object` is of `source`.
+    fn merged(&self, event: &Event<'_>, content: &[u8], source: &[u8], object: &merge::Object, text: &mut Text<'_>) {
         let fits = |text: &Text<'_>| object.text.len() * 2 + text.len + self.tail_len + 256 < MAX_MESSAGE_BYTES;
         match &self.merge {
             Merge::Under(key) => {
                 self.header(event, text, &|_| false);
-                let merged = !object.members.is_empty() && content.len() * 6 + key.len() * 6 < MAX_MESSAGE_BYTES / 2 && fits(text);
-                if self.keep_log || !merged {
-                    self.log(content, text);
+                let fits = (content.len() + source.len()) * 6 + key.len() * 6 < MAX_MESSAGE_BYTES / 2 && fits(text);
+                if self.keep_log || !fits {
+                    self.log(content, "", text);
                 }
-                if merged {
+                // An object without members is merged by leaving no trace of it.
+                if fits && !object.members.is_empty() {
                     text.comma();
                     text.quote();
                     text.string(key.as_bytes());
                     text.ready("\\\":", 2);
-                    self.object(content, object, text);
+                    self.object(source, object, text);
                 }
             }
             Merge::Off | Merge::Top => {
-                let kubernetes = |member: &merge::Member| self.has_kubernetes && *merge::key_text(content, &member.key) == *b"kubernetes";
-                let names: Vec<_> = object.members.iter().map(|member| merge::key_text(content, &member.key)).collect();
+                let kubernetes = |member: &merge::Member| self.has_kubernetes && *merge::key_text(source, &member.key) == *b"kubernetes";
+                let names: Vec<_> = object.members.iter().map(|member| merge::key_text(source, &member.key)).collect();
                 let replaced = |name: &[u8]| names.iter().any(|key| **key == *name);
-                if content.len() * 6 >= MAX_MESSAGE_BYTES / 2 {
+                if (content.len() + source.len()) * 6 >= MAX_MESSAGE_BYTES / 2 {
                     self.header(event, text, &|_| false);
-                    return self.log(content, text);
+                    return self.log(content, "", text);
                 }
                 self.header(event, text, &replaced);
                 if self.keep_log && !replaced(b"log") {
-                    self.log(content, text);
+                    self.log(content, "", text);
                 }
                 for member in object.members.iter().filter(|member| !kubernetes(member)) {
                     text.comma();
-                    text.json(&content[member.key.start..member.key.end]);
+                    text.json(&source[member.key.start..member.key.end]);
                     text.json(b":");
-                    text.json(&content[member.value.clone()]);
+                    object.pieces(source, member.value.clone()).for_each(|piece| text.json(piece));
                 }
             }
         }
     }
 
-    fn object(&self, content: &[u8], object: &merge::Object, text: &mut Text<'_>) {
+    fn object(&self, source: &[u8], object: &merge::Object, text: &mut Text<'_>) {
         if !object.repeated {
-            return text.json(&content[object.text.clone()]);
+            return object.pieces(source, object.text.clone()).for_each(|piece| text.json(piece));
         }
         text.json(b"{");
         for (index, member) in object.members.iter().enumerate() {
             if index > 0 {
                 text.json(b",");
             }
-            text.json(&content[member.key.clone()]);
+            text.json(&source[member.key.clone()]);
             text.json(b":");
-            text.json(&content[member.value.clone()]);
+            object.pieces(source, member.value.clone()).for_each(|piece| text.json(piece));
         }
         text.json(b"}");
     }
@@ -302,4 +348,80 @@ fn fitting(content: &[u8], room: usize, cost: impl Fn(u8) -> usize) -> usize {
         }
     }
     cut.max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::batch::BatchBuilder;
+    use super::super::cri::Output;
+    use super::super::join::Mark;
+    use super::super::parser::built_in;
+    use super::*;
+
+    fn written(writer: &RecordWriter, content: &[u8]) -> Vec<String> {
+        let marks = [Mark { generation: 0, offset: 0 }];
+        let event = Event {
+            header: Header::Cri { time: b"2026-11-20T10:00:01Z", tag: b"F" },
+            output: Output::Stdout,
+            timestamp_ms: 0,
+            content,
+            marks: &marks,
+        };
+        let mut builder = BatchBuilder::new("g".into(), "s".into(), false);
+        let mut batches = Vec::new();
+        let mut from = 0;
+        loop {
+            let mut part = Written { message: 0, content: 0, truncated: false };
+            batches.extend(builder.push_with(0, |out| {
+                part = writer.write(&event, from, out);
+                part.message
+            }));
+            from += part.content;
+            if from >= content.len() {
+                break;
+            }
+        }
+        batches.extend(builder.finish());
+        batches.iter().flat_map(super::super::batch::LogBatch::events).map(|event| event.message).collect()
+    }
+
+    fn options(merge: Merge, keep_log: bool) -> RecordOptions {
+        RecordOptions { merge, keep_log, ..RecordOptions::default() }
+    }
+
+    #[test]
+    fn a_merged_object_without_members_leaves_no_trace() {
+        for (merge, keep_log, expected) in [
+            (Merge::Under("m".into()), true, r#"{"time":"2026-11-20T10:00:01Z","stream":"stdout","_p":"F","log":"{}"}"#),
+            (Merge::Under("m".into()), false, r#"{"time":"2026-11-20T10:00:01Z","stream":"stdout","_p":"F"}"#),
+            (Merge::Top, false, r#"{"time":"2026-11-20T10:00:01Z","stream":"stdout","_p":"F"}"#),
+        ] {
+            assert_eq!(written(&RecordWriter::new(&options(merge, keep_log), None), b"{}"), [expected]);
+        }
+    }
+
+    #[test]
+    fn the_pods_parser_takes_the_place_of_json() {
+        let logfmt = built_in().into_iter().find(|parser| parser.name == "logfmt");
+        let writer = RecordWriter::new(&options(Merge::Under("m".into()), false), None).parsing([logfmt, None]);
+        let head = r#"{"time":"2026-11-20T10:00:01Z","stream":"stdout","_p":"F","#;
+        assert_eq!(written(&writer, b"a=1 b=x"), [format!(r#"{head}"m":{{"a":"1","b":"x"}}}}"#)]);
+        assert_eq!(written(&writer, b"plain"), [format!(r#"{head}"log":"plain"}}"#)]);
+        assert_eq!(written(&writer, br#"{"j":1}"#), [format!(r#"{head}"log":"{{\"j\":1}}"}}"#)], "JSON is not tried then");
+    }
+
+    #[test]
+    fn large_events_are_split_or_truncated_as_set() {
+        let content = "\u{e9}".repeat(MAX_MESSAGE_BYTES);
+        for layout in [Layout::FluentBit, Layout::Raw] {
+            let options = RecordOptions { layout, ..RecordOptions::default() };
+            let split = written(&RecordWriter::new(&options, None), content.as_bytes());
+            assert!(split.len() > 2);
+            assert_eq!(split.iter().map(|text| text.matches('\u{e9}').count()).sum::<usize>(), MAX_MESSAGE_BYTES);
+            let cut = written(&RecordWriter::new(&options, None).oversize(Oversize::Truncate), content.as_bytes());
+            assert_eq!(cut.len(), 1);
+            assert!(cut[0].len() <= MAX_MESSAGE_BYTES && cut[0].contains(TRUNCATED), "{}", cut[0].len());
+            assert_eq!(written(&RecordWriter::new(&options, None).oversize(Oversize::Truncate), b"short").len(), 1);
+        }
+    }
 }

@@ -7,6 +7,8 @@ use regex_lite::Regex;
 
 use super::join::Bounds;
 use super::multiline::Rule;
+use super::parser::{Parser, built_in};
+use super::quota::Quota;
 use super::record::{Layout, RecordOptions};
 use super::route::{COMPACT_STREAM, FLUENT_BIT_GROUP, FLUENT_BIT_STREAM, Template};
 use crate::cloud::LogGroupSpec;
@@ -42,6 +44,41 @@ pub struct Redaction {
     pub replacement: String,
 }
 
+/// What becomes of an event that is larger than the service takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Oversize {
+    /// It becomes several events.
+    #[default]
+    Split,
+    /// Its end is cut off, counted, and marked with [`TRUNCATED`].
+    Truncate,
+}
+
+/// What the text of a truncated event ends with.
+pub const TRUNCATED: &str = "[Truncated...]";
+
+/// Files that go elsewhere than the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// File names as under /var/log/containers, as globs.
+    pub files: Vec<String>,
+    /// Group of what matches.
+    pub group: Template,
+    /// Stream of what matches.
+    pub stream: Template,
+}
+
+/// Log files of the node itself: each line is an event, with the time of its reading.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostFiles {
+    /// Directory and a glob for names in it, as `/var/log/messages` or `/var/log/amazon/*.log`.
+    pub path: String,
+    /// Group of them.
+    pub group: Template,
+    /// Stream of them.
+    pub stream: Template,
+}
+
 /// How log files become events.
 #[derive(Clone, Debug)]
 pub struct LogSettings {
@@ -56,7 +93,19 @@ pub struct LogSettings {
     /// Bounds of joined events.
     pub bounds: Bounds,
     /// Replacements, in order.
-    pub redactions: Vec<Redaction>,
+    pub redactions: Arc<[Redaction]>,
+    /// Parsers that pods may name.
+    pub parsers: Arc<[Parser]>,
+    /// The annotations `fluentbit.io/parser` are followed, where JSON lines are merged.
+    pub honour_parser: bool,
+    /// How fast namespaces are read.
+    pub quotas: Vec<Quota>,
+    /// Files that go elsewhere; the first that matches counts.
+    pub routes: Vec<Route>,
+    /// Files of the node.
+    pub host_files: Vec<HostFiles>,
+    /// Events larger than the service takes.
+    pub oversize: Oversize,
     /// The annotation `fluentbit.io/exclude` is followed.
     pub honour_exclude: bool,
     /// File names to read, as globs; empty reads all.
@@ -73,14 +122,20 @@ pub struct LogSettings {
     pub emf: bool,
     /// Groups that are created.
     pub group_spec: LogGroupSpec,
-    /// Encoded bytes in memory, unsent and unacknowledged: reading stops there.
+    /// Bytes in memory, unsent and unacknowledged: reading stops there.
     pub memory_bytes: usize,
+    /// Bytes of lines that are not complete yet, of all containers; beyond it the longest are closed as they are.
+    pub open_bytes: usize,
     /// Part of it that one stream may take, so that a noisy pod delays only itself.
     pub stream_bytes: usize,
     /// Disk space that rotated and deleted files may keep taking because they are not read to the end; beyond it the oldest are given up.
     pub held_bytes: u64,
     /// Puts at the same time.
     pub parallel_puts: usize,
+    /// Of these, of one stream while it has batches waiting. The service orders events by their times, other sinks do not.
+    pub stream_puts: usize,
+    /// Batches are kept and sent compressed.
+    pub compress: bool,
 }
 
 impl LogSettings {
@@ -95,7 +150,13 @@ impl LogSettings {
             stream: template(stream),
             rules: [].into(),
             bounds: Bounds::default(),
-            redactions: Vec::new(),
+            redactions: [].into(),
+            parsers: built_in().into(),
+            honour_parser: true,
+            quotas: Vec::new(),
+            routes: Vec::new(),
+            host_files: Vec::new(),
+            oversize: Oversize::Split,
             honour_exclude: true,
             include: Vec::new(),
             exclude: Vec::new(),
@@ -104,10 +165,29 @@ impl LogSettings {
             age: Some(CLOUDWATCH_WINDOW),
             emf: false,
             group_spec: LogGroupSpec::default(),
-            memory_bytes: 12 << 20,
+            memory_bytes: 10 << 20,
+            open_bytes: 4 << 20,
             stream_bytes: 4 << 20,
             held_bytes: 1 << 30,
             parallel_puts: 4,
+            stream_puts: 3,
+            compress: true,
         }
+    }
+
+    /// For a sink that takes what it gets in the order in which it comes, and is no service: nothing is too old for it.
+    #[must_use]
+    pub fn in_order(self) -> Self {
+        Self { age: None, stream_puts: 1, compress: false, ..self }
+    }
+
+    /// Container Insights' other group: what the node's own parts write is its dataplane.
+    pub fn container_insights_routes() -> Vec<Route> {
+        let template = |text| Template::parse(text).expect("a built-in template is well-formed");
+        vec![Route {
+            files: ["aws-node-*", "kube-proxy-*", "stanchion-*"].map(str::to_owned).into(),
+            group: template("/aws/containerinsights/{cluster}/dataplane"),
+            stream: template("{node}-dataplane.tail.var.log.containers.{file}"),
+        }]
     }
 }

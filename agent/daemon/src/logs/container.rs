@@ -17,6 +17,9 @@ use super::counters::LogCounters;
 use super::source::Source;
 use super::streams::{StreamId, Streams};
 
+/// Numbers from one file of a container to its next: room for the truncations of each.
+const NUMBERS: u32 = 1 << 12;
+
 /// A file that is, or was, the container's log.
 pub(super) struct Generation {
     pub(super) number: u32,
@@ -26,8 +29,9 @@ pub(super) struct Generation {
     pub(super) fingerprint: Fingerprint,
     /// First byte that was not read yet.
     pub(super) offset: u64,
-    /// When last looked at.
+    /// When last looked at, as the time of its last change, in nanoseconds since 1970.
     pub(super) size: u64,
+    pub(super) modified_ns: i128,
     pub(super) ledger: Ledger,
     /// Since when it is not the live file, in monotonic milliseconds.
     pub(super) rotated_ms: Option<i64>,
@@ -36,14 +40,14 @@ pub(super) struct Generation {
     /// It ended because the file was truncated: its bytes are gone.
     pub(super) truncated: bool,
     /// In the middle of a line longer than a block: its output, and whether it goes on after its newline.
-    pub(super) long_line: Option<(Output, bool, bool)>,
+    pub(super) long_line: Option<(Output, bool)>,
     /// Since when bytes are unacknowledged.
     pub(super) behind_since_ms: Option<i64>,
     pub(super) last_error: Option<String>,
 }
 
 impl Generation {
-    pub(super) fn new(number: u32, mut source: Source, offset: u64) -> io::Result<Self> {
+    pub(super) fn new(number: u32, source: Source, offset: u64) -> io::Result<Self> {
         let (dev, inode) = source.identity()?;
         let fingerprint = source.fingerprint()?;
         let size = source.size()?;
@@ -55,6 +59,7 @@ impl Generation {
             fingerprint,
             offset,
             size,
+            modified_ns: 0,
             ledger: Ledger::starting_at(offset),
             rotated_ms: None,
             finished: false,
@@ -107,9 +112,17 @@ pub(super) struct Container {
     pub(super) gone_ms: Option<i64>,
     /// Lines wait until then for the pod's metadata, if the pod is not known yet.
     pub(super) wait_until_ms: i64,
-    /// When to look for new bytes.
-    pub(super) next_poll_ms: i64,
+    /// When it is looked at next, as in the tailer's list; `None` while it waits for an acknowledgement.
+    pub(super) due: Option<(i64, u64)>,
     pub(super) poll_ms: i64,
+    /// Since when nothing was read.
+    pub(super) quiet_ms: i64,
+    /// An event of its directory wakes it: it need not be looked at.
+    pub(super) watched: bool,
+    /// Bytes of its lines that are not complete, as counted in the tailer's sum.
+    pub(super) open_bytes: usize,
+    /// A file of the node itself, by which entry of the settings.
+    pub(super) host: Option<usize>,
 }
 
 /// What reading needs besides the container.
@@ -134,18 +147,22 @@ impl Container {
         for newline in memchr::memchr_iter(b'\n', block) {
             let bytes = &block[at..newline];
             let long = lines.generations[index].long_line.take();
-            lines.context.counters.lines_read += 1;
-            lines.take(joiner, bytes, long, mark(at), |long| long.1);
+            let bytes = if long.is_some() { Some(bytes) } else { Line::trim(bytes) };
+            if let Some(bytes) = bytes {
+                lines.context.counters.lines_read += 1;
+                lines.take(joiner, bytes, long, mark(at));
+            }
             at = newline + 1;
         }
         if at == 0 && full && !block.is_empty() {
             let long = lines.generations[index].long_line.take();
             let next = long.or_else(|| {
                 let line = Line::parse(block);
-                matches!(line.header, Header::Cri { .. }).then_some((line.output, line.partial, true))
+                matches!(line.header, Header::Cri { .. }).then_some((line.output, line.partial))
             });
             lines.take_cut(joiner, block, long, mark(0));
-            lines.generations[index].long_line = next.or(Some((Output::Stdout, false, false)));
+            // A line of no runtime ends with its newline.
+            lines.generations[index].long_line = next.or(Some((Output::Stdout, false)));
             at = block.len();
         }
         lines.context.counters.bytes_read += at as u64;
@@ -161,6 +178,16 @@ impl Container {
         self.take_block(index, &with_end, false, context);
         self.generations[index].offset -= 1;
         context.counters.bytes_read -= 1;
+        self.settle_resume();
+    }
+
+    /// Closes what is long and open, because there is no memory for it.
+    pub(super) fn relieve(&mut self, share: usize, context: &mut Context<'_>) {
+        let mut lines =
+            Lines { container: self.id, writer: &self.writer, outputs: self.streams, generations: &mut self.generations, context };
+        let now_ms = lines.context.now_ms;
+        let cuts = self.joiner.relieve(share, now_ms, &mut |event| lines.emit(event));
+        context.counters.cut_for_memory += cuts;
         self.settle_resume();
     }
 
@@ -192,8 +219,20 @@ impl Container {
     pub(super) fn push_generation(&mut self, source: Source, offset: u64, rotated_ms: Option<i64>) -> io::Result<()> {
         let mut generation = Generation::new(self.next_generation, source, offset)?;
         generation.rotated_ms = rotated_ms;
-        self.next_generation += 1;
+        self.next_generation += NUMBERS;
         self.generations.push_back(generation);
+        Ok(())
+    }
+
+    /// Puts what is written to a truncated file after what it held before, but before any newer file.
+    pub(super) fn push_again(&mut self, index: usize, source: Source, rotated_ms: Option<i64>) -> io::Result<()> {
+        let number = self.generations[index].number + 1;
+        if number % NUMBERS == 0 {
+            return self.push_generation(source, 0, rotated_ms);
+        }
+        let mut generation = Generation::new(number, source, 0)?;
+        generation.rotated_ms = rotated_ms;
+        self.generations.insert(index + 1, generation);
         Ok(())
     }
 }
@@ -209,44 +248,33 @@ struct Lines<'a, 'b> {
 
 impl Lines<'_, '_> {
     /// A line up to its newline; `long` if it is the last piece of one that was taken in pieces.
-    fn take(
-        &mut self,
-        joiner: &mut Joiner,
-        bytes: &[u8],
-        long: Option<(Output, bool, bool)>,
-        mark: Mark,
-        partial: impl Fn((Output, bool, bool)) -> bool,
-    ) {
-        let mut line = match long {
-            Some(state @ (output, _, true)) => Line {
-                header: Header::Cri { time: b"", tag: b"" },
-                output,
-                timestamp_ms: None,
-                partial: partial(state),
-                content: bytes.into(),
-            },
-            Some(_) => Line::plain(bytes),
+    fn take(&mut self, joiner: &mut Joiner, bytes: &[u8], long: Option<(Output, bool)>, mark: Mark) {
+        let line = match long {
+            Some((output, partial)) => rest_of_line(bytes, output, partial),
             None => Line::parse(bytes),
         };
-        line.timestamp_ms.get_or_insert(self.context.wall_ms);
-        let now_ms = self.context.now_ms;
-        joiner.line(&line, mark, now_ms, &mut |event| self.emit(event));
+        self.give(joiner, line, mark);
     }
 
     /// A piece of a line that has no newline in sight.
-    fn take_cut(&mut self, joiner: &mut Joiner, bytes: &[u8], long: Option<(Output, bool, bool)>, mark: Mark) {
-        if long.is_some() {
-            return self.take(joiner, bytes, long, mark, |_| true);
-        }
-        let mut line = Line::parse(bytes);
+    fn take_cut(&mut self, joiner: &mut Joiner, bytes: &[u8], long: Option<(Output, bool)>, mark: Mark) {
+        let line = match long {
+            Some((output, _)) => rest_of_line(bytes, output, true),
+            None => Line { partial: true, ..Line::parse(bytes) },
+        };
+        self.give(joiner, line, mark);
+    }
+
+    fn give(&mut self, joiner: &mut Joiner, mut line: Line<'_>, mark: Mark) {
         line.timestamp_ms.get_or_insert(self.context.wall_ms);
-        line.partial = !matches!(line.header, Header::None);
         let now_ms = self.context.now_ms;
         joiner.line(&line, mark, now_ms, &mut |event| self.emit(event));
     }
 
     fn emit(&mut self, event: Event<'_>) {
-        let Some(stream) = self.outputs[event.output as usize] else {
+        // Which output a line without a header is from is not known: it is left out where both are.
+        let other = if matches!(event.header, Header::None) { self.outputs[1] } else { None };
+        let Some(stream) = self.outputs[event.output as usize].or(other) else {
             self.context.counters.excluded += 1;
             return;
         };
@@ -267,15 +295,19 @@ impl Lines<'_, '_> {
             event.content = redacted.as_bytes();
         }
         let Self { container, writer, generations, context, .. } = self;
-        let parts = context.streams.push(stream, &event, writer, *container, context.now_ms, &mut |batch, mark| {
+        let (parts, truncated) = context.streams.push(stream, &event, writer, *container, context.now_ms, &mut |batch, mark| {
             if let Some(generation) = generations.iter_mut().rev().find(|generation| generation.number == mark.generation) {
                 generation.ledger.pin(batch, mark.offset);
             }
         });
-        if parts == 0 {
-            context.counters.dropped_empty += 1;
-        }
+        context.counters.dropped_empty += u64::from(parts == 0);
+        context.counters.truncated_events += u64::from(truncated);
     }
+}
+
+/// A later piece of a line: what is kept of its first piece says the rest.
+fn rest_of_line(bytes: &[u8], output: Output, partial: bool) -> Line<'_> {
+    Line { header: Header::Cri { time: b"", tag: b"" }, output, timestamp_ms: None, partial, content: bytes.into() }
 }
 
 fn redact(rules: &[stanchion_core::logs::settings::Redaction], content: &[u8]) -> Option<String> {

@@ -33,6 +33,10 @@ pub struct LogCounters {
     pub dropped_empty: u64,
     /// Events with a time too far ahead, sent with the present time.
     pub clamped_too_new: u64,
+    /// Events whose end was cut off, where that is set.
+    pub truncated_events: u64,
+    /// Lines that were closed before their end because all of them together took too much memory.
+    pub cut_for_memory: u64,
     /// Lines of pods that ask not to be read.
     pub excluded: u64,
     /// Files that became shorter than what was read.

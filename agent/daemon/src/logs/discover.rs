@@ -16,6 +16,8 @@ pub(super) struct Found {
     pub(super) file_name: String,
     /// What the names say.
     pub(super) names: Option<ContainerRef>,
+    /// A file of the node: which entry of the settings says so.
+    pub(super) host: Option<usize>,
 }
 
 /// Lists the live log files under `dir`; `known` names need no resolving. A link whose file does not exist is left out.
@@ -33,12 +35,13 @@ pub(super) fn list(dir: &Path, settings: &LogSettings, known: &HashMap<String, P
                 && wanted(name, settings)
             {
                 let names = names_of_flat(name, &live);
-                found.push(Found { live, file_name: name.to_owned(), names });
+                found.push(Found { live, file_name: name.to_owned(), names, host: None });
             }
         } else if name.contains('_') && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             pod_dir(&entry.path(), name, settings, &mut found);
         }
     }
+    settings.host_files.iter().enumerate().for_each(|(index, entry)| host_files(index, &entry.path, &mut found));
     found.sort_by(|a, b| a.live.cmp(&b.live));
     found.dedup_by(|a, b| a.live == b.live);
     Ok(found)
@@ -68,8 +71,24 @@ fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Foun
             if let Ok(live) = std::fs::canonicalize(file.path())
                 && wanted(&flat, settings)
             {
-                found.push(Found { live, file_name: flat, names: Some(names.clone()) });
+                found.push(Found { live, file_name: flat, names: Some(names.clone()), host: None });
             }
+        }
+    }
+}
+
+/// A directory that is not there has no files.
+fn host_files(index: usize, path: &str, found: &mut Vec<Found>) {
+    let Some((dir, pattern)) = path.rsplit_once('/') else { return };
+    for entry in std::fs::read_dir(if dir.is_empty() { "/" } else { dir }).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if let Some(name) = name.to_str()
+            && glob(pattern, name)
+            && !name.ends_with(".gz")
+            && let Ok(live) = std::fs::canonicalize(entry.path())
+            && live.is_file()
+        {
+            found.push(Found { live, file_name: name.to_owned(), names: None, host: Some(index) });
         }
     }
 }

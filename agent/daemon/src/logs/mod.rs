@@ -8,6 +8,7 @@
 mod container;
 mod counters;
 mod discover;
+mod follow;
 mod run;
 mod ship;
 mod sinks;
@@ -15,6 +16,7 @@ mod source;
 mod store;
 mod streams;
 mod tail;
+mod watches;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -82,7 +84,7 @@ impl LogsHandle {
 pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
     let positions = parts.state_dir.join(POSITIONS_FILE);
     let restored = store::load(&positions, &parts.node);
-    let shipper = ship::Shipper::new(parts.sink, parts.settings.group_spec.clone(), parts.settings.parallel_puts);
+    let shipper = ship::Shipper::new(parts.sink, &parts.settings);
     let tailer_parts = TailerParts { settings: parts.settings, log_dir: parts.log_dir, node: parts.node, cluster_name: parts.cluster_name };
     let (counters, counters_receiver) = watch::channel(LogCounters::default());
     // A few people and one scraper ask at a time.
@@ -115,7 +117,7 @@ pub struct ShipReport {
 /// # Errors
 /// The log directory cannot be listed.
 pub async fn ship_once<S: LogSink>(parts: TailerParts, cluster: Arc<ClusterState>, sink: S) -> std::io::Result<ShipReport> {
-    let mut shipper = ship::Shipper::new(sink, parts.settings.group_spec.clone(), parts.settings.parallel_puts);
+    let mut shipper = ship::Shipper::new(sink, &parts.settings);
     let clock = run::Clock::new();
     let mut tailer = Tailer::new(parts, Restored::Fresh);
     tailer.set_cluster(cluster);
@@ -128,6 +130,14 @@ pub async fn ship_once<S: LogSink>(parts: TailerParts, cluster: Arc<ClusterState
         match state {
             Drain::Progress => tokio::task::yield_now().await,
             Drain::Done if tailer.in_flight() == 0 => break,
+            Drain::Later(at_ms) => {
+                let wait = u64::try_from(at_ms - clock.now().mono).unwrap_or(0).max(1);
+                let pause = tokio::time::sleep(Duration::from_millis(wait));
+                tokio::select! {
+                    () = pause => {}
+                    report = shipper.next() => run::apply(&mut tailer, report, clock.now()),
+                }
+            }
             Drain::Waiting | Drain::Done => run::apply(&mut tailer, shipper.next().await, clock.now()),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use notify::event::{EventKind, ModifyKind};
@@ -60,8 +61,7 @@ impl Clock {
 impl<S: LogSink> Runner<S> {
     /// Runs until shutdown, then sends what can be sent within the grace period.
     pub(super) async fn run(mut self) {
-        let (changes, mut changed) = mpsc::channel(1);
-        let _watcher = watch_directory(self.tailer.log_dir(), changes.clone());
+        let mut events = Events::of(self.tailer.log_dir());
         self.tailer.set_cluster(self.cluster.borrow_and_update().clone());
         let mut sweep_at = Instant::now();
         let mut save_at = Instant::now();
@@ -74,6 +74,7 @@ impl<S: LogSink> Runner<S> {
             }
             let turn = self.tailer.turn(self.clock.now());
             self.submit();
+            events.follow(&mut self.tailer, self.clock.now());
             if self.tailer.has_changed_positions() && Instant::now() >= save_at {
                 self.save();
                 save_at = Instant::now() + SAVE;
@@ -85,7 +86,11 @@ impl<S: LogSink> Runner<S> {
             tokio::select! {
                 () = self.shutdown.cancelled() => {}
                 report = self.shipper.next() => self.settle(report),
-                Some(()) = changed.recv() => sweep_at = Instant::now(),
+                Some(event) = events.changed.recv() => {
+                    if events.take(event, &mut self.tailer, self.clock.now()) {
+                        sweep_at = Instant::now();
+                    }
+                }
                 Ok(()) = self.cluster.changed() => self.tailer.set_cluster(self.cluster.borrow_and_update().clone()),
                 Some(reply) = self.questions.recv() => {
                     // Whoever asked may have left.
@@ -172,19 +177,79 @@ pub(super) fn apply(tailer: &mut Tailer, report: Report, now: Now) {
     }
 }
 
-/// Events of the directory itself; `None` where the system has no watch left, which costs time only.
-fn watch_directory(dir: &Path, changes: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
-    let on_event = move |event: notify::Result<notify::Event>| {
-        let structural = event
-            .is_ok_and(|event| matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_))));
-        if structural {
-            // Full means that a sweep is due already.
-            let _ = changes.try_send(());
+/// Events of the file system. They make things come sooner; the sweep is the truth.
+struct Events {
+    /// `None` where the system has no watch left, which costs time only.
+    watcher: Option<notify::RecommendedWatcher>,
+    log_dir: PathBuf,
+    changed: mpsc::Receiver<Change>,
+    /// Some did not fit, here or in the kernel's queue.
+    lost: Arc<AtomicBool>,
+}
+
+/// What happened to a path.
+struct Change {
+    path: PathBuf,
+    /// It came, went, or got another name.
+    structural: bool,
+}
+
+impl Events {
+    fn of(log_dir: &Path) -> Self {
+        // As many as a turn can have to do with; what does not fit is a reason to look at everything.
+        let (sender, changed) = mpsc::channel(1024);
+        let lost = Arc::new(AtomicBool::new(false));
+        let missed = Arc::clone(&lost);
+        let on_event = move |event: notify::Result<notify::Event>| {
+            let Ok(event) = event else { return missed.store(true, Ordering::Relaxed) };
+            let structural = matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)));
+            if !structural && !matches!(event.kind, EventKind::Modify(ModifyKind::Data(_))) && !event.need_rescan() {
+                return;
+            }
+            let fits = event.paths.into_iter().all(|path| sender.try_send(Change { path, structural }).is_ok());
+            if !fits || event.attrs.flag() == Some(notify::event::Flag::Rescan) {
+                missed.store(true, Ordering::Relaxed);
+                // Whatever is in the channel wakes the task.
+            }
+        };
+        let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
+            watcher.watch(log_dir, RecursiveMode::NonRecursive)?;
+            Ok(watcher)
+        });
+        let complain = |error: &notify::Error| warn!(dir = %log_dir.display(), %error, "no events of the file system; files are looked at once a second, the log directory every 10 s");
+        Self { watcher: watcher.inspect_err(complain).ok(), log_dir: log_dir.to_owned(), changed, lost }
+    }
+
+    /// Watches what the tailer wants watched.
+    fn follow(&mut self, tailer: &mut Tailer, now: Now) {
+        let Some(watcher) = &mut self.watcher else { return };
+        for (dir, on) in tailer.take_watch_changes() {
+            if dir == self.log_dir {
+                // Watched in any case.
+                if on {
+                    tailer.watched(&dir, now);
+                }
+            } else if !on {
+                // A directory that is gone is not watched any more.
+                let _ = watcher.unwatch(&dir);
+            } else if watcher.watch(&dir, RecursiveMode::NonRecursive).is_ok() {
+                tailer.watched(&dir, now);
+            }
         }
-    };
-    let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
-        watcher.watch(dir, RecursiveMode::NonRecursive)?;
-        Ok(watcher)
-    });
-    watcher.inspect_err(|error| warn!(dir = %dir.display(), %error, "no events of the log directory; it is swept every 10 s")).ok()
+        if self.lost.swap(false, Ordering::Relaxed) {
+            tailer.touched_all(now);
+        }
+    }
+
+    /// Tells the tailer; true if the log directory is to be listed again.
+    fn take(&mut self, first: Change, tailer: &mut Tailer, now: Now) -> bool {
+        let mut sweep = false;
+        let mut next = Some(first);
+        while let Some(change) = next {
+            tailer.touched(&change.path, now);
+            sweep |= change.structural && change.path.parent() == Some(&self.log_dir);
+            next = self.changed.try_recv().ok();
+        }
+        sweep
+    }
 }

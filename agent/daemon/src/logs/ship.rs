@@ -1,4 +1,5 @@
-//! Delivery: batches of one stream in their order, streams in parallel, each batch until it is taken.
+//! Delivery: streams in parallel, each batch until it is taken. A stream's batches begin in their order, one at a time; several are on
+//! their way where the sink orders events by itself and more batches wait.
 //!
 //! | the sink says | what is done |
 //! |---|---|
@@ -17,6 +18,7 @@ use rand::RngExt as _;
 use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
 use stanchion_core::logs::LogBatch;
 use stanchion_core::logs::ledger::BatchId;
+use stanchion_core::logs::settings::LogSettings;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tracing::warn;
@@ -54,9 +56,18 @@ pub(super) struct Settled {
 /// Sends batches.
 pub(super) struct Shipper<S> {
     shared: Arc<Shared<S>>,
-    queues: HashMap<StreamId, VecDeque<Sealed>>,
+    queues: HashMap<StreamId, Queue>,
+    /// Puts of one stream at the same time.
+    stream_puts: usize,
     sending: JoinSet<()>,
     reports: mpsc::UnboundedReceiver<Report>,
+}
+
+/// Batches of one stream.
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Sealed>,
+    sending: usize,
 }
 
 struct Shared<S> {
@@ -92,29 +103,35 @@ impl Places {
 }
 
 impl<S: LogSink> Shipper<S> {
-    pub(super) fn new(sink: S, spec: LogGroupSpec, parallel: usize) -> Self {
-        let parallel = parallel.max(1);
+    pub(super) fn new(sink: S, settings: &LogSettings) -> Self {
+        let parallel = settings.parallel_puts.max(1);
         let places =
             Places { semaphore: Semaphore::new(parallel), now: AtomicUsize::new(parallel), most: parallel, taken: AtomicUsize::new(0) };
         let (sender, reports) = mpsc::unbounded_channel();
-        let shared = Arc::new(Shared { sink, spec, places, reports: sender });
-        Self { shared, queues: HashMap::new(), sending: JoinSet::new(), reports }
+        let shared = Arc::new(Shared { sink, spec: settings.group_spec.clone(), places, reports: sender });
+        Self { shared, queues: HashMap::new(), stream_puts: settings.stream_puts.max(1), sending: JoinSet::new(), reports }
     }
 
     /// Sends the batch after those of its stream that came before.
     pub(super) fn submit(&mut self, sealed: Sealed) {
         let stream = sealed.stream;
-        let queue = self.queues.entry(stream).or_default();
-        queue.push_back(sealed);
-        if queue.len() == 1 {
-            self.send_front(stream);
-        }
+        self.queues.entry(stream).or_default().waiting.push_back(sealed);
+        self.send(stream);
     }
 
-    fn send_front(&mut self, stream: StreamId) {
-        let Some(sealed) = self.queues.get(&stream).and_then(VecDeque::front).cloned() else { return };
-        let shared = Arc::clone(&self.shared);
-        self.sending.spawn(async move { shared.deliver(sealed).await });
+    /// Begins what may begin: a second put of a stream only while a further batch waits behind it, so that the batches of a stream that
+    /// is not behind go one after the other.
+    fn send(&mut self, stream: StreamId) {
+        let Some(queue) = self.queues.get_mut(&stream) else { return };
+        while queue.sending == 0 || (queue.sending < self.stream_puts && queue.waiting.len() > 1) {
+            let Some(sealed) = queue.waiting.pop_front() else { break };
+            queue.sending += 1;
+            let shared = Arc::clone(&self.shared);
+            self.sending.spawn(async move { shared.deliver(sealed).await });
+        }
+        if queue.sending == 0 {
+            self.queues.remove(&stream);
+        }
     }
 
     /// What happened next; never if nothing is on its way. Safe to drop and call again.
@@ -124,12 +141,8 @@ impl<S: LogSink> Shipper<S> {
         if let Report::Settled(settled) = &report
             && let Some(queue) = self.queues.get_mut(&settled.stream)
         {
-            let stream = settled.stream;
-            queue.pop_front();
-            if queue.is_empty() {
-                self.queues.remove(&stream);
-            }
-            self.send_front(stream);
+            queue.sending -= 1;
+            self.send(settled.stream);
         }
         report
     }

@@ -1,9 +1,10 @@
 //! Bytes of one generation of a log file: the open file itself, or what gzip left of it.
 
 use std::fs::{File, Metadata};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use flate2::read::MultiGzDecoder;
 use stanchion_core::logs::positions::{FINGERPRINT_BYTES, Fingerprint};
@@ -14,9 +15,28 @@ pub(super) enum Source {
     Gz(Box<Gz>),
 }
 
+/// Bytes of one read of a compressed file's head.
+const HEAD: usize = FINGERPRINT_BYTES;
+/// Decompressors at work at the same time: each takes a hundred kilobytes, and there may be thousands of compressed files.
+const MOST_DECODERS: usize = 8;
+
+/// Counts the decompressors at work.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Decoders(Arc<()>);
+
+impl Decoders {
+    fn at_work(&self) -> usize {
+        // One is the tailer's own, one for each file's link to it.
+        Arc::strong_count(&self.0) - 1
+    }
+}
+
 /// A compressed file, read once from its beginning. Bytes that the caller did not use are kept for its next read.
 pub(super) struct Gz {
-    decoder: MultiGzDecoder<File>,
+    file: File,
+    head: Vec<u8>,
+    /// At work, and the entry in the count.
+    decoder: Option<(MultiGzDecoder<File>, Decoders)>,
     kept: Vec<u8>,
     kept_at: u64,
     ended: bool,
@@ -28,8 +48,24 @@ impl Source {
     }
 
     pub(super) fn open_gz(path: &Path) -> io::Result<Self> {
-        let decoder = MultiGzDecoder::new(File::open(path)?);
-        Ok(Self::Gz(Box::new(Gz { decoder, kept: Vec::new(), kept_at: 0, ended: false })))
+        let file = File::open(path)?;
+        let mut head = Vec::new();
+        MultiGzDecoder::new(&file).take(HEAD as u64).read_to_end(&mut head)?;
+        Ok(Self::Gz(Box::new(Gz { file, head, decoder: None, kept: Vec::new(), kept_at: 0, ended: false })))
+    }
+
+    /// Whether it can be read now: a compressed file waits for a decompressor, and has one from then on until its end.
+    pub(super) fn may_read(&mut self, decoders: &Decoders) -> io::Result<bool> {
+        let Self::Gz(gz) = self else { return Ok(true) };
+        if gz.decoder.is_none() && !gz.ended {
+            if decoders.at_work() >= MOST_DECODERS {
+                return Ok(false);
+            }
+            let mut file = gz.file.try_clone()?;
+            file.rewind()?;
+            gz.decoder = Some((MultiGzDecoder::new(file), decoders.clone()));
+        }
+        Ok(true)
     }
 
     /// A second handle of the same plain file, for what follows a truncation.
@@ -43,8 +79,13 @@ impl Source {
     pub(super) fn metadata(&self) -> io::Result<Metadata> {
         match self {
             Self::Plain(file) => file.metadata(),
-            Self::Gz(gz) => gz.decoder.get_ref().metadata(),
+            Self::Gz(gz) => gz.file.metadata(),
         }
+    }
+
+    /// A compressed file that had no decompressor yet.
+    pub(super) fn waits(&self) -> bool {
+        matches!(self, Self::Gz(gz) if gz.decoder.is_none() && !gz.ended)
     }
 
     /// Device and inode.
@@ -61,17 +102,31 @@ impl Source {
         }
     }
 
-    pub(super) fn fingerprint(&mut self) -> io::Result<Fingerprint> {
-        let mut head = [0; FINGERPRINT_BYTES];
-        let len = self.read_at(0, &mut head)?;
-        Ok(Fingerprint::of(&head[..len]))
+    /// Time of its last change, in nanoseconds since 1970.
+    pub(super) fn modified_ns(&self) -> io::Result<i128> {
+        let metadata = self.metadata()?;
+        Ok(i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()))
+    }
+
+    /// Of its first bytes.
+    pub(super) fn fingerprint(&self) -> io::Result<Fingerprint> {
+        self.with_head(Fingerprint::of)
     }
 
     /// The first bytes still are what the fingerprint was taken of.
-    pub(super) fn begins_with(&mut self, fingerprint: Fingerprint) -> io::Result<bool> {
-        let mut head = [0; FINGERPRINT_BYTES];
-        let len = self.read_at(0, &mut head)?;
-        Ok(fingerprint.matches(&head[..len]))
+    pub(super) fn begins_with(&self, fingerprint: Fingerprint) -> io::Result<bool> {
+        self.with_head(|head| fingerprint.matches(head))
+    }
+
+    fn with_head<T>(&self, of: impl FnOnce(&[u8]) -> T) -> io::Result<T> {
+        match self {
+            Self::Plain(file) => {
+                let mut head = [0; HEAD];
+                let len = file.read_at(&mut head, 0)?;
+                Ok(of(&head[..len]))
+            }
+            Self::Gz(gz) => Ok(of(&gz.head)),
+        }
     }
 
     /// Fills `buffer` from `offset`, as far as there is something. A compressed file can only go forward.
@@ -108,8 +163,12 @@ impl Gz {
     }
 
     fn decode(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let read = self.decoder.read(into)?;
-        self.ended = read == 0;
+        let Some((decoder, _)) = &mut self.decoder else { return Err(io::Error::other("no decompressor is at work for it")) };
+        let read = decoder.read(into)?;
+        if read == 0 {
+            self.ended = true;
+            self.decoder = None;
+        }
         Ok(read)
     }
 }
@@ -128,7 +187,9 @@ mod tests {
         let mut encoder = flate2::write::GzEncoder::new(File::create(&path).unwrap(), flate2::Compression::fast());
         encoder.write_all(&text).unwrap();
         encoder.finish().unwrap();
+        let decoders = Decoders::default();
         let mut source = Source::open_gz(&path).unwrap();
+        assert!(source.may_read(&decoders).unwrap());
         assert_eq!(source.fingerprint().unwrap(), Fingerprint::of(&text));
         assert!(source.begins_with(Fingerprint::of(&text[..100])).unwrap());
         let mut seen = Vec::new();

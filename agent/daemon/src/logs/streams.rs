@@ -57,8 +57,10 @@ struct Flight {
 }
 
 /// All streams.
-#[derive(Default)]
 pub(super) struct Streams {
+    compress: bool,
+    /// What all batches being filled may take together.
+    budget: usize,
     by_name: HashMap<(Arc<str>, Arc<str>), StreamId>,
     streams: HashMap<StreamId, Stream>,
     flights: HashMap<BatchId, Flight>,
@@ -69,6 +71,21 @@ pub(super) struct Streams {
 }
 
 impl Streams {
+    /// Without any; batches are kept compressed if `compress`, and those being filled share `budget` bytes.
+    pub(super) fn new(compress: bool, budget: usize) -> Self {
+        Self {
+            compress,
+            budget,
+            by_name: HashMap::new(),
+            streams: HashMap::new(),
+            flights: HashMap::new(),
+            ready: Vec::new(),
+            next: 0,
+            in_flight: 0,
+            filling: 0,
+        }
+    }
+
     /// The stream of that name; each call needs a [`Self::leave`].
     pub(super) fn join(&mut self, group: &str, name: &str, emf: bool) -> StreamId {
         let key = (Arc::from(group), Arc::from(name));
@@ -80,7 +97,7 @@ impl Streams {
         let id = StreamId(self.number());
         let batch = BatchId(self.number());
         let (group, name) = key.clone();
-        let builder = BatchBuilder::new(group.clone(), name.clone(), emf);
+        let builder = BatchBuilder::new(group.clone(), name.clone(), emf).compressing(self.compress);
         let stream = Stream {
             group,
             name,
@@ -122,8 +139,11 @@ impl Streams {
     /// Takes a batch that the stream's builder closed because the next event did not fit.
     pub(super) fn sealed(&mut self, id: StreamId, batch: LogBatch) {
         let next = BatchId(self.number());
+        let share = self.budget / self.streams.len().max(1);
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let bytes = batch.body().len();
+        // A buffer stays as large as it got only while there are few.
+        stream.builder.shrink_to(share);
+        let bytes = batch.held_bytes();
         let sealed = Sealed { id: std::mem::replace(&mut stream.batch, next), stream: id, batch };
         stream.in_flight += bytes;
         stream.last_pin = None;
@@ -179,7 +199,7 @@ impl Streams {
     }
 
     /// Puts an event into the stream's batch, in as many parts as its size needs. `pin` hears of each batch that holds
-    /// some of it. Returns the number of parts; 0 when the layout has no message for it.
+    /// some of it. Returns the number of parts, 0 when the layout has no message for it, and whether its end was cut off.
     pub(super) fn push(
         &mut self,
         id: StreamId,
@@ -188,13 +208,13 @@ impl Streams {
         container: u64,
         now_ms: i64,
         pin: &mut dyn FnMut(BatchId, Mark),
-    ) -> usize {
+    ) -> (usize, bool) {
         let (mut from, mut parts) = (0, 0);
         loop {
-            let Some(stream) = self.streams.get_mut(&id) else { return parts };
+            let Some(stream) = self.streams.get_mut(&id) else { return (parts, false) };
             let before = stream.builder.encoded_bytes();
             let was_empty = stream.builder.is_empty();
-            let mut written = Written { message: 0, content: 0 };
+            let mut written = Written { message: 0, content: 0, truncated: false };
             let sealed = stream.builder.push_with(event.timestamp_ms, |out| {
                 written = writer.write(event, from, out);
                 written.message
@@ -214,7 +234,7 @@ impl Streams {
             }
             from += written.content;
             if from >= event.content.len() {
-                return parts;
+                return (parts, written.truncated);
             }
         }
     }

@@ -1,5 +1,8 @@
 //! The tailer: follows every container's files and fills batches. It does file input, but no waiting and no sending, so
 //! that a test drives it step by step; [`super::run`] drives it for real.
+//!
+//! A turn looks only at the containers that are due: those that grow ten times a second, quiet ones once a second, and ones that an event
+//! of their directory would wake once in ten seconds, so that thousands of quiet files cost nothing.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -13,8 +16,11 @@ use stanchion_core::logs::cri::Output;
 use stanchion_core::logs::enrich::Identity;
 use stanchion_core::logs::join::Joiner;
 use stanchion_core::logs::ledger::BatchId;
+use stanchion_core::logs::names::glob;
+use stanchion_core::logs::parser::Parser;
 use stanchion_core::logs::positions::{Position, Positions, VERSION};
-use stanchion_core::logs::record::RecordWriter;
+use stanchion_core::logs::quota::Quotas;
+use stanchion_core::logs::record::{Merge, RecordWriter};
 use stanchion_core::logs::route::Place;
 use stanchion_core::logs::settings::{LogSettings, ReadFrom};
 use tracing::{info, warn};
@@ -22,13 +28,19 @@ use tracing::{info, warn};
 use super::container::{Container, Context};
 use super::counters::{FileStatus, LogCounters, LogsSnapshot};
 use super::discover::{self, Found};
-use super::source::Source;
+use super::follow::{follow, open_generations};
+use super::source::{Decoders, Source};
 use super::streams::{FileId, Sealed, StreamId, Streams};
+use super::watches::Watches;
 
 /// Bytes of one read. Lines of containerd have at most 16 KiB, so little of a block is read twice.
 const BLOCK: usize = 256 << 10;
 /// How soon a file that grows is looked at again, and how seldom one that does not; in milliseconds.
 const POLL_MS: (i64, i64) = (100, 1000);
+/// How seldom one that an event would wake, and after how long without a byte it is watched; in milliseconds.
+const WATCHED_MS: (i64, i64) = (10_000, 5000);
+/// Looks are put together on a grid of this many milliseconds, so that many files wake the task once.
+const GRID_MS: i64 = 20;
 /// How long a renamed or deleted file is still watched for late writes: the runtime goes on with the old file until it has
 /// opened the new one. In milliseconds.
 const ROTATE_WAIT_MS: i64 = 5000;
@@ -75,6 +87,8 @@ pub enum Drain {
     Progress,
     /// Call again when a batch was acknowledged.
     Waiting,
+    /// Call again at this time, in monotonic milliseconds: a quota has to refill.
+    Later(i64),
     /// Everything is in batches.
     Done,
 }
@@ -109,8 +123,16 @@ pub struct Tailer {
     positions_dirty: bool,
     /// Files are not followed beyond their present end.
     single_pass: bool,
-    /// The container to read first in the next turn, so that each gets its share.
-    next_turn: u64,
+    /// Who is looked at when: time, number of the entry (first come, first served), container.
+    due: BTreeSet<(i64, u64, u64)>,
+    entries: u64,
+    /// Those whose streams have no room: an acknowledgement makes them due.
+    blocked: BTreeSet<u64>,
+    quotas: Quotas,
+    /// Bytes of lines that are not complete.
+    open_bytes: usize,
+    decoders: Decoders,
+    watches: Watches,
 }
 
 impl Tailer {
@@ -127,6 +149,10 @@ impl Tailer {
                 ReadFrom::Head
             }
         };
+        let settings = &parts.settings;
+        // Half of the memory for what is being filled: the other half is on its way.
+        let streams = Streams::new(settings.compress, settings.memory_bytes / 2);
+        let quotas = Quotas::new(settings.quotas.clone());
         Self {
             parts,
             cluster: Arc::default(),
@@ -134,7 +160,7 @@ impl Tailer {
             by_path: HashMap::new(),
             by_name: HashMap::new(),
             next_container: 1,
-            streams: Streams::default(),
+            streams,
             counters: LogCounters::default(),
             restored: by_path,
             begin,
@@ -142,8 +168,29 @@ impl Tailer {
             held_bytes: 0,
             positions_dirty: false,
             single_pass: false,
-            next_turn: 0,
+            due: BTreeSet::new(),
+            entries: 0,
+            blocked: BTreeSet::new(),
+            quotas,
+            open_bytes: 0,
+            decoders: Decoders::default(),
+            watches: Watches::default(),
         }
+    }
+
+    /// Looks at the container then; a sooner time stands.
+    fn schedule(&mut self, id: u64, at_ms: i64) {
+        let Some(container) = self.containers.get_mut(&id) else { return };
+        if let Some((due_ms, entry)) = container.due {
+            if due_ms <= at_ms {
+                return;
+            }
+            self.due.remove(&(due_ms, entry, id));
+        }
+        self.entries += 1;
+        container.due = Some((at_ms, self.entries));
+        self.due.insert((at_ms, self.entries, id));
+        self.blocked.remove(&id);
     }
 
     /// Takes a new state of the cluster: identities of containers whose pod changed are made anew.
@@ -165,6 +212,7 @@ impl Tailer {
             if let Some(mut container) = self.containers.remove(&id) {
                 self.identify(&mut container);
                 self.containers.insert(id, container);
+                self.schedule(id, 0);
             }
         }
     }
@@ -176,18 +224,41 @@ impl Tailer {
             Identity::new(names, pod.map(|pod| &**pod))
         });
         let place = Place { cluster: &self.parts.cluster_name, node: &self.parts.node, file: &container.file_name };
+        let (group, stream) = match container.host {
+            Some(host) => (&settings.host_files[host].group, &settings.host_files[host].stream),
+            None => {
+                let any = |globs: &[String]| globs.iter().any(|pattern| glob(pattern, &container.file_name));
+                let route = settings.routes.iter().find(|route| any(&route.files));
+                route.map_or((&settings.group, &settings.stream), |route| (&route.group, &route.stream))
+            }
+        };
         let before = container.streams;
         container.streams = [Output::Stdout, Output::Stderr].map(|output| {
             let excluded = settings.honour_exclude && identity.as_ref().is_some_and(|identity| identity.is_excluded(output));
             (!excluded).then(|| {
-                let group = settings.group.group(place, identity.as_ref(), output);
-                let stream = settings.stream.stream(place, identity.as_ref(), output);
+                let group = group.group(place, identity.as_ref(), output);
+                let stream = stream.stream(place, identity.as_ref(), output);
                 self.streams.join(&group, &stream, settings.emf)
             })
         });
         before.into_iter().flatten().for_each(|stream| self.streams.leave(stream));
-        container.writer = RecordWriter::new(&settings.record, identity.as_ref());
+        let parsers = [Output::Stdout, Output::Stderr].map(|output| self.parser(identity.as_ref(), output));
+        container.writer = RecordWriter::new(&settings.record, identity.as_ref()).oversize(settings.oversize).parsing(parsers);
         container.identity = identity;
+    }
+
+    /// The parser that the pod names for the output.
+    fn parser(&self, identity: Option<&Identity>, output: Output) -> Option<Parser> {
+        let settings = &self.parts.settings;
+        if !settings.honour_parser || settings.record.merge == Merge::Off {
+            return None;
+        }
+        let name = identity?.fluent_bit_annotation("parser", output)?;
+        let parser = settings.parsers.iter().find(|parser| parser.name == name);
+        if parser.is_none() {
+            warn!(pod = identity?.names.pod, parser = name, "the pod names a parser that is not known: its lines are read as JSON");
+        }
+        parser.cloned()
     }
 
     /// Looks which files there are, and follows what is new, renamed or gone. Safe to call at any time; the truth when events of
@@ -230,15 +301,19 @@ impl Tailer {
             identity: None,
             writer: RecordWriter::new(&settings.record, None),
             streams: [None, None],
-            joiner: Joiner::new(settings.rules.clone(), settings.bounds),
+            joiner: Joiner::new(settings.rules.clone(), settings.bounds).sparing(settings.redactions.clone()),
             generations: Default::default(),
             next_generation: 0,
             known_rotated: Default::default(),
             retired: None,
             gone_ms: None,
             wait_until_ms: now.mono + METADATA_WAIT_MS,
-            next_poll_ms: 0,
+            due: None,
             poll_ms: POLL_MS.0,
+            quiet_ms: now.mono,
+            watched: false,
+            open_bytes: 0,
+            host: found.host,
         };
         let positions = self.restored.remove(&container.live).unwrap_or_default();
         match open_generations(&mut container, &positions, self.begin, now.mono) {
@@ -249,6 +324,7 @@ impl Tailer {
                 self.by_path.insert(container.live.clone(), id);
                 self.by_name.insert(container.file_name.clone(), container.live.clone());
                 self.containers.insert(id, container);
+                self.schedule(id, now.mono);
                 self.positions_dirty = true;
             }
             Err(error) => {
@@ -264,7 +340,11 @@ impl Tailer {
     fn follow_rotation(&mut self, id: u64, now: Now) {
         let Some(container) = self.containers.get_mut(&id) else { return };
         match follow(container, now.mono) {
-            Ok(changed) => self.positions_dirty |= changed,
+            Ok(false) => {}
+            Ok(true) => {
+                self.positions_dirty = true;
+                self.schedule(id, now.mono);
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => {
                 self.counters.file_errors += 1;
@@ -280,6 +360,7 @@ impl Tailer {
             for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_none()) {
                 generation.rotated_ms = Some(now.mono);
             }
+            self.schedule(id, now.mono);
         }
     }
 
@@ -319,57 +400,143 @@ impl Tailer {
     /// Reads what there is, within the memory budget, and closes batches that are due.
     pub fn turn(&mut self, now: Now) -> Turn {
         let mut progress = false;
-        let mut next_ms = now.mono + POLL_MS.1;
-        let ids: Vec<u64> =
-            self.containers.range(self.next_turn..).chain(self.containers.range(..self.next_turn)).map(|(id, _)| *id).collect();
-        for id in ids {
+        let later = self.due.split_off(&(now.mono + 1, 0, 0));
+        let mut due = std::mem::replace(&mut self.due, later).into_iter();
+        for entry in due.by_ref() {
             if self.is_full() {
-                self.next_turn = id;
                 if self.streams.flights() == 0 {
                     self.streams.seal_older_than(i64::MAX);
                 }
+                // Whoever was not served comes first in the next turn.
+                self.due.insert(entry);
                 break;
             }
-            let Some(container) = self.containers.get(&id) else { continue };
-            let room = self.has_room(container);
-            let look_ms = container.next_poll_ms.max(self.identified_at(container, now));
-            let due = room && look_ms <= now.mono;
-            if !due && !container.joiner.is_open() {
-                // Without room an acknowledgement wakes the caller.
-                next_ms = next_ms.min(if room { look_ms.max(now.mono + 1) } else { next_ms });
-                continue;
-            }
-            let Some(mut container) = self.containers.remove(&id) else { continue };
-            if due {
-                let read = self.read(&mut container, now);
-                progress |= read;
-                container.poll_ms = if read { POLL_MS.0 } else { (container.poll_ms * 2).min(POLL_MS.1) };
-                container.next_poll_ms = if read { 0 } else { next_look(now.mono, container.poll_ms) };
-            }
-            if container.joiner.is_open() {
-                let all = container.gone_ms.is_some() && container.generations.iter().all(|generation| generation.finished);
-                container.expire(all, &mut self.context(now));
-            }
-            next_ms = next_ms.min(container.next_poll_ms.max(now.mono + 1));
-            let idle = due && !progress && container.gone_ms.is_none();
-            if !self.single_pass && self.retire(&mut container) {
-                self.by_path.remove(&container.live);
-                self.by_name.remove(&container.file_name);
-                container.streams.into_iter().flatten().for_each(|stream| self.streams.leave(stream));
-                self.positions_dirty = true;
-            } else {
-                self.containers.insert(id, container);
-                if idle && !self.single_pass {
-                    // A file that stops growing may have been renamed: do not wait for the sweep.
-                    self.follow_rotation(id, now);
-                }
-            }
+            progress |= self.look(entry.2, now);
         }
+        self.due.extend(due);
         let flush_ms = i64::try_from(self.parts.settings.flush.as_millis()).unwrap_or(i64::MAX);
+        let mut next_ms = now.mono + WATCHED_MS.0;
+        // While memory is full, an acknowledgement wakes the caller.
+        if !self.is_full()
+            && let Some((due_ms, _, _)) = self.due.first()
+        {
+            next_ms = next_ms.min(*due_ms);
+        }
         if let Some(first) = self.streams.seal_older_than(now.mono - flush_ms) {
             next_ms = next_ms.min(first + flush_ms);
         }
-        Turn { progress, next_ms }
+        Turn { progress, next_ms: next_ms.max(now.mono + 1) }
+    }
+
+    /// Reads one block of a container that is due, and says when it is due again; true if something was read.
+    fn look(&mut self, id: u64, now: Now) -> bool {
+        let Some(mut container) = self.containers.remove(&id) else { return false };
+        container.due = None;
+        let namespace = container.names.as_ref().map(|names| names.namespace.clone()).unwrap_or_default();
+        let ready_ms = self.identified_at(&container, now).max(self.quotas.ready_at(&namespace, now.mono));
+        let room = self.has_room(&container);
+        let mut read = false;
+        if ready_ms <= now.mono && room {
+            let before = (self.counters.bytes_read, self.counters.lines_read);
+            read = self.read(&mut container, self.quotas.portion(&namespace, BLOCK), now);
+            let after = (self.counters.bytes_read, self.counters.lines_read);
+            self.quotas.spend(&namespace, after.0 - before.0, after.1 - before.1);
+        }
+        if container.joiner.is_open() {
+            let all = container.gone_ms.is_some() && container.generations.iter().all(|generation| generation.finished);
+            container.expire(all, &mut self.context(now));
+        }
+        self.relieve(&mut container, now);
+        if !self.single_pass && self.retire(&mut container) {
+            self.forget(container);
+            return read;
+        }
+        let idle = ready_ms <= now.mono && room && !read;
+        if read {
+            (container.poll_ms, container.quiet_ms) = (POLL_MS.0, now.mono);
+            self.watches.leave(&mut container);
+        } else if idle {
+            let slowest = if container.watched && !container.joiner.is_open() { WATCHED_MS.0 } else { POLL_MS.1 };
+            container.poll_ms = (container.poll_ms * 2).min(slowest);
+            if now.mono - container.quiet_ms >= WATCHED_MS.1 && !self.single_pass && container.gone_ms.is_none() {
+                self.watches.ask(&mut container);
+            }
+        }
+        let waits = container.generations.iter().any(|generation| !generation.finished && generation.source.waits());
+        let (poll_ms, open, gone) = (container.poll_ms, container.joiner.is_open(), container.gone_ms.is_some());
+        self.containers.insert(id, container);
+        let next_ms = match (read, room) {
+            (true, _) => now.mono,
+            (false, true) if ready_ms > now.mono => ready_ms,
+            (false, true) => next_look(now.mono, poll_ms),
+            (false, false) => i64::MAX,
+        };
+        if !room {
+            self.blocked.insert(id);
+            // An open line grows old all the same.
+            if open {
+                self.schedule(id, now.mono + POLL_MS.1);
+            }
+        } else if read || waits || ready_ms > now.mono || !self.single_pass {
+            self.schedule(id, next_ms);
+        }
+        if idle && !self.single_pass && !gone {
+            // A file that stops growing may have been renamed: do not wait for the sweep.
+            self.follow_rotation(id, now);
+        }
+        read
+    }
+
+    /// Keeps account of lines that are not complete, and closes those of the container where all together are too long.
+    fn relieve(&mut self, container: &mut Container, now: Now) {
+        let limit = self.parts.settings.open_bytes;
+        let others = self.open_bytes - container.open_bytes;
+        if others + container.joiner.open_bytes() > limit {
+            let share = limit / (self.containers.len() + 1);
+            container.relieve(share, &mut self.context(now));
+        }
+        container.open_bytes = container.joiner.open_bytes();
+        self.open_bytes = others + container.open_bytes;
+    }
+
+    fn forget(&mut self, mut container: Container) {
+        self.watches.leave(&mut container);
+        self.open_bytes -= container.open_bytes;
+        self.by_path.remove(&container.live);
+        self.by_name.remove(&container.file_name);
+        container.streams.into_iter().flatten().for_each(|stream| self.streams.leave(stream));
+        self.positions_dirty = true;
+    }
+
+    /// Directories to watch, and those that need no watch any more, since the last call.
+    pub(super) fn take_watch_changes(&mut self) -> Vec<(PathBuf, bool)> {
+        self.watches.take_changes()
+    }
+
+    /// The directory is watched from now on; its quiet files are looked at once more, as they may have grown before.
+    pub(super) fn watched(&mut self, dir: &Path, now: Now) {
+        for id in self.watches.confirm(dir) {
+            if let Some(container) = self.containers.get_mut(&id) {
+                container.watched = true;
+                self.schedule(id, now.mono);
+            }
+        }
+    }
+
+    /// Something happened to a file, or to a directory of some.
+    pub(super) fn touched(&mut self, path: &Path, now: Now) {
+        if let Some(id) = self.by_path.get(path).copied() {
+            if let Some(container) = self.containers.get_mut(&id) {
+                container.poll_ms = POLL_MS.0;
+            }
+            self.schedule(id, now.mono);
+        }
+    }
+
+    /// Events were lost: every file may have grown.
+    pub(super) fn touched_all(&mut self, now: Now) {
+        let ids: Vec<_> = self.containers.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.schedule(id, now.mono));
     }
 
     /// When the container's lines may be read: at once if its pod is known, or if it is no container.
@@ -398,35 +565,47 @@ impl Tailer {
     }
 
     /// Reads one block of the oldest generation that has one.
-    fn read(&mut self, container: &mut Container, now: Now) -> bool {
-        let mut block = std::mem::take(&mut self.block);
+    fn read(&mut self, container: &mut Container, portion: usize, now: Now) -> bool {
+        let mut whole = std::mem::take(&mut self.block);
+        let block = &mut whole[..portion];
         let mut progress = false;
         for index in 0..container.generations.len() {
             if container.generations[index].finished {
                 continue;
             }
-            match self.read_generation(container, index, &mut block, now) {
+            match self.read_generation(container, index, block, now) {
                 Ok(read) => progress = read,
                 Err(error) => {
                     self.counters.file_errors += 1;
-                    container.generations[index].last_error = Some(error.to_string());
+                    let generation = &mut container.generations[index];
+                    // What is broken in a compressed file stays so: the rest of the family must not wait for it.
+                    if matches!(generation.source, Source::Gz(_)) {
+                        warn!(path = %container.live.display(), %error, "a compressed sibling cannot be read to its end");
+                        generation.finished = true;
+                    }
+                    generation.last_error = Some(error.to_string());
                 }
             }
             if progress {
                 break;
             }
         }
-        self.block = block;
+        self.block = whole;
         progress
     }
 
     fn read_generation(&mut self, container: &mut Container, index: usize, block: &mut [u8], now: Now) -> io::Result<bool> {
         let generation = &mut container.generations[index];
-        let size = generation.source.size()?;
+        if !generation.source.may_read(&self.decoders)? {
+            return Ok(false);
+        }
         // What is compressed does not change any more, and cannot be read again from its beginning.
         let plain = matches!(generation.source, Source::Plain(_));
-        let grown = plain && size != generation.size;
-        generation.size = size;
+        let size = generation.source.size()?;
+        // A file that was truncated may have the same size again.
+        let modified_ns = generation.source.modified_ns()?;
+        let grown = plain && (size, modified_ns) != (generation.size, generation.modified_ns);
+        (generation.size, generation.modified_ns) = (size, modified_ns);
         let truncated = plain && size < generation.offset;
         if truncated || (grown && !generation.source.begins_with(generation.fingerprint)?) {
             return self.restart(container, index, now);
@@ -475,7 +654,7 @@ impl Tailer {
         generation.finished = true;
         generation.truncated = true;
         if let Some(source) = again {
-            container.push_generation(source, 0, rotated_ms)?;
+            container.push_again(index, source, rotated_ms)?;
         }
         self.positions_dirty = true;
         Ok(true)
@@ -503,14 +682,17 @@ impl Tailer {
     /// are to be taken after each call.
     pub fn drain(&mut self, now: Now) -> Drain {
         self.single_pass = true;
-        self.containers.values_mut().for_each(|container| container.next_poll_ms = 0);
         if self.turn(now).progress {
             return Drain::Progress;
         }
-        if self.is_full() {
+        if self.is_full() || !self.blocked.is_empty() {
             return Drain::Waiting;
         }
-        let ids: Vec<_> = self.containers.keys().copied().collect();
+        if let Some((due_ms, _, _)) = self.due.first() {
+            return Drain::Later(*due_ms);
+        }
+        let unread = |container: &Container| container.generations.iter().any(|generation| !generation.finished);
+        let ids: Vec<_> = self.containers.iter().filter(|(_, container)| unread(container)).map(|(id, _)| *id).collect();
         for id in ids {
             let Some(mut container) = self.containers.remove(&id) else { continue };
             if self.has_room(&container) {
@@ -519,8 +701,7 @@ impl Tailer {
             self.containers.insert(id, container);
         }
         self.streams.seal_older_than(i64::MAX);
-        let mut generations = self.containers.values().flat_map(|container| &container.generations);
-        if generations.any(|generation| !generation.finished) { Drain::Waiting } else { Drain::Done }
+        if self.containers.values().any(unread) { Drain::Waiting } else { Drain::Done }
     }
 
     fn end_of_container(&mut self, container: &mut Container, now: Now) {
@@ -528,7 +709,12 @@ impl Tailer {
         for index in 0..container.generations.len() {
             let generation = &mut container.generations[index];
             if !generation.finished {
-                match generation.source.read_at(generation.offset, &mut block) {
+                let read = match generation.source.may_read(&self.decoders) {
+                    Ok(false) => continue,
+                    Ok(true) => generation.source.read_at(generation.offset, &mut block),
+                    Err(error) => Err(error),
+                };
+                match read {
                     Ok(read) => self.finish_generation(container, index, &block[..read], now),
                     Err(error) => {
                         self.counters.file_errors += 1;
@@ -545,8 +731,12 @@ impl Tailer {
 
     /// Looks at every file in the next turn, whenever its turn would be: before the end of the process.
     pub fn hurry(&mut self) {
-        for container in self.containers.values_mut() {
-            (container.next_poll_ms, container.wait_until_ms) = (0, 0);
+        let ids: Vec<_> = self.containers.keys().copied().collect();
+        for id in ids {
+            if let Some(container) = self.containers.get_mut(&id) {
+                container.wait_until_ms = 0;
+            }
+            self.schedule(id, 0);
         }
     }
 
@@ -569,6 +759,13 @@ impl Tailer {
             generation.ledger.release(id);
             generation.behind_since_ms = (generation.ledger.safe() < generation.offset).then_some(now.mono);
             self.positions_dirty = true;
+            if generation.finished {
+                // Perhaps its container's last.
+                self.schedule(container, now.mono);
+            }
+        }
+        for id in std::mem::take(&mut self.blocked) {
+            self.schedule(id, now.mono);
         }
     }
 
@@ -655,110 +852,9 @@ impl Tailer {
     }
 }
 
-/// Opens what of a container's family has unacknowledged bytes, oldest first.
-fn open_generations(container: &mut Container, positions: &[Position], begin: ReadFrom, now_ms: i64) -> io::Result<()> {
-    let mut family = Vec::new();
-    for (rotated, path) in discover::rotated(&container.live) {
-        container.known_rotated.insert(rotated.suffix);
-        match if rotated.gz { Source::open_gz(&path) } else { Source::open(&path) } {
-            Ok(source) => family.push((source, true, rotated.gz)),
-            // Compressed or deleted since the listing; its bytes may be gone, or in the next sweep's listing.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-    }
-    family.push((Source::open(&container.live)?, false, false));
-    let tail_only = positions.is_empty() && begin == ReadFrom::Tail;
-    let mut open = Vec::new();
-    let mut matched = BTreeSet::new();
-    let mut first_match = None;
-    for (index, (mut source, rotated, gz)) in family.into_iter().enumerate() {
-        let identity = source.identity()?;
-        let mut found = None;
-        for (number, position) in positions.iter().enumerate() {
-            let same_file = gz || (position.dev, position.inode) == identity;
-            // An empty fingerprint fits every file, and the inode may have been given to another: it says nothing.
-            if same_file && position.fingerprint.len > 0 && source.begins_with(position.fingerprint)? {
-                found = Some(position.offset);
-                matched.insert(number);
-                first_match.get_or_insert((index, number));
-            }
-        }
-        open.push((source, rotated, found));
-    }
-    // Positions are in the order of the files. What is older than the first one found was done, but for files that are
-    // remembered and not found, as they were empty then.
-    let begin_at =
-        first_match.map_or(0, |(index, number)| index.saturating_sub((0..number).filter(|earlier| !matched.contains(earlier)).count()));
-    for (index, (source, rotated, found)) in open.into_iter().enumerate() {
-        if index < begin_at || (tail_only && rotated) {
-            continue;
-        }
-        let size = source.size()?;
-        let offset = found.unwrap_or(if tail_only { size } else { 0 });
-        // A shorter file than acknowledged was truncated while nobody looked.
-        let offset = if offset > size && matches!(source, Source::Plain(_)) { 0 } else { offset };
-        container.push_generation(source, offset, rotated.then_some(now_ms))?;
-    }
-    Ok(())
-}
-
-/// The live path may name another file than the newest generation: then that was renamed, perhaps more than once. True
-/// when there is something new.
-fn follow(container: &mut Container, now_ms: i64) -> io::Result<bool> {
-    let metadata = std::fs::metadata(&container.live)?;
-    container.gone_ms = None;
-    let newest = container.generations.back();
-    if newest.is_some_and(|newest| (newest.dev, newest.inode) == (metadata.dev(), metadata.ino()) && newest.rotated_ms.is_none()) {
-        return Ok(false);
-    }
-    for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_none()) {
-        generation.rotated_ms = Some(now_ms);
-    }
-    for (rotated, path) in discover::rotated(&container.live) {
-        if container.known_rotated.contains(&rotated.suffix) {
-            continue;
-        }
-        let missed = if rotated.gz { Source::open_gz(&path)? } else { Source::open(&path)? };
-        let identity = missed.identity()?;
-        // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already.
-        let known = if rotated.gz {
-            is_compressed_form(container, &path)?
-        } else {
-            container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity)
-        };
-        if !known {
-            container.push_generation(missed, 0, Some(now_ms))?;
-        }
-        container.known_rotated.insert(rotated.suffix);
-    }
-    let source = Source::open(&container.live)?;
-    let identity = source.identity()?;
-    if !container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity) {
-        container.push_generation(source, 0, None)?;
-    }
-    container.next_poll_ms = 0;
-    Ok(true)
-}
-
-/// A compressed sibling that holds the same bytes as a generation that is open.
-fn is_compressed_form(container: &mut Container, path: &Path) -> io::Result<bool> {
-    let mut source = Source::open_gz(path)?;
-    for generation in &mut container.generations {
-        if generation.fingerprint.len == 0 && matches!(generation.source, Source::Plain(_)) {
-            // Written to since it was opened empty.
-            generation.fingerprint = generation.source.fingerprint()?;
-        }
-        if generation.fingerprint.len > 0 && source.begins_with(generation.fingerprint)? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
 /// When a file without news is looked at again. Silent files are all looked at in the same moment, so that a node with hundreds of them
-/// wakes once a second and not hundreds of times.
+/// wakes once a second and not hundreds of times; busy ones on a finer grid.
 fn next_look(now_ms: i64, pause_ms: i64) -> i64 {
     let at = now_ms + pause_ms;
-    if pause_ms < POLL_MS.1 { at } else { at - at % POLL_MS.1 }
+    if pause_ms < POLL_MS.1 { at + GRID_MS - 1 - (at + GRID_MS - 1) % GRID_MS } else { at - at % POLL_MS.1 }
 }

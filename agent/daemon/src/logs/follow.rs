@@ -1,0 +1,119 @@
+//! A container's family of files: the live one and its rotated siblings, at the start and while it runs.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use stanchion_core::logs::positions::Position;
+use stanchion_core::logs::settings::ReadFrom;
+
+use super::container::Container;
+use super::discover;
+use super::source::Source;
+
+/// Opens what of a container's family has unacknowledged bytes, oldest first.
+pub(super) fn open_generations(container: &mut Container, positions: &[Position], begin: ReadFrom, now_ms: i64) -> io::Result<()> {
+    let mut family = Vec::new();
+    for (rotated, path) in discover::rotated(&container.live) {
+        container.known_rotated.insert(rotated.suffix);
+        match if rotated.gz { Source::open_gz(&path) } else { Source::open(&path) } {
+            // The node's own files are renamed in many ways: only what was read before is known to be older.
+            Ok(source) if container.host.is_some() && !is_remembered(&source, positions)? => {}
+            Ok(source) => family.push((source, true, rotated.gz)),
+            // Compressed or deleted since the listing; its bytes may be gone, or in the next sweep's listing.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    family.push((Source::open(&container.live)?, false, false));
+    let tail_only = positions.is_empty() && begin == ReadFrom::Tail;
+    let mut open = Vec::new();
+    let mut matched = BTreeSet::new();
+    let mut first_match = None;
+    for (index, (source, rotated, gz)) in family.into_iter().enumerate() {
+        let identity = source.identity()?;
+        let mut found = None;
+        for (number, position) in positions.iter().enumerate() {
+            let same_file = gz || (position.dev, position.inode) == identity;
+            // An empty fingerprint fits every file, and the inode may have been given to another: it says nothing.
+            if same_file && position.fingerprint.len > 0 && source.begins_with(position.fingerprint)? {
+                found = Some(position.offset);
+                matched.insert(number);
+                first_match.get_or_insert((index, number));
+            }
+        }
+        open.push((source, rotated, found));
+    }
+    // Positions are in the order of the files. What is older than the first one found was done, but for files that are
+    // remembered and not found, as they were empty then.
+    let begin_at =
+        first_match.map_or(0, |(index, number)| index.saturating_sub((0..number).filter(|earlier| !matched.contains(earlier)).count()));
+    for (index, (source, rotated, found)) in open.into_iter().enumerate() {
+        if index < begin_at || (tail_only && rotated) {
+            continue;
+        }
+        let size = source.size()?;
+        let offset = found.unwrap_or(if tail_only { size } else { 0 });
+        // A shorter file than acknowledged was truncated while nobody looked.
+        let offset = if offset > size && matches!(source, Source::Plain(_)) { 0 } else { offset };
+        container.push_generation(source, offset, rotated.then_some(now_ms))?;
+    }
+    Ok(())
+}
+
+/// The live path may name another file than the newest generation: then that was renamed, perhaps more than once. True
+/// when there is something new.
+pub(super) fn follow(container: &mut Container, now_ms: i64) -> io::Result<bool> {
+    let metadata = std::fs::metadata(&container.live)?;
+    container.gone_ms = None;
+    let newest = container.generations.back();
+    if newest.is_some_and(|newest| (newest.dev, newest.inode) == (metadata.dev(), metadata.ino()) && newest.rotated_ms.is_none()) {
+        return Ok(false);
+    }
+    for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_none()) {
+        generation.rotated_ms = Some(now_ms);
+    }
+    let rotated = if container.host.is_some() { Vec::new() } else { discover::rotated(&container.live) };
+    for (rotated, path) in rotated {
+        if container.known_rotated.contains(&rotated.suffix) {
+            continue;
+        }
+        let missed = if rotated.gz { Source::open_gz(&path)? } else { Source::open(&path)? };
+        let identity = missed.identity()?;
+        // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already.
+        let known = if rotated.gz {
+            is_compressed_form(container, &missed)?
+        } else {
+            container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity)
+        };
+        if !known {
+            container.push_generation(missed, 0, Some(now_ms))?;
+        }
+        container.known_rotated.insert(rotated.suffix);
+    }
+    let source = Source::open(&container.live)?;
+    let identity = source.identity()?;
+    if !container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity) {
+        container.push_generation(source, 0, None)?;
+    }
+    Ok(true)
+}
+
+/// A compressed sibling that holds the same bytes as a generation that is open.
+fn is_compressed_form(container: &mut Container, compressed: &Source) -> io::Result<bool> {
+    for generation in &mut container.generations {
+        if generation.fingerprint.len == 0 && matches!(generation.source, Source::Plain(_)) {
+            // Written to since it was opened empty.
+            generation.fingerprint = generation.source.fingerprint()?;
+        }
+        if generation.fingerprint.len > 0 && compressed.begins_with(generation.fingerprint)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn is_remembered(source: &Source, positions: &[Position]) -> io::Result<bool> {
+    let identity = source.identity()?;
+    Ok(positions.iter().any(|position| (position.dev, position.inode) == identity))
+}
