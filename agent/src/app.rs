@@ -26,7 +26,7 @@ use stanchion_daemon::admin::{http, socket};
 use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server, credentials};
 use stanchion_daemon::cni::CniSettings;
 use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
-use stanchion_daemon::logs::LogsParts;
+use stanchion_daemon::logs::{JsonLines, LogsParts};
 use stanchion_daemon::netpol::{AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts};
 use stanchion_daemon::telemetry::{Extras, KubeletSettings, Roots, TelemetryParts, TelemetrySettings};
 use stanchion_daemon::{cni, ipamd, logs, netpol, telemetry};
@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::cli::agent::{AgentArgs, Role};
+use crate::cli::ship::{self, Sink};
 use crate::logging;
 
 /// Flows that a pod may have open at once; more are judged packet by packet.
@@ -48,6 +49,8 @@ const POD_FLOWS: u32 = 16_384;
 const OPEN_FILES: u64 = 524_288;
 /// How long the last log lines may take after SIGTERM; below the pod's grace period of 20 s.
 const GRACE: Duration = Duration::from_secs(12);
+/// Of it, until log shipping saves how far it came and ends.
+const LOG_GRACE: Duration = Duration::from_secs(10);
 /// How long a pod's ADD waits for the cluster's state after a start.
 const POLICY_SYNC_WAIT: Duration = Duration::from_secs(10);
 
@@ -221,17 +224,21 @@ fn start_telemetry(
             Template::parse(&settings.log_group).with_context(|| format!("STANCHION_LOG_GROUP={:?}", settings.log_group))?;
         log_settings.flush = settings.log_flush;
         log_settings.group_spec.retention_days = settings.log_retention_days;
-        let (handle, task) = logs::spawn(LogsParts {
-            settings: log_settings,
-            sink: aws.logs(),
-            cluster: cluster.watch(),
-            node: (*node_name).to_owned(),
-            cluster_name: cluster_name.clone(),
-            state_dir: args.state_dir.clone(),
-            log_dir: args.log_dir.clone(),
-            shutdown: (*shutdown).clone(),
-            grace: GRACE,
-        });
+        log_settings.routes = LogSettings::container_insights_routes();
+        if !settings.log_config.is_empty() {
+            let path = settings.log_config.as_ref();
+            log_settings = ship::with_file(log_settings, path).context("STANCHION_LOG_CONFIG")?;
+        }
+        let sink: Sink =
+            settings.log_sink.parse().map_err(|remedy| anyhow::anyhow!("STANCHION_LOG_SINK={:?}: {remedy}", settings.log_sink))?;
+        let (handle, task) = match sink {
+            Sink::CloudWatch => logs::spawn(parts.logs(log_settings, aws.logs())),
+            Sink::Stdout => logs::spawn(parts.logs(log_settings.in_order(), JsonLines::stdout())),
+            Sink::File(path) => {
+                let file = JsonLines::file(&path).with_context(|| format!("STANCHION_LOG_SINK: cannot append to {}", path.display()))?;
+                logs::spawn(parts.logs(log_settings.in_order(), file))
+            }
+        };
         tasks.push(("logs", task));
         Some(handle)
     } else {
@@ -370,6 +377,22 @@ struct Start<'a> {
     shutdown: &'a CancellationToken,
     /// Set by a part whose failure ends the agent.
     failed: &'a Arc<AtomicBool>,
+}
+
+impl Start<'_> {
+    fn logs<S>(&self, settings: LogSettings, sink: S) -> LogsParts<S> {
+        LogsParts {
+            settings,
+            sink,
+            cluster: self.cluster.watch(),
+            node: self.node_name.to_owned(),
+            cluster_name: self.config.pool.cluster_name.clone(),
+            state_dir: self.args.state_dir.clone(),
+            log_dir: self.args.log_dir.clone(),
+            shutdown: self.shutdown.clone(),
+            grace: LOG_GRACE,
+        }
+    }
 }
 
 /// The source of the cluster's state that the flags name.

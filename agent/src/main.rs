@@ -21,6 +21,8 @@ struct Args {
 enum Command {
     /// Ship container logs once
     Ship(cli::ship::ShipArgs),
+    /// Translate another agent's configuration
+    Migrate(cli::migrate::MigrateArgs),
     /// Ask the pool planner
     Plan(cli::plan::PlanArgs),
     /// Run the daemon
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Ship(args) => cli::ship::run(&args),
+        Command::Migrate(args) => cli::migrate::run(&args),
         Command::Plan(plan) => cli::plan::run(&plan, &args.connection),
         Command::Agent(agent) => app::run(*agent),
         Command::Top(top) => cli::top::run(&top, &args.connection),

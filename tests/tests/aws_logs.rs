@@ -169,7 +169,8 @@ async fn a_throttled_account_is_told_so_without_a_retry() {
 async fn gzip_is_used_where_it_is_taken_and_given_up_where_it_is_not() {
     let (bed, now) = ready().await;
     bed.cloud.add_access_key("AKIDTEST", "secret", None, None);
-    let sink = bed.logs.clone().with_gzip(true);
+    let sink = bed.logs.clone();
+    assert!(sink.gzip(), "on until an endpoint refuses it");
     sink.put(&batch(&[(now, "compressed")])).await.unwrap();
     assert!(sink.gzip());
     bed.cloud.set_takes_gzip(false);

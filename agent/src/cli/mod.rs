@@ -4,6 +4,7 @@ pub(crate) mod agent;
 pub(crate) mod client;
 pub(crate) mod cost;
 pub(crate) mod inspect;
+pub(crate) mod migrate;
 pub(crate) mod plan;
 pub(crate) mod policy;
 pub(crate) mod ship;

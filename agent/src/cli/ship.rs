@@ -1,13 +1,15 @@
 //! `stanchion ship --once`: reads container logs to their end, sends them, and ends when everything is acknowledged.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{ArgAction, Args, ValueEnum};
 use stanchion_aws::{AwsClients, Overrides};
 use stanchion_core::cluster::ClusterState;
+use stanchion_core::logs::config::LogFile;
 use stanchion_core::logs::multiline::Rule;
 use stanchion_core::logs::record::{Layout, Merge, RecordOptions};
 use stanchion_core::logs::route::Template;
@@ -27,12 +29,35 @@ enum Record {
 }
 
 /// Where events go.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Sink {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Sink {
     /// CloudWatch Logs.
-    Cloudwatch,
+    CloudWatch,
     /// One JSON line an event.
     Stdout,
+    /// The same, appended to a file.
+    File(PathBuf),
+}
+
+impl FromStr for Sink {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "cloudwatch" => Ok(Self::CloudWatch),
+            "stdout" => Ok(Self::Stdout),
+            _ => match text.strip_prefix("file:") {
+                Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
+                _ => Err("use cloudwatch, stdout or file:PATH".to_owned()),
+            },
+        }
+    }
+}
+
+/// What the settings file says, over `settings`.
+pub(crate) fn with_file(settings: LogSettings, path: &Path) -> anyhow::Result<LogSettings> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    LogFile::parse(&text).and_then(|file| file.apply(settings)).with_context(|| path.display().to_string())
 }
 
 /// Ship container logs once.
@@ -83,11 +108,14 @@ pub(crate) struct ShipArgs {
     /// Template of the log stream
     #[arg(long)]
     log_stream: Option<String>,
-    /// Compress what is sent to CloudWatch Logs
+    /// Settings file, over these flags
     #[arg(long)]
+    config: Option<PathBuf>,
+    /// Compress what is sent to CloudWatch Logs
+    #[arg(long, action = ArgAction::Set, default_value_t = true)]
     gzip: bool,
-    /// Where events go
-    #[arg(long, value_enum, default_value_t = Sink::Cloudwatch)]
+    /// Where events go: cloudwatch, stdout (one JSON line an event), file:PATH
+    #[arg(long, default_value = "cloudwatch")]
     sink: Sink,
 }
 
@@ -117,11 +145,11 @@ impl ShipArgs {
         if let Some(stream) = &self.log_stream {
             settings.stream = Template::parse(stream)?;
         }
-        if matches!(self.sink, Sink::Stdout) {
-            anyhow::ensure!(!self.gzip, "--gzip is for CloudWatch Logs");
-            settings.age = None;
+        settings.compress = self.gzip;
+        if let Some(path) = &self.config {
+            settings = with_file(settings, path)?;
         }
-        Ok(settings)
+        Ok(if self.sink == Sink::CloudWatch { settings } else { settings.in_order() })
     }
 }
 
@@ -141,9 +169,13 @@ async fn ship(args: &ShipArgs) -> anyhow::Result<ExitCode> {
     };
     let parts = TailerParts { settings: args.settings()?, log_dir: args.log_dir.clone(), node, cluster_name: args.cluster_name.clone() };
     let cluster = Arc::new(cluster);
-    let shipped = match args.sink {
+    let shipped = match &args.sink {
         Sink::Stdout => ship_once(parts, cluster, JsonLines::stdout()).await,
-        Sink::Cloudwatch => ship_once(parts, cluster, AwsClients::load(Overrides::default()).await?.logs().with_gzip(args.gzip)).await,
+        Sink::File(path) => {
+            let file = JsonLines::file(path).with_context(|| format!("cannot append to {}", path.display()))?;
+            ship_once(parts, cluster, file).await
+        }
+        Sink::CloudWatch => ship_once(parts, cluster, AwsClients::load(Overrides::default()).await?.logs()).await,
     };
     Ok(report(&shipped.with_context(|| format!("cannot read {}", args.log_dir.display()))?))
 }
@@ -154,6 +186,8 @@ fn report(shipped: &ShipReport) -> ExitCode {
     eprintln!("{} lines read, {} events acknowledged in {} batches", counters.lines_read, counters.events_shipped, counters.batches);
     let lost = [
         ("empty lines have no message in this layout", counters.dropped_empty, false),
+        ("events were cut to the largest size, as set", counters.truncated_events, false),
+        ("lines were cut because open lines took too much memory", counters.cut_for_memory, false),
         ("lines of excluded pods", counters.excluded, false),
         ("events are older than the service takes", counters.dropped_too_old, true),
         ("events were rejected for their time", counters.rejected_too_old + counters.rejected_too_new + counters.rejected_expired, true),

@@ -167,9 +167,7 @@ fn ship(binary: &Path, root: &Path, input: &Input, case: &Case, port: u16) -> an
         case.record,
     ]);
     command.arg("--log-dir").arg(&input.containers).arg("--manifests").arg(&input.pods);
-    if case.gzip {
-        command.arg("--gzip");
-    }
+    command.args(["--gzip", if case.gzip { "true" } else { "false" }]);
     command
         .env("AWS_ENDPOINT_URL_CLOUDWATCH_LOGS", format!("https://localhost:{port}"))
         .env("AWS_CA_BUNDLE", &bundle)

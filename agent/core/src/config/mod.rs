@@ -227,6 +227,10 @@ pub struct TelemetryConfig {
     pub log_retention_days: Option<u32>,
     /// Seconds that a line may wait for company in its batch.
     pub log_flush: Duration,
+    /// Settings file of log shipping; empty: none.
+    pub log_config: String,
+    /// `cloudwatch`, `stdout`, or `file:` and a path.
+    pub log_sink: String,
     /// Ship container logs.
     pub logs: bool,
     /// Write Container Insights documents.

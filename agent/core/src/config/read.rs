@@ -75,6 +75,8 @@ impl Config {
                 "/aws/containerinsights/{cluster}/application",
                 "log group template of container logs",
             ),
+            log_config: r.text("STANCHION_LOG_CONFIG", "", "settings file of log shipping, over the variables"),
+            log_sink: r.text("STANCHION_LOG_SINK", "cloudwatch", "where log events go: cloudwatch, stdout or file:PATH"),
             log_retention_days: r.retention(),
             log_flush: r.seconds("STANCHION_LOG_FLUSH_SECONDS", 1.0, 0.05..=60.0, "how long a line may wait for company in its batch"),
             container_insights: r.bool("STANCHION_CONTAINER_INSIGHTS", true, "write Container Insights documents"),

@@ -7,6 +7,7 @@
 //! | [`parser`] | the members that a pod's own parser finds in one |
 //! | [`quota`] | how fast a namespace is read |
 //! | [`config`] | the settings file |
+//! | [`fluentbit`] | what of a Fluent Bit configuration has a counterpart |
 //! | [`join`] | which lines are one event: split lines, then stack traces by the rules of [`multiline`] |
 //! | [`json`] | escaping on the hot path |
 //! | [`batch`] | when a batch is full, and its wire form |
@@ -17,6 +18,7 @@ pub mod batch;
 pub mod config;
 pub mod cri;
 pub mod enrich;
+pub mod fluentbit;
 pub mod join;
 pub mod json;
 pub mod ledger;

@@ -1,0 +1,45 @@
+//! `stanchion migrate fluent-bit`: a Fluent Bit configuration as ours.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use stanchion_core::logs::fluentbit::{migrate, sections};
+use stanchion_core::logs::names::glob;
+
+/// Translate another agent's configuration
+#[derive(Args, Debug)]
+pub(crate) struct MigrateArgs {
+    #[command(subcommand)]
+    from: From,
+}
+
+#[derive(Subcommand, Debug)]
+enum From {
+    /// A Fluent Bit configuration: classic, YAML, or a ConfigMap of such files
+    FluentBit {
+        /// The main file
+        conf: PathBuf,
+    },
+}
+
+pub(crate) fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
+    let From::FluentBit { conf } = &args.from;
+    let text = std::fs::read_to_string(conf).with_context(|| format!("cannot read {}", conf.display()))?;
+    let dir = conf.parent().unwrap_or(Path::new("."));
+    let found = sections(&text, &|name| included(dir, name)).with_context(|| conf.display().to_string())?;
+    print!("{}", migrate(&found).to_yaml());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Texts of the files that the name, which may be a glob in its last part, stands for; relative to the main file.
+fn included(dir: &Path, name: &str) -> Vec<String> {
+    let path = dir.join(name);
+    let (Some(dir), Some(pattern)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return Vec::new() };
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut files: Vec<_> =
+        entries.filter(|entry| entry.file_name().to_str().is_some_and(|name| glob(pattern, name))).map(|entry| entry.path()).collect();
+    files.sort();
+    files.iter().filter_map(|file| std::fs::read_to_string(file).ok()).collect()
+}
