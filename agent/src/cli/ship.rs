@@ -154,6 +154,7 @@ impl ShipArgs {
 }
 
 pub(crate) fn run(args: &ShipArgs) -> anyhow::Result<ExitCode> {
+    stanchion_netlink::process::bound_heaps();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(ship(args))
 }
