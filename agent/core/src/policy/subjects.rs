@@ -15,6 +15,7 @@ use super::engine::LocalPod;
 use super::image::{MapImage, Slot};
 use super::intern::{Active, Interned};
 use super::model::{NamespaceMatch, Peer};
+use super::names::Names;
 use super::program::{OWN_NODE, ServicePort, Signature};
 use super::world::{self, ServicePortBackends};
 
@@ -24,11 +25,14 @@ pub(super) struct Stale {
     pub(super) nodes: bool,
     pub(super) services: bool,
     pub(super) pods: BTreeSet<PodName>,
+    pub(super) named: BTreeSet<IpAddr>,
 }
 
 /// Identities of addresses.
 #[derive(Debug, Default)]
 pub(super) struct Subjects {
+    /// What DNS answers said.
+    pub(super) names: Names,
     own_node: Vec<IpAddr>,
     asked: Active,
     /// Addresses of networked pods.
@@ -97,7 +101,9 @@ impl Subjects {
             dirty.extend(self.claims.keys());
             dirty.extend(self.nodes.keys());
             dirty.extend(self.services.keys());
+            dirty.extend(self.names.addresses());
         }
+        dirty.extend(&stale.named);
         // Service addresses last: they are made of the identities of others.
         let fronts: Vec<IpAddr> = dirty.iter().filter_map(|address| self.fronts.get(address)).flatten().copied().collect();
         dirty.extend(fronts);
@@ -105,6 +111,7 @@ impl Subjects {
         for address in others.into_iter().chain(services) {
             let is_subject =
                 self.claims.contains_key(&address) || self.nodes.contains_key(&address) || self.services.contains_key(&address);
+            let is_subject = is_subject || (self.asked.by_name && self.names.of(address).next().is_some());
             // What is nobody's any more is what its block is.
             let signature = if is_subject { self.signature(cluster, interned, address) } else { Signature::default() };
             let identity = interned.identity(signature);
@@ -180,6 +187,14 @@ impl Subjects {
                     names.iter().filter_map(|name| cluster.nodes.get(name)).any(|node| selector.matches(&node.metadata.labels))
                 };
                 if peers.iter().any(|peer| matches!(peer, Peer::Nodes(selector) if holds(selector))) {
+                    signature.terms.push(term);
+                }
+            }
+        }
+        if self.asked.by_name {
+            for (term, peers) in interned.active_terms() {
+                let holds = |peer: &Peer| matches!(peer, Peer::Domain(pattern) if self.names.of(address).any(|name| pattern.matches(name)));
+                if peers.iter().any(holds) {
                     signature.terms.push(term);
                 }
             }
@@ -287,6 +302,30 @@ impl Subjects {
     /// Identities that some address has.
     pub(super) fn identities(&self) -> BTreeSet<u32> {
         self.counts.keys().copied().collect()
+    }
+
+    /// New identities with the numbers that the same addresses have in an image from before a restart. One to one: the
+    /// first address decides.
+    pub(super) fn known_as(&self, image: &MapImage) -> BTreeMap<u32, u32> {
+        let mut known = BTreeMap::new();
+        let mut taken: BTreeSet<u32> = BTreeSet::new();
+        let exact = self.exact.iter().map(|(address, new)| (*new, image.addresses.get(address)));
+        let blocks = self.cidrs.iter().map(|(net, new)| (*new, image.cidrs.get(net)));
+        for (new, old) in exact.chain(blocks) {
+            let Some(old) = old.copied().filter(|old| *old != 0 && new != 0) else { continue };
+            if !known.contains_key(&new) && taken.insert(old) {
+                known.insert(new, old);
+            }
+        }
+        known
+    }
+
+    /// Other numbers for identities; what is not named keeps its own.
+    pub(super) fn renumber(&mut self, identities: &BTreeMap<u32, u32>) {
+        let known = |identity: u32| identities.get(&identity).copied().unwrap_or(identity);
+        self.exact.values_mut().for_each(|identity| *identity = known(*identity));
+        self.cidrs.values_mut().for_each(|identity| *identity = known(*identity));
+        self.counts = std::mem::take(&mut self.counts).into_iter().map(|(identity, count)| (known(identity), count)).collect();
     }
 
     /// Exact entries that differ from the image's; all of them or those touched since the last call.
