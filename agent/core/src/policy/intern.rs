@@ -372,6 +372,28 @@ impl Interned {
         self.active.terms.iter().map(|term| (*term, &*self.term_peers[term]))
     }
 
+    /// A peer list that a set in use asks about.
+    pub(super) fn peers(&self, term: u32) -> &[Peer] {
+        self.term_peers.get(&term).map_or(&[], |peers| peers)
+    }
+
+    /// Whether some of the peer lists have address blocks; so do those that are forgotten, as far as one knows.
+    pub(super) fn has_blocks(&self, terms: &BTreeSet<u32>) -> bool {
+        let has = |peers: &Arc<[Peer]>| peers.iter().any(|peer| matches!(peer, Peer::Block { .. }));
+        terms.iter().any(|term| self.term_peers.get(term).is_none_or(has))
+    }
+
+    /// Identities of addresses that are in one of the peer lists, and of services whose backends are.
+    pub(super) fn identities_with(&self, terms: &BTreeSet<u32>) -> BTreeSet<u32> {
+        let holds = |signature: &Signature| signature.terms.iter().any(|term| terms.contains(term));
+        let direct: BTreeSet<u32> = self.identities.iter().filter(|(_, signature)| holds(signature)).map(|(id, _)| *id).collect();
+        let behind = |signature: &Signature| {
+            signature.services.iter().flat_map(|service| &service.backends).any(|(backend, _)| direct.contains(backend))
+        };
+        let services = self.identities.iter().filter(|(_, signature)| behind(signature)).map(|(id, _)| *id);
+        direct.iter().copied().chain(services).collect()
+    }
+
     /// The number of a port name that egress rules use.
     pub(super) fn active_name(&self, name: &str) -> Option<u32> {
         self.names.get(name).copied().filter(|id| self.active.names.contains(id))

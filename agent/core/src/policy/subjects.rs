@@ -37,6 +37,8 @@ pub(super) struct Subjects {
     asked: Active,
     /// Addresses of networked pods.
     pods: HashMap<PodName, Vec<IpAddr>>,
+    /// The same pods by namespace.
+    in_namespace: HashMap<String, BTreeSet<PodName>>,
     /// Pods that claim an address, and which local pod has it.
     claims: HashMap<IpAddr, Vec<PodName>>,
     local: HashMap<IpAddr, LocalPod>,
@@ -70,16 +72,16 @@ impl Subjects {
 
     /// Brings every identity up to date.
     pub(super) fn update(&mut self, cluster: &ClusterState, local: &BTreeMap<Slot, LocalPod>, interned: &mut Interned, stale: &Stale) {
-        let reshaped = self.asked != *interned.active();
-        if reshaped {
-            self.asked = interned.active().clone();
-            self.classes = Classes::new(interned.active_terms());
-            self.set_cidrs(interned);
+        let mut dirty: BTreeSet<IpAddr> = BTreeSet::new();
+        let asked = interned.active().clone();
+        if self.asked != asked {
+            let before = std::mem::replace(&mut self.asked, asked);
+            self.peers.clear();
+            self.reshape(cluster, interned, &before, &mut dirty);
         }
-        if reshaped || stale.namespaces {
+        if stale.namespaces {
             self.peers.clear();
         }
-        let mut dirty: BTreeSet<IpAddr> = BTreeSet::new();
         self.local = local.values().flat_map(|pod| pod.addresses.iter().map(|address| (*address, pod.clone()))).collect();
         for name in &stale.pods {
             self.claim(cluster, local, name, &mut dirty);
@@ -97,11 +99,8 @@ impl Subjects {
         if stale.services || stale.nodes {
             self.set_services(cluster, &mut dirty);
         }
-        if reshaped || stale.namespaces {
-            dirty.extend(self.claims.keys());
-            dirty.extend(self.nodes.keys());
-            dirty.extend(self.services.keys());
-            dirty.extend(self.names.addresses());
+        if stale.namespaces {
+            self.everything(&mut dirty);
         }
         dirty.extend(&stale.named);
         // Service addresses last: they are made of the identities of others.
@@ -119,6 +118,59 @@ impl Subjects {
         }
     }
 
+    fn everything(&self, dirty: &mut BTreeSet<IpAddr>) {
+        dirty.extend(self.claims.keys());
+        dirty.extend(self.nodes.keys());
+        dirty.extend(self.services.keys());
+        dirty.extend(self.names.addresses());
+    }
+
+    /// Other peer lists are asked about than before: notes the addresses that are in one that came or went. A pod's start
+    /// brings a few lists; most addresses are in none of these, and are not looked at.
+    fn reshape(&mut self, cluster: &ClusterState, interned: &mut Interned, before: &Active, dirty: &mut BTreeSet<IpAddr>) {
+        if before.names != self.asked.names || before.egress != self.asked.egress || before.by_name != self.asked.by_name {
+            self.everything(dirty);
+        }
+        // Of lists that went nothing but the signatures is left.
+        let gone: BTreeSet<u32> = before.terms.difference(&self.asked.terms).copied().collect();
+        if !gone.is_empty() {
+            let concerned = interned.identities_with(&gone);
+            dirty.extend(self.exact.iter().filter(|(_, identity)| concerned.contains(identity)).map(|(address, _)| *address));
+        }
+        let mut blocks = interned.has_blocks(&gone);
+        let come: Vec<u32> = self.asked.terms.difference(&before.terms).copied().collect();
+        for peer in come.iter().flat_map(|term| interned.peers(*term)) {
+            match peer {
+                Peer::Pods(wanted) => {
+                    let meant = |namespace: &&String| match &wanted.namespaces {
+                        NamespaceMatch::Name(name) => name == *namespace,
+                        NamespaceMatch::Labels(selector) => selector.matches(world::namespace_labels(cluster, namespace)),
+                    };
+                    for namespace in self.in_namespace.keys().filter(meant) {
+                        let matching = self.in_namespace[namespace]
+                            .iter()
+                            .filter(|name| cluster.pods.get(*name).is_some_and(|pod| wanted.pods.matches(&pod.metadata.labels)));
+                        dirty.extend(matching.filter_map(|name| self.pods.get(name)).flatten());
+                    }
+                }
+                Peer::Block { net, .. } => {
+                    blocks = true;
+                    let subjects = self.claims.keys().chain(self.nodes.keys()).chain(self.services.keys());
+                    dirty.extend(subjects.filter(|address| net.contains(*address)));
+                    dirty.extend(self.names.addresses().filter(|address| net.contains(address)));
+                    // Not a subject, but what is behind one.
+                    dirty.extend(self.fronts.keys().filter(|address| net.contains(*address)));
+                }
+                Peer::Nodes(_) => dirty.extend(self.nodes.keys()),
+                Peer::Domain(_) => dirty.extend(self.names.addresses()),
+            }
+        }
+        if blocks {
+            self.classes = Classes::new(interned.active_terms());
+            self.set_cidrs(interned);
+        }
+    }
+
     /// Which addresses a pod claims now.
     fn claim(&mut self, cluster: &ClusterState, local: &BTreeMap<Slot, LocalPod>, name: &PodName, dirty: &mut BTreeSet<IpAddr>) {
         let mut addresses = Vec::new();
@@ -129,7 +181,18 @@ impl Subjects {
         addresses.extend(locals.iter().flat_map(|pod| &pod.addresses));
         addresses.sort_unstable();
         addresses.dedup();
-        let before = if addresses.is_empty() { self.pods.remove(name) } else { self.pods.insert(name.clone(), addresses.clone()) };
+        let before = if addresses.is_empty() {
+            if let Some(names) = self.in_namespace.get_mut(&name.namespace) {
+                names.remove(name);
+                if names.is_empty() {
+                    self.in_namespace.remove(&name.namespace);
+                }
+            }
+            self.pods.remove(name)
+        } else {
+            self.in_namespace.entry(name.namespace.clone()).or_default().insert(name.clone());
+            self.pods.insert(name.clone(), addresses.clone())
+        };
         for address in before.into_iter().flatten() {
             if let Some(claims) = self.claims.get_mut(&address) {
                 claims.retain(|claim| claim != name);
