@@ -12,6 +12,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::cloud::{Imds as _, InstanceIdentity};
 use stanchion_core::config::{Config, PolicyMode, RecordLayout, TelemetryConfig};
+use stanchion_core::conflist::{Chained, PLUGIN};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
 use stanchion_core::logs::settings::LogSettings;
@@ -20,12 +21,15 @@ use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::network::Randomize;
 use stanchion_core::network::egress::{self, EgressFamily};
-use stanchion_core::policy::engine::Source;
 use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
 use stanchion_daemon::admin::views::Views;
 use stanchion_daemon::admin::{http, socket};
-use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server, credentials};
-use stanchion_daemon::cni::CniSettings;
+use stanchion_daemon::cluster::credentials::{self, Clients};
+use stanchion_daemon::cluster::tell::{self, TellParts};
+use stanchion_daemon::cluster::write::Writer;
+use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server};
+use stanchion_daemon::cni::{CniSettings, Told};
+use stanchion_daemon::install::conflist::{self, ConflistParts};
 use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::{JsonLines, LogsParts};
 use stanchion_daemon::netpol::{AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts};
@@ -76,6 +80,11 @@ pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
     for setting in config.settings.iter().filter(|s| s.origin != stanchion_core::config::Origin::Default) {
         info!(name = setting.name, value = setting.value, "setting");
     }
+    if args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None {
+        // Mounting needs more than what is kept.
+        netpol::ensure_bpffs(&args.bpf_dir).context("the bpf file system")?;
+    }
+    crate::privileges::drop_all_but_needed(&args.roles)?;
     // Two runtimes, so that a log storm cannot delay an ADD.
     let network = runtime("network", 2)?;
     let telemetry = runtime("telemetry", 2)?;
@@ -125,7 +134,7 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     };
     let egress = egress_family(&config, &identity);
     let aws = AwsClients::load(overrides).await.context("build the AWS clients")?;
-    let cluster = cluster(&args, &config, &node_name, &shutdown).await?;
+    let (cluster, clients) = cluster(&args, &config, &node_name, &shutdown).await?;
 
     let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();
     let failed = Arc::new(AtomicBool::new(false));
@@ -174,7 +183,24 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
             egress,
             strict_policy: config.network.policy_mode == PolicyMode::Strict,
         };
-        cni::CniService::new(ipam, netpol, settings)
+        let mut told = Told::default();
+        if let Some(writer) = clients.map(Writer::new) {
+            let parts = TellParts {
+                writer: writer.clone(),
+                config: Arc::clone(&config),
+                cluster: views.cluster.clone(),
+                ipam: ipam.clone(),
+                netpol: netpol.clone(),
+                node_name: views.node_name.clone(),
+                shutdown: shutdown.clone(),
+            };
+            let (events, task) = tell::spawn(parts);
+            tasks.push(("telling the cluster", task));
+            told = Told { events: Some(events), annotator: config.pool.annotate_pod_ip.then_some(writer) };
+        }
+        let strict = netpol.clone().filter(|_| settings.strict_policy);
+        tasks.push(("conflist", conflist::spawn(conflist_parts(&args, &config, &views, ipam.clone(), strict, &shutdown))));
+        cni::CniService::new(ipam, netpol, settings, told)
     });
     let connections = match &cni {
         Some(service) => cni::take_plugins(socket::root_connections(listener), service.clone()).boxed(),
@@ -321,7 +347,6 @@ async fn start_network(
                 attach: AttachMode::Clsact,
                 cluster: (*cluster).clone(),
                 node_name: (*node_name).to_owned(),
-                source: config.network.policy_source,
                 mode: if config.network.policy_mode == PolicyMode::Strict { EnforcingMode::Strict } else { EnforcingMode::Standard },
                 sync_wait: POLICY_SYNC_WAIT,
                 pod_flows: POD_FLOWS,
@@ -397,19 +422,59 @@ impl Start<'_> {
     }
 }
 
-/// The source of the cluster's state that the flags name.
-async fn cluster(args: &AgentArgs, config: &Config, node_name: &str, shutdown: &CancellationToken) -> Result<ClusterHandle> {
+fn conflist_parts(
+    args: &AgentArgs,
+    config: &Config,
+    views: &Views,
+    ipam: IpamHandle,
+    strict_policy: Option<NetpolHandle>,
+    shutdown: &CancellationToken,
+) -> ConflistParts {
+    let operations = &config.operations;
+    // aws-node's defaults are the mounts of its container; on the host itself the paths are the runtime's own.
+    let place = |flag: &Option<PathBuf>, name: &str, setting: &str, host: &str| {
+        let set = config.settings.iter().any(|s| s.name == name && s.origin == stanchion_core::config::Origin::Environment);
+        let mounted = set || std::path::Path::new(setting).is_dir();
+        flag.clone().unwrap_or_else(|| PathBuf::from(if mounted { setting } else { host }))
+    };
+    let plugin = crate::cli::install::beside_this_program(PLUGIN).ok().filter(|path| path.is_file());
+    let wanted = [(config.network.bandwidth_plugin, Chained::Bandwidth), (config.network.disable_pod_v6, Chained::NoIpv6)];
+    ConflistParts {
+        directory: place(&args.cni_conf_dir, "HOST_CNI_CONFDIR_PATH", &operations.cni_conf_dir, "/etc/cni/net.d"),
+        bin_dir: place(&args.cni_bin_dir, "HOST_CNI_BIN_PATH", &operations.cni_bin_dir, "/opt/cni/bin"),
+        plugin,
+        socket: args.socket.clone(),
+        log: (operations.plugin_log_file.clone(), operations.plugin_log_level.clone()),
+        chained: wanted.into_iter().filter_map(|(wanted, plugin)| wanted.then_some(plugin)).collect(),
+        proc_root: args.proc_root.clone(),
+        ipam,
+        strict_policy,
+        cluster: views.cluster.clone(),
+        node_name: views.node_name.clone(),
+        shutdown: shutdown.clone(),
+    }
+}
+
+/// The source of the cluster's state that the flags name, and the API server if it is one.
+async fn cluster(
+    args: &AgentArgs,
+    config: &Config,
+    node_name: &str,
+    shutdown: &CancellationToken,
+) -> Result<(ClusterHandle, Option<Clients>)> {
     if let Some(directory) = &args.manifests {
-        return ManifestsDir::spawn(directory.clone(), shutdown.clone()).context("read the manifests");
+        anyhow::ensure!(!config.pool.annotate_pod_ip, "ANNOTATE_POD_IP needs an API server: unset it, or use --kubeconfig");
+        return Ok((ManifestsDir::spawn(directory.clone(), shutdown.clone()).context("read the manifests")?, None));
     }
     let clients = credentials::connect(args.kubeconfig.as_deref(), &config.operations.cluster_endpoint, shutdown.clone()).await?;
     let scope = api_server::Scope {
         node_name: node_name.to_owned(),
         policy: args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None,
-        policy_endpoints: config.network.policy_source == Source::Endpoints,
+        // NetworkPolicy objects are resolved here.
+        policy_endpoints: false,
         eni_configs: args.roles.contains(&Role::Network) && config.pool.custom_networking,
     };
-    Ok(api_server::spawn(clients, &scope, shutdown.clone()))
+    Ok((api_server::spawn(clients.clone(), &scope, shutdown.clone()), Some(clients)))
 }
 
 /// Who this instance is; asked until IMDS answers. `None` when the agent is told to end before.

@@ -3,10 +3,11 @@
 mod app;
 mod cli;
 mod logging;
+mod privileges;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 #[derive(Parser)]
 #[command(name = "stanchion", version, about = "One node agent for Amazon EKS: addresses, network policy, logs and metrics")]
@@ -27,6 +28,14 @@ enum Command {
     Plan(cli::plan::PlanArgs),
     /// Run the daemon
     Agent(Box<cli::agent::AgentArgs>),
+    /// Put the plugin, kernel settings and network configuration on the host; or take them away
+    Install(cli::install::InstallArgs),
+    /// An archive without secrets for a person who looks at this node from elsewhere
+    Support(cli::support::SupportArgs),
+    /// Completions for a shell
+    Completions(cli::shell::CompletionsArgs),
+    /// The manual pages
+    Man(cli::shell::ManArgs),
     /// A live table of pods: processor, memory, network, drops, logs
     Top(cli::top::TopArgs),
     #[command(flatten)]
@@ -46,21 +55,24 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
-    match args.command {
+    let Args { command, connection } = args;
+    match command {
         Command::Ship(args) => cli::ship::run(&args),
         Command::Migrate(args) => cli::migrate::run(&args),
-        Command::Plan(plan) => cli::plan::run(&plan, &args.connection),
+        Command::Plan(plan) => cli::plan::run(&plan, &connection),
         Command::Agent(agent) => app::run(*agent),
-        Command::Top(top) => cli::top::run(&top, &args.connection),
-        Command::Ask(question) => cli::inspect::run(&args.connection, &question),
-        Command::Policy(policy) => cli::policy::run(policy, &args.connection),
+        Command::Install(args) => cli::install::run(&args, &connection),
+        Command::Support(args) => cli::support::run(&args, &connection),
+        Command::Completions(args) => cli::shell::completions(&args, Args::command()),
+        Command::Man(args) => cli::shell::man(&args, Args::command()),
+        Command::Top(top) => cli::top::run(&top, &connection),
+        Command::Ask(question) => cli::inspect::run(&connection, &question),
+        Command::Policy(policy) => cli::policy::run(policy, &connection),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]

@@ -110,6 +110,16 @@ impl Node {
         self.inner.dir.join("var-log")
     }
 
+    /// Where the node's runtime would look for network configurations; not there until a test makes it.
+    pub fn cni_conf_dir(&self) -> PathBuf {
+        self.inner.dir.join("net.d")
+    }
+
+    /// Where the node's runtime would look for plugins.
+    pub fn cni_bin_dir(&self) -> PathBuf {
+        self.inner.dir.join("cni-bin")
+    }
+
     /// Where the agent pins its maps and programs.
     pub fn bpf_dir(&self) -> &Path {
         &self.inner.bpf
@@ -137,14 +147,22 @@ impl Node {
 
     /// As [`Node::start_agent`], with more flags.
     pub fn start_agent_with(&self, settings: &[(&str, &str)], flags: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        let manifests = self.inner.manifests.dir().display().to_string();
+        self.start_agent_of(("--manifests", &manifests), settings, flags)
+    }
+
+    /// As [`Node::start_agent_with`], with another source of the cluster's state: `--kubeconfig FILE`.
+    pub fn start_agent_of(&self, source: (&str, &str), settings: &[(&str, &str)], flags: &[(&str, &str)]) -> anyhow::Result<Agent> {
         std::fs::create_dir_all(self.var_log().join("containers"))?;
         let path = |path: PathBuf| path.display().to_string();
         let mut args = vec![
-            ("--manifests", path(self.inner.manifests.dir().to_owned())),
+            (source.0, source.1.to_owned()),
             ("--node-name", self.name().to_owned()),
             ("--socket", path(self.socket())),
             ("--state-dir", path(self.state_dir())),
             ("--bpf-dir", path(self.bpf_dir().to_owned())),
+            ("--cni-conf-dir", path(self.cni_conf_dir())),
+            ("--cni-bin-dir", path(self.cni_bin_dir())),
             ("--log-dir", path(self.var_log().join("containers"))),
         ];
         args.extend(flags.iter().map(|(flag, value)| (*flag, (*value).to_owned())));

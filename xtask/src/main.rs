@@ -2,6 +2,7 @@
 
 mod bpf;
 mod build;
+mod image;
 mod setup;
 mod ui;
 
@@ -42,6 +43,12 @@ enum Task {
     Test {
         /// Only tests whose name contains one of these
         filter: Vec<String>,
+    },
+    /// Pack the container image without an engine: target/image/stanchion.oci.tar
+    Image {
+        /// Pack the unoptimised binaries, to try the packing
+        #[arg(long)]
+        dev: bool,
     },
     /// Measure against a floor in the same run: cni, datapath, logs, pool, idle or all
     Bench {
@@ -92,6 +99,11 @@ fn run() -> Result<ExitCode> {
             return ui::become_command(lab.args(args).current_dir(&root));
         }
         Task::Test { filter } => return test(&root, &filter),
+        Task::Image { dev } => {
+            let profile = if dev { build::Profile::Dev } else { build::Profile::Release };
+            prepare(&root, profile)?;
+            image::build(&root, profile)?;
+        }
         Task::Bench { names, quick, window, output } => {
             prepare(&root, build::Profile::Release)?;
             let mut bench = Command::new(build::binary(&root, build::Profile::Release, "bench"));

@@ -133,26 +133,27 @@ impl Object {
     }
 }
 
-/// Puts the object in unless an equal one is there already, whose `Arc` then stays.
-fn put<K: Ord, T: PartialEq>(map: &mut BTreeMap<K, Arc<T>>, key: K, object: T) {
+/// Puts the object in unless an equal one is there already, whose `Arc` then stays. True if anything changed.
+fn put<K: Ord, T: PartialEq>(map: &mut BTreeMap<K, Arc<T>>, key: K, object: T) -> bool {
     match map.get(&key) {
-        Some(present) if **present == object => {}
+        Some(present) if **present == object => false,
         _ => {
             map.insert(key, Arc::new(object));
+            true
         }
     }
 }
 
 impl ClusterState {
     /// Adds or replaces an object. A namespace gets the label `kubernetes.io/metadata.name` that the API server would
-    /// give it.
-    pub fn apply(&mut self, object: Object) {
+    /// give it. True if anything changed.
+    pub fn apply(&mut self, object: Object) -> bool {
         let full = |meta: &crate::objects::Meta| PodName::new(meta.namespace.clone(), meta.name.clone());
         match object {
             Object::Namespace(mut o) => {
                 let name = o.metadata.name.clone();
                 o.metadata.labels.insert("kubernetes.io/metadata.name".to_owned(), name.clone());
-                put(&mut self.namespaces, name, o);
+                put(&mut self.namespaces, name, o)
             }
             Object::Pod(o) => put(&mut self.pods, full(&o.metadata), o),
             Object::Node(o) => put(&mut self.nodes, o.metadata.name.clone(), o),
@@ -164,9 +165,11 @@ impl ClusterState {
             Object::ClusterPolicyEndpoint(o) => put(&mut self.cluster_policy_endpoints, o.metadata.name.clone(), o),
             Object::EniConfig(o) => put(&mut self.eni_configs, o.metadata.name.clone(), o),
             Object::VpcCniConfig(data) => {
-                if self.vpc_cni_config.as_deref() != Some(&data) {
+                let changed = self.vpc_cni_config.as_deref() != Some(&data);
+                if changed {
                     self.vpc_cni_config = Some(Arc::new(data));
                 }
+                changed
             }
         }
     }

@@ -10,6 +10,9 @@
 //! | [`cluster`] | the snapshot of all objects |
 //! | [`manifests`] | objects from YAML and JSON text |
 //! | [`config`] | every setting, its default, its origin, its parsing quirks |
+//! | [`conflist`] | the network configuration that the runtime reads |
+//! | [`events`] | which Kubernetes events are written, counted, kept back |
+//! | [`scrub`] | secrets out of text that leaves the node |
 //! | [`limits`] | instance types: ENIs, addresses, cards |
 //! | [`cloud`] | what EC2, IMDS and CloudWatch Logs are asked and how they answer: the `Ec2Api`, `Imds` and `LogSink` seams |
 //! | [`ipam`] | datastore, pool planner, reconcile, checkpoint |
@@ -24,6 +27,8 @@ pub mod cloud;
 pub mod cluster;
 pub mod cni;
 pub mod config;
+pub mod conflist;
+pub mod events;
 pub mod ids;
 pub mod ipam;
 pub mod limits;
@@ -33,3 +38,4 @@ pub mod metrics;
 pub mod network;
 pub mod objects;
 pub mod policy;
+pub mod scrub;

@@ -303,7 +303,7 @@ pub struct Taint {
 
 /// What a node is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 pub struct NodeStatus {
     /// Addresses by type.
     #[serde(deserialize_with = "null_default")]
@@ -317,6 +317,17 @@ pub struct NodeStatus {
     /// `Ready`, `MemoryPressure` ...
     #[serde(deserialize_with = "null_default")]
     pub conditions: Vec<Condition>,
+    /// Versions.
+    #[serde(deserialize_with = "null_default")]
+    pub node_info: NodeInfo,
+}
+
+/// Versions on a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodeInfo {
+    /// `containerd://2.3.4`.
+    pub container_runtime_version: String,
 }
 
 /// One of a node's addresses.

@@ -13,6 +13,7 @@
 pub mod admin;
 pub mod cluster;
 pub mod cni;
+pub mod install;
 pub mod ipamd;
 pub mod logs;
 pub mod netpol;

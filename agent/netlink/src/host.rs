@@ -45,7 +45,8 @@ impl HostNet {
     /// # Errors
     /// When there is no netlink socket or thread to be had.
     pub fn open() -> Result<Self, OpenError> {
-        Self::open_in(Netns::current()?)
+        // A new thread is in the namespace of the one that starts it: entering would need CAP_SYS_ADMIN for nothing.
+        Self::start(Netlink::open()?, || Ok(()))
     }
 
     /// For `netns`.
@@ -54,11 +55,15 @@ impl HostNet {
     /// When there is no netlink socket or thread to be had.
     pub fn open_in(netns: Netns) -> Result<Self, OpenError> {
         let netlink = netns.run(Netlink::open)??;
+        Self::start(netlink, move || netns.enter())
+    }
+
+    fn start(netlink: Netlink, enter: impl FnOnce() -> Result<(), NetnsError> + Send + 'static) -> Result<Self, OpenError> {
         let (jobs, inbox) = mpsc::channel();
         std::thread::Builder::new()
             .name("host-network".to_owned())
             .spawn(move || {
-                if let Err(error) = netns.enter() {
+                if let Err(error) = enter() {
                     tracing::error!(%error, "host network thread ends");
                     return;
                 }

@@ -16,6 +16,10 @@ pub(crate) struct Connection {
     /// table for people, json for scripts
     #[arg(short, long, global = true, value_parser = ["table", "json"], default_value = "table")]
     pub(crate) output: String,
+    /// Ask again every so many seconds (--watch=5) until interrupted
+    #[arg(short, long, global = true, num_args = 0..=1, require_equals = true, default_missing_value = "2", value_name = "SECONDS",
+          value_parser = clap::value_parser!(u16).range(1..=3600))]
+    pub(crate) watch: Option<u16>,
 }
 
 /// Connects, or says what to do.

@@ -1,5 +1,6 @@
 //! `status`, `enis`, `ips`, `endpoints`, `policy`, `conntrack`, `logs`, `config`, `flows`: what the running agent says.
 
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
@@ -7,6 +8,7 @@ use clap::Subcommand;
 use serde_json::Value;
 use stanchion_proto::debug_client::DebugClient;
 use stanchion_proto::{GetStatusRequest, JsonReply, ListRequest, PolicyRequest, SetLogLevelRequest, StreamFlowsRequest};
+use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Channel;
 
 use super::client::{Connection, block_on, connect};
@@ -51,6 +53,9 @@ pub(crate) enum Question {
 /// Asks and shows.
 pub(crate) fn run(connection: &Connection, question: &Question) -> Result<ExitCode> {
     block_on(async {
+        if let (Some(seconds), false) = (connection.watch, matches!(question, Question::Flows { .. } | Question::LogLevel { .. })) {
+            return watch(connection, question, std::time::Duration::from_secs(seconds.into())).await;
+        }
         let mut agent = connect(&connection.socket).await?;
         if let Question::Flows { follow, allowed, pod } = question {
             return flows(&mut agent, connection, *follow, *allowed, pod).await;
@@ -64,6 +69,42 @@ pub(crate) fn run(connection: &Connection, question: &Question) -> Result<ExitCo
         let ready = document.pointer("/ipam/ready").and_then(Value::as_bool).unwrap_or(true);
         Ok(if matches!(question, Question::Status) && !ready { ExitCode::from(3) } else { ExitCode::SUCCESS })
     })
+}
+
+/// Asks again and again until it is interrupted. An agent that restarts is waited for.
+async fn watch(connection: &Connection, question: &Question, pause: std::time::Duration) -> Result<ExitCode> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    loop {
+        let document = async { ask(&mut connect(&connection.socket).await?, question).await }.await;
+        if connection.output == "json" {
+            println!("{}", document?);
+        } else {
+            let text = document.map_or_else(|error| format!("{error:#}\n"), |document| render(question, &document));
+            // On a terminal each picture replaces the last one.
+            let clear = if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+            print!("{clear}{text}");
+            std::io::stdout().flush().context("write the table")?;
+        }
+        tokio::select! {
+            _ = interrupt.recv() => return Ok(ExitCode::SUCCESS),
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+/// Every document of the agent, by name; one that its role does not have is an error.
+pub(crate) async fn everything(agent: &mut DebugClient<Channel>) -> Vec<(&'static str, Result<Value>)> {
+    let list = ListRequest {};
+    vec![
+        ("status", read(agent.get_status(GetStatusRequest {}).await)),
+        ("addresses", read(agent.list_enis(list).await)),
+        ("endpoints", read(agent.list_endpoints(list).await)),
+        ("policy", read(agent.get_policy(PolicyRequest::default()).await)),
+        ("conntrack", read(agent.list_conntrack(list).await)),
+        ("logs", read(agent.list_logs(list).await)),
+        ("config", read(agent.get_config(list).await)),
+        ("metrics", read(agent.get_metrics(list).await)),
+    ]
 }
 
 /// `stanchion policy show`: the state of the policed pods.
@@ -90,9 +131,6 @@ pub(crate) fn policy(connection: &Connection, pod: &str) -> Result<ExitCode> {
             ]);
         }
         print!("{}", table.render("no policed pods on this node"));
-        for problem in items(&document, "/problems") {
-            println!("problem: {}", text(problem));
-        }
         Ok(ExitCode::SUCCESS)
     })
 }

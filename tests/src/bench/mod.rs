@@ -5,7 +5,6 @@ pub mod datapath;
 pub mod idle;
 mod idle_agent;
 pub mod logs;
-pub mod policy;
 pub mod pool;
 
 use serde::Serialize;

@@ -32,7 +32,14 @@ impl TlsListener {
     /// # Errors
     /// No port is free.
     pub async fn bind() -> anyhow::Result<Self> {
-        let tcp = TcpListener::bind("127.0.0.1:0").await?;
+        Self::over(TcpListener::bind("127.0.0.1:0").await?)
+    }
+
+    /// The same over a socket that is bound to an address of 127.0.0.0/8, maybe in another network namespace.
+    ///
+    /// # Errors
+    /// The committed certificates cannot be read.
+    pub fn over(tcp: TcpListener) -> anyhow::Result<Self> {
         let provider = Arc::new(ring::default_provider());
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(CLIENT_CA)?)?;

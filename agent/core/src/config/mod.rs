@@ -18,7 +18,6 @@ pub use go::parse_bool;
 
 use crate::metrics::insights::Selection;
 use crate::metrics::track::Figures;
-use crate::policy::engine::Source;
 
 /// Where a value came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -205,8 +204,6 @@ pub struct NetworkConfig {
     pub pod_mtu: u32,
     /// Enforcement of network policy.
     pub policy_mode: PolicyMode,
-    /// Which objects network policies are read from.
-    pub policy_source: Source,
     /// `net.ipv4.tcp_early_demux` is set to 0, so that the kubelet can probe pods with a branch ENI in strict mode.
     pub disable_tcp_early_demux: bool,
     /// Pods of an IPv6 cluster reach IPv4 destinations through the node's address.
@@ -285,6 +282,8 @@ pub struct OperationsConfig {
     pub cni_bin_dir: String,
     /// Where the conflist is written.
     pub cni_conf_dir: String,
+    /// Key of the taint that is taken off the node when pods can be connected; empty: none.
+    pub startup_taint: String,
     /// The plugin's level.
     pub plugin_log_level: String,
     /// Where the plugin logs.

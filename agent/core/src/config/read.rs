@@ -57,7 +57,6 @@ impl Config {
             eni_mtu,
             pod_mtu: r.mtu("POD_MTU", eni_mtu, pool.ipv6, "MTU of pods"),
             policy_mode: r.policy_mode(),
-            policy_source: r.policy_source(),
             disable_tcp_early_demux: r.bool("DISABLE_TCP_EARLY_DEMUX", false, "net.ipv4.tcp_early_demux is 0"),
             v4_egress: r.bool("ENABLE_V4_EGRESS", true, "pods of an IPv6 cluster reach IPv4 destinations"),
             v6_egress: r.bool("ENABLE_V6_EGRESS", false, "pods of an IPv4 cluster reach IPv6 destinations"),
@@ -108,6 +107,7 @@ impl Config {
             http_timeout: r.http_timeout(),
             cni_bin_dir: r.text("HOST_CNI_BIN_PATH", "/host/opt/cni/bin", "where the plugin is installed"),
             cni_conf_dir: r.text("HOST_CNI_CONFDIR_PATH", "/host/etc/cni/net.d", "where the conflist is written"),
+            startup_taint: r.text("STANCHION_STARTUP_TAINT", "", "key of the taint taken off the node when pods can be connected"),
             plugin_log_level: r.text("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "debug", "the plugin's level"),
             plugin_log_file: r.plugin_log_file(),
         };
@@ -128,25 +128,18 @@ impl Config {
 
 /// Settings that are read above and whose effect is not there yet: `true` stops the start. Taking a row out switches the
 /// setting on.
-const REFUSED_WHEN_TRUE: [(&str, &str); 5] = [
+const REFUSED_WHEN_TRUE: [(&str, &str); 2] = [
     ("ENABLE_MULTI_NIC", "pods on several network cards are not supported by this version"),
     ("ENABLE_POD_ENI", "security groups for pods are not supported by this version"),
-    ("ANNOTATE_POD_IP", "annotating pods is not supported by this version"),
-    ("ENABLE_BANDWIDTH_PLUGIN", "chain the bandwidth plugin in a conflist of your own"),
-    ("DISABLE_POD_V6", "chain the tuning plugin in a conflist of your own"),
 ];
 
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
-const MEANINGLESS: [(&str, &str); 15] = [
+const MEANINGLESS: [(&str, &str); 11] = [
     ("ENABLE_NFTABLES", "nftables is always used"),
     ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "deprecated upstream as well"),
     ("AWS_VPC_K8S_CNI_LOG_FILE", "the agent logs to stderr; the runtime keeps it"),
     ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
     ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
-    ("HOST_CNI_BIN_PATH", "the agent does not install the plugin"),
-    ("HOST_CNI_CONFDIR_PATH", "the agent does not write the conflist"),
-    ("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "the conflist's pluginLogLevel decides"),
-    ("AWS_VPC_K8S_PLUGIN_LOG_FILE", "the conflist's pluginLogFile decides"),
     ("POD_SECURITY_GROUP_ENFORCING_MODE", "security groups for pods are not supported by this version"),
     ("VPC_CNI_VERSION", "the version is compiled in"),
     ("MY_POD_NAME", "the agent does not ask for its own pod"),

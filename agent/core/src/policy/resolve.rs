@@ -8,13 +8,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::engine::Source;
 use super::model::{
     Action, Direction, DomainPattern, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Subject,
     Tier,
 };
 use super::objects::{AwsPort, ClusterNetworkPolicy, ClusterPeer, ClusterProtocol, ClusterRule, ClusterSubject, DestinationPort};
-use super::resolved;
 use crate::cluster::ClusterState;
 use crate::objects::{IntOrString, IpBlock, LabelSelector, NetworkPolicy, PolicyPeer, PolicyPort, Protocol};
 
@@ -30,13 +28,13 @@ const CLOSED: &str = "the rule denies everything in its direction";
 const IGNORED: &str = "the policy is not applied";
 
 /// Collects problems of one object.
-pub(super) struct Report<'a> {
-    pub(super) policy: &'a PolicyName,
-    pub(super) problems: &'a mut Vec<Problem>,
+struct Report<'a> {
+    policy: &'a PolicyName,
+    problems: &'a mut Vec<Problem>,
 }
 
 impl Report<'_> {
-    pub(super) fn tell(&mut self, field: String, problem: String, consequence: &'static str, remedy: &'static str) {
+    fn tell(&mut self, field: String, problem: String, consequence: &'static str, remedy: &'static str) {
         self.problems.push(Problem { policy: self.policy.clone(), field, problem, consequence, remedy });
     }
 }
@@ -193,7 +191,7 @@ pub fn cluster_network_policy(object: &ClusterNetworkPolicy, problems: &mut Vec<
     Some(Policy { name: name.clone(), tier, priority: object.spec.priority, subject: Subject::Pods(subject), ingress, egress })
 }
 
-pub(super) fn tier(report: &mut Report<'_>, text: &str) -> Option<Tier> {
+fn tier(report: &mut Report<'_>, text: &str) -> Option<Tier> {
     match text {
         "Admin" => Some(Tier::Admin),
         "Baseline" => Some(Tier::Baseline),
@@ -389,12 +387,8 @@ fn aws_ports(entry: &AwsPort, resolved: &mut Vec<PortMatch>) -> bool {
     true
 }
 
-/// Every policy of a snapshot, by one source.
-pub fn all(cluster: &ClusterState, source: Source, problems: &mut Vec<Problem>) -> Vec<Policy> {
-    if source == Source::Endpoints {
-        return resolved::all(cluster, problems);
-    }
-    problems.extend(resolved::unused(cluster));
+/// Every policy of a snapshot.
+pub fn all(cluster: &ClusterState, problems: &mut Vec<Problem>) -> Vec<Policy> {
     let mut policies: Vec<Policy> = cluster.network_policies.values().map(|object| network_policy(object, problems)).collect();
     policies.extend(cluster.cluster_network_policies.values().filter_map(|object| cluster_network_policy(object, problems)));
     policies

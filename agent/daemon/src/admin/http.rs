@@ -49,15 +49,75 @@ pub async fn serve_metrics(address: SocketAddr, views: Arc<Views>, shutdown: Can
 
 /// Serves aws-node's introspection paths and the status page.
 pub async fn serve_introspection(bind: Bind, views: Arc<Views>, shutdown: CancellationToken) {
-    const PATHS: [&str; 4] = ["/v1/enis", "/v1/eni-configs", "/v1/networkutils-env-settings", "/v1/ipamd-env-settings"];
-    let router = Router::new()
-        .route("/", get(|| async { axum::Json(PATHS) }))
-        .route("/v1/enis", get(|State(v): State<Arc<Views>>| async move { json(v.enis()) }))
-        .route("/v1/eni-configs", get(|State(v): State<Arc<Views>>| async move { json(v.eni_configs()) }))
-        .route("/v1/networkutils-env-settings", get(|State(v): State<Arc<Views>>| async move { json(Some(v.config())) }))
-        .route("/v1/ipamd-env-settings", get(|State(v): State<Arc<Views>>| async move { json(Some(v.config())) }))
-        .with_state(views);
-    serve(&bind, router, shutdown).await;
+    serve(&bind, introspection(views), shutdown).await;
+}
+
+/// aws-node's paths, then ours. `/` is the list of them for a program and the status page for a browser.
+const PATHS: [&str; 12] = [
+    "/v1/enis",
+    "/v1/eni-configs",
+    "/v1/networkutils-env-settings",
+    "/v1/ipamd-env-settings",
+    "/v1/status",
+    "/v1/pool",
+    "/v1/endpoints",
+    "/v1/conntrack",
+    "/v1/logs",
+    "/status",
+    "/livez",
+    "/readyz",
+];
+
+/// The routes of the introspection listener.
+pub fn introspection(views: Arc<Views>) -> Router {
+    type V = State<Arc<Views>>;
+    Router::new()
+        .route("/", get(|headers: HeaderMap| async move { if wants_page(&headers) { page() } else { axum::Json(PATHS).into_response() } }))
+        .route("/status", get(|| async { page() }))
+        .route("/v1/enis", get(|State(v): V| async move { json(v.aws_enis()) }))
+        .route("/v1/eni-configs", get(|State(v): V| async move { json(v.eni_configs()) }))
+        .route("/v1/networkutils-env-settings", get(|State(v): V| async move { json(Some(v.network_settings())) }))
+        .route("/v1/ipamd-env-settings", get(|State(v): V| async move { json(Some(v.ipamd_settings())) }))
+        .route("/v1/status", get(|State(v): V| async move { json(Some(v.status().await)) }))
+        .route("/v1/pool", get(|State(v): V| async move { json(v.enis()) }))
+        .route("/v1/endpoints", get(|State(v): V| async move { json(v.endpoints().await) }))
+        .route("/v1/conntrack", get(|State(v): V| async move { json(v.conntrack().await) }))
+        .route("/v1/logs", get(|State(v): V| async move { json(v.logs().await) }))
+        .route("/livez", get(|State(v): V| async move { probe(v.alive().await) }))
+        .route("/readyz", get(|State(v): V| async move { probe(v.ready()) }))
+        .layer(axum::middleware::from_fn(only_this_node))
+        .with_state(views)
+}
+
+/// A page of another origin may send the browser of somebody who forwards this port here under a name of its own (DNS
+/// rebinding): only names of the node itself are answered.
+async fn only_this_node(request: axum::extract::Request, next: axum::middleware::Next) -> axum::response::Response {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name).trim_matches(['[', ']']);
+    // A Unix socket has no host; a forwarded port is localhost.
+    if name.is_empty() || name == "localhost" || name.parse::<std::net::IpAddr>().is_ok() {
+        return next.run(request).await;
+    }
+    (StatusCode::FORBIDDEN, "ask by address or as localhost\n").into_response()
+}
+
+fn wants_page(headers: &HeaderMap) -> bool {
+    headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).is_some_and(|accept| accept.contains("text/html"))
+}
+
+fn page() -> axum::response::Response {
+    // Nothing but what is in the page and this listener's own documents.
+    const POLICY: &str =
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'";
+    ([(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CONTENT_SECURITY_POLICY, POLICY)], include_str!("page.html"))
+        .into_response()
+}
+
+fn probe(state: Result<(), String>) -> axum::response::Response {
+    match state {
+        Ok(()) => "ok\n".into_response(),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason + "\n").into_response(),
+    }
 }
 
 fn json(value: Option<Value>) -> axum::response::Response {

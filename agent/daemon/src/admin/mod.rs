@@ -2,5 +2,6 @@
 
 pub mod debug;
 pub mod http;
+mod introspection;
 pub mod socket;
 pub mod views;

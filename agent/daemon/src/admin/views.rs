@@ -1,10 +1,14 @@
 //! What can be looked at, as JSON documents: gRPC, HTTP and the support bundle show the same ones.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use stanchion_core::config::Config;
+use stanchion_core::ids::ContainerId;
+use stanchion_core::ipam::IpamKey;
 
+use super::introspection;
 use crate::cluster::ClusterHandle;
 use crate::ipamd::IpamHandle;
 use crate::logs::LogsHandle;
@@ -85,6 +89,48 @@ impl Views {
         self.ipam.as_ref().map(|ipam| value(&*ipam.snapshot()))
     }
 
+    /// The same in aws-node's shape.
+    pub fn aws_enis(&self) -> Option<Value> {
+        self.ipam.as_ref().map(|ipam| introspection::enis(&ipam.snapshot()))
+    }
+
+    /// Whether a pod could be connected now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn ready(&self) -> Result<(), String> {
+        let Some(ipam) = &self.ipam else { return Ok(()) };
+        let status = ipam.status();
+        if status.ready { Ok(()) } else { Err(status.reason) }
+    }
+
+    /// Whether the tasks that pods depend on still answer. A task that is still starting waits for others (IMDS): starting
+    /// it anew would not help.
+    ///
+    /// # Errors
+    /// Which one does not.
+    pub async fn alive(&self) -> Result<(), String> {
+        const WITHIN: Duration = Duration::from_secs(5);
+        if let Some(ipam) = self.ipam.as_ref().filter(|ipam| !ipam.snapshot().instance.as_str().is_empty()) {
+            let nobody = IpamKey { network_name: String::new(), container_id: ContainerId::new(""), if_name: String::new() };
+            tokio::time::timeout(WITHIN, ipam.lookup(nobody)).await.map_err(|_| "address management does not answer".to_owned())?.ok();
+        }
+        if let Some(netpol) = &self.netpol {
+            tokio::time::timeout(WITHIN, netpol.snapshot()).await.map_err(|_| "network policy does not answer".to_owned())?;
+        }
+        Ok(())
+    }
+
+    /// `/v1/networkutils-env-settings`.
+    pub fn network_settings(&self) -> Value {
+        introspection::network_settings(&self.config.render())
+    }
+
+    /// `/v1/ipamd-env-settings`.
+    pub fn ipamd_settings(&self) -> Value {
+        introspection::ipamd_settings(&self.config.render())
+    }
+
     /// Policed pods; `None` without the network role.
     pub async fn endpoints(&self) -> Option<Value> {
         Some(value(&*self.netpol_snapshot().await?))
@@ -102,13 +148,23 @@ impl Views {
     /// Policies that select pods of this node, and each pod's state.
     pub async fn policy(&self, pod: &str) -> Option<Value> {
         let snapshot = self.netpol_snapshot().await?;
+        let cluster = self.cluster.latest();
         let endpoints: Vec<Value> = snapshot
             .endpoints
             .iter()
             .filter(|endpoint| pod.is_empty() || endpoint.pod.to_string() == pod)
-            .map(|endpoint| json!({"endpoint": endpoint, "policies": endpoint.policies}))
+            .map(|endpoint| {
+                let labels = cluster.pods.get(&endpoint.pod).map(|p| p.metadata.labels.clone()).unwrap_or_default();
+                let policies: Vec<String> = cluster
+                    .network_policies
+                    .values()
+                    .filter(|policy| policy.metadata.namespace == endpoint.pod.namespace && policy.spec.pod_selector.matches(&labels))
+                    .map(|policy| format!("{}/{}", policy.metadata.namespace, policy.metadata.name))
+                    .collect();
+                json!({"endpoint": endpoint, "policies": policies})
+            })
             .collect();
-        Some(json!({"ready": snapshot.ready, "reason": snapshot.reason, "problems": snapshot.problems, "endpoints": endpoints}))
+        Some(json!({"ready": snapshot.ready, "reason": snapshot.reason, "endpoints": endpoints}))
     }
 
     /// Tailed files; `None` without the telemetry role.

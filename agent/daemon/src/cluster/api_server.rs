@@ -133,7 +133,7 @@ struct Owner {
 }
 
 impl Owner {
-    /// Applies what has come, then publishes once.
+    /// Applies what has come, then publishes once if it changed anything.
     async fn run(
         mut self,
         mut mailbox: mpsc::Receiver<(usize, Update)>,
@@ -146,40 +146,52 @@ impl Owner {
                 () = shutdown.cancelled() => return,
                 count = mailbox.recv_many(&mut batch, MAILBOX) => if count == 0 { return },
             }
+            let mut changed = false;
             for (index, update) in batch.drain(..) {
-                self.take(index, update);
+                changed |= self.take(index, update);
             }
-            self.widen_nodes();
-            self.state.synced = self.unread.is_empty();
-            publish.send_replace(Arc::new(self.state.clone()));
+            let synced = self.unread.is_empty();
+            changed |= std::mem::replace(&mut self.state.synced, synced) != synced;
+            if changed {
+                self.widen_nodes();
+                publish.send_replace(Arc::new(self.state.clone()));
+            }
         }
     }
 
-    fn take(&mut self, index: usize, update: Update) {
+    /// True if anything changed that readers see.
+    fn take(&mut self, index: usize, update: Update) -> bool {
         let source = &self.sources[index];
         match update {
-            Update::Begin => drop(self.listed.insert(index, HashSet::new())),
+            Update::Begin => {
+                self.listed.insert(index, HashSet::new());
+                false
+            }
             Update::Listed(object) => {
                 self.listed.entry(index).or_default().insert(object.key());
-                self.state.apply(object);
+                self.state.apply(object)
             }
             Update::Complete => {
                 let named = self.listed.remove(&index).unwrap_or_default();
-                for key in self.state.keys(source.kind).into_iter().filter(|key| source.owns(key) && !named.contains(key)) {
-                    self.state.remove(&key);
-                }
-                self.state.trouble.remove(&source.resource.plural);
-                self.unread.remove(&index);
+                let gone: Vec<ObjectKey> =
+                    self.state.keys(source.kind).into_iter().filter(|key| source.owns(key) && !named.contains(key)).collect();
+                gone.iter().for_each(|key| self.state.remove(key));
+                let mended = self.state.trouble.remove(&source.resource.plural).is_some();
+                self.unread.remove(&index) || mended || !gone.is_empty()
             }
             Update::Applied(object) => {
-                self.state.trouble.remove(&source.resource.plural);
-                self.state.apply(object);
+                let mended = self.state.trouble.remove(&source.resource.plural).is_some();
+                self.state.apply(object) || mended
             }
-            Update::Deleted(key) => self.state.remove(&key),
+            Update::Deleted(key) => {
+                self.state.remove(&key);
+                true
+            }
             Update::Unreadable(key, problem) => {
                 warn!(kind = ?key.kind, name = %key.name, problem, "this object cannot be read: what was known of it stays");
                 self.state.trouble.insert(source.resource.plural.clone(), format!("{}: {problem}", key.name));
                 self.listed.entry(index).or_default().insert(key);
+                true
             }
             Update::Absent(trouble) => {
                 match trouble {
@@ -193,12 +205,12 @@ impl Owner {
                         "not there: taken as empty and looked for again"
                     );
                 }
-                for key in self.state.keys(source.kind).into_iter().filter(|key| source.owns(key)) {
-                    self.state.remove(&key);
-                }
+                let gone: Vec<ObjectKey> = self.state.keys(source.kind).into_iter().filter(|key| source.owns(key)).collect();
+                gone.iter().for_each(|key| self.state.remove(key));
+                true
             }
-            Update::Well => drop(self.state.trouble.remove(&source.resource.plural)),
-            Update::Failed(problem) => drop(self.state.trouble.insert(source.resource.plural.clone(), problem)),
+            Update::Well => self.state.trouble.remove(&source.resource.plural).is_some(),
+            Update::Failed(problem) => self.state.trouble.insert(source.resource.plural.clone(), problem.clone()) != Some(problem),
         }
     }
 

@@ -7,6 +7,8 @@ pub mod credentials;
 mod follow;
 mod manifests;
 mod slim;
+pub mod tell;
+pub mod write;
 
 use std::sync::Arc;
 

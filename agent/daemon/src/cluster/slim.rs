@@ -59,7 +59,7 @@ pub(super) struct Watched<T> {
 
 impl<'de, T: Slim> Deserialize<'de> for Watched<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let document = Value::deserialize(deserializer)?;
+        let mut document = Value::deserialize(deserializer)?;
         let text = |field: &str| document.pointer(&format!("/metadata/{field}")).and_then(Value::as_str).map(str::to_owned);
         let meta = ObjectMeta {
             name: text("name"),
@@ -68,6 +68,10 @@ impl<'de, T: Slim> Deserialize<'de> for Watched<T> {
             resource_version: text("resourceVersion"),
             ..Default::default()
         };
+        // Heartbeats and the like change nothing that is read here but the version: without it the object is the same.
+        if let Some(Value::Object(metadata)) = document.get_mut("metadata") {
+            metadata.remove("resourceVersion");
+        }
         Ok(Self { object: serde_json::from_value(document).map_err(|error| error.to_string()), meta })
     }
 }

@@ -18,5 +18,5 @@ mod spool;
 
 pub use frames::take_plugins;
 pub use heal::spawn as spawn_heal;
-pub use service::{CniService, CniSettings};
+pub use service::{CniService, CniSettings, Told};
 pub use spool::{drain, spawn as spawn_spool};

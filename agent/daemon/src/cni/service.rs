@@ -11,6 +11,8 @@ use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
 use super::convert::{activate_status, assign_status, attachments, caller, endpoint, key, release_status};
+use crate::cluster::tell::Events;
+use crate::cluster::write::Writer;
 use crate::ipamd::{AssignRequest, Assignment, IpamHandle};
 use crate::netpol::{ActivateIf, ActivateRequest, NetpolHandle};
 
@@ -32,9 +34,19 @@ pub struct CniSettings {
     pub strict_policy: bool,
 }
 
+/// Who else hears of a pod's addresses; nobody without an API server.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// Kubernetes events about pods that got none.
+    pub events: Option<Events>,
+    /// ANNOTATE_POD_IP.
+    pub annotator: Option<Writer>,
+}
+
 /// Answers the plugin.
 #[derive(Clone, Debug)]
 pub struct CniService {
+    told: Told,
     ipam: IpamHandle,
     /// `None`: network policy is off, the plugin skips `ActivateEndpoint`.
     netpol: Option<NetpolHandle>,
@@ -43,8 +55,8 @@ pub struct CniService {
 
 impl CniService {
     /// Answers from these two actors.
-    pub fn new(ipam: IpamHandle, netpol: Option<NetpolHandle>, settings: CniSettings) -> Self {
-        Self { ipam, netpol, settings }
+    pub fn new(ipam: IpamHandle, netpol: Option<NetpolHandle>, settings: CniSettings, told: Told) -> Self {
+        Self { told, ipam, netpol, settings }
     }
 }
 
@@ -58,17 +70,26 @@ impl Cni for CniService {
         let assign = AssignRequest {
             key: caller.key.clone(),
             pod: caller.pod.clone(),
-            pod_uid: caller.pod_uid,
+            pod_uid: caller.pod_uid.clone(),
             multi_nic: request.multi_nic,
             deadline: started + wait,
         };
         let assignment = self.ipam.assign(assign).await.map_err(|error| {
             warn!(pod = %caller.pod, key = %caller.key, error = &error as &dyn std::error::Error, "no address");
+            if let Some(events) = &self.told.events {
+                events.pod_warning(&caller.pod, &caller.pod_uid, "NoFreeAddress", "AssignAddress", error.to_string());
+            }
             assign_status(&error)
         })?;
         let attachments = attachments(&assignment);
         let ip = attachments.first().map(|attachment| format!("{}{}", attachment.ipv4, attachment.ipv6)).unwrap_or_default();
         info!(pod = %caller.pod, key = %caller.key, ip, waited_us = started.elapsed().as_micros(), "assigned");
+        if let Some(annotator) = &self.told.annotator {
+            annotator.annotate(&caller.pod, &caller.pod_uid, &ip).await.map_err(|error| {
+                warn!(pod = %caller.pod, error = &error as &dyn std::error::Error, "pod not annotated");
+                Status::unavailable(format!("ANNOTATE_POD_IP is on and the pod could not be annotated with {ip}: {error}"))
+            })?;
+        }
         let policy_mode = match (&self.netpol, self.settings.strict_policy) {
             (None, _) => "",
             (Some(_), false) => "standard",
@@ -123,6 +144,14 @@ impl Cni for CniService {
             info!(pod = %caller.pod, key = %caller.key, reason = request.reason, "released");
         }
         let attachments = released.as_ref().map(attachments).unwrap_or_default();
+        if let (Some(annotator), Some(first)) = (self.told.annotator.clone(), attachments.first()) {
+            let (pod, ip) = (caller.pod, format!("{}{}", first.ipv4, first.ipv6));
+            tokio::spawn(async move {
+                if let Err(error) = annotator.clear_annotation(&pod, &ip).await {
+                    warn!(%pod, error = &error as &dyn std::error::Error, "the pod's address annotation stays");
+                }
+            });
+        }
         Ok(Response::new(wire::DelNetworkReply { attachments, vlan_id: 0 }))
     }
 

@@ -10,15 +10,13 @@
 //! | `slots` | which sandbox holds which slot, on disk |
 //! | `interfaces` | which pod is behind which veth |
 //! | `maps` | the kernel's maps behind `PolicyMaps` |
-//! | `flows`, `batch`, `conntrack` | flow tables: collection, seeding from the kernel's connection tracking |
+//! | `flows`, `conntrack` | flow tables: collection, seeding from the kernel's connection tracking |
 //! | `events` | the ring buffer, with names |
-//! | `names` | DNS answers of the pods |
 //! | `attach` | TCX links and clsact filters |
 //! | `object`, `clock` | loading, pinning, time |
 
 mod actor;
 mod attach;
-mod batch;
 mod clock;
 mod conntrack;
 mod events;
@@ -26,7 +24,6 @@ mod flows;
 mod handle;
 mod interfaces;
 mod maps;
-mod names;
 mod object;
 mod slots;
 
@@ -35,4 +32,4 @@ pub use attach::{AttachError, AttachMode, attach, detach};
 pub use clock::Clock;
 pub use handle::*;
 pub use maps::KernelMaps;
-pub use object::{BPFFS, LoadError, LoadOptions, Loaded, PIN_ROOT, POD_EGRESS, POD_INGRESS, load};
+pub use object::{BPFFS, LoadError, LoadOptions, Loaded, PIN_ROOT, POD_EGRESS, POD_INGRESS, ensure_bpffs, load};

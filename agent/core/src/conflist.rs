@@ -1,0 +1,168 @@
+//! The network configuration that the container runtime reads: `10-aws.conflist`, network `aws-cni`, as aws-node names them,
+//! so that a node can be handed over in both directions.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+/// The file's name; aws-node's too.
+pub const FILE_NAME: &str = "10-aws.conflist";
+/// The plugin's file name in the runtime's directory of binaries.
+pub const PLUGIN: &str = "stanchion-cni";
+/// The network's name, part of every allocation's key; aws-node's too.
+const NETWORK: &str = "aws-cni";
+
+/// What the configuration says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflist<'a> {
+    /// The specification's version; see [`version_for`].
+    pub version: &'static str,
+    /// The agent's socket on the host.
+    pub socket: &'a Path,
+    /// The plugin's journal: a file, `stderr`, or empty for none.
+    pub log_file: &'a str,
+    /// aws-node's word for what goes there.
+    pub log_level: &'a str,
+    /// Plugins after ours. Their binaries must be there: a missing plugin fails every pod.
+    pub chained: &'a [Chained],
+}
+
+/// A plugin of the CNI project that runs after ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chained {
+    /// For `hostPort`.
+    Portmap,
+    /// ENABLE_BANDWIDTH_PLUGIN: the annotations `kubernetes.io/ingress-bandwidth` and `egress-bandwidth`.
+    Bandwidth,
+    /// DISABLE_POD_V6: no IPv6 in the pod, not even link-local.
+    NoIpv6,
+}
+
+impl Chained {
+    /// The binary's name.
+    pub fn binary(self) -> &'static str {
+        match self {
+            Self::Portmap => "portmap",
+            Self::Bandwidth => "bandwidth",
+            Self::NoIpv6 => "tuning",
+        }
+    }
+
+    fn document(self) -> Value {
+        match self {
+            Self::Portmap => json!({"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}),
+            Self::Bandwidth => json!({"type": "bandwidth", "capabilities": {"bandwidth": true}}),
+            Self::NoIpv6 => {
+                let sysctl: serde_json::Map<String, Value> =
+                    ["all", "default", "lo"].iter().map(|name| (format!("net.ipv6.conf.{name}.disable_ipv6"), json!("1"))).collect();
+                json!({"type": "tuning", "sysctl": sysctl})
+            }
+        }
+    }
+}
+
+impl Conflist<'_> {
+    /// The file's content.
+    pub fn render(&self) -> String {
+        let mut own = json!({
+            "type": PLUGIN,
+            "socket": self.socket.display().to_string(),
+            "capabilities": {"io.kubernetes.cri.pod-annotations": true},
+        });
+        if !self.log_file.is_empty() {
+            own["pluginLogFile"] = json!(self.log_file);
+            own["pluginLogLevel"] = json!(self.log_level);
+        }
+        let plugins: Vec<Value> = std::iter::once(own).chain(self.chained.iter().map(|plugin| plugin.document())).collect();
+        let document = json!({"cniVersion": self.version, "name": NETWORK, "plugins": plugins});
+        format!("{document:#}\n")
+    }
+}
+
+/// The version of the specification for a runtime as the Node object names it (`containerd://2.3.4`). 1.1.0 brings STATUS,
+/// from which containerd 2 makes the node's readiness; older runtimes refuse a version that they do not know.
+pub fn version_for(runtime: &str) -> &'static str {
+    let major =
+        runtime.strip_prefix("containerd://").and_then(|version| version.trim_start_matches('v').split('.').next()?.parse::<u32>().ok());
+    if major.is_some_and(|major| major >= 2) { "1.1.0" } else { "1.0.0" }
+}
+
+/// Whose configuration a file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The first plugin is ours.
+    Stanchion,
+    /// The first plugin is `aws-cni`.
+    AwsNode,
+    /// Another one, or no configuration at all.
+    Other,
+}
+
+/// Whose it is.
+pub fn owner(content: &str) -> Owner {
+    let document: Value = serde_json::from_str(content).unwrap_or_default();
+    match document.pointer("/plugins/0/type").and_then(Value::as_str) {
+        Some(PLUGIN) => Owner::Stanchion,
+        Some("aws-cni") => Owner::AwsNode,
+        _ => Owner::Other,
+    }
+}
+
+/// When the machine booted, seconds since 1970, from the content of `/proc/stat`.
+pub fn boot_time(stat: &str) -> Option<u64> {
+    stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cni::NetConf;
+
+    #[test]
+    fn the_plugin_reads_what_is_rendered() {
+        let conflist = Conflist {
+            version: "1.1.0",
+            socket: Path::new("/run/a.sock"),
+            log_file: "/var/log/p.log",
+            log_level: "ERROR",
+            chained: &[Chained::Portmap, Chained::Bandwidth, Chained::NoIpv6],
+        };
+        let text = conflist.render();
+        assert_eq!(owner(&text), Owner::Stanchion);
+        let document: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!([1, 2, 3].map(|index| document["plugins"][index]["type"].as_str().unwrap()), ["portmap", "bandwidth", "tuning"]);
+        assert_eq!(document["plugins"][3]["sysctl"]["net.ipv6.conf.lo.disable_ipv6"], "1");
+        // The runtime hands the plugin its own part with the list's version and name.
+        let mut part = document["plugins"][0].clone();
+        part["cniVersion"] = document["cniVersion"].clone();
+        part["name"] = document["name"].clone();
+        let conf = NetConf::parse(part.to_string().as_bytes()).unwrap();
+        assert_eq!(
+            (conf.name.as_str(), conf.socket.to_str(), conf.log_file.as_deref()),
+            ("aws-cni", Some("/run/a.sock"), Some(Path::new("/var/log/p.log")))
+        );
+        let bare = Conflist { log_file: "", chained: &[], ..conflist }.render();
+        assert!(!bare.contains("portmap") && !bare.contains("pluginLog"), "{bare}");
+    }
+
+    #[test]
+    fn versions_by_runtime() {
+        for (runtime, version) in [
+            ("containerd://2.3.4", "1.1.0"),
+            ("containerd://v2.0.1", "1.1.0"),
+            ("containerd://1.6.20~ds1", "1.0.0"),
+            ("cri-o://1.35.0", "1.0.0"),
+            ("", "1.0.0"),
+        ] {
+            assert_eq!(version_for(runtime), version, "{runtime}");
+        }
+    }
+
+    #[test]
+    fn owners_and_boot_time() {
+        assert_eq!(owner(r#"{"cniVersion":"0.4.0","name":"aws-cni","plugins":[{"type":"aws-cni"}]}"#), Owner::AwsNode);
+        assert_eq!(owner("{"), Owner::Other);
+        assert_eq!(boot_time("cpu 1 2\nbtime 1795247715\nprocesses 3\n"), Some(1_795_247_715));
+        assert_eq!(boot_time("cpu 1 2\n"), None);
+    }
+}

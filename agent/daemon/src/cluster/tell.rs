@@ -1,0 +1,286 @@
+//! Tells the cluster about this node: events on pods and the node, the start-up taint taken off, the CNINode's features.
+//!
+//! Level-triggered on a tick over what the other tasks publish; pods' failures come by a bounded channel. Nothing here
+//! holds up a pod: a full channel drops the event.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use stanchion_core::config::Config;
+use stanchion_core::events::{Event, Post, Recorder, Regarding};
+use stanchion_core::ids::PodName;
+use stanchion_core::ipam::{Time, eni_config_name};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::ClusterHandle;
+use super::write::Writer;
+use crate::ipamd::{IpamHandle, IpamSnapshot};
+use crate::netpol::{Alarms, NetpolHandle};
+
+/// How often the state is looked at.
+const TICK: Duration = Duration::from_secs(1);
+/// How often policy's alarms are looked at: a snapshot reads every endpoint's counters.
+const POLICY_EVERY: Duration = Duration::from_secs(30);
+/// How often the CNINode is looked at.
+const FEATURE_EVERY: Duration = Duration::from_secs(300);
+/// Pods' events that may wait; a node starts a few pods a second.
+const MAILBOX: usize = 128;
+/// Events that wait for an API server that is away; older ones go first.
+const KEPT: usize = 64;
+/// Pause after a write that failed.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// Where others leave what a person should know.
+#[derive(Clone, Debug)]
+pub struct Events(mpsc::Sender<Event>);
+
+impl Events {
+    /// About a pod; dropped when too many wait.
+    pub fn pod_warning(&self, pod: &PodName, uid: &str, reason: &'static str, action: &'static str, note: String) {
+        let event = Event { regarding: Regarding::Pod(pod.clone(), uid.to_owned()), warning: true, reason, action, note };
+        if self.0.try_send(event).is_err() {
+            debug!(%pod, reason, "an event is dropped: too many wait");
+        }
+    }
+}
+
+/// What the task works with.
+pub struct TellParts {
+    /// The API server.
+    pub writer: Writer,
+    /// Every setting.
+    pub config: Arc<Config>,
+    /// The cluster's objects.
+    pub cluster: ClusterHandle,
+    /// Addresses.
+    pub ipam: IpamHandle,
+    /// Policy.
+    pub netpol: Option<NetpolHandle>,
+    /// This node.
+    pub node_name: String,
+    /// Ends the task.
+    pub shutdown: CancellationToken,
+}
+
+/// Starts the task.
+pub fn spawn(parts: TellParts) -> (Events, JoinHandle<()>) {
+    let (sender, mailbox) = mpsc::channel(MAILBOX);
+    let shutdown = parts.shutdown.clone();
+    let task = tokio::spawn(async move {
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = Teller::new(parts).run(mailbox) => {}
+        }
+    });
+    (Events(sender), task)
+}
+
+struct Teller {
+    parts: TellParts,
+    recorder: Recorder,
+    queue: VecDeque<Post>,
+    pause: Duration,
+    not_before: tokio::time::Instant,
+    /// The newest failure of addresses that was told.
+    errors_told: Time,
+    was_ready: bool,
+    /// Policy is looked at next.
+    policy_due: tokio::time::Instant,
+    alarms: Option<Alarms>,
+    /// The CNINode is looked at next.
+    feature_due: tokio::time::Instant,
+}
+
+impl Teller {
+    fn new(parts: TellParts) -> Self {
+        Self {
+            recorder: Recorder::new(&parts.node_name),
+            parts,
+            queue: VecDeque::new(),
+            pause: PAUSE.0,
+            not_before: tokio::time::Instant::now(),
+            errors_told: Time::default(),
+            was_ready: false,
+            policy_due: tokio::time::Instant::now(),
+            alarms: None,
+            feature_due: tokio::time::Instant::now(),
+        }
+    }
+
+    async fn run(mut self, mut mailbox: mpsc::Receiver<Event>) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                event = mailbox.recv() => match event {
+                    Some(event) => self.record(event),
+                    // Nobody may report about pods any more; the node's state is told on.
+                    None => drop(tick.tick().await),
+                },
+                _ = tick.tick() => {}
+            }
+            self.look().await;
+            self.send().await;
+        }
+    }
+
+    fn record(&mut self, event: Event) {
+        if let Some(post) = self.recorder.record(event, now_ms()) {
+            if self.queue.len() >= KEPT {
+                self.queue.pop_front();
+            }
+            self.queue.push_back(post);
+        }
+    }
+
+    fn node_event(&mut self, warning: bool, reason: &'static str, action: &'static str, note: String) {
+        self.record(Event { regarding: Regarding::Node(self.parts.node_name.clone()), warning, reason, action, note });
+    }
+
+    async fn look(&mut self) {
+        let snapshot = self.parts.ipam.snapshot();
+        self.tell_addresses(&snapshot);
+        self.tell_policy().await;
+        if snapshot.status.ready && tokio::time::Instant::now() >= self.not_before {
+            self.remove_taint().await;
+            self.set_feature().await;
+        }
+    }
+
+    fn tell_addresses(&mut self, snapshot: &IpamSnapshot) {
+        let told = self.errors_told;
+        for error in snapshot.recent_errors.iter().filter(|error| error.time > told) {
+            self.errors_told = self.errors_told.max(error.time);
+            let denied = ["UnauthorizedOperation", "AccessDenied"].iter().any(|code| error.error.contains(code));
+            // aws-node's word for it, which people's alarms know.
+            let reason = if denied { "MissingIAMPermissions" } else { "AddressManagementFailed" };
+            self.node_event(true, reason, "ManageAddresses", format!("{}: {}", error.operation, error.error));
+        }
+        for subnet in &snapshot.subnets {
+            let note = format!("subnet {} has no {} left: {}", subnet.subnet, subnet.what, subnet.reason);
+            self.node_event(true, "SubnetExhausted", "ManageAddresses", note);
+        }
+        if snapshot.status.ready && !self.was_ready {
+            let note = format!("pods can be connected: {} ENIs, at most {} pods", snapshot.enis.len(), snapshot.max_pods);
+            self.node_event(false, "NetworkReady", "Start", note);
+        }
+        self.was_ready |= snapshot.status.ready;
+    }
+
+    async fn tell_policy(&mut self) {
+        let Some(netpol) = &self.parts.netpol else { return };
+        if tokio::time::Instant::now() < self.policy_due {
+            return;
+        }
+        self.policy_due = tokio::time::Instant::now() + POLICY_EVERY;
+        let now = netpol.snapshot().await.alarms;
+        let before = self.alarms.replace(now).unwrap_or_default();
+        for note in alarm_notes(&before, &now) {
+            self.node_event(true, "NetworkPolicyAlarm", "EnforcePolicy", note);
+        }
+    }
+
+    async fn remove_taint(&mut self) {
+        let key = self.parts.config.operations.startup_taint.clone();
+        let cluster = self.parts.cluster.latest();
+        let tainted = cluster.nodes.get(&self.parts.node_name).is_some_and(|node| node.spec.taints.iter().any(|taint| taint.key == key));
+        if key.is_empty() || !tainted {
+            return;
+        }
+        let result = self.parts.writer.remove_taint(&self.parts.node_name, &key).await;
+        if self.settled("the start-up taint", result) == Some(true) {
+            info!(key, "start-up taint taken off");
+            self.node_event(false, "StartupTaintRemoved", "Start", format!("pods can be connected: taint {key} was taken off"));
+        }
+    }
+
+    /// As aws-node does: the resource controller reads from it which ENIConfig the node uses.
+    async fn set_feature(&mut self) {
+        let pool = &self.parts.config.pool;
+        if !pool.custom_networking {
+            return;
+        }
+        let cluster = self.parts.cluster.latest();
+        let Some(node) = cluster.nodes.get(&self.parts.node_name) else { return };
+        let name = eni_config_name(node, &pool.eni_config_annotation, &pool.eni_config_label).to_owned();
+        if name == "default" || tokio::time::Instant::now() < self.feature_due {
+            return;
+        }
+        // The CNINode may come later than the node, and somebody may change it.
+        self.feature_due = tokio::time::Instant::now() + FEATURE_EVERY;
+        let result = self.parts.writer.set_feature(&self.parts.node_name, "CustomNetworking", &name).await;
+        if self.settled("the CNINode", result) == Some(true) {
+            info!(eni_config = name, "the CNINode names the ENIConfig");
+        }
+    }
+
+    /// A failure is said and puts off the next try.
+    fn settled<T>(&mut self, what: &str, result: Result<T, super::write::WriteError>) -> Option<T> {
+        match result {
+            Ok(value) => {
+                self.pause = PAUSE.0;
+                Some(value)
+            }
+            Err(error) => {
+                warn!(what, error = &error as &dyn std::error::Error, pause = ?self.pause, "not written to the API server; tried again");
+                self.not_before = tokio::time::Instant::now() + self.pause;
+                self.pause = (self.pause * 2).min(PAUSE.1);
+                None
+            }
+        }
+    }
+
+    async fn send(&mut self) {
+        self.queue.extend(self.recorder.due(now_ms()));
+        while tokio::time::Instant::now() >= self.not_before
+            && let Some(post) = self.queue.pop_front()
+        {
+            match self.parts.writer.post(post.clone()).await {
+                Ok(()) => self.pause = PAUSE.0,
+                // An event that is gone cannot be counted on, one that is refused will be refused again.
+                Err(error) if error.is_final() => debug!(error = &error as &dyn std::error::Error, "an event is dropped"),
+                Err(error) => {
+                    self.queue.push_front(post);
+                    self.settled::<()>("an event", Err(error));
+                }
+            }
+        }
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// One sentence a table that overflowed since the last look.
+fn alarm_notes(before: &Alarms, now: &Alarms) -> Vec<String> {
+    let grown = |before: u64, now: u64, what: &str| (now > before).then(|| format!("{} {what}", now - before));
+    [
+        grown(before.flow_table_full, now.flow_table_full, "flows found the flow table full and are judged packet by packet"),
+        grown(before.pod_flow_cap, now.pod_flow_cap, "flows found their pod at its cap of open flows and are judged packet by packet"),
+        grown(before.no_endpoint, now.no_endpoint, "packets were dropped because their pod's policy record is missing"),
+        grown(before.events_lost, now.events_lost, "denied flows were not recorded: too many at once"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alarm_is_told_when_it_grows() {
+        let before = Alarms { events_lost: 3, ..Alarms::default() };
+        let now = Alarms { events_lost: 5, no_endpoint: 1, ..Alarms::default() };
+        let notes = alarm_notes(&before, &now);
+        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert!(notes[1].starts_with("2 denied flows"), "{notes:?}");
+        assert!(alarm_notes(&now, &now).is_empty());
+    }
+}

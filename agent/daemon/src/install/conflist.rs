@@ -1,0 +1,169 @@
+//! Keeps `10-aws.conflist`: taken away when it is from before this boot, written when a pod could be connected, put back
+//! when somebody removed it.
+//!
+//! A kubelet says Ready as soon as a configuration is there, so it must not be there before the agent can serve: one that
+//! survived a reboot would bring pods to a node that cannot connect them.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, UNIX_EPOCH};
+
+use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, boot_time, owner, version_for};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::files::{self, Outcome};
+use crate::cluster::ClusterHandle;
+use crate::ipamd::IpamHandle;
+use crate::netpol::NetpolHandle;
+
+/// How often readiness is looked at until the file is written. A kubelet hears of the file by inotify.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often the file is looked at afterwards.
+const KEEP_EVERY: Duration = Duration::from_secs(5);
+/// How long a ready agent waits for the Node object, which names the runtime, before it writes the version that every
+/// runtime knows.
+const RUNTIME_WITHIN: Duration = Duration::from_secs(5);
+
+/// What the task works with.
+#[derive(Debug)]
+pub struct ConflistParts {
+    /// Where the runtime looks for configurations. Not made: a runtime makes it.
+    pub directory: PathBuf,
+    /// Where the runtime looks for plugins.
+    pub bin_dir: PathBuf,
+    /// Where our plugin is to be had; put into `bin_dir` when it is there and differs.
+    pub plugin: Option<PathBuf>,
+    /// The agent's socket as the plugin sees it.
+    pub socket: PathBuf,
+    /// The plugin's journal and its level.
+    pub log: (String, String),
+    /// Plugins that the settings ask for; a missing binary keeps the configuration away. `portmap` is chained where it is
+    /// installed.
+    pub chained: Vec<Chained>,
+    /// The proc file system, for the boot time.
+    pub proc_root: PathBuf,
+    /// Addresses.
+    pub ipam: IpamHandle,
+    /// Policy that must be known before a pod may start.
+    pub strict_policy: Option<NetpolHandle>,
+    /// Names the runtime.
+    pub cluster: ClusterHandle,
+    /// This node.
+    pub node_name: String,
+    /// Ends the task; the file stays.
+    pub shutdown: CancellationToken,
+}
+
+/// Starts the task.
+pub fn spawn(parts: ConflistParts) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let shutdown = parts.shutdown.clone();
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = keep(parts) => {}
+        }
+    })
+}
+
+async fn keep(parts: ConflistParts) {
+    let path = parts.directory.join(FILE_NAME);
+    remove_stale(&parts, &path);
+    let mut complaint = String::new();
+    let mut ready_since = None;
+    loop {
+        let mut pause = LOOK_EVERY;
+        if ready(&parts) && parts.directory.is_dir() {
+            let since = *ready_since.get_or_insert_with(tokio::time::Instant::now);
+            let runtime = runtime(&parts);
+            if runtime.is_some() || since.elapsed() >= RUNTIME_WITHIN {
+                match place(&parts, &path, runtime.as_deref().unwrap_or_default()) {
+                    Ok(true) => info!(path = %path.display(), runtime, "network configuration written: the node can take pods"),
+                    Ok(false) => complaint.clear(),
+                    Err(problem) => {
+                        if problem != complaint {
+                            warn!(problem, "the network configuration is not in place; tried again");
+                            complaint = problem;
+                        }
+                    }
+                }
+                pause = KEEP_EVERY;
+            }
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// The same that STATUS answers to the runtime.
+fn ready(parts: &ConflistParts) -> bool {
+    parts.ipam.status().ready && parts.strict_policy.as_ref().is_none_or(|netpol| *netpol.ready().borrow())
+}
+
+/// `containerd://2.3.4`; `None` while the Node is not known.
+fn runtime(parts: &ConflistParts) -> Option<String> {
+    let cluster = parts.cluster.latest();
+    let node = cluster.nodes.get(&parts.node_name)?;
+    let runtime = &node.status.node_info.container_runtime_version;
+    (!runtime.is_empty() || cluster.synced).then(|| runtime.clone())
+}
+
+fn remove_stale(parts: &ConflistParts, path: &std::path::Path) {
+    let stat = fs::read_to_string(parts.proc_root.join("stat")).unwrap_or_default();
+    let written = fs::metadata(path).and_then(|meta| meta.modified()).ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let (Some(boot), Some(written)) = (boot_time(&stat), written) else { return };
+    if written.as_secs() >= boot {
+        return;
+    }
+    match files::remove(path) {
+        Ok(_) => info!(path = %path.display(), "removed: it is from before this boot, and pods cannot be connected yet"),
+        Err(error) => warn!(error = &error as &dyn std::error::Error, "a network configuration from before this boot stays"),
+    }
+}
+
+/// Binary first, configuration last. True when the configuration was written.
+fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str) -> Result<bool, String> {
+    let words = |error: files::FileError| format!("{error}: {}", error.source);
+    let installed = parts.bin_dir.join(PLUGIN);
+    if let Some(plugin) = &parts.plugin {
+        let content = fs::read(plugin).map_err(|error| format!("read {}: {error}", plugin.display()))?;
+        // A mount that cannot be written but holds the same binary is good enough.
+        let same = fs::read(&installed).is_ok_and(|old| old == content);
+        if !same {
+            fs::create_dir_all(&parts.bin_dir).map_err(|error| format!("make {}: {error}", parts.bin_dir.display()))?;
+            files::put(&installed, &content, 0o755).map_err(words)?;
+            info!(path = %installed.display(), "plugin installed");
+        }
+    } else if !installed.is_file() {
+        return Err(format!("{} is not there: `stanchion install` puts it there", installed.display()));
+    }
+    if let Some(missing) = parts.chained.iter().find(|plugin| !parts.bin_dir.join(plugin.binary()).is_file()) {
+        return Err(format!("the settings chain {0}, and {0} is not in {1}", missing.binary(), parts.bin_dir.display()));
+    }
+    let portmap = parts.bin_dir.join(Chained::Portmap.binary()).is_file().then_some(Chained::Portmap);
+    let chained: Vec<Chained> = portmap.into_iter().chain(parts.chained.iter().copied()).collect();
+    let conflist = Conflist {
+        version: version_for(runtime),
+        socket: &parts.socket,
+        log_file: &parts.log.0,
+        log_level: &parts.log.1,
+        chained: &chained,
+    };
+    let written = files::put(path, conflist.render().as_bytes(), 0o644).map_err(words)? == Outcome::Written;
+    if written && let Some(other) = earlier(path) {
+        warn!(other, "the runtime uses the first configuration by name, which is not ours: remove it");
+    }
+    Ok(written)
+}
+
+/// A configuration that the runtime would take before ours.
+pub(super) fn earlier(path: &std::path::Path) -> Option<String> {
+    let names = fs::read_dir(path.parent()?).ok()?.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let is_conf = |name: &String| [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end)) && !name.starts_with('.');
+    names.filter(|name| is_conf(name) && name.as_str() < FILE_NAME).min()
+}
+
+/// Whose configuration is in place; `None`: nobody's.
+pub(super) fn present(path: &std::path::Path) -> Option<Owner> {
+    fs::read_to_string(path).ok().map(|content| owner(&content))
+}

@@ -1,0 +1,100 @@
+//! `stanchion install`: the host before the first pod, and the way back.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use stanchion_core::config::Config;
+use stanchion_core::conflist::PLUGIN;
+use stanchion_daemon::install::steps::{self, Mark, Places, Step};
+
+use super::client::Connection;
+
+/// Flags of `install`.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct InstallArgs {
+    /// The runtime's plugins on the host
+    #[arg(long, env = "HOST_CNI_BIN_PATH", default_value = "/opt/cni/bin")]
+    bin_dir: PathBuf,
+    /// The runtime's network configurations on the host
+    #[arg(long, env = "HOST_CNI_CONFDIR_PATH", default_value = "/etc/cni/net.d")]
+    conf_dir: PathBuf,
+    /// Leave the configuration to the agent, which writes it when it can connect pods
+    #[arg(long)]
+    no_conflist: bool,
+    /// Our plugin; default: beside this program
+    #[arg(long)]
+    plugin: Option<PathBuf>,
+    /// The way back: take away the configuration, if it is ours, and the plugin; pods keep their network
+    #[arg(long)]
+    remove: bool,
+}
+
+/// Exit status 0: everything holds; 1: a step failed; 64: a setting cannot be used.
+pub(crate) fn run(args: &InstallArgs, connection: &Connection) -> Result<ExitCode> {
+    let config = match Config::read(&|name| std::env::var(name).ok()) {
+        Ok(config) => config,
+        Err(errors) => {
+            for error in errors {
+                eprintln!("stanchion install: {error}");
+            }
+            return Ok(ExitCode::from(64));
+        }
+    };
+    let plugin = match &args.plugin {
+        Some(plugin) => plugin.clone(),
+        None => beside_this_program(PLUGIN)?,
+    };
+    let places = Places {
+        plugin,
+        bin_dir: args.bin_dir.clone(),
+        conf_dir: (!args.no_conflist).then(|| args.conf_dir.clone()),
+        socket: connection.socket.clone(),
+        proc_root: "/proc".into(),
+        sys_root: "/sys".into(),
+        modules: "/lib/modules".into(),
+        disable_early_demux: config.network.disable_tcp_early_demux,
+        ipv6: config.pool.ipv6,
+    };
+    let steps = if args.remove { steps::remove(&places) } else { steps::install(&places) };
+    if connection.output == "json" {
+        println!("{}", serde_json::to_string_pretty(&steps)?);
+    } else {
+        print!("{}", render(&steps));
+    }
+    Ok(if steps.iter().any(|step| step.mark == Mark::Failed) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// A file in the directory of this program.
+pub(crate) fn beside_this_program(name: &str) -> Result<PathBuf> {
+    let program = std::env::current_exe().context("find this program")?;
+    Ok(program.parent().unwrap_or(Path::new("/")).join(name))
+}
+
+fn render(steps: &[Step]) -> String {
+    let width = steps.iter().map(|step| step.what.chars().count()).max().unwrap_or(0);
+    let line = |step: &Step| {
+        let mark = match step.mark {
+            Mark::Present => "ok     ",
+            Mark::Done => "done   ",
+            Mark::Warning => "WARNING",
+            Mark::Failed => "FAILED ",
+        };
+        format!("{mark}  {:width$}  {}\n", step.what, step.text)
+    };
+    steps.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_a_line_a_step() {
+        let steps = [
+            Step { what: "kernel".into(), mark: Mark::Present, text: "6.12".into() },
+            Step { what: "10-aws.conflist".into(), mark: Mark::Failed, text: "no room".into() },
+        ];
+        assert_eq!(render(&steps), "ok       kernel           6.12\nFAILED   10-aws.conflist  no room\n");
+    }
+}

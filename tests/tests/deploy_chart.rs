@@ -1,0 +1,164 @@
+//! What is shipped in deploy/: the manifests that the chart renders to are safe and complete, and what is named in them
+//! exists. That they are what the chart renders is `deploy/render.py --check`, with Helm's own engine.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use stanchion_core::config::Config;
+
+fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
+}
+
+fn documents(name: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(deploy().join("manifests").join(name)).unwrap();
+    text.split("\n---").map(|document| serde_saphyr::from_str(document).unwrap()).collect()
+}
+
+fn daemon_set(name: &str) -> Value {
+    documents(name).into_iter().find(|document| document["kind"] == "DaemonSet").unwrap()
+}
+
+fn containers(daemon_set: &Value) -> impl Iterator<Item = &Value> {
+    let spec = &daemon_set["spec"]["template"]["spec"];
+    spec["initContainers"].as_array().unwrap().iter().chain(spec["containers"].as_array().unwrap())
+}
+
+fn container(daemon_set: &Value, name: &str) -> Value {
+    containers(daemon_set).find(|container| container["name"] == name).unwrap().clone()
+}
+
+const BOTH: [&str; 2] = ["stanchion.yaml", "stanchion-all-features.yaml"];
+
+#[test]
+fn the_telemetry_container_has_no_privilege() {
+    let set = daemon_set("stanchion.yaml");
+    let telemetry = container(&set, "telemetry");
+    let context = &telemetry["securityContext"];
+    assert_eq!(context["capabilities"], serde_json::json!({"drop": ["ALL"]}));
+    assert_eq!((&context["readOnlyRootFilesystem"], &context["allowPrivilegeEscalation"]), (&Value::Bool(true), &Value::Bool(false)));
+    assert_eq!(context["seccompProfile"]["type"], "RuntimeDefault");
+    let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+    for mount in telemetry["volumeMounts"].as_array().unwrap() {
+        let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]).unwrap();
+        let own = mount["name"].as_str().unwrap().starts_with("telemetry-");
+        assert!(own || volume["hostPath"].is_null() || mount["readOnly"] == true, "{mount} is writable");
+    }
+    // It cannot reach the plugin's socket.
+    assert!(!telemetry.to_string().contains("/var/run/stanchion/"));
+}
+
+#[test]
+fn the_network_container_has_the_capabilities_that_the_agent_keeps_and_no_more() {
+    let network = container(&daemon_set("stanchion.yaml"), "network");
+    let context = &network["securityContext"];
+    assert_eq!(context["privileged"], Value::Null);
+    assert_eq!(context["capabilities"]["drop"], serde_json::json!(["ALL"]));
+    let added: BTreeSet<&str> = context["capabilities"]["add"].as_array().unwrap().iter().map(|c| c.as_str().unwrap()).collect();
+    let source = std::fs::read_to_string(deploy().join("../agent/src/privileges.rs")).unwrap();
+    let list = source.split("const NETWORK").nth(1).unwrap().split("];").next().unwrap();
+    let kept: BTreeSet<&str> = list.split("Capability::CAP_").skip(1).map(|c| c.split([',', ']', '\n']).next().unwrap()).collect();
+    assert_eq!(added, kept);
+    let page = std::fs::read_to_string(deploy().join("SECURITY.md")).unwrap();
+    assert!(kept.iter().all(|capability| page.contains(&format!("`CAP_{capability}`"))), "SECURITY.md names each of {kept:?}");
+}
+
+#[test]
+fn every_volume_is_mounted_and_every_mount_has_its_volume() {
+    for name in BOTH {
+        let set = daemon_set(name);
+        let names = |list: &Value| -> BTreeSet<String> {
+            list.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap().to_owned()).collect()
+        };
+        let volumes = names(&set["spec"]["template"]["spec"]["volumes"]);
+        let mounted: BTreeSet<String> = containers(&set).flat_map(|container| names(&container["volumeMounts"])).collect();
+        assert_eq!(volumes, mounted, "{name}");
+    }
+}
+
+#[test]
+fn the_agent_accepts_the_environment_of_each_container() {
+    for name in BOTH {
+        for container in containers(&daemon_set(name)) {
+            let environment = container["env"].as_array().unwrap();
+            let get = |name: &str| {
+                let entry = environment.iter().find(|entry| entry["name"] == name)?;
+                Some(entry["value"].as_str().unwrap_or("node1").to_owned())
+            };
+            let config = Config::read(&get).unwrap_or_else(|errors| panic!("{name} {}: {errors:?}", container["name"]));
+            let known: BTreeSet<&str> = config.settings.iter().map(|setting| setting.name).collect();
+            for entry in environment {
+                let variable = entry["name"].as_str().unwrap();
+                assert!(known.contains(variable), "{name}: {variable} is no setting of the agent");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cni_stays_until_the_node_ends_and_comes_before_everything_else() {
+    let set = daemon_set("stanchion.yaml");
+    let spec = &set["spec"]["template"]["spec"];
+    assert_eq!(spec["priorityClassName"], "system-node-critical");
+    assert_eq!(spec["hostNetwork"], true);
+    assert_eq!(spec["tolerations"], serde_json::json!([{"operator": "Exists"}]));
+    assert_eq!(set["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"], "10%");
+    // The cluster's DNS needs a CNI: the node's own resolver is used.
+    assert_eq!(spec["dnsPolicy"], "Default");
+    assert!(spec["terminationGracePeriodSeconds"].as_u64().unwrap() > 12, "the last log lines have 12 s");
+    for container in containers(&set) {
+        assert!(!container["resources"]["requests"].is_null(), "{} asks for no resources", container["name"]);
+    }
+    let network = container(&set, "network");
+    for probe in ["livenessProbe", "readinessProbe"] {
+        assert_eq!(network[probe]["httpGet"]["host"], "127.0.0.1", "{probe}: no process is started for it");
+        assert_eq!(network[probe]["httpGet"]["port"], 61679);
+    }
+}
+
+#[test]
+fn nothing_is_random_and_nothing_needs_a_hook() {
+    let directory = deploy().join("chart/templates");
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        for word in ["rand", "genCA", "genSigned", "now", "lookup", "helm.sh/hook", "uuidv4"] {
+            let used = text.split(|c: char| !(c.is_ascii_alphanumeric() || "./".contains(c))).any(|found| found == word);
+            assert!(!used, "{}: {word}", path.display());
+        }
+    }
+}
+
+#[test]
+fn iam_policies_are_documents_that_name_each_action_once() {
+    for entry in std::fs::read_dir(deploy().join("iam")).unwrap() {
+        let path = entry.unwrap().path();
+        let policy: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(policy["Version"], "2012-10-17", "{}", path.display());
+        let mut seen = BTreeSet::new();
+        for statement in policy["Statement"].as_array().unwrap() {
+            let actions: Vec<&str> = match &statement["Action"] {
+                Value::String(action) => vec![action],
+                actions => actions.as_array().unwrap().iter().map(|action| action.as_str().unwrap()).collect(),
+            };
+            for action in actions {
+                assert!(!action.contains('*'), "{}: {action}", path.display());
+                assert!(seen.insert(action.to_owned()), "{}: {action} twice", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_iam_policies_allow_every_ec2_call_that_the_agent_makes() {
+    use stanchion_core::cloud::Ec2Action;
+    let text = |name: &str| std::fs::read_to_string(deploy().join("iam").join(name)).unwrap();
+    let (ipv4, ipv6) = (text("ipv4.json"), text("ipv6.json"));
+    for action in Ec2Action::ALL {
+        let name = format!("\"ec2:{action:?}\"");
+        let for_ipv6 = format!("{action:?}").contains("Ipv6");
+        assert!(if for_ipv6 { &ipv6 } else { &ipv4 }.contains(&name), "{name} is in no policy");
+    }
+}
