@@ -79,7 +79,10 @@ fn main() -> ExitCode {
 fn run() -> Result<ExitCode> {
     let root = root()?;
     match Args::parse().task {
-        Task::Setup => setup::everything(&root)?,
+        Task::Setup => {
+            setup::everything(&root)?;
+            setup::test_runner()?;
+        }
         Task::BuildEbpf => {
             bpf::ensure_toolchain()?;
             bpf::build(&root)?;
@@ -129,6 +132,7 @@ fn prepare(root: &Path, profile: build::Profile) -> Result<()> {
 
 fn test(root: &Path, filter: &[String]) -> Result<ExitCode> {
     setup::everything(root)?;
+    setup::test_runner()?;
     bpf::build(root)?;
     if filter.is_empty() {
         ui::step("format", Command::new("cargo").args(["fmt", "--all", "--check"]).current_dir(root))?;

@@ -19,18 +19,22 @@ const TOOLS: [(&str, &str); 8] = [
     ("/usr/sbin/bpftool", "bpftool"),
 ];
 
-/// The lab's tools, the eBPF toolchain and the test runner.
+/// The lab's tools and the eBPF toolchain.
 pub(crate) fn everything(_root: &Path) -> Result<()> {
     if !is_root() {
         bail!("network namespaces and eBPF need root: run this as root (sudo -E cargo xtask ...)");
     }
     let missing: Vec<&str> = TOOLS.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
     apt_install("install the lab's tools", &missing)?;
-    bpf::ensure_toolchain()?;
-    if !has_nextest() {
-        ui::step("install cargo-nextest", Command::new("cargo").args(["install", "--locked", "cargo-nextest"]))?;
+    bpf::ensure_toolchain()
+}
+
+/// The test runner, which only tests need: it takes some minutes to build.
+pub(crate) fn test_runner() -> Result<()> {
+    if has_nextest() {
+        return Ok(());
     }
-    Ok(())
+    ui::step("install cargo-nextest (some minutes)", Command::new("cargo").args(["install", "--locked", "cargo-nextest"]))
 }
 
 /// Installs Debian packages; none is no work.

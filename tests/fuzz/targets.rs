@@ -1,0 +1,224 @@
+//! Every parser that meets bytes from outside, with what must hold of its answer. One function a target: the fuzzer
+//! (`tests/fuzz`) and the smoke test (`tests/tests/fuzz_smoke.rs`) call the same ones. A target panics when something
+//! does not hold; an error of the parser is a good answer.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use stanchion_core::cni::args::Invocation;
+use stanchion_core::cni::config::NetConf;
+use stanchion_core::cni::result::PrevResult;
+use stanchion_core::cni::spool::Spooled;
+use stanchion_core::config::Config;
+use stanchion_core::ids::PodName;
+use stanchion_core::ipam::{Checkpoint, CoolingFile};
+use stanchion_core::logs::batch::MAX_MESSAGE_BYTES;
+use stanchion_core::logs::cri::{Header, Line};
+use stanchion_core::logs::enrich::Identity;
+use stanchion_core::logs::join::{Bounds, Event, Joiner, Mark};
+use stanchion_core::logs::multiline::Rule;
+use stanchion_core::logs::names;
+use stanchion_core::logs::positions::{FINGERPRINT_BYTES, Fingerprint, Positions};
+use stanchion_core::logs::record::{Layout, Merge, RecordOptions, RecordWriter};
+use stanchion_core::logs::route::{Place, Template};
+use stanchion_core::manifests;
+use stanchion_core::metrics::{cgroup, proc};
+use stanchion_core::network::nft;
+
+/// A target.
+pub type Target = fn(&[u8]);
+
+/// The targets by name; each has a directory of that name in `tests/fuzz/corpus`.
+pub const TARGETS: [(&str, Target); 11] = [
+    ("checkpoint", checkpoint),
+    ("cni_environment", cni_environment),
+    ("cni_stdin", cni_stdin),
+    ("container_log", container_log),
+    ("environment", environment),
+    ("kernel_text", kernel_text),
+    ("log_names", log_names),
+    ("manifests", read_manifests),
+    ("nft_listing", nft_listing),
+    ("positions", positions),
+    ("spool", spool),
+];
+
+/// Standard input of the plugin: the configuration and the previous result in it.
+pub fn cni_stdin(bytes: &[u8]) {
+    let _ = NetConf::peek_version(bytes);
+    if let Ok(config) = NetConf::parse(bytes) {
+        assert!(!config.name.is_empty(), "a configuration without a name was taken");
+        let _ = config.read_prev_result();
+    }
+    if let Ok(json) = serde_json::from_slice(bytes)
+        && let Ok(result) = PrevResult::from_json(json)
+    {
+        let _ = result.upstream(&PodName { namespace: "shop".to_owned(), name: "web-1".to_owned() });
+    }
+}
+
+/// The plugin's environment: one `NAME=value` a line.
+pub fn cni_environment(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let get = |name: &str| text.lines().find_map(|line| line.split_once('=').filter(|(key, _)| *key == name).map(|(_, v)| v.to_owned()));
+    if let Ok(call) = Invocation::from_env(get) {
+        // These become file names and kernel names.
+        assert!(!call.container_id.contains('/') && !call.if_name.contains('/'), "a name with a slash was taken: {call:?}");
+    }
+}
+
+/// The agent's environment: one `NAME=value` a line. Errors name the variable.
+pub fn environment(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let get = |name: &str| text.lines().find_map(|line| line.split_once('=').filter(|(key, _)| *key == name).map(|(_, v)| v.to_owned()));
+    if let Err(errors) = Config::read(&get) {
+        assert!(!errors.is_empty(), "refused without a reason");
+    }
+}
+
+/// A container's log file from its first byte to its last event, in each record layout.
+pub fn container_log(bytes: &[u8]) {
+    for rules in [&[][..], &["cri", "java", "go", "python", "ruby"][..]] {
+        let rules: Arc<[Rule]> = rules.iter().filter_map(|name| Rule::built_in(name).ok()).collect();
+        let mut joiner = Joiner::new(rules, Bounds { bytes: 4096, ..Bounds::default() });
+        let (mut offset, mut read, mut events) = (0, 0, Vec::new());
+        let mut emit = |event: Event<'_>| {
+            assert!(!event.marks.is_empty(), "an event comes from nowhere");
+            events.push((event.content.len(), event.marks[0]));
+            write_record(&event);
+        };
+        for text in bytes.split(|byte| *byte == b'\n') {
+            let line = Line::parse(text);
+            if line.header == Header::None {
+                assert_eq!(&*line.content, text, "a line without a header is all content");
+            }
+            read += line.content.len() + 1;
+            joiner.line(&line, Mark { generation: 1, offset }, 1_700_000_000_000, &mut emit);
+            offset += text.len() as u64 + 1;
+            assert!(joiner.resume(1, offset) <= offset, "reading would begin again after what was read");
+        }
+        joiner.flush(1_700_000_000_000, &mut emit);
+        assert!(!joiner.is_open(), "something is open after the flush");
+        let shipped: usize = events.iter().map(|(len, _)| len).sum();
+        assert!(shipped <= read, "more content ({shipped}) than was read ({read})");
+        assert!(events.iter().all(|(_, mark)| mark.offset <= offset), "an event begins after the end");
+    }
+}
+
+fn write_record(event: &Event<'_>) {
+    for (layout, merge) in
+        [(Layout::FluentBit, Merge::Off), (Layout::FluentBit, Merge::Top), (Layout::Compact, Merge::Off), (Layout::Raw, Merge::Off)]
+    {
+        let writer = RecordWriter::new(&RecordOptions { layout, merge, ..RecordOptions::default() }, Some(&Identity::default()));
+        let mut from = 0;
+        // The parts of a split event each take at least a byte.
+        for _ in 0..=event.content.len() {
+            let mut body = vec![b'"'];
+            let written = writer.write(event, from, &mut body);
+            body.push(b'"');
+            let message: String = serde_json::from_slice(&body).expect("a message is a JSON string in the body");
+            assert_eq!(message.len(), written.message, "the message's size is what the service would count");
+            assert!(message.len() <= MAX_MESSAGE_BYTES, "a message of {} bytes", message.len());
+            if layout == Layout::FluentBit {
+                // Numbers of any size are JSON; a reader decides what becomes of them.
+                let _: serde::de::IgnoredAny = serde_json::from_str(&message).expect("a record is JSON");
+                assert!(message.starts_with('{'), "a record is an object");
+            }
+            from += written.content;
+            if from >= event.content.len() {
+                break;
+            }
+            assert!(written.content > 0, "no progress at {from} of {}", event.content.len());
+        }
+        assert_eq!(from, event.content.len(), "bytes of an event are in no message");
+    }
+}
+
+/// Names under /var/log, globs, templates of groups and streams.
+pub fn log_names(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (first, second) = text.split_once('\n').unwrap_or((&text, ""));
+    let _ = names::parse_flat(first);
+    let _ = names::parse_pod_dir(first, second);
+    if let Some(rotated) = names::parse_rotated(first, second) {
+        assert!(second.len() >= first.len(), "{second:?} is no rotation of {first:?}: {rotated:?}");
+    }
+    let _ = names::glob(first, second);
+    assert!(names::glob("*", first), "* matches every name");
+    if let Ok(template) = Template::parse(first) {
+        let place = Place { cluster: "c", node: "n", file: second };
+        for name in [
+            template.group(place, None, stanchion_core::logs::cri::Output::Stdout),
+            template.stream(place, None, stanchion_core::logs::cri::Output::Stderr),
+        ] {
+            assert!((1..=512).contains(&name.chars().count()), "the service takes 1 to 512 characters, not {name:?}");
+        }
+    }
+}
+
+/// The two files that say which pod holds which address.
+pub fn checkpoint(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(file) = Checkpoint::parse(text) {
+        let written = serde_json::to_string(&file).expect("a checkpoint is JSON");
+        assert_eq!(Checkpoint::parse(&written).expect("what was written is read"), file);
+    }
+    if let Ok(file) = CoolingFile::parse(text) {
+        let written = serde_json::to_string(&file).expect("the file is JSON");
+        assert_eq!(CoolingFile::parse(&written).expect("what was written is read"), file);
+    }
+}
+
+/// How far each log file was acknowledged.
+pub fn positions(bytes: &[u8]) {
+    if let Ok(positions) = Positions::parse(bytes, "node1") {
+        assert_eq!(Positions::parse(&positions.to_json(), "node1").expect("what was written is read"), positions);
+    }
+    let head = &bytes[..bytes.len().min(FINGERPRINT_BYTES)];
+    assert!(Fingerprint::of(head).matches(bytes), "a file that grew is the same file");
+}
+
+/// A release that the plugin left for the agent.
+pub fn spool(bytes: &[u8]) {
+    if let Ok(spooled) = Spooled::parse(bytes) {
+        let written = serde_json::to_vec(&spooled).expect("a release is JSON");
+        assert_eq!(Spooled::parse(&written).expect("what was written is read"), spooled);
+    }
+}
+
+/// Kubernetes manifests in YAML and JSON.
+pub fn read_manifests(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Err(error) = manifests::parse("a.yaml", text) {
+        assert!(error.to_string().contains("a.yaml"), "the error does not name the file: {error}");
+    }
+}
+
+/// What `nft -j list` prints of our table.
+pub fn nft_listing(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = nft::parse_listing(text);
+    }
+}
+
+/// /proc and cgroup files.
+pub fn kernel_text(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let _ = proc::stat(text).map(|stat| format!("{stat:?}"));
+    let _ = proc::meminfo(text);
+    if let Some(loads) = proc::loadavg(text) {
+        let _ = loads.map(|load| load.to_string());
+    }
+    let _ = proc::uptime(text);
+    let _ = proc::process_stat(text);
+    assert!(proc::net_dev(text).count() <= text.lines().count(), "an interface a line at most");
+    assert!(proc::diskstats(text).count() <= text.lines().count(), "a disk a line at most");
+    assert!(proc::mountinfo(text).all(|mount| mount.point.len() <= text.len()), "escapes only shorten");
+    let _ = (cgroup::single(text), cgroup::cpu_stat_v1(text), cgroup::cpu_stat_v2(text), cgroup::cpuacct_stat(text));
+    for memory in [cgroup::memory_stat_v1(text), cgroup::memory_stat_v2(text)].into_iter().flatten() {
+        let _ = memory.working_set();
+    }
+    for name in text.lines() {
+        let _ = (cgroup::is_kubepods_root(name), cgroup::classify(name), Path::new(&cgroup::pod_uid(name)));
+    }
+}

@@ -1,0 +1,118 @@
+//! A few thousand inputs for every fuzz target, bred from its corpus: what CI can afford of fuzzing. Long runs are
+//! `cargo fuzz run TARGET` in `tests/`.
+//!
+//! `STANCHION_FUZZ_INPUTS` sets how many inputs a target gets, `STANCHION_FUZZ_SEED` repeats a run: a failure prints both
+//! and leaves the input in the temporary directory.
+
+#[path = "../fuzz/targets.rs"]
+#[allow(dead_code, reason = "the fuzzer's binaries name the targets one by one")]
+mod targets;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+
+use targets::TARGETS;
+
+/// Bytes that mean something to one parser or another.
+const TOKENS: [&[u8]; 24] = [
+    b"\n",
+    b"\0",
+    b"\xff",
+    b"\xe2\x82",
+    b"\"",
+    b"\\u0000",
+    b"\\ud800",
+    b"{",
+    b"}",
+    b"[",
+    b"null",
+    b"-1",
+    b"18446744073709551616",
+    b"1e999",
+    b"0x7f",
+    b" ",
+    b"\t",
+    b"/",
+    b"..",
+    b":",
+    b"%",
+    b"*",
+    b"2026-11-21T10:00:00.5Z stdout P ",
+    b"true",
+];
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
+}
+
+fn corpus(target: &str) -> Vec<Vec<u8>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&directory)
+        .unwrap_or_else(|e| panic!("{}: {e}", directory.display()))
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    files.iter().map(|file| std::fs::read(file).unwrap()).collect()
+}
+
+fn bred(corpus: &[Vec<u8>], random: &mut StdRng) -> Vec<u8> {
+    let mut bytes = corpus[random.random_range(0..corpus.len())].clone();
+    for _ in 0..random.random_range(1..6) {
+        let at = random.random_range(0..=bytes.len());
+        let to = random.random_range(at..=bytes.len().min(at + 40));
+        match random.random_range(0..7) {
+            0 => bytes.truncate(at),
+            1 if at < bytes.len() => bytes[at] ^= 1 << random.random_range(0..8_u32),
+            2 => drop(bytes.splice(at..at, TOKENS[random.random_range(0..TOKENS.len())].iter().copied())),
+            3 => drop(bytes.splice(at..to, TOKENS[random.random_range(0..TOKENS.len())].iter().copied())),
+            4 => drop(bytes.drain(at..to)),
+            5 => {
+                let piece = bytes[at..to].repeat(random.random_range(1..50));
+                drop(bytes.splice(at..at, piece));
+            }
+            _ => {
+                let other = &corpus[random.random_range(0..corpus.len())];
+                let from = random.random_range(0..=other.len());
+                drop(bytes.splice(at.., other[from..].iter().copied()));
+            }
+        }
+    }
+    bytes
+}
+
+fn run(name: &str, seed: u64, input: &[u8], target: targets::Target) {
+    if catch_unwind(AssertUnwindSafe(|| target(input))).is_err() {
+        let file = std::env::temp_dir().join(format!("stanchion-fuzz-{name}-{seed}"));
+        let kept = std::fs::write(&file, input).map_or_else(|error| format!("not kept: {error}"), |()| file.display().to_string());
+        panic!("{name} fails with STANCHION_FUZZ_SEED={seed}; the input: {kept}");
+    }
+}
+
+#[test]
+fn no_target_fails_on_what_its_corpus_breeds() {
+    let seed = setting("STANCHION_FUZZ_SEED", rand::random());
+    let inputs = setting("STANCHION_FUZZ_INPUTS", 2_000);
+    println!("STANCHION_FUZZ_SEED={seed} STANCHION_FUZZ_INPUTS={inputs}");
+    for (name, target) in TARGETS {
+        let corpus = corpus(name);
+        assert!(!corpus.is_empty(), "{name} has no corpus");
+        let mut random = StdRng::seed_from_u64(seed);
+        for input in &corpus {
+            run(name, seed, input, target);
+        }
+        for _ in 0..inputs {
+            run(name, seed, &bred(&corpus, &mut random), target);
+        }
+    }
+}
+
+#[test]
+fn every_target_has_a_fuzzer_of_its_own() {
+    let manifest = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/Cargo.toml")).unwrap();
+    for (name, _) in TARGETS {
+        assert!(manifest.contains(&format!("path = \"fuzz_targets/{name}.rs\"")), "{name} is not in tests/fuzz/Cargo.toml");
+    }
+}
