@@ -46,6 +46,9 @@ enum Field {
 /// A template that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
+    /// No text at all.
+    #[error("the template is empty; a log group and a stream need a name, as in /aws/containerinsights/{{cluster}}/application")]
+    Empty,
     /// A `{` without `}`.
     #[error("the template {0:?} has an opening brace without its closing one")]
     Unclosed(String),
@@ -71,8 +74,11 @@ impl Template {
     /// Reads a template.
     ///
     /// # Errors
-    /// Unbalanced braces, unknown names.
+    /// Empty, unbalanced braces, unknown names.
     pub fn parse(text: &str) -> Result<Self, TemplateError> {
+        if text.is_empty() {
+            return Err(TemplateError::Empty);
+        }
         let mut parts = Vec::new();
         let mut rest = text;
         while let Some((before, after)) = rest.split_once('{') {
@@ -182,6 +188,11 @@ mod tests {
     }
 
     const PLACE: Place<'_> = Place { cluster: "gold", node: "ip-10-0-1-23", file: "web_shop_app-x.log" };
+
+    #[test]
+    fn an_empty_template_names_nothing() {
+        assert_eq!(Template::parse(""), Err(TemplateError::Empty));
+    }
 
     #[test]
     fn container_insights_names() {
