@@ -13,34 +13,45 @@ use stanchion_core::config::Config;
 use stanchion_core::ids::PodName;
 use stanchion_core::ipam::{Checkpoint, CoolingFile};
 use stanchion_core::logs::batch::MAX_MESSAGE_BYTES;
+use stanchion_core::logs::config::LogFile;
 use stanchion_core::logs::cri::{Header, Line};
 use stanchion_core::logs::enrich::Identity;
+use stanchion_core::logs::fluentbit;
 use stanchion_core::logs::join::{Bounds, Event, Joiner, Mark};
 use stanchion_core::logs::multiline::Rule;
 use stanchion_core::logs::names;
+use stanchion_core::logs::parser;
 use stanchion_core::logs::positions::{FINGERPRINT_BYTES, Fingerprint, Positions};
 use stanchion_core::logs::record::{Layout, Merge, RecordOptions, RecordWriter};
 use stanchion_core::logs::route::{Place, Template};
+use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::manifests;
-use stanchion_core::metrics::{cgroup, proc};
+use stanchion_core::metrics::statsd::Statsd;
+use stanchion_core::metrics::{cgroup, kubelet, proc, scrape};
 use stanchion_core::network::nft;
 
 /// A target.
 pub type Target = fn(&[u8]);
 
 /// The targets by name; each has a directory of that name in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 11] = [
+pub const TARGETS: [(&str, Target); 17] = [
     ("checkpoint", checkpoint),
     ("cni_environment", cni_environment),
     ("cni_stdin", cni_stdin),
     ("container_log", container_log),
     ("environment", environment),
+    ("fluent_bit", fluent_bit),
     ("kernel_text", kernel_text),
+    ("kubelet", kubelet_summary),
+    ("line_parsers", line_parsers),
     ("log_names", log_names),
+    ("log_settings", log_settings),
     ("manifests", read_manifests),
     ("nft_listing", nft_listing),
     ("positions", positions),
+    ("scrape", scrape_text),
     ("spool", spool),
+    ("statsd", statsd_packets),
 ];
 
 /// Standard input of the plugin: the configuration and the previous result in it.
@@ -209,16 +220,70 @@ pub fn kernel_text(bytes: &[u8]) {
     if let Some(loads) = proc::loadavg(text) {
         let _ = loads.map(|load| load.to_string());
     }
-    let _ = proc::uptime(text);
     let _ = proc::process_stat(text);
     assert!(proc::net_dev(text).count() <= text.lines().count(), "an interface a line at most");
     assert!(proc::diskstats(text).count() <= text.lines().count(), "a disk a line at most");
     assert!(proc::mountinfo(text).all(|mount| mount.point.len() <= text.len()), "escapes only shorten");
-    let _ = (cgroup::single(text), cgroup::cpu_stat_v1(text), cgroup::cpu_stat_v2(text), cgroup::cpuacct_stat(text));
+    let _ = (cgroup::single(text), cgroup::cpu_stat_v2(text), cgroup::cpuacct_stat(text));
     for memory in [cgroup::memory_stat_v1(text), cgroup::memory_stat_v2(text)].into_iter().flatten() {
         let _ = memory.working_set();
     }
     for name in text.lines() {
         let _ = (cgroup::is_kubepods_root(name), cgroup::classify(name), Path::new(&cgroup::pod_uid(name)));
+    }
+}
+
+/// A Fluent Bit configuration: what the migration prints is a settings file that the agent reads.
+pub fn fluent_bit(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(sections) = fluentbit::sections(text, &|_| Vec::new()) {
+        let migration = fluentbit::migrate(&sections);
+        let yaml = migration.to_yaml();
+        assert_eq!(LogFile::parse(&yaml).unwrap_or_else(|error| panic!("{error}:\n{yaml}")), migration.file, "{yaml}");
+    }
+}
+
+/// The settings file of log shipping.
+pub fn log_settings(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(file) = LogFile::parse(text) {
+        let _ = file.apply(LogSettings::new(Layout::Compact));
+    }
+}
+
+/// The parsers that a pod's annotation names.
+pub fn line_parsers(bytes: &[u8]) {
+    for parser in parser::built_in().iter().filter(|parser| parser.name != "json") {
+        if let Some(object) = parser.object(bytes) {
+            let _: serde::de::IgnoredAny = serde_json::from_str(&object).expect("an object is JSON");
+            assert!(object.starts_with('{'), "{}: no object: {object}", parser.name);
+        }
+    }
+}
+
+/// What the kubelet answers.
+pub fn kubelet_summary(bytes: &[u8]) {
+    let _ = kubelet::container_files(bytes);
+}
+
+/// What a scraped pod answers, and the rules for it.
+pub fn scrape_text(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let _ = scrape::Rules::parse(text);
+    let samples: Vec<_> = scrape::parse(text).collect();
+    assert!(samples.len() <= text.lines().count(), "a sample a line at most");
+    assert!(samples.iter().all(|sample| !sample.name.is_empty()), "a sample without a name");
+}
+
+/// What pods send to the statsd port: one packet a paragraph.
+pub fn statsd_packets(bytes: &[u8]) {
+    let mut statsd = Statsd::default();
+    for packet in bytes.split(|byte| *byte == 0) {
+        statsd.packet(packet);
+    }
+    for document in statsd.documents(1_700_000_000_000, &[("NodeName", "n")]) {
+        let document: serde_json::Value = serde_json::from_str(&document).expect("a document is JSON");
+        let metrics = document["CloudWatchMetrics"].as_array().or_else(|| document["_aws"]["CloudWatchMetrics"].as_array());
+        assert!(metrics.is_some_and(|metrics| !metrics.is_empty()), "a document that names no metric: {document}");
     }
 }

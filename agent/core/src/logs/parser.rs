@@ -89,7 +89,8 @@ pub fn built_in() -> Vec<Parser> {
 }
 
 impl Parser {
-    /// The members of the line as a JSON object; `None` where the line is none of the parser's.
+    /// The members of the line as a JSON object; `None` where the line is none of the parser's. The JSON parser gives the
+    /// line itself: whoever merges it reads it anyway, and sees whether it is an object.
     pub fn object(&self, line: &[u8]) -> Option<String> {
         let text = String::from_utf8_lossy(line);
         let text = text.strip_suffix('\n').unwrap_or(&text);

@@ -37,13 +37,13 @@ impl Migration {
     pub fn to_yaml(&self) -> String {
         let mut out = String::from("# Settings of log shipping: mount this file and name it in STANCHION_LOG_CONFIG.\n");
         for (name, value) in &self.environment {
-            out.push_str(&format!("# environment: {name}={value}\n"));
+            comment(&mut out, &format!("environment: {name}={value}"));
         }
         for (what, why) in &self.missing {
-            out.push_str(&format!("# NO COUNTERPART {what}: {why}\n"));
+            comment(&mut out, &format!("NO COUNTERPART {what}: {why}"));
         }
         for (what, why) in &self.needless {
-            out.push_str(&format!("# not needed {what}: {why}\n"));
+            comment(&mut out, &format!("not needed {what}: {why}"));
         }
         let value = serde_json::to_value(&self.file).expect("settings are JSON");
         match &value {
@@ -54,6 +54,13 @@ impl Migration {
         }
         out
     }
+}
+
+/// One line, whatever the configuration had in it.
+fn comment(out: &mut String, text: &str) {
+    out.push_str("# ");
+    out.extend(text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }));
+    out.push('\n');
 }
 
 fn yaml(out: &mut String, name: &str, value: &Value) {

@@ -209,3 +209,9 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn control_characters_end_no_comment() {
+    let migration = migrated("[INPUT]\n    Name tail\n    multiline.parser do\0cker\u{85}, cri\n    Unknown a\0b\n");
+    assert!(migration.to_yaml().lines().filter(|line| line.contains("do\u{fffd}cker")).count() == 1, "{}", migration.to_yaml());
+}
