@@ -31,7 +31,7 @@ const ENFORCE: &str = "put the pod's network policy in force";
 pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal) -> Result<Value, CniError> {
     let path = invocation.netns.as_deref().unwrap_or_else(|| "".as_ref());
     // Before anything is asked for: most failures of a dying sandbox are seen here.
-    let netns = sandbox::open_netns(path)?;
+    let netns = sandbox::open_netns(path, invocation.netns_override)?;
     let mut agent = Agent::connect(&conf.socket, PATIENCE)?;
     let request = AddNetworkRequest {
         sandbox: Some(agent::sandbox(invocation, conf)),

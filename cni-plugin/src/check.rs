@@ -24,7 +24,7 @@ pub(crate) fn run(invocation: &Invocation, conf: &NetConf) -> Result<(), CniErro
         .read_prev_result()?
         .ok_or_else(|| CniError::new(ErrorCode::InvalidConfig, "CHECK needs the prevResult of the ADD that it checks"))?;
     let path = invocation.netns.as_deref().unwrap_or_else(|| "".as_ref());
-    let netns = sandbox::open_netns(path)?;
+    let netns = sandbox::open_netns(path, invocation.netns_override)?;
     let (endpoints, mut differences) = compare(&netns, &prev).map_err(|error| sandbox::kernel_error(&error))?;
     let mut agent = Agent::connect(&conf.socket, PATIENCE)?;
     let request = CheckNetworkRequest { sandbox: Some(agent::sandbox(invocation, conf)), endpoints };

@@ -29,8 +29,12 @@ pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal
     own_names.extend((0..ATTACHMENTS).map(|index| host_veth_name(&conf.veth_prefix, &invocation.pod, index)));
     own_names.extend(EgressFamily::ALL.map(|family| family.host_if(&conf.veth_prefix, &invocation.pod)));
 
+    if let Some(upstream) = prev.upstream(&invocation.pod).filter(|upstream| upstream.vlan_id != 0) {
+        let host_ifs: Vec<String> = upstream.attachments.into_iter().map(|attachment| attachment.host_if).collect();
+        sandbox::remove_branch(&mut host, upstream.vlan_id, &host_ifs)?;
+    }
     if let Some(path) = invocation.netns.as_deref() {
-        match sandbox::open_netns(path) {
+        match sandbox::open_netns(path, invocation.netns_override) {
             Ok(netns) => addresses.extend(sandbox::remove_veths(&netns, &invocation.if_name)?),
             // Gone, and the kernel takes the veth with it.
             Err(error) if error.code == ErrorCode::UnknownContainer => journal.note("the namespace is gone"),

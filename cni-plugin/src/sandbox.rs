@@ -6,7 +6,7 @@ use std::path::Path;
 use stanchion_core::cni::{CniError, ErrorCode};
 use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::host::{PRIORITY_FROM_POD, PRIORITY_TO_POD};
-use stanchion_core::network::names::pod_if_name;
+use stanchion_core::network::names::{branch_route_table, pod_if_name};
 use stanchion_core::network::{NetOp, Rule};
 use stanchion_netlink::netns::NetnsError;
 use stanchion_netlink::veth::LinkFacts;
@@ -17,11 +17,11 @@ const MAX_ATTACHMENTS: usize = 32;
 /// Rules of one address: one each of two priorities, or a few of old releases.
 const MAX_RULES: usize = 64;
 
-/// The pod's namespace, if it still exists and is not the host's.
-pub(crate) fn open_netns(path: &Path) -> Result<Netns, CniError> {
+/// The pod's namespace, if it still exists and is not the host's (unless the runtime says that it may be).
+pub(crate) fn open_netns(path: &Path, may_be_the_hosts: bool) -> Result<Netns, CniError> {
     let netns = Netns::open(path).map_err(|error| netns_error(&error))?;
     let host = Netns::current().map_err(|error| netns_error(&error))?;
-    if netns.id() == host.id() {
+    if netns.id() == host.id() && !may_be_the_hosts {
         let path = path.display();
         return Err(CniError::new(ErrorCode::InvalidEnvironment, format!("{path} is the node's own network namespace, not a pod's")));
     }
@@ -103,6 +103,22 @@ fn belongs_to_another(host: &mut Netlink, address: IpAddr, own_names: &[String])
 /// Whether the route is the address's own one and not the node's default route, which in a test may leave by a veth too.
 fn has_host_route(host: &mut Netlink, address: IpAddr, index: u32) -> Result<bool, NetlinkError> {
     Ok(host.routes()?.iter().any(|route| route.index == index && route.dst == address.into()))
+}
+
+/// What aws-node made of a pod's branch ENI: its VLAN interface, which takes the table's routes with it, and the rules by interface.
+pub(crate) fn remove_branch(host: &mut Netlink, vlan_id: u16, host_ifs: &[String]) -> Result<(), CniError> {
+    /// `iif vlan.eth.<id>` and `iif vlan<hash>`, both to the branch's table (aws-node's strict mode).
+    const PRIORITY_BRANCH: u32 = 10;
+    let failed = |error: NetlinkError| kernel_error(&error);
+    let link = format!("vlan.eth.{vlan_id}");
+    let table = branch_route_table(vlan_id);
+    for rule in host.rules().map_err(failed)? {
+        let about = rule.iif.as_ref().is_some_and(|iif| *iif == link || host_ifs.contains(iif));
+        if rule.priority == PRIORITY_BRANCH && rule.table == table && about {
+            host.delete_rule(&rule).map_err(failed)?;
+        }
+    }
+    host.delete_link(&link).map(|_| ()).map_err(failed)
 }
 
 /// Undoes what was done of some operations of the host; every failure is told.

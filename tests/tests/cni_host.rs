@@ -11,7 +11,7 @@ use std::time::Duration;
 use cni_support::{OwnedNetns, ip, run};
 use serde_json::Value;
 use stanchion_core::ids::Mac;
-use stanchion_core::network::{EniPlan, EniRole, HostNetwork as _, HostPlan, HostReport, NetOp, PodHost, PodPlan, Randomize, Snat};
+use stanchion_core::network::{Egress, EniPlan, EniRole, HostNetwork as _, HostPlan, HostReport, NetOp, PodHost, PodPlan, Randomize, Snat};
 use stanchion_lab::netns::Netns;
 use stanchion_netlink::veth::VethEnd;
 use stanchion_netlink::{HostNet, Netlink};
@@ -300,6 +300,63 @@ async fn answers_of_node_ports_leave_by_the_eni_that_the_request_came_in_on() {
     assert!(try_connect_from(&vpc.router.0, "10.0.9.9", "10.0.0.5:30081", Duration::from_millis(700)).is_none());
 }
 
+/// A Service with session affinity and a node port, as kube-proxy's iptables mode writes it.
+const AFFINITY: &str = "*nat
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SVC-A - [0:0]
+:KUBE-SEP-A - [0:0]
+:KUBE-SEP-B - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-NODEPORTS -p tcp -m tcp --dport 30082 -j KUBE-SVC-A
+-A KUBE-SVC-A -m recent --name KUBE-SEP-A --rcheck --seconds 10800 --reap -j KUBE-SEP-A
+-A KUBE-SVC-A -m recent --name KUBE-SEP-B --rcheck --seconds 10800 --reap -j KUBE-SEP-B
+-A KUBE-SVC-A -m statistic --mode random --probability 0.5 -j KUBE-SEP-A
+-A KUBE-SVC-A -j KUBE-SEP-B
+-A KUBE-SEP-A -p tcp -m recent --name KUBE-SEP-A --set -m tcp -j DNAT --to-destination 10.0.0.9:8080
+-A KUBE-SEP-B -p tcp -m recent --name KUBE-SEP-B --set -m tcp -j DNAT --to-destination 10.0.1.21:8080
+COMMIT
+";
+
+/// Feeds a table to one of the `iptables-*-restore` tools in the node.
+fn restore(node: &Netns, tool: &str, document: &str) {
+    let mut command = std::process::Command::new(tool);
+    command.arg("--noflush").stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut child = node.spawn(&mut command).unwrap_or_else(|error| panic!("{tool}: {error}: apt-get install iptables"));
+    child.stdin.take().unwrap().write_all(document.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{tool}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Serves `pod` until the test ends: each connection hears the pod's name.
+fn serve_name(netns: &Netns, address: &str, name: &'static str) {
+    let listener = serve_until_dropped(netns, address);
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            // A client that went away is none of the server's business.
+            let _ = stream.write_all(format!("{name}\n").as_bytes());
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn session_affinity_holds_for_pods_of_any_eni_in_both_iptables() {
+    for tool in ["/usr/sbin/iptables-nft-restore", "/usr/sbin/iptables-legacy-restore"] {
+        let vpc = Vpc::build().await;
+        restore(&vpc.node.0, tool, AFFINITY);
+        serve_name(vpc.pod(0), "10.0.0.9:8080", "A");
+        serve_name(vpc.pod(1), "10.0.1.21:8080", "B");
+        let mut met = std::collections::BTreeSet::new();
+        for client in 1..=12 {
+            let source = format!("10.0.9.{client}");
+            run(&vpc.router.0, &format!("ip addr add {source}/32 dev lo"));
+            let names: Vec<String> = (0..3).map(|_| line(&mut connect_from(&vpc.router.0, &source, "10.0.0.5:30082"))).collect();
+            assert!(names.iter().all(|name| *name == names[0]), "{tool}: {source} was served by {names:?}");
+            met.insert(names[0].clone());
+        }
+        assert_eq!(met.len(), 2, "{tool}: twelve clients and one server");
+    }
+}
+
 fn connect_from(netns: &Netns, source: &str, to: &str) -> TcpStream {
     let stream = try_connect_from(netns, source, to, PATIENCE).unwrap_or_else(|| panic!("{source} -> {to}: no answer"));
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -384,6 +441,91 @@ async fn a_node_is_taken_over_from_aws_node_without_losing_a_connection() {
     serving.join().unwrap();
     assert_eq!(host.apply(&vpc.plan).await.unwrap(), HostReport::default());
     assert_eq!(seen_as(vpc.pod(1), &vpc.router.0, &format!("{INTERNET}:8080")), "10.0.0.5");
+}
+
+/// What aws-node before nft wrote, and kube-proxy's beside it.
+const LEGACY: &str = "*nat
+:AWS-CONNMARK-CHAIN-0 - [0:0]
+:AWS-SNAT-CHAIN-0 - [0:0]
+:KUBE-POSTROUTING - [0:0]
+-A PREROUTING -i eni+ -m comment --comment \"AWS, outbound connections\" -j AWS-CONNMARK-CHAIN-0
+-A PREROUTING -m comment --comment \"AWS, CONNMARK\" -j CONNMARK --restore-mark --nfmask 0x80 --ctmask 0x80
+-A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING
+-A POSTROUTING -m comment --comment \"AWS SNAT CHAIN\" -j AWS-SNAT-CHAIN-0
+-A AWS-CONNMARK-CHAIN-0 -d 10.0.0.0/16 -m comment --comment \"AWS CONNMARK CHAIN, VPC CIDR\" -j RETURN
+-A AWS-CONNMARK-CHAIN-0 -m comment --comment \"AWS, CONNMARK\" -j CONNMARK --set-xmark 0x80/0x80
+-A AWS-SNAT-CHAIN-0 -d 10.0.0.0/16 -m comment --comment \"AWS SNAT CHAIN\" -j RETURN
+-A AWS-SNAT-CHAIN-0 ! -o vlan+ -m comment --comment \"AWS, SNAT\" -m addrtype ! --dst-type LOCAL -j SNAT --to-source 10.0.0.5 --random-fully
+COMMIT
+*mangle
+-A PREROUTING -i eth0 -m comment --comment \"AWS, primary ENI\" -m addrtype --dst-type LOCAL --limit-iface-in -j CONNMARK --set-xmark 0x80/0x80
+-A PREROUTING -i eni+ -m comment --comment \"AWS, primary ENI\" -j CONNMARK --restore-mark --nfmask 0x80 --ctmask 0x80
+COMMIT
+";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rules_in_iptables_legacy_are_taken_over_too() {
+    let vpc = Vpc::build().await;
+    run(&vpc.node.0, "nft delete table ip stanchion");
+    restore(&vpc.node.0, "/usr/sbin/iptables-legacy-restore", LEGACY);
+    let to: SocketAddr = format!("{INTERNET}:8080").parse().unwrap();
+    let serving = serve(&vpc.router.0, to);
+    let mut stream = connect(vpc.pod(1), to);
+    assert_eq!(line(&mut stream), "10.0.0.5", "aws-node's rules work as they stand here");
+
+    let host = HostNet::open_in(stanchion_netlink::Netns::open(&vpc.node.0.path()).unwrap()).unwrap();
+    let report = host.apply(&vpc.plan).await.unwrap();
+    assert_eq!(report.failed, []);
+    let kinds: Vec<&str> = report.applied.iter().map(|op| if matches!(op, NetOp::Legacy { .. }) { "theirs" } else { "ours" }).collect();
+    assert_eq!(kinds, ["ours", "theirs", "theirs"], "never a moment without");
+    let saved = vpc.node.0.output(&mut std::process::Command::new("/usr/sbin/iptables-legacy-save")).unwrap().stdout;
+    let saved = String::from_utf8(saved).unwrap();
+    assert!(!saved.contains("AWS"), "{saved}");
+    assert!(saved.contains("-j KUBE-POSTROUTING"), "{saved}");
+    echo(&mut stream, "still here");
+    drop(stream);
+    serving.join().unwrap();
+    assert_eq!(host.apply(&vpc.plan).await.unwrap(), HostReport::default());
+    assert_eq!(seen_as(vpc.pod(1), &vpc.router.0, &format!("{INTERNET}:8080")), "10.0.0.5");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn egress_of_the_second_family_leaves_with_the_nodes_address_and_lets_nothing_in() {
+    let mut vpc = Vpc::build().await;
+    // A pod of an IPv6 cluster: its IPv4 is the node's own business.
+    vpc.add_pod("169.254.172.2", 0);
+    vpc.plan.pods.pop();
+    let range = stanchion_core::network::egress::EgressFamily::V4.range();
+    vpc.plan.egress = Some(Egress { range, to: "10.0.0.5".parse().unwrap(), randomize: Randomize::Fully });
+    vpc.plan.ipv6 = true;
+    vpc.plan.snat = None;
+    vpc.heal().await;
+    for to in ["10.0.0.1:8080".to_owned(), format!("{INTERNET}:8080")] {
+        assert_eq!(seen_as(vpc.pod(2), &vpc.router.0, &to), "10.0.0.5", "to {to}");
+    }
+    let _listening = serve_until_dropped(vpc.pod(2), "169.254.172.2:8080");
+    run(&vpc.router.0, "ip route add 169.254.172.0/22 via 10.0.0.5");
+    let refused = try_connect_from(&vpc.router.0, "10.0.0.1", "169.254.172.2:8080", Duration::from_secs(1));
+    assert!(refused.is_none(), "nobody may open a connection to an egress address");
+    // Off again: nothing of it stays.
+    vpc.plan.egress = None;
+    vpc.heal().await;
+    assert!(!ruleset(&vpc.node.0).contains("egress"), "{}", ruleset(&vpc.node.0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ipv6_egress_has_a_table_of_its_own_that_heals() {
+    let mut vpc = Vpc::build().await;
+    let range = stanchion_core::network::egress::EgressFamily::V6.range();
+    vpc.plan.egress = Some(Egress { range, to: "2001:db8::5".parse().unwrap(), randomize: Randomize::No });
+    vpc.heal().await;
+    let rules = ruleset(&vpc.node.0);
+    assert!(rules.contains("table ip6 stanchion") && rules.contains("snat to 2001:db8::5"), "{rules}");
+    run(&vpc.node.0, "nft flush chain ip6 stanchion egress-nat");
+    assert!(matches!(vpc.heal().await[..], [NetOp::Nft { .. }]));
+    vpc.plan.egress = None;
+    vpc.heal().await;
+    assert!(!ruleset(&vpc.node.0).contains("ip6 stanchion"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

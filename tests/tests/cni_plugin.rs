@@ -218,6 +218,7 @@ async fn verbs_about_no_container() {
     assert_eq!((&error["code"], &error["msg"]), (&json!(50), &json!("subnet-1 has no free address")));
 
     let mut conf = site.conf();
+    conf["name"] = json!("no-pods-here");
     conf["cni.dev/valid-attachments"] = json!([{"containerID": "a", "ifname": "eth0"}]);
     assert!(site.exec(nobody("GC"), &conf).await.ok);
     assert_eq!(site.script.lock().unwrap().collected[0].valid[0].container_id, "a");

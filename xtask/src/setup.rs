@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::{bpf, ui};
 
 /// (a file that shows it is there, Debian package)
-const TOOLS: [(&str, &str); 8] = [
+const TOOLS: [(&str, &str); 11] = [
     ("/usr/sbin/ip", "iproute2"),
     ("/usr/sbin/nft", "nftables"),
     ("/usr/sbin/conntrack", "conntrack"),
@@ -17,6 +17,10 @@ const TOOLS: [(&str, &str); 8] = [
     ("/usr/bin/ping", "iputils-ping"),
     ("/usr/bin/nc.openbsd", "netcat-openbsd"),
     ("/usr/sbin/bpftool", "bpftool"),
+    // What stands beside the agent on a node: kube-proxy's and old aws-node's rules, the chained plugins. strace kills at a system call.
+    ("/usr/sbin/iptables-legacy", "iptables"),
+    ("/usr/lib/cni/portmap", "containernetworking-plugins"),
+    ("/usr/bin/strace", "strace"),
 ];
 
 /// The lab's tools and the eBPF toolchain.

@@ -12,7 +12,7 @@ impl Netlink {
     /// # Errors
     /// When the socket failed; then it is not known what was done.
     pub fn perform(&mut self, ops: &[NetOp]) -> Result<Vec<Result<(), NetlinkError>>, NetlinkError> {
-        debug_assert!(!ops.iter().any(|op| matches!(op, NetOp::Sysctl { .. } | NetOp::Nft { .. })), "not netlink's");
+        debug_assert!(!ops.iter().any(|op| matches!(op, NetOp::Sysctl { .. } | NetOp::Nft { .. } | NetOp::Legacy { .. })), "not netlink's");
         let results = self.batch(ops.iter().filter_map(request).collect())?;
         Ok(results.into_iter().zip(ops).map(|(result, op)| tolerate(op, result)).collect())
     }

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use crate::netns::{Netns, NetnsError};
 use crate::socket::{Netlink, NetlinkError};
-use crate::{nft, sysctl};
+use crate::{legacy, nft, sysctl};
 
 /// A plan, or `None`: the last one again.
 type Job = (Option<Box<HostPlan>>, oneshot::Sender<Result<Option<HostReport>, HostError>>);
@@ -122,7 +122,12 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Resu
     let mut observed = observe(netlink, desired)?;
     if !memory.upstream_is_gone {
         observed.upstream = nft::observe_upstream().map_err(|error| HostError::Observe { what: "nft chains", error })?;
-        memory.upstream_is_gone = observed.upstream.is_empty();
+        match legacy::observe_upstream() {
+            Ok(documents) => observed.upstream_legacy = documents,
+            // Ours are put in force all the same; both translate to the same address.
+            Err(error) => tracing::warn!(error, "aws-node's rules in iptables-legacy stay"),
+        }
+        memory.upstream_is_gone = observed.upstream.is_empty() && observed.upstream_legacy.is_empty();
     }
     memory.may_have_ipv6_table |= Ruleset::of_ipv6(desired).is_wanted();
     if memory.may_have_ipv6_table {
@@ -132,7 +137,7 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Resu
     let ops = diff(desired, &observed);
     let mut report = HostReport { missing: missing(desired, &observed), ..HostReport::default() };
     // In the plan's order: runs of netlink operations go out as one batch each.
-    let is_netlink = |op: &NetOp| !matches!(op, NetOp::Sysctl { .. } | NetOp::Nft { .. });
+    let is_netlink = |op: &NetOp| !matches!(op, NetOp::Sysctl { .. } | NetOp::Nft { .. } | NetOp::Legacy { .. });
     for run in ops.chunk_by(|a, b| is_netlink(a) == is_netlink(b)) {
         if is_netlink(&run[0]) {
             let results = netlink.perform(run).map_err(|error| HostError::Observe { what: "answers", error: error.chain() })?;
@@ -148,6 +153,7 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Resu
                 let result = match op {
                     NetOp::Sysctl { path, value } => sysctl::ensure(path, value).map_err(|error| format!("sysctl {path}: {error}")),
                     NetOp::Nft { document } => nft::apply(document),
+                    NetOp::Legacy { document } => legacy::apply(document),
                     _ => Ok(()),
                 };
                 record(&mut report, op, result);

@@ -11,6 +11,7 @@
 pub mod apply;
 pub mod ethtool;
 mod host;
+mod legacy;
 mod message;
 pub mod monitor;
 pub mod netns;

@@ -47,7 +47,7 @@ pub(crate) fn request(op: &NetOp) -> Option<Request> {
             let words = format!("set neighbour {address} on link {index} to {mac}");
             (RouteNetlinkMessage::NewNeighbour(neighbour_message(*index, *address, *mac)), Mode::Replace, words)
         }
-        NetOp::Sysctl { .. } | NetOp::Nft { .. } => return None,
+        NetOp::Sysctl { .. } | NetOp::Nft { .. } | NetOp::Legacy { .. } => return None,
     };
     Some(Request { message, mode, words })
 }

@@ -69,6 +69,8 @@ pub(crate) struct Script {
     pub(crate) differences: Vec<String>,
     pub(crate) not_ready: Option<String>,
     pub(crate) no_policy: bool,
+    /// `v4if0` or `v6if0`; empty: no egress.
+    pub(crate) egress: String,
     /// Somebody deletes the veth while the policy is being put in force.
     pub(crate) cut_at_activation: bool,
 }
@@ -97,6 +99,7 @@ impl Cni for Agent {
             policy_mode: if script.no_policy { String::new() } else { "standard".to_owned() },
             pod_mtu: 1500,
             veth_prefix: "eni".to_owned(),
+            egress: (!script.egress.is_empty()).then(|| wire::Egress { if_name: script.egress.clone() }),
             ..wire::AddNetworkReply::default()
         }))
     }

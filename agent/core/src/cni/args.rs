@@ -34,6 +34,8 @@ pub struct Invocation {
     pub if_name: String,
     /// `CNI_NETNS`; `None` when it is empty, as in a DEL after a reboot.
     pub netns: Option<PathBuf>,
+    /// `CNI_NETNS_OVERRIDE`: the namespace may be the node's own.
+    pub netns_override: bool,
     /// Of `CNI_ARGS`.
     pub pod: PodName,
     /// `K8S_POD_UID` of `CNI_ARGS`, empty if the runtime does not say.
@@ -78,6 +80,7 @@ impl Invocation {
             container_id: variable("CNI_CONTAINERID").unwrap_or_default(),
             if_name: variable("CNI_IFNAME").unwrap_or_default(),
             netns: variable("CNI_NETNS").filter(|path| !path.is_empty()).map(PathBuf::from),
+            netns_override: variable("CNI_NETNS_OVERRIDE").is_some_and(|text| crate::config::parse_bool(&text) == Some(true)),
             pod: PodName::default(),
             pod_uid: String::new(),
         };

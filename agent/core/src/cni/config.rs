@@ -43,8 +43,8 @@ pub struct NetConf {
     pub shares_ingress: bool,
     /// What an earlier ADD returned, unread: a DEL must not fail on it.
     pub prev_result: Option<serde_json::Value>,
-    /// GC: the attachments that live.
-    pub valid_attachments: Vec<ValidAttachment>,
+    /// GC: the attachments that live; `None`: the runtime did not say, which does not mean that none does.
+    pub valid_attachments: Option<Vec<ValidAttachment>>,
     /// `pluginLogFile`: a file, or `stderr`; `None`: no log.
     pub log_file: Option<PathBuf>,
     /// `pluginLogLevel`.
@@ -89,8 +89,11 @@ struct Wire {
     #[serde(default)]
     runtime_config: RuntimeConfig,
     prev_result: Option<serde_json::Value>,
-    #[serde(default, rename = "cni.dev/valid-attachments")]
-    valid_attachments: Vec<ValidAttachment>,
+    #[serde(rename = "cni.dev/valid-attachments")]
+    valid_attachments: Option<Vec<ValidAttachment>>,
+    /// The key's name in the first draft, which libcni still sends too.
+    #[serde(rename = "cni.dev/attachments")]
+    attachments: Option<Vec<ValidAttachment>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -174,7 +177,7 @@ impl NetConf {
             multi_nic,
             shares_ingress,
             prev_result,
-            valid_attachments: wire.valid_attachments,
+            valid_attachments: wire.valid_attachments.or(wire.attachments),
             log_file,
             log_level: LogLevel::parse(wire.plugin_log_level.as_deref().unwrap_or_default()),
         })
@@ -267,6 +270,9 @@ mod tests {
     #[test]
     fn the_list_of_the_living_is_read() {
         let conf = parse(r#"{"cniVersion":"1.1.0","name":"x","cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]}"#).unwrap();
-        assert_eq!(conf.valid_attachments, [ValidAttachment { container_id: "a".into(), if_name: "eth0".into() }]);
+        assert_eq!(conf.valid_attachments, Some(vec![ValidAttachment { container_id: "a".into(), if_name: "eth0".into() }]));
+        let conf = parse(r#"{"cniVersion":"1.1.0","name":"x","cni.dev/attachments":[]}"#).unwrap();
+        assert_eq!(conf.valid_attachments, Some(vec![]));
+        assert_eq!(parse(r#"{"cniVersion":"1.1.0","name":"x"}"#).unwrap().valid_attachments, None);
     }
 }

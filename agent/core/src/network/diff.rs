@@ -46,6 +46,8 @@ pub fn diff(desired: &HostPlan, observed: &HostObserved) -> Vec<NetOp> {
     if !commands.is_empty() {
         ops.push(NetOp::Nft { document: document(&commands) });
     }
+    // Once ours are in force.
+    ops.extend(observed.upstream_legacy.iter().map(|document| NetOp::Legacy { document: document.clone() }));
     pod_routes(desired, observed, &mut ops);
 
     let wanted = wanted_rules(desired, observed);

@@ -31,6 +31,8 @@ pub struct HostObserved {
     pub nft_ipv6: Option<NftObserved>,
     /// The nft commands that remove what aws-node left, see [`takeover`](super::takeover).
     pub upstream: Vec<serde_json::Value>,
+    /// The same for the old tables of iptables-legacy, a document each.
+    pub upstream_legacy: Vec<String>,
 }
 
 /// What is known of our nft table.
@@ -155,6 +157,11 @@ pub enum NetOp {
     },
     /// Replaces our nft table (or removes it) in one transaction: an `nft -j -f -` document.
     Nft {
+        /// The document.
+        document: String,
+    },
+    /// Removes aws-node's rules from a table of iptables-legacy: an `iptables-legacy-restore --noflush` document.
+    Legacy {
         /// The document.
         document: String,
     },

@@ -48,6 +48,7 @@ fn tell(report: &HostReport) {
     for op in &report.applied {
         match op {
             NetOp::Nft { .. } => warn!("healed: the nft table was changed by somebody else"),
+            NetOp::Legacy { .. } => warn!("removed aws-node's rules from iptables-legacy"),
             op => warn!(?op, "healed: the host network was changed by somebody else"),
         }
     }

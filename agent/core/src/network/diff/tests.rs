@@ -76,6 +76,7 @@ fn perform(state: &mut HostObserved, ops: &[NetOp], desired: &HostPlan) {
                 let listing = serde_json::json!({"nftables": added}).to_string();
                 state.nft = crate::network::nft::parse_listing(&listing).ok().filter(|_| desired.uses_mark());
             }
+            NetOp::Legacy { document } => state.upstream_legacy.retain(|present| *present != document),
             NetOp::Neighbour { .. } => unreachable!("the host has no neighbours of ours"),
         }
     }
@@ -231,4 +232,16 @@ fn what_aws_node_left_goes_in_the_transaction_in_which_ours_comes() {
     assert!(both[0].contains("aws-cni") && both[0].contains("source-nat"));
     let only_theirs = documents(&HostObserved { upstream: vec![removal], ..settled() });
     assert!(only_theirs[0].contains("aws-cni") && !only_theirs[0].contains("source-nat"));
+}
+
+#[test]
+fn rules_of_iptables_legacy_go_once_ours_are_in_force() {
+    let theirs = "*nat\n-F AWS-SNAT-CHAIN-0\n-X AWS-SNAT-CHAIN-0\nCOMMIT\n".to_owned();
+    let mut state = HostObserved { upstream_legacy: vec![theirs.clone()], ..fresh() };
+    let ops = diff(&plan(), &state);
+    let place = |wanted: fn(&NetOp) -> bool| ops.iter().position(wanted).unwrap();
+    assert!(place(|op| matches!(op, NetOp::Nft { .. })) < place(|op| matches!(op, NetOp::Legacy { .. })));
+    assert!(ops.contains(&NetOp::Legacy { document: theirs }));
+    perform(&mut state, &ops, &plan());
+    assert_eq!(state.upstream_legacy, Vec::<String>::new());
 }

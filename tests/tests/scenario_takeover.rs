@@ -1,0 +1,202 @@
+//! A node changes from aws-node to stanchion and back while pods talk: no address changes and no connection breaks.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::ensure;
+use serde_json::{Value, json};
+use stanchion_core::ids::PodName;
+use stanchion_core::network::host_veth_name;
+use stanchion_core::network::names::upstream_dummy_name;
+use stanchion_lab::cluster::{Cluster, SOON};
+use stanchion_lab::netns::{Netns, ip_json};
+use stanchion_lab::node::Node;
+use stanchion_lab::pod::PodSpec;
+use stanchion_lab::probe::{Conversation, Protocol};
+use stanchion_lab::vpc::EXAMPLE_HOST;
+use stanchion_lab::wait::wait_for;
+
+/// How aws-node writes its rules; which way depends on the node's iptables and aws-node's age.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    Legacy,
+    IptablesNft,
+    OwnNftTable,
+}
+
+fn sh(netns: &Netns, script: &str) -> String {
+    let output = netns.output(Command::new("/bin/sh").args(["-ec", script])).expect("a shell");
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// aws-node's SNAT and marks for a node; `outbound` is where 1.20 and later differ.
+fn write_upstream_rules(node: &Node, backend: Backend) {
+    let primary = node.primary();
+    let iptables = if backend == Backend::Legacy { "iptables-legacy" } else { "iptables-nft" };
+    let snat = format!(
+        "{iptables} -t nat -N AWS-SNAT-CHAIN-0
+        {iptables} -t nat -A AWS-SNAT-CHAIN-0 -d 10.0.0.0/16 -m comment --comment 'AWS SNAT CHAIN' -j RETURN
+        {iptables} -t nat -A AWS-SNAT-CHAIN-0 ! -o vlan+ -m comment --comment 'AWS, SNAT' -m addrtype ! --dst-type LOCAL -j SNAT --to-source {primary} --random-fully
+        {iptables} -t nat -A POSTROUTING -m comment --comment 'AWS SNAT CHAIN' -j AWS-SNAT-CHAIN-0
+        {iptables} -t mangle -A PREROUTING -i eth0 -m comment --comment 'AWS, primary ENI' -m addrtype --dst-type LOCAL --limit-iface-in -j CONNMARK --set-xmark 0x80/0x80
+        {iptables} -t mangle -A PREROUTING -i eni+ -m comment --comment 'AWS, primary ENI' -j CONNMARK --restore-mark --nfmask 0x80 --ctmask 0x80"
+    );
+    sh(node.netns(), &snat);
+    let outbound = match backend {
+        Backend::OwnNftTable => "nft -f - <<END
+add table ip aws-cni
+add chain ip aws-cni nat-prerouting { type nat hook prerouting priority -90; }
+add chain ip aws-cni snat-mark
+add rule ip aws-cni nat-prerouting fib daddr type local return
+add rule ip aws-cni nat-prerouting iifname \"eni*\" jump snat-mark
+add rule ip aws-cni nat-prerouting ct mark and 0x80 == 0x80 meta mark set ct mark and 0x80
+add rule ip aws-cni snat-mark ip daddr 10.0.0.0/16 return
+add rule ip aws-cni snat-mark ct mark set ct mark or 0x80
+END"
+        .to_owned(),
+        Backend::Legacy | Backend::IptablesNft => format!(
+            "{iptables} -t nat -N AWS-CONNMARK-CHAIN-0
+            {iptables} -t nat -A AWS-CONNMARK-CHAIN-0 -d 10.0.0.0/16 -m comment --comment 'AWS CONNMARK CHAIN, VPC CIDR' -j RETURN
+            {iptables} -t nat -A AWS-CONNMARK-CHAIN-0 -m comment --comment 'AWS, CONNMARK' -j CONNMARK --set-xmark 0x80/0x80
+            {iptables} -t nat -A PREROUTING -i eni+ -m comment --comment 'AWS, outbound connections' -j AWS-CONNMARK-CHAIN-0
+            {iptables} -t nat -A PREROUTING -m comment --comment 'AWS, CONNMARK' -j CONNMARK --restore-mark --nfmask 0x80 --ctmask 0x80"
+        ),
+    };
+    sh(node.netns(), &outbound);
+}
+
+fn upstream_rules(node: &Node) -> String {
+    let all = sh(node.netns(), "iptables-legacy-save -t nat; iptables-legacy-save -t mangle; nft list ruleset 2>/dev/null");
+    all.lines().filter(|line| line.contains("AWS-") || line.contains("aws-cni")).collect::<Vec<_>>().join("\n")
+}
+
+/// Takes away what aws-node would not have made: our table, our programs, our state.
+fn forget_stanchion(node: &Node) {
+    sh(node.netns(), "nft delete table ip stanchion");
+    for link in ip_json(node.netns(), &["link"]).expect("links").as_array().expect("a list") {
+        let name = link["ifname"].as_str().expect("a name");
+        if name.starts_with("eni") {
+            sh(node.netns(), &format!("tc qdisc del dev {name} clsact"));
+        }
+    }
+    for file in std::fs::read_dir(node.state_dir()).expect("the state").flatten() {
+        if file.path() != node.checkpoint() {
+            std::fs::remove_file(file.path()).expect("removed");
+        }
+    }
+    for pin in std::fs::read_dir(node.bpf_dir()).expect("the pins").flatten() {
+        std::fs::remove_dir_all(pin.path()).expect("removed");
+    }
+}
+
+/// What aws-node reads at its start and what its plugin relies on.
+fn assert_adoptable(cluster: &Cluster, node: &Node) {
+    let checkpoint: Value = serde_json::from_slice(&std::fs::read(node.checkpoint()).expect("a checkpoint")).expect("JSON");
+    assert_eq!(checkpoint["version"], "vpc-cni-ipam/1");
+    let rules = ip_json(node.netns(), &["rule"]).expect("rules");
+    let has_rule = |priority: u64, key: &str, value: &str| {
+        rules.as_array().expect("a list").iter().any(|rule| rule["priority"] == priority && rule[key] == value)
+    };
+    let mut held = BTreeMap::new();
+    for allocation in checkpoint["allocations"].as_array().expect("a list") {
+        for key in ["networkName", "containerID", "ifName", "ipv4", "allocationTimestamp", "metadata"] {
+            assert!(!allocation[key].is_null(), "{key} of {allocation}");
+        }
+        held.insert(allocation["metadata"]["k8sPodName"].as_str().expect("a name").to_owned(), allocation["ipv4"].clone());
+    }
+    for (_, pod) in cluster.pods() {
+        let (namespace, name) = pod.name().split_once('/').map(|(a, b)| (a.to_owned(), b.to_owned())).expect("two parts");
+        let address = pod.address().to_string();
+        assert_eq!(held.get(&name), Some(&json!(address)), "{}", pod.name());
+        let veth = host_veth_name("eni", &PodName::new(namespace, name), 0);
+        let routes = ip_json(node.netns(), &["route", "show", "table", "main", &address]).expect("routes");
+        assert_eq!(routes[0]["dev"], veth.as_str(), "{}", pod.name());
+        assert!(has_rule(512, "dst", &address), "{}", pod.name());
+    }
+    assert!(has_rule(1024, "fwmark", "0x80"));
+}
+
+async fn there_and_back(backend: Backend) {
+    let mut cluster = Cluster::start(&["t3.small"], &[("WARM_IP_TARGET", "1")]).await.expect("the cluster starts");
+    // A t3.small's ENI holds three pods: the fourth and fifth are on a second one.
+    for pod in 0..5 {
+        cluster.add_pod(0, PodSpec::new("x", &format!("a-{pod}"))).await.expect("a pod");
+    }
+    let node = cluster.node(0).clone();
+    cluster.agent(0).expect("started").kill().expect("killed");
+    forget_stanchion(&node);
+    write_upstream_rules(&node, backend);
+    assert_ne!(upstream_rules(&node), "");
+    assert_adoptable(&cluster, &node);
+
+    let addresses =
+        |cluster: &Cluster| -> BTreeMap<String, IpAddr> { cluster.pods().map(|(_, pod)| (pod.name(), pod.address())).collect() };
+    let before = addresses(&cluster);
+    let internet = SocketAddr::new(EXAMPLE_HOST.into(), 80);
+    let talking = || cluster.pods().filter(|(_, pod)| pod.name() != "x/a-1");
+    let talks: Vec<Conversation> =
+        talking().map(|(_, pod)| Conversation::start(pod.netns(), internet).expect("aws-node's rules carry it out")).collect();
+    let inside = SocketAddr::new(before["x/a-4"], 80);
+    let within = Conversation::start(cluster.pod("x/a-0").netns(), inside).expect("connected");
+
+    // There.
+    cluster.start_agent(0).await.expect("it takes the node over");
+    wait_for("aws-node's rules to go", SOON, || async {
+        let left = upstream_rules(&node);
+        ensure!(left.is_empty(), "{left}");
+        Ok(())
+    })
+    .await
+    .expect("taken over");
+    cluster.settles(Protocol::Tcp, 80, |_, _| true).await.expect("all pairs talk");
+    let served = node.cli_json(&["ips"]).expect("the addresses").to_string();
+    assert!(before.values().all(|address| served.contains(&address.to_string())), "{served}");
+    // A pod that aws-node made goes by aws-node's result; another comes and gets an address of its own.
+    let old = cluster.pod("x/a-1");
+    let (name, sandbox) = (PodName::new("x", "a-1"), node.sandbox(old));
+    let host_if = host_veth_name("eni", &name, 0);
+    let result = json!({
+        "cniVersion": "1.1.0",
+        "interfaces": [{"name": host_if}, {"name": "eth0", "sandbox": sandbox.netns, "mac": "254"}, {"name": upstream_dummy_name(&name), "mac": "0", "sandbox": "0"}],
+        "ips": [{"interface": 1, "address": format!("{}/32", old.address())}],
+    });
+    let gone = old.address();
+    let reply = node.plugin("DEL", &sandbox, Some(&result)).expect("runs");
+    assert!(reply.success, "{} {}", reply.json, reply.stderr);
+    let rules = ip_json(node.netns(), &["rule"]).expect("rules").to_string();
+    assert!(!rules.contains(&format!("\"{gone}\"")), "{rules}");
+    cluster.add_pod(0, PodSpec::new("x", "new")).await.expect("a pod");
+    assert!(!before.values().any(|address| *address == cluster.pod("x/new").address()), "a cooling or held address was given");
+
+    // And back: our agent stops, aws-node writes its rules, ours are removed by hand as MIGRATION.md says.
+    cluster.delete_pod("x/a-1").await.expect("the rest of it");
+    let status = cluster.agent(0).expect("started").stop(SOON).await.expect("it stops");
+    assert!(status.success(), "{status}");
+    assert_adoptable(&cluster, &node);
+    write_upstream_rules(&node, backend);
+    sh(node.netns(), "nft delete table ip stanchion");
+    cluster.settles(Protocol::Tcp, 80, |_, _| true).await.expect("all pairs talk");
+    for talk in talks.into_iter().chain([within]) {
+        let talk = talk.stop();
+        assert_eq!(talk.broken, None, "{talk:?}");
+        assert!(talk.exchanges > 20 && talk.longest < Duration::from_secs(3), "{talk:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn from_iptables_nft_and_back() {
+    there_and_back(Backend::IptablesNft).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn from_iptables_legacy_and_back() {
+    there_and_back(Backend::Legacy).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn from_aws_nodes_own_nft_table_and_back() {
+    there_and_back(Backend::OwnNftTable).await;
+}
