@@ -21,6 +21,7 @@ use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::network::Randomize;
 use stanchion_core::network::egress::{self, EgressFamily};
+use stanchion_core::policy::engine::Source;
 use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
 use stanchion_daemon::admin::views::Views;
 use stanchion_daemon::admin::{http, socket};
@@ -347,6 +348,7 @@ async fn start_network(
                 attach: AttachMode::Clsact,
                 cluster: (*cluster).clone(),
                 node_name: (*node_name).to_owned(),
+                source: config.network.policy_source,
                 mode: if config.network.policy_mode == PolicyMode::Strict { EnforcingMode::Strict } else { EnforcingMode::Standard },
                 sync_wait: POLICY_SYNC_WAIT,
                 pod_flows: POD_FLOWS,
@@ -470,8 +472,7 @@ async fn cluster(
     let scope = api_server::Scope {
         node_name: node_name.to_owned(),
         policy: args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None,
-        // NetworkPolicy objects are resolved here.
-        policy_endpoints: false,
+        policy_endpoints: config.network.policy_source == Source::Endpoints,
         eni_configs: args.roles.contains(&Role::Network) && config.pool.custom_networking,
     };
     Ok((api_server::spawn(clients.clone(), &scope, shutdown.clone()), Some(clients)))

@@ -40,7 +40,7 @@ fn casts() -> [Cast; 2] {
 }
 
 fn image(ingress: Option<u32>, egress: Option<u32>) -> EndpointImage {
-    EndpointImage { addresses: casts().map(|cast| cast.pod).to_vec(), ingress, egress, revision: 1, audit: false }
+    EndpointImage { addresses: casts().map(|cast| cast.pod).to_vec(), ingress, egress, revision: 1, ..EndpointImage::default() }
 }
 
 fn isolated() -> EndpointImage {
@@ -462,6 +462,38 @@ fn a_specific_identity_decides_before_any_and_a_longer_prefix_before_a_shorter()
             (cast.friend, Packet::udp, 53, false),
         ] {
             check(&mut rig, IN, &make((peer, 4_000), (cast.pod, port)), passes, "verdict");
+        }
+    }
+}
+
+#[test]
+fn what_an_address_means_changes_with_the_next_packet() {
+    let mut rig = rig("meaning");
+    for cast in casts() {
+        let host = ipnet::IpNet::from(cast.stranger);
+        let wide = ipnet::IpNet::new(cast.stranger, host.prefix_len() - 8).unwrap().trunc();
+        let mut port = 4_000;
+        let mut passes = |rig: &mut Rig, wanted: bool, what: &str| {
+            // Looked up, and then remembered.
+            for _ in 0..2 {
+                port += 1;
+                check(rig, IN, &cast.packet(cast.stranger, IN, IN, (port, 80), Packet::udp), wanted, what);
+            }
+        };
+        passes(&mut rig, false, "nobody");
+        for (op, wanted) in [
+            (MapOp::SetCidr(wide, FRIEND), true),
+            (MapOp::SetCidr(host, FRIEND + 1), false),
+            (MapOp::SetAddress(cast.stranger, FRIEND), true),
+            (MapOp::SetAddress(cast.stranger, FRIEND + 1), false),
+            (MapOp::SetNodeAddress(cast.stranger), true),
+            (MapOp::RemoveNodeAddress(cast.stranger), false),
+            (MapOp::RemoveAddress(cast.stranger), false),
+            (MapOp::RemoveCidr(host), true),
+            (MapOp::RemoveCidr(wide), false),
+        ] {
+            rig.apply(std::slice::from_ref(&op)).unwrap();
+            passes(&mut rig, wanted, &format!("after {op:?}"));
         }
     }
 }

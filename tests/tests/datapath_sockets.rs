@@ -2,319 +2,20 @@
 //! sockets, policies are manifests. Every test runs once over TCX links and once over clsact filters.
 #![expect(clippy::unwrap_used, reason = "a failure here is the test's, and names its line")]
 
-use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
+mod datapath_support;
+
+use datapath_support::*;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::{ContainerId, PodName};
-use stanchion_core::manifests;
-use stanchion_daemon::cluster::ClusterHandle;
-use stanchion_daemon::netpol::{
-    ActivateError, ActivateIf, ActivateRequest, AttachMode, EnforcingMode, FlowRecord, FlowVerdict, LoadOptions, NetpolHandle, NetpolParts,
-    load, spawn,
-};
+use stanchion_daemon::netpol::{ActivateError, AttachMode, FlowRecord, FlowVerdict};
+use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_lab::datapath::packet::{Packet, flags};
-use stanchion_lab::netns::{Netns, ip_batch};
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
-
-/// How long a packet that must not arrive is waited for.
-const BLOCKED: Duration = Duration::from_millis(250);
-/// How long one that must arrive may take on a busy machine.
-const WORKS: Duration = Duration::from_secs(5);
-
-const MODES: [AttachMode; 2] = [AttachMode::Tcx, AttachMode::Clsact];
-
-/// A pod's namespace, with echo servers for TCP and UDP on ports 80 and 81.
-struct Pod {
-    name: PodName,
-    netns: Netns,
-    address: Ipv4Addr,
-    host_if: ActivateIf,
-    /// Of the host end, which the pod's frames go to.
-    host_mac: Vec<u8>,
-}
-
-/// The agent's part under test, on a thread in the node's namespace.
-struct Agent {
-    handle: NetpolHandle,
-    shutdown: CancellationToken,
-    thread: std::thread::JoinHandle<()>,
-}
-
-/// A node with pods.
-struct World {
-    mode: AttachMode,
-    node: Netns,
-    pods: Vec<Pod>,
-    cluster: watch::Sender<Arc<ClusterState>>,
-    handle: ClusterHandle,
-    policies: String,
-    extra_pods: String,
-    pin_root: PathBuf,
-    state: tempfile::TempDir,
-    agent: Option<Agent>,
-    runtime: tokio::runtime::Runtime,
-}
-
-static WORLDS: AtomicU32 = AtomicU32::new(0);
-
-impl World {
-    /// Pods x/a, x/b, y/a, y/b, none active yet; the agent runs.
-    fn new(mode: AttachMode) -> Self {
-        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
-        let prefix = format!("stdp{}-{number}", std::process::id());
-        let node = Netns::create(&format!("{prefix}-node")).unwrap();
-        node.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")).unwrap().unwrap();
-        // A rule that asks for a connection's state: without one the kernel tracks nothing.
-        let tracking =
-            "add table inet t; add chain inet t f { type filter hook forward priority 0; }; add rule inet t f ct state established accept";
-        assert!(node.output(std::process::Command::new("nft").arg(tracking)).unwrap().status.success());
-        let (cluster, handle) = ClusterHandle::channel(ClusterState::default());
-        let pin_root = PathBuf::from(format!("/sys/fs/bpf/{prefix}"));
-        let mut world = Self {
-            mode,
-            node,
-            pods: Vec::new(),
-            cluster,
-            handle,
-            policies: String::new(),
-            extra_pods: String::new(),
-            pin_root,
-            state: tempfile::tempdir().unwrap(),
-            agent: None,
-            runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
-        };
-        ip_batch(world.node.name(), "link add up0 type bridge\naddr add 10.88.0.1/24 dev up0\nlink set up0 up\n").unwrap();
-        for (index, name) in ["x/a", "x/b", "y/a", "y/b"].into_iter().enumerate() {
-            world.add_pod(&prefix, name, u8::try_from(index + 1).unwrap());
-        }
-        world.start();
-        world
-    }
-
-    fn add_pod(&mut self, prefix: &str, name: &str, number: u8) {
-        let (namespace, pod) = name.split_once('/').unwrap();
-        let netns = Netns::create(&format!("{prefix}-{namespace}{pod}")).unwrap();
-        let address = Ipv4Addr::new(10, 77, 0, number);
-        let host = format!("eni{number}");
-        ip_batch(self.node.name(), &format!("link add {host} type veth peer name eth0 netns {}\n", netns.name())).unwrap();
-        let mac = |netns: &Netns, link: &str| {
-            let text = netns.run(|| std::process::Command::new("ip").args(["-j", "link", "show", link]).output()).unwrap().unwrap().stdout;
-            let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
-            (json[0]["address"].as_str().unwrap().to_owned(), u32::try_from(json[0]["ifindex"].as_u64().unwrap()).unwrap())
-        };
-        let (host_mac, index) = mac(&self.node, &host);
-        let pod_lines = format!(
-            "addr add {address}/32 dev eth0\nlink set eth0 up\nroute add 169.254.1.1 dev eth0 scope link\nroute add default via 169.254.1.1\n\
-             neigh add 169.254.1.1 lladdr {host_mac} dev eth0 nud permanent\n"
-        );
-        ip_batch(netns.name(), &pod_lines).unwrap();
-        let host_if = ActivateIf { host_if_name: host, host_if_index: index, ipv4: Some(address), ipv6: None };
-        for port in [80, 81] {
-            serve(&netns, port);
-        }
-        let host_mac = host_mac.split(':').map(|octet| u8::from_str_radix(octet, 16).unwrap()).collect();
-        self.pods.push(Pod { name: PodName::new(namespace, pod), netns, address, host_if, host_mac });
-    }
-
-    fn start(&mut self) {
-        let (send, receive) = mpsc::channel();
-        let (node, mode, shutdown) = (self.node.clone(), self.mode, CancellationToken::new());
-        let (pin_root, state_dir, cluster, token) =
-            (self.pin_root.clone(), self.state.path().to_owned(), self.handle.clone(), shutdown.clone());
-        let thread = std::thread::spawn(move || {
-            node.run(|| {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(async {
-                    let parts = NetpolParts {
-                        loaded: load(&LoadOptions { pin_root, flow_entries: 4_096 }).unwrap(),
-                        attach: mode,
-                        cluster,
-                        node_name: "node1".to_owned(),
-                        mode: EnforcingMode::Strict,
-                        sync_wait: Duration::from_millis(300),
-                        pod_flows: 4_096,
-                        flow_capacity: 4_096,
-                        state_dir,
-                        shutdown: token,
-                    };
-                    let (handle, task) = spawn(parts).unwrap();
-                    send.send(handle).unwrap();
-                    task.await.unwrap();
-                });
-            })
-            .unwrap();
-        });
-        let handle = receive.recv().unwrap();
-        self.agent = Some(Agent { handle, shutdown, thread });
-    }
-
-    fn stop(&mut self) {
-        if let Some(Agent { shutdown, thread, .. }) = self.agent.take() {
-            shutdown.cancel();
-            thread.join().unwrap();
-        }
-    }
-
-    fn agent(&self) -> &NetpolHandle {
-        &self.agent.as_ref().unwrap().handle
-    }
-
-    fn pod(&self, name: &str) -> &Pod {
-        self.pods.iter().find(|pod| pod.name.to_string() == name).unwrap()
-    }
-
-    fn server(&self, name: &str, port: u16) -> SocketAddr {
-        (self.pod(name).address, port).into()
-    }
-
-    /// Makes the cluster what the pods and these policies say, and waits until it is in force.
-    fn apply(&mut self, policies: &str) {
-        self.policies = policies.to_owned();
-        let mut text = self.extra_pods.clone();
-        for namespace in ["x", "y"] {
-            text +=
-                &format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: \"{namespace}\", labels: {{ns: \"{namespace}\"}}}}\n");
-        }
-        for Pod { name, address, .. } in &self.pods {
-            text += &format!(
-                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: \"{}\", namespace: \"{}\", labels: {{pod: \"{}\"}}}}\nspec: {{nodeName: node1, containers: []}}\n\
-                 status: {{phase: Running, podIP: {address}, podIPs: [{{ip: {address}}}]}}\n",
-                name.name, name.namespace, name.name
-            );
-        }
-        text += policies;
-        let objects = manifests::parse("test.yaml", &text).unwrap();
-        self.cluster.send_replace(Arc::new(ClusterState::default().replaced_by(objects)));
-        // The actor looks at the cluster before its mailbox: an answer means that it was applied. Its ready flag says so once.
-        let handle = self.agent().clone();
-        self.runtime.block_on(async {
-            let mut ready = handle.ready();
-            tokio::time::timeout(WORKS, ready.wait_for(|ready| *ready)).await.unwrap().unwrap();
-            handle.conntrack().await;
-            handle.conntrack().await;
-        });
-    }
-
-    fn activate(&self, name: &str) -> Result<(), ActivateError> {
-        let Pod { name, host_if, .. } = self.pod(name);
-        let request = ActivateRequest {
-            pod: name.clone(),
-            pod_uid: String::new(),
-            container_id: ContainerId::new(name.to_string()),
-            endpoints: vec![host_if.clone()],
-            shares_ingress: false,
-        };
-        let handle = self.agent().clone();
-        self.runtime.block_on(handle.activate(request))?;
-        let lines = format!("link set {0} up\nroute replace {1}/32 dev {0}\n", host_if.host_if_name, host_if.ipv4.unwrap());
-        ip_batch(self.node.name(), &lines).unwrap();
-        Ok(())
-    }
-
-    fn activate_all(&self) {
-        for pod in &self.pods {
-            self.activate(&pod.name.to_string()).unwrap();
-        }
-    }
-
-    /// A connection, if it comes about.
-    fn connect(&self, from: &str, to: &str, port: u16, patience: Duration) -> io::Result<TcpStream> {
-        let address = self.server(to, port);
-        let stream = self.pod(from).netns.run(|| TcpStream::connect_timeout(&address, patience)).unwrap()?;
-        stream.set_nodelay(true).unwrap();
-        Ok(stream)
-    }
-
-    #[track_caller]
-    fn works(&self, from: &str, to: &str, port: u16) -> TcpStream {
-        let mut stream = self.connect(from, to, port, WORKS).unwrap_or_else(|error| panic!("TCP {from} -> {to}:{port}: {error}"));
-        assert!(echoes(&mut stream, WORKS), "TCP {from} -> {to}:{port} is silent");
-        stream
-    }
-
-    #[track_caller]
-    fn blocked(&self, from: &str, to: &str, port: u16) {
-        let result = self.connect(from, to, port, BLOCKED);
-        assert!(result.is_err(), "TCP {from} -> {to}:{port} must be blocked");
-    }
-
-    /// A datagram of this size, echoed.
-    fn datagram(&self, from: &str, to: &str, port: u16, size: usize, patience: Duration) -> bool {
-        let address = self.server(to, port);
-        let socket = self.pod(from).netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
-        socket.set_read_timeout(Some(patience)).unwrap();
-        let message = vec![7u8; size];
-        socket.send_to(&message, address).unwrap();
-        let mut reply = vec![0u8; size];
-        socket.recv(&mut reply).is_ok_and(|length| length == size)
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            if let Some(Agent { shutdown, .. }) = &self.agent {
-                shutdown.cancel();
-            }
-        } else {
-            self.stop();
-        }
-        for pod in &self.pods {
-            let _gone = pod.netns.remove();
-        }
-        let _gone = self.node.remove();
-        let _gone = std::fs::remove_dir_all(&self.pin_root);
-    }
-}
-
-/// Echoes on a port until the process ends.
-fn serve(netns: &Netns, port: u16) {
-    let (listener, socket) =
-        netns.run(|| (TcpListener::bind(("0.0.0.0", port)).unwrap(), UdpSocket::bind(("0.0.0.0", port)).unwrap())).unwrap();
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            std::thread::spawn(move || {
-                let mut stream = stream;
-                let mut buffer = [0u8; 1_024];
-                while let Ok(length @ 1..) = stream.read(&mut buffer) {
-                    if stream.write_all(&buffer[..length]).is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    std::thread::spawn(move || {
-        let mut buffer = vec![0u8; 65_536];
-        while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
-            let _unreachable = socket.send_to(&buffer[..length], peer);
-        }
-    });
-}
-
-/// Whether a byte comes back.
-fn echoes(stream: &mut TcpStream, patience: Duration) -> bool {
-    stream.set_read_timeout(Some(patience)).unwrap();
-    let mut byte = [0u8; 1];
-    stream.write_all(&[42]).is_ok() && stream.read_exact(&mut byte).is_ok()
-}
-
-fn policy(namespace: &str, name: &str, pod: &str, rest: &str) -> String {
-    format!(
-        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: {name}, namespace: \"{namespace}\"}}\n\
-         spec:\n  podSelector: {{matchLabels: {{pod: {pod}}}}}\n{rest}"
-    )
-}
-
-fn deny_in() -> String {
-    policy("x", "deny-in", "a", "  policyTypes: [Ingress]\n")
-}
+use stanchion_lab::netns::ip_batch;
 
 #[test]
 fn replies_pass_isolated_pods_and_requests_do_not() {
@@ -523,12 +224,39 @@ fn an_agent_that_is_replaced_keeps_flows_and_policy() {
         assert!(echoes(&mut open, WORKS), "and afterwards");
         world.blocked("y/a", "x/a", 80);
         let snapshot = world.runtime.block_on(world.agent().clone().snapshot());
+        assert_eq!(snapshot.map_writes, 0, "a restart without a change writes nothing");
         assert_eq!(snapshot.endpoints.len(), 4);
         assert!(snapshot.endpoints.iter().any(|view| view.pod == PodName::new("x", "a") && view.ingress_isolated), "{snapshot:?}");
         // Layered changes still reach the kernel.
         world.apply("");
         world.works("y/a", "x/a", 80);
     }
+}
+
+#[test]
+fn an_agent_of_another_layout_takes_over_without_a_gap() {
+    let mut world = World::new(AttachMode::Tcx);
+    let allow = "  policyTypes: [Ingress]\n  ingress:\n  - from: [{podSelector: {}}]\n    ports: [{port: 80}]\n";
+    world.apply(&policy("x", "p", "a", allow));
+    world.activate_all();
+    let mut open = world.works("x/b", "x/a", 80);
+    world.stop();
+    // What is there now is of a layout that the next agent does not read.
+    let (present, other) = (world.pin_root.join(format!("v{LAYOUT_VERSION}")), world.pin_root.join("v1"));
+    std::fs::rename(&present, &other).unwrap();
+    world.start();
+    world.blocked("y/a", "x/a", 80);
+    assert!(echoes(&mut open, WORKS), "while the next agent learns");
+    let policies = world.policies.clone();
+    world.apply(&policies);
+    assert!(echoes(&mut open, WORKS), "and afterwards");
+    world.blocked("y/a", "x/a", 80);
+    world.works("x/b", "x/a", 80);
+    let snapshot = world.runtime.block_on(world.agent().clone().snapshot());
+    assert!(present.exists() && !other.exists(), "the other layout's programs and maps are gone: {}", snapshot.last_error);
+    // Only its own programs are left: they follow policy alone.
+    world.apply("");
+    world.works("y/a", "x/a", 80);
 }
 
 #[test]
@@ -554,6 +282,11 @@ fn a_deleted_pod_leaves_nothing_and_its_slot_inherits_nothing() {
         assert!(world.runtime.block_on(handle.deactivate(ContainerId::from("x/a"))));
         assert!(!world.runtime.block_on(handle.deactivate(ContainerId::from("x/a"))), "twice is once");
         world.blocked("x/a", "y/a", 80);
+        // Nobody takes the veth down: it is not left shut for ever.
+        let start = Instant::now();
+        while world.connect("x/a", "y/a", 80, BLOCKED).is_err() {
+            assert!(start.elapsed() < Duration::from_secs(35), "programs are still on a veth that no pod has");
+        }
         ip_batch(world.node.name(), "link del eni1\n").unwrap();
         let start = Instant::now();
         let flows = || world.runtime.block_on(handle.conntrack()).iter().filter(|flow| flow.pod.is_none()).count();
@@ -563,5 +296,70 @@ fn a_deleted_pod_leaves_nothing_and_its_slot_inherits_nothing() {
         }
         let snapshot = world.runtime.block_on(handle.snapshot());
         assert_eq!(snapshot.endpoints.len(), 3);
+    }
+}
+
+/// Answers every question for an address with that one.
+fn serve_dns(pod: &Pod, address: Ipv4Addr) {
+    let socket = pod.netns.run(|| UdpSocket::bind(("0.0.0.0", 53))).unwrap().unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0u8; 512];
+        while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
+            let mut answer = buffer[..length].to_vec();
+            answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1]);
+            // The name asked for, type A, class IN, for 300 s.
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 44, 0, 4]);
+            answer.extend(address.octets());
+            let _unreachable = socket.send_to(&answer, peer);
+        }
+    });
+}
+
+/// Asks for a name, and waits for the answer.
+fn resolve(pod: &Pod, server: SocketAddr, name: &str) {
+    let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
+    socket.set_read_timeout(Some(WORKS)).unwrap();
+    let labels = name.split('.').flat_map(|label| [&[u8::try_from(label.len()).unwrap()], label.as_bytes()].concat());
+    let question: Vec<u8> = [0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0].into_iter().chain(labels).chain([0, 0, 1, 0, 1]).collect();
+    socket.send_to(&question, server).unwrap();
+    socket.recv(&mut [0u8; 512]).unwrap();
+}
+
+#[test]
+fn a_name_that_policy_allows_means_the_addresses_in_the_pods_dns_answers() {
+    for mode in MODES {
+        let mut world = World::new(mode);
+        let allow = "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec:\n  tier: Admin\n  priority: 1\n  \
+                     subject: {pods: {namespaceSelector: {matchLabels: {ns: \"x\"}}, podSelector: {matchLabels: {pod: a}}}}\n  egress:\n  \
+                     - {action: Accept, to: [{networks: [0.0.0.0/0]}], protocols: [{udp: {destinationPort: {number: 53}}}]}\n  \
+                     - {action: Accept, to: [{domainNames: [\"*.example.com\"]}], protocols: [{tcp: {destinationPort: {number: 80}}}]}\n  \
+                     - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
+        world.apply(&format!("---\n{allow}"));
+        world.activate_all();
+        serve_dns(world.pod("y/a"), world.pod("y/b").address);
+        let server = SocketAddr::from((world.pod("y/a").address, 53));
+        world.blocked("x/a", "y/b", 80);
+        resolve(world.pod("x/a"), server, "www.example.org");
+        // Another pod's answers teach nothing.
+        resolve(world.pod("x/b"), server, "www.example.com");
+        world.blocked("x/a", "y/b", 80);
+        resolve(world.pod("x/a"), server, "www.Example.com");
+        let mut open = world.works("x/a", "y/b", 80);
+        world.blocked("x/a", "y/b", 81);
+        world.blocked("x/a", "x/b", 80);
+        // What a name means outlives the agent.
+        let start = Instant::now();
+        while !world.state.path().join("names.json").exists() {
+            assert!(start.elapsed() < WORKS, "names are not written");
+            std::thread::yield_now();
+        }
+        world.stop();
+        world.start();
+        let policies = world.policies.clone();
+        world.apply(&policies);
+        assert!(echoes(&mut open, WORKS), "after a restart");
+        world.works("x/a", "y/b", 80);
+        let snapshot = world.runtime.block_on(world.agent().clone().snapshot());
+        assert_eq!((snapshot.map_writes, snapshot.problems.len()), (0, 0), "{snapshot:?}");
     }
 }

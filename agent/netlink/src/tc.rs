@@ -13,8 +13,6 @@ use crate::socket::{Mode, Netlink, NetlinkError, Request};
 
 /// The filter's place among others below the same qdisc.
 const PRIORITY: u32 = 50;
-/// The filter's name at its place: adding it again replaces it.
-const HANDLE: TcHandle = TcHandle { major: 0, minor: 1 };
 /// `ETH_P_ALL` of `linux/if_ether.h`.
 const ALL_PROTOCOLS: u16 = 3;
 
@@ -39,34 +37,34 @@ pub struct TcProgram<'a> {
 }
 
 impl Netlink {
-    /// Puts the programs on an interface; a program that an earlier call put there is replaced without a moment
-    /// in which neither is there.
+    /// Puts the programs on an interface; a program that an earlier call put there under the same handle is replaced without a
+    /// moment in which neither is there.
     ///
     /// False: another kind of qdisc has the interface's ingress place, and nothing was done. (Below `ingress` a filter for what goes
     /// out would judge what comes in.)
     ///
     /// # Errors
     /// The interface is gone, or the kernel refuses.
-    pub fn attach_programs(&mut self, index: u32, programs: &[TcProgram<'_>]) -> Result<bool, NetlinkError> {
+    pub fn attach_programs(&mut self, index: u32, handle: u16, programs: &[TcProgram<'_>]) -> Result<bool, NetlinkError> {
         // Made, or found to be of this kind; a single question for it is not answered (6.18 acknowledges and says nothing).
         match self.request(Request { message: qdisc(index), mode: Mode::Replace, words: format!("add qdisc clsact to link {index}") }) {
             Err(error) if error.errno() == Some(libc::EINVAL) => return Ok(false),
             made => made?,
         }
         let requests = programs.iter().map(|program| Request {
-            message: RouteNetlinkMessage::NewTrafficFilter(filter(index, program.hook, Some(program))),
+            message: RouteNetlinkMessage::NewTrafficFilter(filter(index, program.hook, handle, Some(program))),
             mode: Mode::Replace,
             words: format!("add filter {} to link {index}", program.name),
         });
         self.batch(requests.collect())?.into_iter().collect::<Result<(), _>>().map(|()| true)
     }
 
-    /// Takes our filter from a hook; whether it was there.
+    /// Takes the filter of a handle from a hook; whether it was there.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn detach_program(&mut self, index: u32, hook: TcHook) -> Result<bool, NetlinkError> {
-        let message = RouteNetlinkMessage::DelTrafficFilter(filter(index, hook, None));
+    pub fn detach_program(&mut self, index: u32, hook: TcHook, handle: u16) -> Result<bool, NetlinkError> {
+        let message = RouteNetlinkMessage::DelTrafficFilter(filter(index, hook, handle, None));
         match self.request(Request { message, mode: Mode::Change, words: format!("delete filter from link {index}") }) {
             Ok(()) => Ok(true),
             // No qdisc: "Parent Qdisc doesn't exists" is EINVAL.
@@ -92,14 +90,14 @@ fn qdisc(index: u32) -> RouteNetlinkMessage {
 }
 
 /// `None`: only its place, to delete it.
-fn filter(index: u32, hook: TcHook, program: Option<&TcProgram<'_>>) -> TcMessage {
+fn filter(index: u32, hook: TcHook, handle: u16, program: Option<&TcProgram<'_>>) -> TcMessage {
     let mut message = message(index);
     let minor = match hook {
         TcHook::Ingress => TcHandle::MIN_INGRESS,
         TcHook::Egress => TcHandle::MIN_EGRESS,
     };
     message.header.parent = TcHandle { major: u16::MAX, minor };
-    message.header.handle = HANDLE;
+    message.header.handle = TcHandle { major: 0, minor: handle };
     message.header.info = PRIORITY << 16 | u32::from(ALL_PROTOCOLS.to_be());
     message.attributes.push(TcAttribute::Kind("bpf".to_owned()));
     if let Some(program) = program {

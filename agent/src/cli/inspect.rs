@@ -131,6 +131,9 @@ pub(crate) fn policy(connection: &Connection, pod: &str) -> Result<ExitCode> {
             ]);
         }
         print!("{}", table.render("no policed pods on this node"));
+        for problem in items(&document, "/problems") {
+            println!("problem: {}", text(problem));
+        }
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -2,12 +2,16 @@
 //! enforces (`show`).
 
 use std::io::{BufRead as _, BufWriter, Write as _};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
-use stanchion_core::policy::model::{PacketProtocol, Problem};
+use stanchion_core::cluster::ClusterState;
+use stanchion_core::policy::engine::Source;
+use stanchion_core::policy::model::PacketProtocol;
+use stanchion_core::policy::names::Names;
 use stanchion_core::policy::verdict::{End, Evaluator, NoVerdict, SideVerdict, Verdict};
 use stanchion_daemon::cluster::read_once;
 
@@ -37,6 +41,8 @@ enum Question {
         /// an end is namespace/pod, node:NAME or an address
         #[arg(long)]
         probes: PathBuf,
+        #[command(flatten)]
+        world: World,
     },
     /// Say who decides about one connection, and what is missing to allow it
     Explain {
@@ -58,7 +64,54 @@ enum Question {
         /// IP family: 4 or 6; by default that of an address given, else 4
         #[arg(long, value_parser = clap::value_parser!(u8).range(4..=6))]
         family: Option<u8>,
+        #[command(flatten)]
+        world: World,
     },
+}
+
+/// What manifests leave open.
+#[derive(clap::Args)]
+struct World {
+    /// Objects that policies are read from: policies or policy-endpoints
+    #[arg(long, default_value = "policies", value_parser = source)]
+    source: Source,
+    /// An address that a DNS name has, for rules with domainNames: name=address; may be repeated
+    #[arg(long = "name", value_name = "NAME=ADDRESS", value_parser = named)]
+    names: Vec<(String, IpAddr)>,
+}
+
+fn source(text: &str) -> Result<Source> {
+    match text {
+        "policies" => Ok(Source::Policies),
+        "policy-endpoints" => Ok(Source::Endpoints),
+        _ => bail!("write policies or policy-endpoints"),
+    }
+}
+
+fn named(text: &str) -> Result<(String, IpAddr)> {
+    let (name, address) = text.split_once('=').context("write name=address")?;
+    let name = name.trim_end_matches('.').to_ascii_lowercase();
+    Ok((name, address.parse().with_context(|| format!("{address:?} is no address"))?))
+}
+
+impl World {
+    /// The evaluator of a snapshot; what is wrong or open in its policies goes to standard error, answers hold nevertheless.
+    fn evaluator<'a>(&self, cluster: &'a ClusterState) -> Result<Evaluator<'a>> {
+        let mut names = Names::default();
+        for (name, address) in &self.names {
+            names.set(name, *address)?;
+        }
+        let evaluator = Evaluator::new(cluster, self.source, names);
+        for problem in &evaluator.problems {
+            eprintln!("stanchion: {problem}");
+        }
+        if evaluator.is_by_name() && self.names.is_empty() {
+            eprintln!(
+                "stanchion: some rules speak of DNS names; on a node they match the addresses in the pods' DNS answers, here none. Give --name NAME=ADDRESS."
+            );
+        }
+        Ok(evaluator)
+    }
 }
 
 /// A connection to judge.
@@ -94,9 +147,9 @@ enum Answer {
 pub(crate) fn run(args: PolicyArgs, connection: &Connection) -> Result<ExitCode> {
     match args.question {
         Question::Show { pod } => super::inspect::policy(connection, &pod),
-        Question::Verdict { manifests, probes } => verdicts(&manifests, &probes),
-        Question::Explain { manifests, from, to, port, protocol, family } => {
-            explain(&manifests, &from, &to, family_of(family, &from, &to)?, protocol, port)
+        Question::Verdict { manifests, probes, world } => verdicts(&manifests, &probes, &world),
+        Question::Explain { manifests, from, to, port, protocol, family, world } => {
+            explain(&manifests, &world, (&from, &to), family_of(family, &from, &to)?, protocol, port)
         }
     }
 }
@@ -128,34 +181,32 @@ fn family_of(given: Option<u8>, from: &End, to: &End) -> Result<u8> {
     }
 }
 
-/// Tells problems of the policies on standard error: answers hold nevertheless.
-fn tell(problems: &[Problem]) {
-    for problem in problems {
-        eprintln!("stanchion: {problem}");
-    }
-}
-
-fn verdicts(directory: &Path, probes: &Path) -> Result<ExitCode> {
+fn verdicts(directory: &Path, probes: &Path, world: &World) -> Result<ExitCode> {
     let cluster = read_once(directory)?;
-    let evaluator = Evaluator::new(&cluster);
-    tell(&evaluator.problems);
+    let evaluator = world.evaluator(&cluster)?;
     let input: Box<dyn std::io::Read> = if probes == Path::new("-") {
         Box::new(std::io::stdin())
     } else {
         Box::new(std::fs::File::open(probes).with_context(|| format!("open {}", probes.display()))?)
     };
     let mut output = BufWriter::new(std::io::stdout().lock());
+    let mut bad = 0;
     for (index, line) in std::io::BufReader::new(input).lines().enumerate() {
         let line = line.with_context(|| format!("read {}", probes.display()))?;
         if line.trim().is_empty() {
             continue;
         }
-        let answer = judge(&evaluator, &line).with_context(|| format!("{} line {}", probes.display(), index + 1))?;
+        // Each probe has its answer, so that one bad line shifts nobody else's.
+        let answer = judge(&evaluator, &line).unwrap_or_else(|error| {
+            bad += 1;
+            eprintln!("stanchion: {} line {}: {error:#}", probes.display(), index + 1);
+            Answer::None { allowed: None, error: format!("{error:#}") }
+        });
         serde_json::to_writer(&mut output, &answer)?;
         output.write_all(b"\n")?;
     }
     output.flush()?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn judge(evaluator: &Evaluator<'_>, line: &str) -> Result<Answer> {
@@ -168,10 +219,9 @@ fn judge(evaluator: &Evaluator<'_>, line: &str) -> Result<Answer> {
     })
 }
 
-fn explain(directory: &Path, from: &End, to: &End, family: u8, protocol: PacketProtocol, port: u16) -> Result<ExitCode> {
+fn explain(directory: &Path, world: &World, (from, to): (&End, &End), family: u8, protocol: PacketProtocol, port: u16) -> Result<ExitCode> {
     let cluster = read_once(directory)?;
-    let evaluator = Evaluator::new(&cluster);
-    tell(&evaluator.problems);
+    let evaluator = world.evaluator(&cluster)?;
     let verdict = evaluator.verdict(from, to, family, protocol, port)?;
     let word = if verdict.allowed { "ALLOWED" } else { "DENIED" };
     let what = match protocol {

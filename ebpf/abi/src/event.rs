@@ -64,4 +64,19 @@ pub mod reason {
     pub const EXEMPT: u8 = 6;
 }
 
-map_data!(Event = 56);
+/// Bytes of a DNS answer that are copied; answers over UDP are shorter (RFC 9715 asks for at most 1,400).
+pub const DNS_BYTES: usize = 2_044;
+
+/// The UDP payload of a DNS answer that a pod got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct DnsMessage {
+    /// The pod.
+    pub slot: u16,
+    /// Bytes of `payload` that are the message, at most [`DNS_BYTES`].
+    pub length: u16,
+    /// The message; what follows it is arbitrary.
+    pub payload: [u8; DNS_BYTES],
+}
+
+map_data!(Event = 56, DnsMessage = 2_048);

@@ -38,6 +38,12 @@ pub struct FlowKey6 {
     pub remote: [u32; 4],
 }
 
+/// The first four bytes of a flow key without its protocol, which stands in the third.
+pub const fn flow_head(slot: u16, local: u8) -> u32 {
+    let [low, high] = slot.to_ne_bytes();
+    u32::from_ne_bytes([low, high, 0, local])
+}
+
 /// What is known of a flow. It exists only because a packet that opened it passed policy, or because it was seeded from the
 /// kernel's connection tracking; then its revision is 0, which no endpoint ever has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

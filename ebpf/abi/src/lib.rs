@@ -8,8 +8,8 @@ mod event;
 mod flow;
 mod maps;
 
-pub use event::{Event, event_verdict, reason};
-pub use flow::{FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, flow_state, timeout};
+pub use event::{DNS_BYTES, DnsMessage, Event, event_verdict, reason};
+pub use flow::{FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, flow_head, flow_state, timeout};
 pub use maps::{
     AddressValue, Config, Counter, Counters, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, INTERFACE_PLACES, Interface, OwnKey, address_flag,
     config_flag, endpoint_flag, interface_flag, map_name, stat,
@@ -34,7 +34,7 @@ macro_rules! map_data {
 pub(crate) use map_data;
 
 /// Version of everything in this crate; maps are pinned under `…/stanchion/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Direction of a packet as the pod sees it.
 pub mod direction {

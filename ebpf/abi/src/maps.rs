@@ -36,10 +36,14 @@ pub mod map_name {
     pub const COUNTERS: &str = "COUNTERS";
     /// PERCPU_ARRAY of u64 by [`super::stat`].
     pub const STATS: &str = "STATS";
+    /// ARRAY with one u32 that grows whenever what an address means has changed, after the change.
+    pub const GENERATION: &str = "GENERATION";
     /// ARRAY with one [`super::Config`].
     pub const CONFIG: &str = "CONFIG";
     /// RINGBUF of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
+    /// RINGBUF of [`crate::DnsMessage`].
+    pub const NAMES: &str = "NAMES";
 }
 
 /// Entries of [`map_name::INTERFACES`]; a power of two.
@@ -60,14 +64,14 @@ pub struct Interface {
     pub flags: u8,
     /// Zero.
     pub reserved: u8,
-    /// Position of `ipv4` in the endpoint's address list.
-    pub local4: u8,
-    /// Position of `ipv6` in the endpoint's address list.
-    pub local6: u8,
-    /// Zero.
-    pub reserved2: [u8; 2],
+    /// Where keys of IPv4 flows begin: [`crate::flow_head`] with the position of `ipv4` in the endpoint's address list.
+    pub head4: u32,
+    /// The same for `ipv6`.
+    pub head6: u32,
     /// The address behind this veth; 0 if it has none of this family.
     pub ipv4: u32,
+    /// Zero.
+    pub reserved2: u32,
     /// The address behind this veth; zero if it has none of this family.
     pub ipv6: [u32; 4],
 }
@@ -113,6 +117,8 @@ pub mod endpoint_flag {
     pub const AUDIT: u32 = 4;
     /// The slot is in use.
     pub const READY: u32 = 8;
+    /// Egress rules speak of DNS names: copies of the DNS answers that the pod gets go to [`super::map_name::NAMES`].
+    pub const BY_NAME: u32 = 16;
 }
 
 /// An address of a pod, by its slot.
@@ -175,8 +181,10 @@ pub mod stat {
     pub const POD_CAP: u32 = 2;
     /// Packets without an interface or endpoint record.
     pub const NO_ENDPOINT: u32 = 3;
+    /// A DNS answer found its ring full: the pod's connections to what it names are denied until it asks again.
+    pub const NAMES_LOST: u32 = 4;
     /// How many there are.
-    pub const COUNT: u32 = 4;
+    pub const COUNT: u32 = 5;
 }
 
 /// Settings that the programs read when a flow opens.
@@ -195,4 +203,4 @@ pub mod config_flag {
     pub const TELL_ALLOWED: u32 = 1;
 }
 
-map_data!(Interface = 32, Endpoint = 40, EndpointPolicy = 16, OwnKey = 24, AddressValue = 8, Counter = 16, Counters = 64, Config = 8);
+map_data!(Interface = 40, Endpoint = 40, EndpointPolicy = 16, OwnKey = 24, AddressValue = 8, Counter = 16, Counters = 64, Config = 8);

@@ -7,9 +7,9 @@ use stanchion_ebpf_abi::{
 };
 
 use crate::{
-    family::{Family, Flow},
-    maps::{CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, OWN, TICK_SHIFT, VERDICTS, count, count_stat, tell},
-    packet::{ACK, FIN, Kind, Packet, RST, SCTP, SYN, TCP, UDP, fragment_key},
+    family::{Family, Flow, key_start},
+    maps::{CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICTS, count, count_stat, tell},
+    packet::{ACK, FIN, Kind, NOT_FIRST, Packet, RST, SCTP, SYN, TCP, UDP, fragment_key},
 };
 use aya_ebpf::maps::lpm_trie::Key;
 use core::{arch::asm, ptr};
@@ -25,16 +25,6 @@ fn ticks() -> u32 {
     unsafe { (bpf_jiffies64() >> TICK_SHIFT.load()) as u32 }
 }
 
-/// What policy says of opening a flow.
-#[derive(Clone, Copy)]
-struct Judgement {
-    allowed: bool,
-    /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry.
-    exempt: bool,
-    rule: u32,
-    identity: u32,
-}
-
 /// A packet in one of its roles.
 pub struct Subject<'a> {
     pub skb: *mut __sk_buff,
@@ -43,40 +33,81 @@ pub struct Subject<'a> {
     pub direction: u8,
 }
 
+/// What a policy set says of opening the flow of the packet in hand; the rule and the identity are put to the packet.
+pub mod judged {
+    pub const DENIED: i32 = 0;
+    pub const ALLOWED: i32 = 1;
+    /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry.
+    pub const EXEMPT: i32 = 2;
+}
+
 #[inline(always)]
-fn judge<F: Family>(subject: &Subject<'_>, opener: u8, flow: &Flow<F::Address>) -> Judgement {
-    let Subject { interface, policy, .. } = subject;
-    if policy.flags & (1 << opener) == 0 {
-        return Judgement { allowed: true, exempt: false, rule: 0, identity: IDENTITY_UNKNOWN };
+pub fn judge<F: Family>(opener: u8, set: u32) -> i32 {
+    let Some(packet) = F::in_hand() else { return judged::DENIED };
+    // SAFETY: this CPU's own place.
+    let packet = unsafe { &mut *packet };
+    let flow = packet.flow;
+    let identity = identity::<F>(flow.remote);
+    if identity == NODE {
+        return judged::EXEMPT;
     }
-    let exempt = Judgement { allowed: true, exempt: true, rule: 0, identity: IDENTITY_UNKNOWN };
-    if flow.remote == F::own(interface) || (interface.flags & interface_flag::MORE_ADDRESSES != 0 && is_own::<F>(interface, flow.remote)) {
-        return exempt;
-    }
-    // SAFETY: read once; an entry replaced meanwhile gives the old or the new identity.
-    let identity = match unsafe { F::addresses().get(flow.remote) } {
-        Some(value) if value.flags & address_flag::NODE != 0 => return exempt,
-        Some(value) if value.flags & (address_flag::ADDRESS | address_flag::HOST_CIDR) != 0 => value.identity,
-        _ => F::cidr(flow.remote).unwrap_or(IDENTITY_UNKNOWN),
-    };
+    packet.identity = identity;
     let port = match flow.protocol {
         TCP | UDP | SCTP if opener == direction::INGRESS => flow.local_port,
         TCP | UDP | SCTP => flow.remote_port,
         _ => [0; 2],
     };
-    // Not by index: the policy was copied to the stack, which the verifier lets nobody index by a variable.
-    let set = if opener == direction::EGRESS { policy.policy[1] } else { policy.policy[0] };
     let mut key = Key::new(VERDICT_PREFIX_PORT, VerdictKey { policy: set, identity, direction: opener, protocol: flow.protocol, port });
-    if identity != IDENTITY_UNKNOWN
-        && let Some(value) = VERDICTS.get(&key)
-    {
-        return Judgement { allowed: value.verdict == verdict::ALLOW, exempt: false, rule: value.rule, identity };
+    let mut value = None;
+    if identity != IDENTITY_UNKNOWN {
+        value = VERDICTS.get(&key);
     }
-    key.data.identity = IDENTITY_UNKNOWN;
-    match VERDICTS.get(&key) {
-        Some(value) => Judgement { allowed: value.verdict == verdict::ALLOW, exempt: false, rule: value.rule, identity },
-        None => Judgement { allowed: false, exempt: false, rule: 0, identity },
+    if value.is_none() {
+        key.data.identity = IDENTITY_UNKNOWN;
+        value = VERDICTS.get(&key);
     }
+    let Some(value) = value else { return judged::DENIED };
+    packet.rule = value.rule;
+    if value.verdict == verdict::ALLOW { judged::ALLOWED } else { judged::DENIED }
+}
+
+/// Stands for the node's addresses among identities.
+const NODE: u32 = u32::MAX;
+
+/// An address whose identity this CPU has looked up. All zero: none, as no generation is 0.
+#[repr(C)]
+pub struct Cached<A> {
+    address: A,
+    generation: u32,
+    identity: u32,
+}
+
+/// What an address is to policies. The tables cost two lookups, of which one grows with the number of CIDRs; so this CPU keeps what
+/// they said, as long as the agent changes nothing in them.
+#[inline(always)]
+fn identity<F: Family>(address: F::Address) -> u32 {
+    // Before the tables: what is changed in them meanwhile makes this entry worthless, not wrong.
+    let generation = match GENERATION.get(0) {
+        // SAFETY: a word of an array; volatile, so that it is read now.
+        Some(generation) => unsafe { ptr::read_volatile(generation) }.wrapping_add(1),
+        None => 0,
+    };
+    let Some(cached) = F::cached(address) else { return IDENTITY_UNKNOWN };
+    // SAFETY: this CPU's own place.
+    unsafe {
+        if (*cached).generation == generation && (*cached).address == address {
+            return (*cached).identity;
+        }
+    }
+    // SAFETY: read once; an entry replaced meanwhile gives the old or the new identity.
+    let identity = match unsafe { F::addresses().get(address) } {
+        Some(value) if value.flags & address_flag::NODE != 0 => NODE,
+        Some(value) if value.flags & (address_flag::ADDRESS | address_flag::HOST_CIDR) != 0 => value.identity,
+        _ => F::cidr(address).unwrap_or(IDENTITY_UNKNOWN),
+    };
+    // SAFETY: as above.
+    unsafe { *cached = Cached { address, generation, identity } };
+    identity
 }
 
 /// True if the address is one of the pod's.
@@ -116,25 +147,21 @@ fn timeout(icmp: u8, protocol: u8, state: u8) -> u16 {
     }
 }
 
-/// State bits after a TCP packet with these flags; a RST that was followed by something else was forged or is history.
+/// State bits after a packet, with TCP's flags; a RST that was followed by something else was forged or is history.
 #[inline(always)]
-fn next_state<F: Family>(state: u8, packet: &Packet<F::Address>, direction: u8) -> u8 {
+fn next_state(state: u8, protocol: u8, flags: u8, direction: u8) -> u8 {
     let from_pod = direction == direction::EGRESS;
     let opened_by_pod = state & flow_state::OPENED_BY_POD != 0;
     let mut next = state;
     if from_pod != opened_by_pod {
         next |= flow_state::REPLIED;
     }
-    if packet.flow.protocol == TCP {
+    if protocol == TCP {
         next &= !flow_state::RESET;
-        if packet.flags & (FIN | RST) != 0 {
-            if packet.flags & RST != 0 {
-                next |= flow_state::RESET;
-            } else if from_pod {
-                next |= flow_state::FIN_POD;
-            } else {
-                next |= flow_state::FIN_PEER;
-            }
+        if flags & RST != 0 {
+            next |= flow_state::RESET;
+        } else if flags & FIN != 0 {
+            next |= if from_pod { flow_state::FIN_POD } else { flow_state::FIN_PEER };
         }
     }
     next
@@ -152,7 +179,7 @@ unsafe fn touch<F: Family>(entry: *mut FlowEntry, now: u32, packet: &Packet<F::A
             (*entry).seen = now;
         }
         let state = (*entry).state;
-        let next = next_state::<F>(state, packet, direction);
+        let next = next_state(state, packet.flow.protocol, packet.flags, direction);
         if next != state {
             (*entry).state = next;
             (*entry).timeout = timeout(F::ICMP, packet.flow.protocol, next);
@@ -160,38 +187,77 @@ unsafe fn touch<F: Family>(entry: *mut FlowEntry, now: u32, packet: &Packet<F::A
     }
 }
 
+/// Remembers the flow of the packet in hand, unless its pod has as many as it may; or writes it over an expired or closed
+/// one (`over`), which keeps its place in the pod's count.
 #[inline(always)]
-fn open<F: Family>(subject: &Subject<'_>, key: &F::Key, now: u32, rule: u32, packet: &Packet<F::Address>) {
-    let slot = u32::from(subject.interface.slot);
+pub fn open<F: Family>(head: u32, revision: u32, direction: u8, over: bool) {
+    const ABSENT_OR_NOT: u64 = 0;
+    const EXISTING: u64 = 2;
+    let Some(packet) = F::in_hand() else { return };
+    // SAFETY: this CPU's own place.
+    let packet = unsafe { &*packet };
+    let slot = head & 0xffff;
     let (Some(inserted), Some(removed), Some(config)) = (FLOWS_INSERTED.get_ptr_mut(slot), FLOWS_REMOVED.get(slot), CONFIG.get(0)) else {
         return;
     };
     // SAFETY: a value of an array, changed only by atomic additions. That the check and the addition are not one step lets
     // a pod exceed its cap by the number of CPUs.
-    if unsafe { ptr::read_volatile(inserted) }.wrapping_sub(*removed) as i64 >= i64::from(config.pod_flows) {
+    if !over && unsafe { ptr::read_volatile(inserted) }.wrapping_sub(*removed) as i64 >= i64::from(config.pod_flows) {
         count_stat(stat::POD_CAP);
         return;
     }
-    let opened = if subject.direction == direction::EGRESS { flow_state::OPENED_BY_POD } else { 0 };
-    let state = next_state::<F>(opened, packet, subject.direction);
-    let entry = FlowEntry {
-        revision: subject.policy.revision,
-        seen: now,
-        rule,
-        timeout: timeout(F::ICMP, packet.flow.protocol, state),
-        state,
-        reserved: 0,
-    };
-    match F::flows().insert(key, entry, 0) {
+    let opened = if direction == direction::EGRESS { flow_state::OPENED_BY_POD } else { 0 };
+    let state = next_state(opened, packet.flow.protocol, packet.flags, direction);
+    let entry =
+        FlowEntry { revision, seen: ticks(), rule: packet.rule, timeout: timeout(F::ICMP, packet.flow.protocol, state), state, reserved: 0 };
+    let Flow { protocol, local_port, remote_port, remote } = packet.flow;
+    let key = F::key(key_start(head, protocol, local_port, remote_port), remote);
+    if over {
+        let _gone_meanwhile = F::insert(&key, &entry, EXISTING);
+        return;
+    }
+    match F::insert(&key, &entry, ABSENT_OR_NOT) {
         // SAFETY: as above. The target has no compare-and-swap, so `core` offers no atomic addition either.
         Ok(()) => unsafe { asm!("lock *(u64 *)({at} + 0) += {one}", at = in(reg) inserted, one = in(reg) 1u64) },
         Err(_) => count_stat(stat::TABLE_FULL),
     }
 }
 
+/// What the flow table said of a packet's flow.
+#[derive(Clone, Copy)]
+pub enum Known {
+    NotAsked,
+    Nothing,
+    Entry(*mut FlowEntry),
+}
+
+/// Whether a packet belongs to a flow whose policy has not changed since it was judged, and changes nothing about it but
+/// the time of its last packet, which is noted. For packets without TCP flags that mean something.
+#[inline(always)]
+pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8) -> bool {
+    let now = ticks();
+    // SAFETY: the entry lives until the end of the program, though it may by then describe another flow (deleted and used
+    // again); that flow would get this one's time stamp, nothing else.
+    unsafe {
+        let (state, seen) = ((*entry).state, (*entry).seen);
+        let from_opener = (state & flow_state::OPENED_BY_POD != 0) == (direction == direction::EGRESS);
+        if (*entry).revision != policy.revision
+            || state & flow_state::RESET != 0
+            || !(from_opener || state & flow_state::REPLIED != 0)
+            || now.wrapping_sub(seen) > u32::from((*entry).timeout)
+        {
+            return false;
+        }
+        if seen != now {
+            (*entry).seen = now;
+        }
+    }
+    true
+}
+
 /// Decides on a packet of an isolated pod.
 #[inline(always)]
-pub fn police<F: Family>(subject: &Subject<'_>, packet: &Packet<F::Address>, identification: u32) -> i32 {
+pub fn police<F: Family>(subject: &Subject<'_>, packet: &mut Packet<F::Address>, asked: Known) -> i32 {
     let Subject { skb, interface, policy, direction } = subject;
     let (slot, direction) = (u32::from(interface.slot), *direction);
     // SAFETY: a field of the context.
@@ -200,21 +266,23 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &Packet<F::Address>, ide
         count(slot, direction, verdict::ALLOW, length);
         return PASS;
     }
-    let key = F::key(interface, &packet.flow);
+    let Flow { protocol, local_port, remote_port, remote } = packet.flow;
+    let key = F::key(key_start(F::head(interface), protocol, local_port, remote_port), remote);
     let now = ticks();
+    let entry = match asked {
+        Known::Entry(entry) => entry,
+        Known::NotAsked if packet.kind != Kind::Stateless => F::entry(&key).unwrap_or(ptr::null_mut()),
+        _ => ptr::null_mut(),
+    };
     let mut known: *mut FlowEntry = ptr::null_mut();
     let mut opener = direction;
-    let mut taken = false;
-    if packet.kind != Kind::Stateless
-        && let Some(entry) = F::flows().get_ptr_mut(key)
-    {
-        taken = true;
-        // SAFETY: the entry lives until the end of the program, though it may by then describe another flow (deleted and
-        // used again); that flow would get this one's time stamp, nothing else.
+    let taken = !entry.is_null();
+    if taken {
+        // SAFETY: as in `goes_on`.
         unsafe {
             let state = (*entry).state;
             // A SYN where more than SYNs were seen opens a new connection on the same ports.
-            let opens = packet.flow.protocol == TCP
+            let opens = protocol == TCP
                 && packet.flags & (SYN | ACK) == SYN
                 && packet.kind == Kind::Member
                 && state & (flow_state::REPLIED | flow_state::FIN_POD | flow_state::FIN_PEER | flow_state::RESET) != 0;
@@ -224,7 +292,7 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &Packet<F::Address>, ide
                     if packet.kind == Kind::Member {
                         touch::<F>(entry, now, packet, direction);
                     }
-                    remember_fragment::<F>(packet, direction, interface.slot, identification);
+                    remember_fragment::<F>(packet, direction, interface.slot);
                     count(slot, direction, verdict::ALLOW, length);
                     return PASS;
                 }
@@ -232,106 +300,106 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &Packet<F::Address>, ide
             }
         }
     }
-    let mut flow = packet.flow;
     if packet.kind == Kind::Stateless || (packet.kind == Kind::Related && known.is_null()) {
         // About no flow that we know: judged as the ICMP packet that it is.
-        let (source, destination) = (packet.source, packet.destination);
-        flow = Flow {
-            remote: if direction == direction::EGRESS { destination } else { source },
-            local_port: [0; 2],
-            remote_port: [0; 2],
-            protocol: packet.protocol,
-        };
+        let remote = if direction == direction::EGRESS { packet.destination } else { packet.source };
+        packet.flow = Flow { remote, local_port: [0; 2], remote_port: [0; 2], protocol: packet.protocol };
     }
-    let Judgement { allowed, exempt, rule, identity } = judge::<F>(subject, opener, &flow);
+    let mut result = judged::ALLOWED;
+    if policy.flags & (1 << opener) != 0 {
+        // Not by index: the policy was copied to the stack, which the verifier lets nobody index by a variable.
+        let set = if opener == direction::EGRESS { policy.policy[1] } else { policy.policy[0] };
+        let remote = packet.flow.remote;
+        let is_own = remote == F::own(interface)
+            || (interface.flags & interface_flag::MORE_ADDRESSES != 0 && is_own::<F>(interface, remote));
+        result = if is_own { judged::EXEMPT } else { judge::<F>(opener, set) };
+    }
     let mut told = event_verdict::DENIED;
-    if allowed {
+    if result != judged::DENIED {
         told = event_verdict::ALLOWED;
-        if packet.kind == Kind::Member && !exempt {
+        if packet.kind == Kind::Member && result != judged::EXEMPT {
             if known.is_null() {
                 // A reset opens nothing.
                 if packet.flow.protocol != TCP || packet.flags & RST == 0 {
-                    if taken {
-                        replace::<F>(subject, &key, now, rule, packet);
-                    } else {
-                        open::<F>(subject, &key, now, rule, packet);
-                    }
+                    F::open(F::head(interface), policy.revision, u32::from(direction), u32::from(taken));
                 }
             } else {
                 // SAFETY: as above.
                 unsafe {
-                    (*known).rule = rule;
+                    (*known).rule = packet.rule;
                     (*known).revision = policy.revision;
                     touch::<F>(known, now, packet, direction);
                 }
             }
         }
-        remember_fragment::<F>(packet, direction, interface.slot, identification);
+        remember_fragment::<F>(packet, direction, interface.slot);
     } else if policy.flags & endpoint_flag::AUDIT != 0 {
         told = event_verdict::AUDITED;
     }
     let passes = told != event_verdict::DENIED;
     count(slot, direction, passes as u8, length);
     if told != event_verdict::ALLOWED || (known.is_null() && CONFIG.get(0).is_some_and(|config| config.flags & config_flag::TELL_ALLOWED != 0)) {
-        let why = if exempt { reason::EXEMPT } else { reason::POLICY };
-        tell(event::<F>(subject, packet, told, why, rule, identity, length));
+        let why = if result == judged::EXEMPT { reason::EXEMPT } else { reason::POLICY };
+        event::<F>(length, role(interface.slot, direction), outcome(told, why));
     }
     if passes { PASS } else { DROP }
 }
 
+/// A pod and a direction in one argument.
+#[inline(always)]
+pub fn role(slot: u16, direction: u8) -> u32 {
+    u32::from(slot) | u32::from(direction) << 16
+}
+
+/// A verdict and its reason in one argument.
+#[inline(always)]
+pub fn outcome(verdict: u8, reason: u8) -> u32 {
+    u32::from(verdict) | u32::from(reason) << 8
+}
+
 /// Lets the fragments that follow a first one pass with it.
 #[inline(always)]
-fn remember_fragment<F: Family>(packet: &Packet<F::Address>, direction: u8, slot: u16, identification: u32) {
-    if packet.first_fragment.is_some() {
-        let Flow { protocol, local_port, remote_port, .. } = packet.flow;
-        let value = FragmentPorts { protocol, reserved: [0; 3], local_port, remote_port };
-        let _lost_if_full = FRAGMENTS.insert(fragment_key::<F>(packet, direction, slot, identification), value, 0);
+fn remember_fragment<F: Family>(packet: &Packet<F::Address>, direction: u8, slot: u16) {
+    if packet.first_fragment != NOT_FIRST {
+        F::remember(role(slot, direction));
     }
 }
 
-/// Writes a new flow over an expired or closed one, which keeps its place in the pod's count.
+/// See [`remember_fragment`]; of the packet in hand.
 #[inline(always)]
-fn replace<F: Family>(subject: &Subject<'_>, key: &F::Key, now: u32, rule: u32, packet: &Packet<F::Address>) {
-    let opened = if subject.direction == direction::EGRESS { flow_state::OPENED_BY_POD } else { 0 };
-    let state = next_state::<F>(opened, packet, subject.direction);
-    let entry = FlowEntry {
-        revision: subject.policy.revision,
-        seen: now,
-        rule,
-        timeout: timeout(F::ICMP, packet.flow.protocol, state),
-        state,
-        reserved: 0,
-    };
-    const EXISTING: u64 = 2;
-    let _gone_meanwhile = F::flows().insert(key, entry, EXISTING);
+pub fn remember<F: Family>(role: u32) {
+    let Some(packet) = F::in_hand() else { return };
+    // SAFETY: this CPU's own place.
+    let packet = unsafe { &*packet };
+    let Flow { protocol, local_port, remote_port, .. } = packet.flow;
+    let value = FragmentPorts { protocol, reserved: [0; 3], local_port, remote_port };
+    let key = fragment_key::<F>(packet, (role >> 16) as u8, role as u16, packet.first_fragment as u32);
+    let _lost_if_full = FRAGMENTS.insert(&key, &value, 0);
 }
 
+/// Tells of the packet in hand.
 #[inline(always)]
-pub fn event<F: Family>(
-    subject: &Subject<'_>,
-    packet: &Packet<F::Address>,
-    verdict: u8,
-    reason: u8,
-    rule: u32,
-    identity: u32,
-    length: u32,
-) -> Event {
+pub fn event<F: Family>(length: u32, role: u32, outcome: u32) {
+    let Some(packet) = F::in_hand() else { return };
+    // SAFETY: this CPU's own place.
+    let packet = unsafe { &*packet };
+    let direction = (role >> 16) as u8;
     let (local, remote) =
-        if subject.direction == direction::EGRESS { (packet.source, packet.destination) } else { (packet.destination, packet.source) };
-    Event {
-        slot: subject.interface.slot,
-        direction: subject.direction,
-        verdict,
-        reason,
+        if direction == direction::EGRESS { (packet.source, packet.destination) } else { (packet.destination, packet.source) };
+    tell(Event {
+        slot: role as u16,
+        direction,
+        verdict: outcome as u8,
+        reason: (outcome >> 8) as u8,
         protocol: packet.protocol,
         family: F::NUMBER,
         flags: packet.flags,
-        rule,
-        identity,
+        rule: packet.rule,
+        identity: packet.identity,
         length,
         local_port: packet.flow.local_port,
         remote_port: packet.flow.remote_port,
         local: F::words(local),
         remote: F::words(remote),
-    }
+    });
 }

@@ -10,6 +10,12 @@ use stanchion_ebpf_abi::{
     Interface, OwnKey, VerdictKey, VerdictValue, stat,
 };
 
+use crate::{
+    family::Address6,
+    judge::Cached,
+    packet::{Packet, Walk},
+};
+
 /// Memory is taken when an entry is added, not for the whole table at once.
 const NO_PREALLOC: u32 = 1;
 
@@ -24,15 +30,15 @@ pub static INTERFACES_FAR: HashMap<u32, Interface> = HashMap::with_max_entries(E
 #[map]
 pub static ENDPOINTS: Array<Endpoint> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
 #[map]
-pub static OWN: HashMap<OwnKey, u32> = HashMap::with_max_entries(65_536, NO_PREALLOC);
+pub static OWN: HashMap<OwnKey, u32> = HashMap::with_max_entries(16_384, NO_PREALLOC);
 #[map]
-pub static ADDRESSES4: HashMap<u32, AddressValue> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+pub static ADDRESSES4: HashMap<u32, AddressValue> = HashMap::with_max_entries(262_144, NO_PREALLOC);
 #[map]
-pub static ADDRESSES6: HashMap<[u32; 4], AddressValue> = HashMap::with_max_entries(524_288, NO_PREALLOC);
+pub static ADDRESSES6: HashMap<Address6, AddressValue> = HashMap::with_max_entries(262_144, NO_PREALLOC);
 #[map]
 pub static CIDRS4: LpmTrie<u32, u32> = LpmTrie::with_max_entries(1_048_576, 0);
 #[map]
-pub static CIDRS6: LpmTrie<[u32; 4], u32> = LpmTrie::with_max_entries(1_048_576, 0);
+pub static CIDRS6: LpmTrie<Address6, u32> = LpmTrie::with_max_entries(1_048_576, 0);
 #[map]
 pub static VERDICTS: LpmTrie<VerdictKey, VerdictValue> = LpmTrie::with_max_entries(4_194_304, 0);
 // Flow tables are preallocated: an insert cannot fail for want of memory, and the bound is the size.
@@ -51,9 +57,31 @@ pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(ENDPO
 #[map]
 pub static STATS: PerCpuArray<u64> = PerCpuArray::with_max_entries(stat::COUNT, 0);
 #[map]
+pub static GENERATION: Array<u32> = Array::with_max_entries(1, 0);
+#[map]
 pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(524_288, 0);
+#[map]
+pub static NAMES: RingBuf = RingBuf::with_byte_size(262_144, 0);
+
+/// The packet in hand. In a map and not on the stack, so that the verifier forgets by which way each field was read: it then
+/// follows the judgement once, not once for every way.
+#[map]
+pub static PACKET4: PerCpuArray<Packet<u32>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static PACKET6: PerCpuArray<Packet<Address6>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static WALK: PerCpuArray<Walk> = PerCpuArray::with_max_entries(1, 0);
+
+/// Identities by a hash of the address, see [`Cached`].
+#[map]
+pub static CACHE4: PerCpuArray<Cached<u32>> = PerCpuArray::with_max_entries(CACHED, 0);
+#[map]
+pub static CACHE6: PerCpuArray<Cached<Address6>> = PerCpuArray::with_max_entries(CACHED, 0);
+
+/// Entries of each of these; a power of two.
+pub const CACHED: u32 = 1_024;
 
 /// Adds one to a [`stat`].
 #[inline(always)]
@@ -68,7 +96,7 @@ pub fn count_stat(index: u32) {
 #[inline(always)]
 pub fn count(slot: u32, direction: u8, verdict: u8, length: u32) {
     if let Some(counters) = COUNTERS.get_ptr_mut(slot) {
-        // SAFETY: as above; both indices are constants below 2 wherever this is called.
+        // SAFETY: as above; both indices are below 2.
         unsafe {
             let counter = &mut (*counters).of[direction as usize & 1][verdict as usize & 1];
             counter.packets += 1;

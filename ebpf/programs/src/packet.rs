@@ -1,14 +1,17 @@
 //! From bytes to a flow. The common packet (no options, no extension headers, not a fragment, TCP or UDP) is read in
 //! place; everything else by `bpf_skb_load_bytes`, which also reaches what is not in the linear part.
 
-use core::mem::{MaybeUninit, offset_of};
+use core::{
+    mem::{MaybeUninit, offset_of},
+    ptr::{addr_of, addr_of_mut},
+};
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use stanchion_ebpf_abi::{FragmentKey, FragmentPorts, direction, reason};
+use stanchion_ebpf_abi::{FragmentKey, FragmentPorts, IDENTITY_UNKNOWN, direction, reason};
 
 use crate::{
-    family::{Family, Flow, V4, V6},
-    maps::FRAGMENTS,
+    family::{Address6, Family, Flow, V4, V6},
+    maps::{FRAGMENTS, WALK},
 };
 
 pub const ETHERNET: usize = 14;
@@ -50,8 +53,12 @@ pub struct Ipv6Header {
     pub destination: [u32; 4],
 }
 
+/// No identification: these have 32 bits at most.
+pub const NOT_FIRST: u64 = u64::MAX;
+
 /// How a packet relates to the flow it names.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Kind {
     /// It is a packet of it.
     Member,
@@ -64,6 +71,7 @@ pub enum Kind {
 }
 
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Packet<A> {
     pub source: A,
     pub destination: A,
@@ -73,10 +81,39 @@ pub struct Packet<A> {
     /// The packet's own protocol; differs from the flow's for [`Kind::Related`].
     pub protocol: u8,
     pub kind: Kind,
-    /// The first of several fragments, with its identification.
-    pub first_fragment: Option<u32>,
+    /// The identification, if it is the first of several fragments; else [`NOT_FIRST`].
+    pub first_fragment: u64,
     /// Protocol number that all fragments carry.
     pub fragment_protocol: u8,
+    /// Of its judgement: the rule that decided, and what its peer is.
+    pub rule: u32,
+    pub identity: u32,
+}
+
+/// How far the headers of an IPv6 packet have been read. In a map and not on the stack, see `maps`.
+#[repr(C)]
+pub struct Walk {
+    offset: u32,
+    /// Of what is at `offset`.
+    protocol: u32,
+    /// Of the fragment header, if `fragmented`.
+    identification: u32,
+    /// Its offset and more-flag.
+    place: u16,
+    /// What follows it.
+    next: u8,
+    fragmented: u8,
+}
+
+/// What the common packet says.
+#[derive(Clone, Copy)]
+pub struct Plain<A> {
+    pub source: A,
+    pub destination: A,
+    pub flow: Flow<A>,
+    /// TCP flags.
+    pub flags: u8,
+    pub protocol: u8,
 }
 
 /// A [`reason`].
@@ -119,7 +156,7 @@ fn least(icmp: u8, protocol: u8) -> usize {
 
 /// Where TCP, UDP and SCTP have their ports.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(2))]
 struct Ports {
     source: [u8; 2],
     destination: [u8; 2],
@@ -152,67 +189,78 @@ fn is_discovery<F: Family>(direction: u8, kind: u8) -> bool {
     F::NUMBER == 6 && (matches!(kind, 130..=133 | 135 | 136 | 143) || (direction == direction::INGRESS && matches!(kind, 134 | 137)))
 }
 
-/// What the transport header at `offset` says, as `(ports, flags, kind)`; for an ICMP error the flow is filled in by the
-/// caller.
+/// Reads the transport header at `offset`. Of an ICMP error the flow is left to the caller.
 #[inline(always)]
-fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, direction: u8) -> Result<(Ports, u8, Kind), Refusal> {
-    let none = Ports { source: [0; 2], destination: [0; 2] };
-    if protocol == TCP {
-        let header: [u8; 20] = load(skb, offset)?;
-        let ports = Ports { source: [header[0], header[1]], destination: [header[2], header[3]] };
-        return Ok((ports, header[13], Kind::Member));
-    }
-    if protocol == UDP {
-        let header: [u8; 8] = load(skb, offset)?;
-        return Ok((Ports { source: [header[0], header[1]], destination: [header[2], header[3]] }, 0, Kind::Member));
-    }
-    if protocol == SCTP {
-        let header: [u8; 12] = load(skb, offset)?;
-        return Ok((Ports { source: [header[0], header[1]], destination: [header[2], header[3]] }, 0, Kind::Member));
+fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, direction: u8, packet: &mut Packet<F::Address>) -> Refusal {
+    let protocol = packet.flow.protocol;
+    if protocol == TCP || protocol == UDP || protocol == SCTP {
+        let Ok(ports) = load::<Ports>(skb, offset) else { return reason::MALFORMED };
+        (packet.flow.local_port, packet.flow.remote_port) = ends(direction, ports.source, ports.destination);
+        // The last byte of the header, and of TCP the flags too, must be there.
+        let last = if protocol == TCP { 12 } else if protocol == UDP { 4 } else { 8 };
+        let Ok(rest) = load::<[u8; 4]>(skb, offset + last) else { return reason::MALFORMED };
+        if protocol == TCP {
+            packet.flags = rest[1];
+            let Ok(_urgent) = load::<[u8; 4]>(skb, offset + 16) else { return reason::MALFORMED };
+        }
+        return 0;
     }
     if protocol == F::ICMP {
-        let header: Icmp = load(skb, offset)?;
+        let Ok(header) = load::<Icmp>(skb, offset) else { return reason::MALFORMED };
+        packet.flags = header.kind;
         if is_query::<F>(header.kind) {
             // The identifier stands on the pod's side of the key in both directions.
-            let (source, destination) = ends(direction, header.identifier, [0; 2]);
-            return Ok((Ports { source, destination }, header.kind, Kind::Member));
-        }
-        let kind = if is_error::<F>(header.kind) {
-            Kind::Related
-        } else if is_discovery::<F>(direction, header.kind) {
-            Kind::Discovery
+            packet.flow.local_port = header.identifier;
         } else {
-            Kind::Stateless
-        };
-        return Ok((none, header.kind, kind));
+            packet.kind = if is_error::<F>(header.kind) {
+                Kind::Related
+            } else if is_discovery::<F>(direction, header.kind) {
+                Kind::Discovery
+            } else {
+                Kind::Stateless
+            };
+        }
+        return 0;
     }
     // SAFETY: a field of the context.
-    if offset > unsafe { (*skb).len } as usize {
-        return Err(reason::MALFORMED);
-    }
-    Ok((none, 0, Kind::Member))
+    if offset > unsafe { (*skb).len } as usize { reason::MALFORMED } else { 0 }
 }
 
-/// The flow that the packet quoted by an ICMP error belongs to: it travelled against `direction`.
+/// Makes the flow that of the packet quoted by an ICMP error, which travelled against `direction`.
 #[inline(always)]
-fn quoted<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, direction: u8, remote: F::Address) -> Result<Flow<F::Address>, Refusal> {
-    let quoted_direction = reversed(direction);
-    let ports = if protocol == F::ICMP {
-        let header: Icmp = load(skb, offset)?;
-        let (source, destination) = ends(quoted_direction, header.identifier, [0; 2]);
-        Ports { source, destination }
+fn quoted<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, direction: u8, packet: &mut Packet<F::Address>) -> Refusal {
+    packet.flow.protocol = protocol;
+    if protocol == F::ICMP {
+        let Ok(header) = load::<Icmp>(skb, offset) else { return reason::MALFORMED };
+        packet.flow.local_port = header.identifier;
     } else if protocol == TCP || protocol == UDP || protocol == SCTP {
-        load(skb, offset)?
-    } else {
-        Ports { source: [0; 2], destination: [0; 2] }
+        let Ok(ports) = load::<Ports>(skb, offset) else { return reason::MALFORMED };
+        (packet.flow.local_port, packet.flow.remote_port) = ends(reversed(direction), ports.source, ports.destination);
+    }
+    0
+}
+
+/// Begins a packet: everything but what further headers say.
+#[inline(always)]
+fn begin<A: Copy>(packet: &mut Packet<A>, direction: u8, source: A, destination: A, protocol: u8) {
+    let (_, remote) = ends(direction, source, destination);
+    *packet = Packet {
+        source,
+        destination,
+        flow: Flow { remote, local_port: [0; 2], remote_port: [0; 2], protocol },
+        flags: 0,
+        protocol,
+        kind: Kind::Member,
+        first_fragment: NOT_FIRST,
+        fragment_protocol: protocol,
+        rule: 0,
+        identity: IDENTITY_UNKNOWN,
     };
-    let (local_port, remote_port) = ends(quoted_direction, ports.source, ports.destination);
-    Ok(Flow { remote, local_port, remote_port, protocol })
 }
 
 /// Reads the common IPv4 packet in place; `None` for every other.
 #[inline(always)]
-pub fn ipv4_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<u32>> {
+pub fn ipv4_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<u32>> {
     // SAFETY: packet memory between data and data_end, compared before each access as the verifier demands.
     unsafe {
         let data = (*skb).data as usize;
@@ -229,15 +277,12 @@ pub fn ipv4_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<u32>> {
                 let ports = &*l4.cast::<Ports>();
                 let (_, remote) = ends(direction, ip.source, ip.destination);
                 let (local_port, remote_port) = ends(direction, ports.source, ports.destination);
-                return Some(Packet {
+                return Some(Plain {
                     source: ip.source,
                     destination: ip.destination,
                     flow: Flow { remote, local_port, remote_port, protocol },
                     flags: if protocol == TCP { *l4.add(13) } else { 0 },
                     protocol,
-                    kind: Kind::Member,
-                    first_fragment: None,
-                    fragment_protocol: 0,
                 });
             }
         }
@@ -245,68 +290,54 @@ pub fn ipv4_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<u32>> {
     None
 }
 
-/// Reads any IPv4 packet.
+/// Reads any IPv4 packet: 0, or a reason to refuse it.
 #[inline(always)]
-pub fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<u32>, Refusal> {
-    let ip: Ipv4Header = load(skb, ETHERNET)?;
+pub fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut Packet<u32>) -> Refusal {
+    let Ok(ip) = load::<Ipv4Header>(skb, ETHERNET) else { return reason::MALFORMED };
     let header = usize::from(ip.version_length & 15) * 4;
     let total = usize::from(u16::from_be_bytes(ip.total));
     // A total length of 0 is a segmentation-offloaded packet of more than 64 KiB.
     if ip.version_length >> 4 != 4 || header < 20 || (total != 0 && total < header) {
-        return Err(reason::MALFORMED);
+        return reason::MALFORMED;
     }
     let offset = ETHERNET + header;
     let protocol = ip.protocol;
-    let (_, remote) = ends(direction, ip.source, ip.destination);
-    let mut packet = Packet {
-        source: ip.source,
-        destination: ip.destination,
-        flow: Flow { remote, local_port: [0; 2], remote_port: [0; 2], protocol },
-        flags: 0,
-        protocol,
-        kind: Kind::Member,
-        first_fragment: None,
-        fragment_protocol: protocol,
-    };
+    begin(packet, direction, ip.source, ip.destination, protocol);
     let fragment = u16::from_be_bytes(ip.fragment) & 0x3fff;
     let identification = u32::from(u16::from_be_bytes(ip.identification));
     if fragment & 0x1fff != 0 {
         // The second eight bytes of a TCP header alone could rewrite the flags that were judged.
         if protocol == TCP && fragment & 0x1fff == 1 {
-            return Err(reason::MALFORMED);
+            return reason::MALFORMED;
         }
-        later_fragment::<V4>(&mut packet, direction, slot, identification)?;
-        return Ok(packet);
+        return later_fragment::<V4>(packet, direction, slot, identification);
     }
     if fragment != 0 {
-        packet.first_fragment = Some(identification);
+        packet.first_fragment = u64::from(identification);
     }
     if total != 0 && total < header + least(V4::ICMP, protocol) {
-        return Err(reason::MALFORMED);
+        return reason::MALFORMED;
     }
-    let (ports, flags, kind) = transport::<V4>(skb, offset, protocol, direction)?;
-    (packet.flow.local_port, packet.flow.remote_port) = ends(direction, ports.source, ports.destination);
-    packet.flags = flags;
-    packet.kind = kind;
-    if kind == Kind::Related {
-        let inner: Ipv4Header = load(skb, offset + 8)?;
-        let inner_header = usize::from(inner.version_length & 15) * 4;
-        if inner.version_length >> 4 != 4 || inner_header < 20 {
-            return Err(reason::MALFORMED);
-        }
-        if u16::from_be_bytes(inner.fragment) & 0x1fff != 0 {
-            packet.kind = Kind::Stateless;
-            return Ok(packet);
-        }
-        let (_, inner_remote) = ends(reversed(direction), inner.source, inner.destination);
-        packet.flow = quoted::<V4>(skb, offset + 8 + inner_header, inner.protocol, direction, inner_remote)?;
+    let refusal = transport::<V4>(skb, offset, direction, packet);
+    if refusal != 0 || packet.kind != Kind::Related {
+        return refusal;
     }
-    Ok(packet)
+    let Ok(inner) = load::<Ipv4Header>(skb, offset + 8) else { return reason::MALFORMED };
+    let inner_header = usize::from(inner.version_length & 15) * 4;
+    if inner.version_length >> 4 != 4 || inner_header < 20 {
+        return reason::MALFORMED;
+    }
+    if u16::from_be_bytes(inner.fragment) & 0x1fff != 0 {
+        packet.kind = Kind::Stateless;
+        return 0;
+    }
+    (_, packet.flow.remote) = ends(reversed(direction), inner.source, inner.destination);
+    quoted::<V4>(skb, offset + 8 + inner_header, inner.protocol, direction, packet)
 }
 
 /// Reads the common IPv6 packet in place; `None` for every other.
 #[inline(always)]
-pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<[u32; 4]>> {
+pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<Address6>> {
     // SAFETY: as in `ipv4`.
     unsafe {
         let data = (*skb).data as usize;
@@ -316,17 +347,16 @@ pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<[u32; 4]>
             let protocol = ip.next;
             if ip.version_class[0] >> 4 == 6 && (protocol == TCP || protocol == UDP) && u16::from_be_bytes(ip.payload) >= 20 {
                 let ports = &*l4.cast::<Ports>();
-                let (_, remote) = ends(direction, ip.source, ip.destination);
+                let at = data as *const u8;
+                let (source, destination) = (Address6::at::<22, 30>(at), Address6::at::<38, 46>(at));
+                let (_, remote) = ends(direction, source, destination);
                 let (local_port, remote_port) = ends(direction, ports.source, ports.destination);
-                return Some(Packet {
-                    source: ip.source,
-                    destination: ip.destination,
+                return Some(Plain {
+                    source,
+                    destination,
                     flow: Flow { remote, local_port, remote_port, protocol },
                     flags: if protocol == TCP { *l4.add(13) } else { 0 },
                     protocol,
-                    kind: Kind::Member,
-                    first_fragment: None,
-                    fragment_protocol: 0,
                 });
             }
         }
@@ -334,107 +364,96 @@ pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Packet<[u32; 4]>
     None
 }
 
-/// Where the headers of an IPv6 packet led.
-struct Chain {
-    offset: usize,
-    protocol: u8,
-    /// Identification, offset and more-flag, next header: of the fragment header, if there is one.
-    fragment: Option<(u32, u16, u8)>,
-}
-
-/// Walks extension headers from `offset`; stops at the transport header or at a fragment that is not the first.
+/// Walks extension headers; stops at the transport header or at a fragment that is not the first.
 #[inline(always)]
-fn extensions(skb: *mut __sk_buff, mut offset: usize, mut protocol: u8) -> Result<Chain, Refusal> {
-    let mut fragment = None;
-    for _ in 0..MAX_EXTENSIONS {
-        match protocol {
-            0 | 43 | 60 | 135 | 139 | 140 => {
-                let header: [u8; 8] = load(skb, offset)?;
-                protocol = header[0];
-                offset += (usize::from(header[1]) + 1) * 8;
+fn extensions(skb: *mut __sk_buff, walk: *mut Walk, offset: usize, protocol: u8) -> Refusal {
+    // SAFETY: this CPU's own place. Volatile, so that the compiler does not carry over from one turn to the next what the
+    // verifier is to forget.
+    unsafe {
+        (*walk).fragmented = 0;
+        addr_of_mut!((*walk).offset).write_volatile(offset as u32);
+        addr_of_mut!((*walk).protocol).write_volatile(u32::from(protocol));
+        for _ in 0..MAX_EXTENSIONS {
+            let offset = addr_of_mut!((*walk).offset).read_volatile();
+            let protocol = addr_of_mut!((*walk).protocol).read_volatile();
+            if !matches!(protocol, 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140) {
+                return 0;
             }
-            51 => {
-                let header: [u8; 8] = load(skb, offset)?;
-                protocol = header[0];
-                offset += (usize::from(header[1]) + 2) * 4;
+            let Ok(header) = load::<[u8; 8]>(skb, offset as usize) else { return reason::MALFORMED };
+            addr_of_mut!((*walk).protocol).write_volatile(u32::from(header[0]));
+            let mut length = (u32::from(header[1]) + 1) * 8;
+            if protocol == 51 {
+                length = (u32::from(header[1]) + 2) * 4;
             }
-            44 => {
-                let header: [u8; 8] = load(skb, offset)?;
+            if protocol == 44 {
+                length = 8;
                 let place = u16::from_be_bytes([header[2], header[3]]) & 0xfff9;
-                protocol = header[0];
-                fragment = Some((u32::from_be_bytes([header[4], header[5], header[6], header[7]]), place, protocol));
+                (*walk).identification = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+                (*walk).place = place;
+                (*walk).next = header[0];
+                (*walk).fragmented = 1;
                 if place & 0xfff8 != 0 {
-                    return Ok(Chain { offset, protocol, fragment });
+                    return 0;
                 }
-                offset += 8;
             }
-            _ => return Ok(Chain { offset, protocol, fragment }),
+            addr_of_mut!((*walk).offset).write_volatile(offset + length);
         }
     }
-    Err(reason::MALFORMED)
+    reason::MALFORMED
 }
 
-/// Reads any IPv6 packet.
+/// Reads any IPv6 packet: 0, or a reason to refuse it.
 #[inline(always)]
-pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16) -> Result<Packet<[u32; 4]>, Refusal> {
-    let ip: Ipv6Header = load(skb, ETHERNET)?;
-    if ip.version_class[0] >> 4 != 6 {
-        return Err(reason::MALFORMED);
+pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut Packet<Address6>) -> Refusal {
+    let (Ok(ip), Some(walk)) = (load::<Ipv6Header>(skb, ETHERNET), WALK.get_ptr_mut(0)) else { return reason::MALFORMED };
+    if ip.version_class[0] >> 4 != 6 || extensions(skb, walk, ETHERNET + 40, ip.next) != 0 {
+        return reason::MALFORMED;
     }
-    let Chain { offset, protocol, fragment } = extensions(skb, ETHERNET + 40, ip.next)?;
-    let (_, remote) = ends(direction, ip.source, ip.destination);
-    let mut packet = Packet {
-        source: ip.source,
-        destination: ip.destination,
-        flow: Flow { remote, local_port: [0; 2], remote_port: [0; 2], protocol },
-        flags: 0,
-        protocol,
-        kind: Kind::Member,
-        first_fragment: None,
-        fragment_protocol: 0,
+    // SAFETY: this CPU's own place.
+    let (offset, protocol, fragmented, place, identification, next) = unsafe {
+        let walk = &*walk;
+        let offset = addr_of!(walk.offset).read_volatile() as usize;
+        (offset, addr_of!(walk.protocol).read_volatile() as u8, walk.fragmented != 0, walk.place, walk.identification, walk.next)
     };
-    if let Some((identification, place, next)) = fragment {
+    begin(packet, direction, Address6::of(ip.source), Address6::of(ip.destination), protocol);
+    packet.fragment_protocol = 0;
+    if fragmented {
         packet.fragment_protocol = next;
         if place & 0xfff8 != 0 {
             if protocol == TCP && place >> 3 == 1 {
-                return Err(reason::MALFORMED);
+                return reason::MALFORMED;
             }
-            later_fragment::<V6>(&mut packet, direction, slot, identification)?;
-            return Ok(packet);
+            return later_fragment::<V6>(packet, direction, slot, identification);
         }
         if place & 1 != 0 {
-            packet.first_fragment = Some(identification);
+            packet.first_fragment = u64::from(identification);
         }
     }
     // A payload length of 0 is a segmentation-offloaded packet of more than 64 KiB.
     let payload = usize::from(u16::from_be_bytes(ip.payload));
     if payload != 0 && ETHERNET + 40 + payload < offset + least(V6::ICMP, protocol) {
-        return Err(reason::MALFORMED);
+        return reason::MALFORMED;
     }
-    let (ports, flags, kind) = transport::<V6>(skb, offset, protocol, direction)?;
-    (packet.flow.local_port, packet.flow.remote_port) = ends(direction, ports.source, ports.destination);
-    packet.flags = flags;
-    packet.kind = kind;
-    if kind == Kind::Related {
-        let inner: Ipv6Header = load(skb, offset + 8)?;
-        if inner.version_class[0] >> 4 != 6 {
-            return Err(reason::MALFORMED);
-        }
-        let (_, inner_remote) = ends(reversed(direction), inner.source, inner.destination);
-        let at = offset + 8 + size_of::<Ipv6Header>();
-        let (at, inner_protocol) = if inner.next == 44 {
-            let header: [u8; 8] = load(skb, at)?;
-            if u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 {
-                packet.kind = Kind::Stateless;
-                return Ok(packet);
-            }
-            (at + 8, header[0])
-        } else {
-            (at, inner.next)
-        };
-        packet.flow = quoted::<V6>(skb, at, inner_protocol, direction, inner_remote)?;
+    let refusal = transport::<V6>(skb, offset, direction, packet);
+    if refusal != 0 || packet.kind != Kind::Related {
+        return refusal;
     }
-    Ok(packet)
+    let Ok(inner) = load::<Ipv6Header>(skb, offset + 8) else { return reason::MALFORMED };
+    if inner.version_class[0] >> 4 != 6 {
+        return reason::MALFORMED;
+    }
+    (_, packet.flow.remote) = ends(reversed(direction), Address6::of(inner.source), Address6::of(inner.destination));
+    let at = offset + 8 + size_of::<Ipv6Header>();
+    if inner.next != 44 {
+        return quoted::<V6>(skb, at, inner.next, direction, packet);
+    }
+    let Ok(header) = load::<[u8; 8]>(skb, at) else { return reason::MALFORMED };
+    if u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 {
+        packet.flow.remote = ends(direction, packet.source, packet.destination).1;
+        packet.kind = Kind::Stateless;
+        return 0;
+    }
+    quoted::<V6>(skb, at + 8, header[0], direction, packet)
 }
 
 #[inline(always)]
@@ -451,11 +470,11 @@ pub fn fragment_key<F: Family>(packet: &Packet<F::Address>, direction: u8, slot:
 
 /// Gives a fragment the ports of the first one, which passed.
 #[inline(always)]
-fn later_fragment<F: Family>(packet: &mut Packet<F::Address>, direction: u8, slot: u16, identification: u32) -> Result<(), Refusal> {
+fn later_fragment<F: Family>(packet: &mut Packet<F::Address>, direction: u8, slot: u16, identification: u32) -> Refusal {
     let key = fragment_key::<F>(packet, direction, slot, identification);
     // SAFETY: the value is copied at once; an entry reused meanwhile gives ports of another datagram of the same table.
-    let Some(FragmentPorts { protocol, local_port, remote_port, .. }) = (unsafe { FRAGMENTS.get(key) }) else {
-        return Err(reason::FRAGMENT);
+    let Some(FragmentPorts { protocol, local_port, remote_port, .. }) = (unsafe { FRAGMENTS.get(&key) }) else {
+        return reason::FRAGMENT;
     };
     packet.protocol = *protocol;
     packet.flow.protocol = *protocol;
@@ -463,7 +482,7 @@ fn later_fragment<F: Family>(packet: &mut Packet<F::Address>, direction: u8, slo
     packet.flow.remote_port = *remote_port;
     // No flags of its own: it belongs to what the first fragment opened.
     packet.flags = ACK;
-    Ok(())
+    0
 }
 
 const _: () = assert!(offset_of!(Ipv4Header, source) == 12 && size_of::<Ipv4Header>() == 20 && size_of::<Ipv6Header>() == 40);
@@ -477,16 +496,23 @@ pub fn addresses4(skb: *mut __sk_buff) -> Option<u32> {
 
 /// The source of an IPv6 packet, and whether it is neighbour discovery.
 #[inline(always)]
-pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<([u32; 4], bool)> {
+pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<(Address6, bool)> {
     let ip: Ipv6Header = load(skb, ETHERNET).ok()?;
     if ip.version_class[0] >> 4 != 6 {
         return None;
     }
-    let Ok(Chain { offset, protocol, fragment: None }) = extensions(skb, ETHERNET + 40, ip.next) else {
-        return Some((ip.source, false));
-    };
-    let kind = if protocol == V6::ICMP { load::<u8>(skb, offset).unwrap_or(0) } else { 0 };
-    Some((ip.source, is_discovery::<V6>(direction, kind)))
+    let walk = WALK.get_ptr_mut(0)?;
+    if extensions(skb, walk, ETHERNET + 40, ip.next) != 0 {
+        return Some((Address6::of(ip.source), false));
+    }
+    // SAFETY: this CPU's own place.
+    let (offset, protocol, fragmented) =
+        unsafe { (addr_of!((*walk).offset).read_volatile(), addr_of!((*walk).protocol).read_volatile(), (*walk).fragmented != 0) };
+    if fragmented || protocol != u32::from(V6::ICMP) {
+        return Some((Address6::of(ip.source), false));
+    }
+    let kind = load::<u8>(skb, offset as usize).unwrap_or(0);
+    Some((Address6::of(ip.source), is_discovery::<V6>(direction, kind)))
 }
 
 /// Source and destination for an event, zero where they cannot be read.

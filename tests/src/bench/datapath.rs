@@ -152,7 +152,13 @@ fn tcp(flags: u8) -> impl Fn((IpAddr, u16), (IpAddr, u16)) -> Packet {
 
 fn image(isolated: bool) -> EndpointImage {
     let policy = isolated.then_some(POLICY);
-    EndpointImage { addresses: CASTS.iter().map(|cast| cast.pod).collect(), ingress: policy, egress: policy, revision: 1, audit: false }
+    EndpointImage {
+        addresses: CASTS.iter().map(|cast| cast.pod).collect(),
+        ingress: policy,
+        egress: policy,
+        revision: 1,
+        ..EndpointImage::default()
+    }
 }
 
 fn policies() -> Vec<MapOp> {
@@ -196,6 +202,8 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
             bench.denied(&name, &mut rows)?;
             bench.many_cidrs(&name, &mut rows)?;
             bench.many_flows(&name, &mut rows)?;
+            // What one pod opened counts against its cap, and 60,000 flows of each case do not fit one table.
+            rig.forget_flows()?;
         }
     }
     Ok(rows)

@@ -5,6 +5,7 @@ pub mod datapath;
 pub mod idle;
 mod idle_agent;
 pub mod logs;
+pub mod policy;
 pub mod pool;
 
 use serde::Serialize;

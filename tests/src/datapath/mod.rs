@@ -13,7 +13,7 @@ use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
 use stanchion_core::policy::image::{EndpointImage, MapOp, PolicyMaps as _, Slot};
 use stanchion_daemon::netpol::{KernelMaps, LoadOptions, Loaded, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
-    Config, Event, FlowEntry, FlowKey4, FlowKey6, Interface, LAYOUT_VERSION, direction, ipv4_word, ipv6_words, map_name,
+    Config, Event, FlowEntry, FlowKey4, FlowKey6, Interface, LAYOUT_VERSION, direction, flow_head, ipv4_word, ipv6_words, map_name,
 };
 
 /// The interface that test runs come from: loopback, which every namespace has.
@@ -69,8 +69,8 @@ impl Rig {
             if_index: IF_INDEX,
             slot: SLOT.0,
             flags: u8::from(image.addresses.len() > 2),
-            local4: u8::try_from(four.unwrap_or(0))?,
-            local6: u8::try_from(six.unwrap_or(0))?,
+            head4: flow_head(SLOT.0, u8::try_from(four.unwrap_or(0))?),
+            head6: flow_head(SLOT.0, u8::try_from(six.unwrap_or(0))?),
             ipv4: four.map_or(0, |at| match image.addresses[at] {
                 IpAddr::V4(a) => ipv4_word(a.octets()),
                 IpAddr::V6(_) => 0,
@@ -81,9 +81,9 @@ impl Rig {
             }),
             ..Interface::default()
         };
-        let mut map: Array<MapData, [u8; 32]> = Map::Array(self.pin(map_name::INTERFACES)?).try_into()?;
+        let mut map: Array<MapData, [u8; 40]> = Map::Array(self.pin(map_name::INTERFACES)?).try_into()?;
         // SAFETY: an ABI type without padding, of this size.
-        map.set(IF_INDEX, unsafe { std::mem::transmute::<Interface, [u8; 32]>(interface) }, 0)?;
+        map.set(IF_INDEX, unsafe { std::mem::transmute::<Interface, [u8; 40]>(interface) }, 0)?;
         self.apply(&[MapOp::SetEndpoint(SLOT, image.clone())])
     }
 
@@ -130,6 +130,27 @@ impl Rig {
     /// The kernel's.
     pub fn flows6(&self) -> anyhow::Result<HashMap<MapData, [u8; 24], [u8; 16]>> {
         Ok(Map::HashMap(self.pin(map_name::FLOWS6)?).try_into()?)
+    }
+
+    /// Empties the flow tables and the table of fragments.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forget_flows(&mut self) -> anyhow::Result<()> {
+        let (mut four, mut six) = (self.flows4()?, self.flows6()?);
+        let mut fragments: HashMap<MapData, [u8; 40], [u8; 8]> = Map::LruHashMap(self.pin(map_name::FRAGMENTS)?).try_into()?;
+        for key in four.keys().collect::<Result<Vec<_>, _>>()? {
+            four.remove(&key)?;
+        }
+        for key in six.keys().collect::<Result<Vec<_>, _>>()? {
+            six.remove(&key)?;
+        }
+        for key in fragments.keys().collect::<Result<Vec<_>, _>>()? {
+            fragments.remove(&key)?;
+        }
+        // The pod's count of them, as the agent settles it.
+        let mut inserted: Array<MapData, u64> = Map::Array(self.pin(map_name::FLOWS_INSERTED)?).try_into()?;
+        Ok(inserted.set(u32::from(SLOT.0), 0, 0)?)
     }
 
     /// The events since the ring was opened or emptied.

@@ -18,6 +18,7 @@ pub use go::parse_bool;
 
 use crate::metrics::insights::Selection;
 use crate::metrics::track::Figures;
+use crate::policy::engine::Source;
 
 /// Where a value came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -204,6 +205,8 @@ pub struct NetworkConfig {
     pub pod_mtu: u32,
     /// Enforcement of network policy.
     pub policy_mode: PolicyMode,
+    /// Which objects network policies are read from.
+    pub policy_source: Source,
     /// `net.ipv4.tcp_early_demux` is set to 0, so that the kubelet can probe pods with a branch ENI in strict mode.
     pub disable_tcp_early_demux: bool,
     /// Pods of an IPv6 cluster reach IPv4 destinations through the node's address.

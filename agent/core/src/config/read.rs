@@ -57,6 +57,7 @@ impl Config {
             eni_mtu,
             pod_mtu: r.mtu("POD_MTU", eni_mtu, pool.ipv6, "MTU of pods"),
             policy_mode: r.policy_mode(),
+            policy_source: r.policy_source(),
             disable_tcp_early_demux: r.bool("DISABLE_TCP_EARLY_DEMUX", false, "net.ipv4.tcp_early_demux is 0"),
             v4_egress: r.bool("ENABLE_V4_EGRESS", true, "pods of an IPv6 cluster reach IPv4 destinations"),
             v6_egress: r.bool("ENABLE_V6_EGRESS", false, "pods of an IPv4 cluster reach IPv6 destinations"),

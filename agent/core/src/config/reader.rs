@@ -13,6 +13,7 @@ use super::{
 };
 use crate::metrics::catalog::Preset;
 use crate::metrics::insights::Selection;
+use crate::policy::engine::Source;
 
 pub(super) struct Reader<'a> {
     get: &'a dyn Fn(&str) -> Option<String>,
@@ -225,6 +226,24 @@ impl<'a> Reader<'a> {
             _ => {
                 self.error(NAME, &text, "no such mode", "use none, standard or strict");
                 PolicyMode::Strict
+            }
+        }
+    }
+
+    pub(super) fn policy_source(&mut self) -> Source {
+        const NAME: &str = "NETWORK_POLICY_SOURCE";
+        let text = self.text(NAME, "policies", "where network policies are read: policies or policy-endpoints");
+        match text.to_ascii_lowercase().as_str() {
+            "policies" => Source::Policies,
+            "policy-endpoints" => Source::Endpoints,
+            _ => {
+                self.error(
+                    NAME,
+                    &text,
+                    "no such source",
+                    "use policies (NetworkPolicy objects) or policy-endpoints (PolicyEndpoint objects)",
+                );
+                Source::Policies
             }
         }
     }

@@ -12,6 +12,7 @@
 //! | [`insights`] | samples to Container Insights documents (EMF version 0) |
 //! | [`otlp`] | samples to OTLP metrics |
 //! | [`kubelet`] | what the kubelet's summary adds: containers' own files |
+//! | [`log_meter`] | bytes of logs by pod |
 //! | [`scrape`] | pods' Prometheus text to documents, by the CloudWatch agent's rules |
 //! | [`statsd`] | statsd packets to documents |
 //! | [`emf`] | documents of the two above |
@@ -32,6 +33,7 @@ pub mod insights;
 #[cfg(test)]
 mod insights_tests;
 pub mod kubelet;
+pub mod log_meter;
 pub mod model;
 pub mod otlp;
 pub mod pods;

@@ -12,9 +12,11 @@ use crate::cluster::ClusterState;
 use crate::ids::PodName;
 use crate::objects::Pod;
 
+use super::dns::Answer;
 use super::image::{EndpointImage, MapImage, MapOp, Slot};
 use super::intern::{Interned, Pairs, RuleName};
 use super::model::{Direction, Problem};
+use super::names::{Full, Names};
 use super::order::Meanings as _;
 use super::order::{Change, image_entries, moved, order};
 use super::subjects::{Stale, Subjects};
@@ -33,9 +35,22 @@ pub enum UnknownPod {
     Open,
 }
 
+/// Whose resolution of policies counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// NetworkPolicy and ClusterNetworkPolicy objects, resolved here.
+    #[default]
+    Policies,
+    /// PolicyEndpoint and ClusterPolicyEndpoint objects, as AWS's controller resolved them.
+    Endpoints,
+}
+
 /// What the engine is told once.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
+    /// Which objects policies are read from.
+    pub source: Source,
     /// The own node: traffic with its addresses always passes.
     pub node_name: String,
     /// Pods whose policies cannot be known.
@@ -76,6 +91,8 @@ struct Dirty {
     services: bool,
     pods: BTreeSet<PodName>,
     slots: BTreeSet<Slot>,
+    /// Addresses whose DNS names have changed.
+    named: BTreeSet<IpAddr>,
 }
 
 /// The policy compiler of one node.
@@ -97,11 +114,11 @@ impl Engine {
     /// Without a cluster and without pods.
     pub fn new(settings: Settings) -> Self {
         Self {
+            interned: Interned::new(settings.source),
             settings,
             cluster: None,
             local: BTreeMap::new(),
             bindings: BTreeMap::new(),
-            interned: Interned::default(),
             subjects: Subjects::default(),
             extra_node_addresses: Vec::new(),
             rebased: false,
@@ -117,6 +134,19 @@ impl Engine {
     /// What is wrong in the policies of the last snapshot.
     pub fn problems(&self) -> Vec<Problem> {
         self.interned.problems()
+    }
+
+    /// The policies that select each local pod, by slot.
+    pub fn policies(&self) -> BTreeMap<Slot, Vec<String>> {
+        let names = self.interned.policies_of_sets();
+        let of = |binding: &Binding| {
+            let sets = [binding.ingress, binding.egress].into_iter().flatten();
+            let mut all: Vec<String> = sets.filter_map(|set| names.get(&set)).flatten().cloned().collect();
+            all.sort_unstable();
+            all.dedup();
+            all
+        };
+        self.bindings.iter().map(|(slot, binding)| (*slot, of(binding))).collect()
     }
 
     /// The rule behind the number in a verdict; `None` for 0, the default of an isolated direction.
@@ -140,15 +170,19 @@ impl Engine {
                 services: true,
                 pods: cluster.pods.keys().cloned().collect(),
                 slots: self.local.keys().copied().collect(),
+                named: BTreeSet::new(),
             },
             Some(old) => Dirty {
                 policies: !same(&old.network_policies, &cluster.network_policies)
-                    || !same(&old.cluster_network_policies, &cluster.cluster_network_policies),
+                    || !same(&old.cluster_network_policies, &cluster.cluster_network_policies)
+                    || !same(&old.policy_endpoints, &cluster.policy_endpoints)
+                    || !same(&old.cluster_policy_endpoints, &cluster.cluster_policy_endpoints),
                 namespaces: !same(&old.namespaces, &cluster.namespaces),
                 nodes: !same(&old.nodes, &cluster.nodes),
                 services: !same(&old.services, &cluster.services) || !same(&old.endpoint_slices, &cluster.endpoint_slices),
                 pods: changed(&old.pods, &cluster.pods),
                 slots: BTreeSet::new(),
+                named: BTreeSet::new(),
             },
         };
         self.cluster = Some(Arc::clone(cluster));
@@ -175,6 +209,45 @@ impl Engine {
     pub fn remove_endpoint(&mut self, slot: Slot) -> Vec<MapOp> {
         let Some(gone) = self.local.remove(&slot) else { return Vec::new() };
         self.update(Dirty { pods: BTreeSet::from([gone.name]), slots: BTreeSet::from([slot]), ..Dirty::default() })
+    }
+
+    /// A pod got DNS answers at `now` (seconds). They count if an egress rule of its own speaks of the name: so a pod teaches
+    /// only names that policy lets it reach.
+    ///
+    /// # Errors
+    /// Too many names are known; what fitted is in the operations.
+    pub fn learn(&mut self, slot: Slot, answers: &[Answer], now: u64) -> (Vec<MapOp>, Result<(), Full>) {
+        let Some(set) = self.bindings.get(&slot).and_then(|binding| binding.egress) else { return (Vec::new(), Ok(())) };
+        let mut named = BTreeSet::new();
+        let mut result = Ok(());
+        for answer in answers.iter().filter(|answer| self.interned.speaks_of(set, &answer.name)) {
+            match self.subjects.names.learn(answer, now) {
+                Ok(true) => drop(named.insert(answer.address)),
+                Ok(false) => {}
+                Err(full) => result = Err(full),
+            }
+        }
+        let ops = if named.is_empty() { Vec::new() } else { self.update(Dirty { named, ..Dirty::default() }) };
+        (ops, result)
+    }
+
+    /// Names that an earlier agent knew, until a time in seconds each; before the first snapshot.
+    pub fn remember<'a>(&mut self, names: impl IntoIterator<Item = (IpAddr, &'a str, u64)>) {
+        for (address, name, until) in names {
+            // An earlier agent had the same bound.
+            let _no_room = self.subjects.names.keep(name, address, until);
+        }
+    }
+
+    /// Forgets names whose time has come at `now` (seconds), unless flows to their addresses are open.
+    pub fn forget(&mut self, now: u64, is_open: impl Fn(IpAddr) -> bool) -> Vec<MapOp> {
+        let named = self.subjects.names.expire(now, is_open);
+        if named.is_empty() { Vec::new() } else { self.update(Dirty { named, ..Dirty::default() }) }
+    }
+
+    /// What is known of names.
+    pub fn names(&self) -> &Names {
+        &self.subjects.names
     }
 
     /// The maps hold `image`, not what the engine believes: gives what is missing. At start, before the first snapshot,
@@ -210,7 +283,8 @@ impl Engine {
         if dirty.nodes {
             self.subjects.set_own_node(&cluster, &self.settings.node_name, &self.extra_node_addresses);
         }
-        let stale = Stale { namespaces: dirty.namespaces, nodes: dirty.nodes, services: dirty.services, pods: dirty.pods };
+        let Dirty { namespaces, nodes, services, pods, named, .. } = dirty;
+        let stale = Stale { namespaces, nodes, services, pods, named };
         self.subjects.update(&cluster, &self.local, &mut self.interned, &stale);
         self.write()
     }
@@ -230,7 +304,8 @@ impl Engine {
                     UnknownPod::Closed => (Some(self.interned.closed(Direction::Ingress)), Some(self.interned.closed(Direction::Egress))),
                 };
                 let revision = present.map_or(1, |image| image.revision + 1);
-                MapOp::SetEndpoint(slot, EndpointImage { addresses: local.addresses.clone(), ingress, egress, revision, audit: false })
+                let addresses = local.addresses.clone();
+                MapOp::SetEndpoint(slot, EndpointImage { addresses, ingress, egress, revision, audit: false, by_name: false })
             }
         };
         self.image.apply(&op);
@@ -261,6 +336,9 @@ impl Engine {
     /// From what the maps hold to what they are to hold.
     fn write(&mut self) -> Vec<MapOp> {
         let all = std::mem::take(&mut self.rebased);
+        if all {
+            self.recognise();
+        }
         let (mut added, mut removed) = self.interned.update_pairs(self.subjects.identities());
         if all {
             (added, removed) = self.compare_pairs();
@@ -283,6 +361,46 @@ impl Engine {
         }
         self.interned.forget_unused();
         ops
+    }
+
+    /// Gives what the maps already hold the numbers it has there: identities by the addresses that have them, policy sets by
+    /// the endpoints that have them if they say the same of every identity. What is not recognised keeps its new number.
+    fn recognise(&mut self) {
+        let identities = self.subjects.known_as(&self.image);
+        self.subjects.renumber(&identities);
+        self.interned.renumber(&identities, &BTreeMap::new());
+        let mut sets: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut taken: BTreeSet<u32> = BTreeSet::new();
+        for (slot, binding) in &self.bindings {
+            let Some(old) = self.image.endpoints.get(slot) else { continue };
+            for (before, after) in [(old.ingress, binding.ingress), (old.egress, binding.egress)] {
+                let (Some(before), Some(after)) = (before, after) else { continue };
+                if !sets.contains_key(&after) && !taken.contains(&before) && self.is_same_set(before, after) {
+                    sets.insert(after, before);
+                    taken.insert(before);
+                }
+            }
+        }
+        self.interned.renumber(&BTreeMap::new(), &sets);
+        let known = |set: Option<u32>| set.map(|set| sets.get(&set).copied().unwrap_or(set));
+        for binding in self.bindings.values_mut() {
+            *binding = Binding { ingress: known(binding.ingress), egress: known(binding.egress), ..*binding };
+        }
+    }
+
+    /// Whether the maps say under the number `before` what the set `after` says, of every identity that the maps have.
+    fn is_same_set(&self, before: u32, after: u32) -> bool {
+        let Some(direction) = self.interned.direction(after) else { return false };
+        let known: BTreeSet<u32> = self.image.addresses.values().chain(self.image.cidrs.values()).copied().collect();
+        let identities = self.subjects.identities().into_iter().filter(|identity| known.contains(identity)).chain([0]);
+        let same = |identity| {
+            let mut entries = self.interned.entries(after, identity)?;
+            let mut there = image_entries(&self.image, before, identity, direction);
+            entries.sort_unstable();
+            there.sort_unstable();
+            Some(entries == there)
+        };
+        identities.into_iter().all(|identity| same(identity) == Some(true))
     }
 
     /// Pairs that the image lacks, and pairs that it should not have.
@@ -314,6 +432,7 @@ impl Engine {
                 egress: binding.egress,
                 revision: old.map_or(1, |old| old.revision),
                 audit: binding.audit,
+                by_name: binding.egress.is_some_and(|set| self.interned.is_by_name(set)),
             };
             if let Some(old) = old {
                 let mut revokes = |before, after| *known.entry((before, after)).or_insert_with(|| self.revokes(before, after, moved));

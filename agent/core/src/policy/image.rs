@@ -24,6 +24,8 @@ pub struct EndpointImage {
     pub revision: u32,
     /// Report what would be denied, deny nothing.
     pub audit: bool,
+    /// Its egress rules speak of DNS names: the answers it gets are of interest.
+    pub by_name: bool,
 }
 
 /// Everything that the maps hold. A policy set is immutable once an endpoint points at it, unless the change is

@@ -8,13 +8,14 @@ use crate::cluster::{ClusterState, Named, Namespaced};
 use crate::ids::PodName;
 use crate::objects::{NetworkPolicy, Pod, Protocol};
 
+use super::engine::Source;
 use super::image::MapImage;
 use super::model::{Direction, Peer, Peers, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Tier, ordered_rules};
-use super::objects::ClusterNetworkPolicy;
+use super::objects::{ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
 use super::order::Meanings;
 use super::ports::{Decision, Entry, PortFunction};
 use super::program::{Program, ProgramPorts, ProgramRule, Signature};
-use super::{resolve, world};
+use super::{resolve, resolved, world};
 
 /// Pairs of numbers: of a policy set and an identity, or of two identities.
 pub(super) type Pairs = BTreeSet<(u32, u32)>;
@@ -62,17 +63,22 @@ struct SetKey {
 struct Sources {
     network: Namespaced<NetworkPolicy>,
     cluster: Named<ClusterNetworkPolicy>,
+    endpoints: Namespaced<PolicyEndpoint>,
+    cluster_endpoints: Named<ClusterPolicyEndpoint>,
 }
 
 /// Everything interned.
 #[derive(Debug, Default)]
 pub(super) struct Interned {
+    source: Source,
     last: u32,
     sources: Sources,
     network: BTreeMap<PodName, Version>,
-    cluster: BTreeMap<String, Option<Version>>,
+    cluster: BTreeMap<String, Version>,
     cluster_problems: BTreeMap<String, Vec<Problem>>,
-    by_namespace: HashMap<String, Vec<PodName>>,
+    /// About objects that the source makes useless.
+    unused: Vec<Problem>,
+    by_namespace: HashMap<String, BTreeSet<PodName>>,
     sets: HashMap<SetKey, u32>,
     programs: HashMap<u32, Arc<Program>>,
     in_use: BTreeSet<u32>,
@@ -99,9 +105,16 @@ pub(super) struct Active {
     pub(super) names: BTreeSet<u32>,
     /// Some endpoint's egress is judged: service addresses matter.
     pub(super) egress: bool,
+    /// Some peer is a DNS name.
+    pub(super) by_name: bool,
 }
 
 impl Interned {
+    /// Empty, to be filled from one source.
+    pub(super) fn new(source: Source) -> Self {
+        Self { source, ..Self::default() }
+    }
+
     fn next(&mut self) -> u32 {
         self.last += 1;
         self.last
@@ -117,59 +130,105 @@ impl Interned {
 
     /// Resolves the policies whose objects changed.
     pub(super) fn resolve(&mut self, cluster: &ClusterState) {
-        let mut regroup = false;
-        for name in super::engine::changed(&self.sources.network, &cluster.network_policies) {
-            let Some(object) = cluster.network_policies.get(&name) else {
-                self.network.remove(&name);
-                regroup = true;
-                continue;
-            };
-            let mut problems = Vec::new();
-            let policy = resolve::network_policy(object, &mut problems);
-            match self.network.get_mut(&name) {
-                Some(version) if *version.policy == policy => version.problems = problems,
-                _ => {
-                    let number = self.next();
-                    self.network.insert(name, Version { number, policy: Arc::new(policy), problems });
-                    regroup = true;
+        match self.source {
+            Source::Policies => {
+                for name in super::engine::changed(&self.sources.network, &cluster.network_policies) {
+                    let mut problems = Vec::new();
+                    let policy = cluster.network_policies.get(&name).map(|object| resolve::network_policy(object, &mut problems));
+                    self.put_network(name, policy, problems);
+                }
+                for name in super::engine::changed(&self.sources.cluster, &cluster.cluster_network_policies) {
+                    let mut problems = Vec::new();
+                    let object = cluster.cluster_network_policies.get(&name);
+                    let policy = object.and_then(|object| resolve::cluster_network_policy(object, &mut problems));
+                    self.put_cluster(name, policy, problems);
+                }
+                if !same_keys(&self.sources.endpoints, &cluster.policy_endpoints)
+                    || !same_keys(&self.sources.network, &cluster.network_policies)
+                    || !same_keys(&self.sources.cluster_endpoints, &cluster.cluster_policy_endpoints)
+                    || !same_keys(&self.sources.cluster, &cluster.cluster_network_policies)
+                {
+                    self.unused = resolved::unused(cluster);
+                }
+            }
+            Source::Endpoints => {
+                let changed = super::engine::changed(&self.sources.endpoints, &cluster.policy_endpoints);
+                let objects = changed.iter().flat_map(|name| [&self.sources.endpoints, &cluster.policy_endpoints].map(|all| all.get(name)));
+                let policies: BTreeSet<PodName> = objects.flatten().map(|object| resolved::policy_of(object)).collect();
+                for (name, policy, problems) in resolved::network_policies(cluster, &policies) {
+                    self.put_network(name, policy, problems);
+                }
+                let changed = super::engine::changed(&self.sources.cluster_endpoints, &cluster.cluster_policy_endpoints);
+                let objects = changed
+                    .iter()
+                    .flat_map(|name| [&self.sources.cluster_endpoints, &cluster.cluster_policy_endpoints].map(|all| all.get(name)));
+                let policies: BTreeSet<String> = objects.flatten().map(|object| object.spec.policy_ref.name.clone()).collect();
+                for (name, policy, problems) in resolved::cluster_policies(cluster, &policies) {
+                    self.put_cluster(name, policy, problems);
                 }
             }
         }
-        for name in super::engine::changed(&self.sources.cluster, &cluster.cluster_network_policies) {
-            self.cluster_problems.remove(&name);
-            let Some(object) = cluster.cluster_network_policies.get(&name) else {
-                self.cluster.remove(&name);
-                continue;
-            };
-            let mut problems = Vec::new();
-            let policy = resolve::cluster_network_policy(object, &mut problems);
-            let unchanged = matches!((self.cluster.get(&name), &policy), (Some(Some(version)), Some(policy)) if *version.policy == *policy);
-            if !unchanged {
+        self.sources = Sources {
+            network: cluster.network_policies.clone(),
+            cluster: cluster.cluster_network_policies.clone(),
+            endpoints: cluster.policy_endpoints.clone(),
+            cluster_endpoints: cluster.cluster_policy_endpoints.clone(),
+        };
+    }
+
+    fn put_network(&mut self, name: PodName, policy: Option<Policy>, problems: Vec<Problem>) {
+        let Some(policy) = policy else {
+            self.network.remove(&name);
+            if let Some(names) = self.by_namespace.get_mut(&name.namespace) {
+                names.remove(&name);
+            }
+            return;
+        };
+        match self.network.get_mut(&name) {
+            Some(version) if *version.policy == policy => version.problems = problems,
+            _ => {
                 let number = self.next();
-                let version = policy.map(|policy| Version { number, policy: Arc::new(policy), problems: Vec::new() });
-                self.cluster.insert(name.clone(), version);
-            }
-            self.cluster_problems.insert(name, problems);
-        }
-        if regroup {
-            self.by_namespace.clear();
-            for name in self.network.keys() {
-                self.by_namespace.entry(name.namespace.clone()).or_default().push(name.clone());
+                self.by_namespace.entry(name.namespace.clone()).or_default().insert(name.clone());
+                self.network.insert(name, Version { number, policy: Arc::new(policy), problems });
             }
         }
-        self.sources = Sources { network: cluster.network_policies.clone(), cluster: cluster.cluster_network_policies.clone() };
+    }
+
+    fn put_cluster(&mut self, name: String, policy: Option<Policy>, problems: Vec<Problem>) {
+        let unchanged = matches!((self.cluster.get(&name), &policy), (Some(version), Some(policy)) if *version.policy == *policy);
+        match policy {
+            Some(_) if unchanged => {}
+            Some(policy) => {
+                let number = self.next();
+                self.cluster.insert(name.clone(), Version { number, policy: Arc::new(policy), problems: Vec::new() });
+            }
+            None => drop(self.cluster.remove(&name)),
+        }
+        if problems.is_empty() {
+            self.cluster_problems.remove(&name)
+        } else {
+            self.cluster_problems.insert(name, problems)
+        };
     }
 
     pub(super) fn problems(&self) -> Vec<Problem> {
         let network = self.network.values().flat_map(|version| &version.problems);
-        network.chain(self.cluster_problems.values().flatten()).cloned().collect()
+        network.chain(self.cluster_problems.values().flatten()).chain(&self.unused).cloned().collect()
+    }
+
+    /// Names of the policies in each set.
+    pub(super) fn policies_of_sets(&self) -> HashMap<u32, Vec<String>> {
+        let versions = self.network.values().chain(self.cluster.values());
+        let names: HashMap<u32, String> = versions.map(|version| (version.number, version.policy.name.to_string())).collect();
+        let of = |key: &SetKey| key.policies.iter().flatten().filter_map(|number| names.get(number)).cloned().collect();
+        self.sets.iter().map(|(key, id)| (*id, of(key))).collect()
     }
 
     /// The set of the policies that select the pod; `None`: the direction is not judged.
     pub(super) fn set_of(&mut self, cluster: &ClusterState, pod: &Pod, direction: Direction) -> Option<u32> {
         let namespaced = self.by_namespace.get(&pod.metadata.namespace).into_iter().flatten().map(|name| &self.network[name]);
         let versions: Vec<(u32, Arc<Policy>)> = namespaced
-            .chain(self.cluster.values().flatten())
+            .chain(self.cluster.values())
             .filter(|version| version.policy.rules(direction).is_some() && world::selects(cluster, &version.policy, pod))
             .map(|version| (version.number, Arc::clone(&version.policy)))
             .collect();
@@ -207,7 +266,9 @@ impl Interned {
             let rules = ordered_rules(policies, tier, direction)?;
             Some(rules.into_iter().map(|(policy, rule)| self.compile_rule(policy, rule, direction, own)).collect::<Vec<_>>())
         });
-        Program::new(direction, admin.unwrap_or_default(), namespace, baseline.unwrap_or_default())
+        let mut program = Program::new(direction, admin.unwrap_or_default(), namespace, baseline.unwrap_or_default());
+        program.by_name = program.terms().iter().any(|term| is_by_name(&self.term_peers[term]));
+        program
     }
 
     fn compile_rule(&mut self, policy: &Policy, rule: &Rule, direction: Direction, own: &[(String, Protocol, u16)]) -> ProgramRule {
@@ -284,10 +345,22 @@ impl Interned {
             active.terms.extend(program.terms());
             active.names.extend(program.names());
             active.egress |= program.direction == Direction::Egress;
+            active.by_name |= program.by_name;
         }
         let changed = active != self.active;
         self.active = active;
         changed
+    }
+
+    /// Whether the set has peers that are DNS names.
+    pub(super) fn is_by_name(&self, set: u32) -> bool {
+        self.programs.get(&set).is_some_and(|program| program.by_name)
+    }
+
+    /// Whether a rule of the set is about the DNS name.
+    pub(super) fn speaks_of(&self, set: u32, name: &str) -> bool {
+        let peers = self.programs.get(&set).into_iter().flat_map(|program| program.terms()).flat_map(|term| self.term_peers[term].iter());
+        peers.into_iter().any(|peer| matches!(peer, Peer::Domain(pattern) if pattern.matches(name)))
     }
 
     pub(super) fn active(&self) -> &Active {
@@ -297,6 +370,28 @@ impl Interned {
     /// Peer lists that sets in use ask about.
     pub(super) fn active_terms(&self) -> impl Iterator<Item = (u32, &[Peer])> {
         self.active.terms.iter().map(|term| (*term, &*self.term_peers[term]))
+    }
+
+    /// A peer list that a set in use asks about.
+    pub(super) fn peers(&self, term: u32) -> &[Peer] {
+        self.term_peers.get(&term).map_or(&[], |peers| peers)
+    }
+
+    /// Whether some of the peer lists have address blocks; so do those that are forgotten, as far as one knows.
+    pub(super) fn has_blocks(&self, terms: &BTreeSet<u32>) -> bool {
+        let has = |peers: &Arc<[Peer]>| peers.iter().any(|peer| matches!(peer, Peer::Block { .. }));
+        terms.iter().any(|term| self.term_peers.get(term).is_none_or(has))
+    }
+
+    /// Identities of addresses that are in one of the peer lists, and of services whose backends are.
+    pub(super) fn identities_with(&self, terms: &BTreeSet<u32>) -> BTreeSet<u32> {
+        let holds = |signature: &Signature| signature.terms.iter().any(|term| terms.contains(term));
+        let direct: BTreeSet<u32> = self.identities.iter().filter(|(_, signature)| holds(signature)).map(|(id, _)| *id).collect();
+        let behind = |signature: &Signature| {
+            signature.services.iter().flat_map(|service| &service.backends).any(|(backend, _)| direct.contains(backend))
+        };
+        let services = self.identities.iter().filter(|(_, signature)| behind(signature)).map(|(id, _)| *id);
+        direct.iter().copied().chain(services).collect()
     }
 
     /// The number of a port name that egress rules use.
@@ -317,6 +412,28 @@ impl Interned {
         self.signatures.insert(Arc::clone(&signature), id);
         self.identities.insert(id, signature);
         id
+    }
+
+    /// Other numbers for identities and policy sets; what is not named keeps its own.
+    pub(super) fn renumber(&mut self, identities: &BTreeMap<u32, u32>, sets: &BTreeMap<u32, u32>) {
+        let identity = |id: u32| identities.get(&id).copied().unwrap_or(id);
+        let set = |id: u32| sets.get(&id).copied().unwrap_or(id);
+        let signatures = std::mem::take(&mut self.identities).into_iter().map(|(id, signature)| {
+            let mut signature = Arc::unwrap_or_clone(signature);
+            for service in &mut signature.services {
+                service.backends.iter_mut().for_each(|(backend, _)| *backend = identity(*backend));
+                service.backends.sort_unstable();
+            }
+            (identity(id), Arc::new(signature))
+        });
+        self.identities = signatures.collect();
+        self.signatures = self.identities.iter().map(|(id, signature)| (Arc::clone(signature), *id)).collect();
+        self.paired = std::mem::take(&mut self.paired).into_iter().map(identity).collect();
+        let pairs = std::mem::take(&mut self.pairs).into_iter();
+        self.pairs = pairs.map(|(id, paired)| (set(id), paired.into_iter().map(identity).collect())).collect();
+        self.sets.values_mut().for_each(|id| *id = set(*id));
+        self.programs = std::mem::take(&mut self.programs).into_iter().map(|(id, program)| (set(id), program)).collect();
+        self.in_use = std::mem::take(&mut self.in_use).into_iter().map(set).collect();
     }
 
     fn signature(&self, identity: u32) -> &Signature {
@@ -412,6 +529,14 @@ impl Meanings for Interned {
     fn identities_of(&self, set: u32) -> Vec<u32> {
         self.pairs.get(&set).into_iter().flatten().copied().collect()
     }
+}
+
+fn same_keys<K: Ord, T>(left: &BTreeMap<K, T>, right: &BTreeMap<K, T>) -> bool {
+    left.len() == right.len() && left.keys().eq(right.keys())
+}
+
+fn is_by_name(peers: &[Peer]) -> bool {
+    peers.iter().any(|peer| matches!(peer, Peer::Domain(_)))
 }
 
 /// The pod's own ports that ingress rules name.

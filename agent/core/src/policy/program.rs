@@ -76,6 +76,8 @@ pub(super) struct Program {
     terms: Vec<u32>,
     /// Port names to look up on peers, sorted.
     names: Vec<u32>,
+    /// Some peer is a DNS name.
+    pub(super) by_name: bool,
     /// What it says of a peer that is nothing to it.
     pub(super) wildcard: PortFunction<Decision>,
 }
@@ -99,7 +101,7 @@ impl Program {
             list.dedup();
         }
         let wildcard = PortFunction::constant(Decision::DENY);
-        let mut program = Self { direction, admin, namespace, baseline, terms, names, wildcard };
+        let mut program = Self { direction, admin, namespace, baseline, terms, names, by_name: false, wildcard };
         program.wildcard = program.decide_address(&[], &[]);
         program
     }
@@ -139,22 +141,18 @@ impl Program {
         function
     }
 
-    /// A service port is open if whatever backend is chosen is open: the choice falls after the check.
+    /// A service port is open if whatever backend is chosen is open: the choice falls after the check. The rule named is the
+    /// least, so that it does not depend on the numbers of identities.
     fn decide_backends<'a>(&self, service: &ServicePort, signature_of: &impl Fn(u32) -> &'a Signature) -> Decision {
-        let mut allowed = None;
-        for (identity, target) in &service.backends {
+        let decisions = service.backends.iter().map(|(identity, target)| {
             if *identity == OWN_NODE {
-                allowed = allowed.or(Some(Decision::ALLOW));
-                continue;
+                return Decision::ALLOW;
             }
             let backend = signature_of(*identity);
-            let decision = self.decide_address(&backend.terms, &backend.named).at(service.protocol, *target);
-            if !decision.allow {
-                return decision;
-            }
-            allowed = allowed.or(Some(decision));
-        }
-        allowed.unwrap_or(Decision::DENY)
+            self.decide_address(&backend.terms, &backend.named).at(service.protocol, *target)
+        });
+        // Denials come before permissions in the order of decisions.
+        decisions.min().unwrap_or(Decision::DENY)
     }
 
     fn decide_address(&self, terms: &[u32], named: &[(u32, Protocol, u16)]) -> PortFunction<Decision> {

@@ -8,11 +8,13 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::engine::Source;
 use super::model::{
     Action, Direction, DomainPattern, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Subject,
     Tier,
 };
 use super::objects::{AwsPort, ClusterNetworkPolicy, ClusterPeer, ClusterProtocol, ClusterRule, ClusterSubject, DestinationPort};
+use super::resolved;
 use crate::cluster::ClusterState;
 use crate::objects::{IntOrString, IpBlock, LabelSelector, NetworkPolicy, PolicyPeer, PolicyPort, Protocol};
 
@@ -28,13 +30,13 @@ const CLOSED: &str = "the rule denies everything in its direction";
 const IGNORED: &str = "the policy is not applied";
 
 /// Collects problems of one object.
-struct Report<'a> {
-    policy: &'a PolicyName,
-    problems: &'a mut Vec<Problem>,
+pub(super) struct Report<'a> {
+    pub(super) policy: &'a PolicyName,
+    pub(super) problems: &'a mut Vec<Problem>,
 }
 
 impl Report<'_> {
-    fn tell(&mut self, field: String, problem: String, consequence: &'static str, remedy: &'static str) {
+    pub(super) fn tell(&mut self, field: String, problem: String, consequence: &'static str, remedy: &'static str) {
         self.problems.push(Problem { policy: self.policy.clone(), field, problem, consequence, remedy });
     }
 }
@@ -191,7 +193,7 @@ pub fn cluster_network_policy(object: &ClusterNetworkPolicy, problems: &mut Vec<
     Some(Policy { name: name.clone(), tier, priority: object.spec.priority, subject: Subject::Pods(subject), ingress, egress })
 }
 
-fn tier(report: &mut Report<'_>, text: &str) -> Option<Tier> {
+pub(super) fn tier(report: &mut Report<'_>, text: &str) -> Option<Tier> {
     match text {
         "Admin" => Some(Tier::Admin),
         "Baseline" => Some(Tier::Baseline),
@@ -387,8 +389,12 @@ fn aws_ports(entry: &AwsPort, resolved: &mut Vec<PortMatch>) -> bool {
     true
 }
 
-/// Every policy of a snapshot.
-pub fn all(cluster: &ClusterState, problems: &mut Vec<Problem>) -> Vec<Policy> {
+/// Every policy of a snapshot, by one source.
+pub fn all(cluster: &ClusterState, source: Source, problems: &mut Vec<Problem>) -> Vec<Policy> {
+    if source == Source::Endpoints {
+        return resolved::all(cluster, problems);
+    }
+    problems.extend(resolved::unused(cluster));
     let mut policies: Vec<Policy> = cluster.network_policies.values().map(|object| network_policy(object, problems)).collect();
     policies.extend(cluster.cluster_network_policies.values().filter_map(|object| cluster_network_policy(object, problems)));
     policies

@@ -15,6 +15,7 @@ use super::engine::LocalPod;
 use super::image::{MapImage, Slot};
 use super::intern::{Active, Interned};
 use super::model::{NamespaceMatch, Peer};
+use super::names::Names;
 use super::program::{OWN_NODE, ServicePort, Signature};
 use super::world::{self, ServicePortBackends};
 
@@ -24,15 +25,20 @@ pub(super) struct Stale {
     pub(super) nodes: bool,
     pub(super) services: bool,
     pub(super) pods: BTreeSet<PodName>,
+    pub(super) named: BTreeSet<IpAddr>,
 }
 
 /// Identities of addresses.
 #[derive(Debug, Default)]
 pub(super) struct Subjects {
+    /// What DNS answers said.
+    pub(super) names: Names,
     own_node: Vec<IpAddr>,
     asked: Active,
     /// Addresses of networked pods.
     pods: HashMap<PodName, Vec<IpAddr>>,
+    /// The same pods by namespace.
+    in_namespace: HashMap<String, BTreeSet<PodName>>,
     /// Pods that claim an address, and which local pod has it.
     claims: HashMap<IpAddr, Vec<PodName>>,
     local: HashMap<IpAddr, LocalPod>,
@@ -66,16 +72,16 @@ impl Subjects {
 
     /// Brings every identity up to date.
     pub(super) fn update(&mut self, cluster: &ClusterState, local: &BTreeMap<Slot, LocalPod>, interned: &mut Interned, stale: &Stale) {
-        let reshaped = self.asked != *interned.active();
-        if reshaped {
-            self.asked = interned.active().clone();
-            self.classes = Classes::new(interned.active_terms());
-            self.set_cidrs(interned);
+        let mut dirty: BTreeSet<IpAddr> = BTreeSet::new();
+        let asked = interned.active().clone();
+        if self.asked != asked {
+            let before = std::mem::replace(&mut self.asked, asked);
+            self.peers.clear();
+            self.reshape(cluster, interned, &before, &mut dirty);
         }
-        if reshaped || stale.namespaces {
+        if stale.namespaces {
             self.peers.clear();
         }
-        let mut dirty: BTreeSet<IpAddr> = BTreeSet::new();
         self.local = local.values().flat_map(|pod| pod.addresses.iter().map(|address| (*address, pod.clone()))).collect();
         for name in &stale.pods {
             self.claim(cluster, local, name, &mut dirty);
@@ -93,11 +99,10 @@ impl Subjects {
         if stale.services || stale.nodes {
             self.set_services(cluster, &mut dirty);
         }
-        if reshaped || stale.namespaces {
-            dirty.extend(self.claims.keys());
-            dirty.extend(self.nodes.keys());
-            dirty.extend(self.services.keys());
+        if stale.namespaces {
+            self.everything(&mut dirty);
         }
+        dirty.extend(&stale.named);
         // Service addresses last: they are made of the identities of others.
         let fronts: Vec<IpAddr> = dirty.iter().filter_map(|address| self.fronts.get(address)).flatten().copied().collect();
         dirty.extend(fronts);
@@ -105,10 +110,64 @@ impl Subjects {
         for address in others.into_iter().chain(services) {
             let is_subject =
                 self.claims.contains_key(&address) || self.nodes.contains_key(&address) || self.services.contains_key(&address);
+            let is_subject = is_subject || (self.asked.by_name && self.names.of(address).next().is_some());
             // What is nobody's any more is what its block is.
             let signature = if is_subject { self.signature(cluster, interned, address) } else { Signature::default() };
             let identity = interned.identity(signature);
             self.set_exact(address, identity);
+        }
+    }
+
+    fn everything(&self, dirty: &mut BTreeSet<IpAddr>) {
+        dirty.extend(self.claims.keys());
+        dirty.extend(self.nodes.keys());
+        dirty.extend(self.services.keys());
+        dirty.extend(self.names.addresses());
+    }
+
+    /// Other peer lists are asked about than before: notes the addresses that are in one that came or went. A pod's start
+    /// brings a few lists; most addresses are in none of these, and are not looked at.
+    fn reshape(&mut self, cluster: &ClusterState, interned: &mut Interned, before: &Active, dirty: &mut BTreeSet<IpAddr>) {
+        if before.names != self.asked.names || before.egress != self.asked.egress || before.by_name != self.asked.by_name {
+            self.everything(dirty);
+        }
+        // Of lists that went nothing but the signatures is left.
+        let gone: BTreeSet<u32> = before.terms.difference(&self.asked.terms).copied().collect();
+        if !gone.is_empty() {
+            let concerned = interned.identities_with(&gone);
+            dirty.extend(self.exact.iter().filter(|(_, identity)| concerned.contains(identity)).map(|(address, _)| *address));
+        }
+        let mut blocks = interned.has_blocks(&gone);
+        let come: Vec<u32> = self.asked.terms.difference(&before.terms).copied().collect();
+        for peer in come.iter().flat_map(|term| interned.peers(*term)) {
+            match peer {
+                Peer::Pods(wanted) => {
+                    let meant = |namespace: &&String| match &wanted.namespaces {
+                        NamespaceMatch::Name(name) => name == *namespace,
+                        NamespaceMatch::Labels(selector) => selector.matches(world::namespace_labels(cluster, namespace)),
+                    };
+                    for namespace in self.in_namespace.keys().filter(meant) {
+                        let matching = self.in_namespace[namespace]
+                            .iter()
+                            .filter(|name| cluster.pods.get(*name).is_some_and(|pod| wanted.pods.matches(&pod.metadata.labels)));
+                        dirty.extend(matching.filter_map(|name| self.pods.get(name)).flatten());
+                    }
+                }
+                Peer::Block { net, .. } => {
+                    blocks = true;
+                    let subjects = self.claims.keys().chain(self.nodes.keys()).chain(self.services.keys());
+                    dirty.extend(subjects.filter(|address| net.contains(*address)));
+                    dirty.extend(self.names.addresses().filter(|address| net.contains(address)));
+                    // Not a subject, but what is behind one.
+                    dirty.extend(self.fronts.keys().filter(|address| net.contains(*address)));
+                }
+                Peer::Nodes(_) => dirty.extend(self.nodes.keys()),
+                Peer::Domain(_) => dirty.extend(self.names.addresses()),
+            }
+        }
+        if blocks {
+            self.classes = Classes::new(interned.active_terms());
+            self.set_cidrs(interned);
         }
     }
 
@@ -122,7 +181,18 @@ impl Subjects {
         addresses.extend(locals.iter().flat_map(|pod| &pod.addresses));
         addresses.sort_unstable();
         addresses.dedup();
-        let before = if addresses.is_empty() { self.pods.remove(name) } else { self.pods.insert(name.clone(), addresses.clone()) };
+        let before = if addresses.is_empty() {
+            if let Some(names) = self.in_namespace.get_mut(&name.namespace) {
+                names.remove(name);
+                if names.is_empty() {
+                    self.in_namespace.remove(&name.namespace);
+                }
+            }
+            self.pods.remove(name)
+        } else {
+            self.in_namespace.entry(name.namespace.clone()).or_default().insert(name.clone());
+            self.pods.insert(name.clone(), addresses.clone())
+        };
         for address in before.into_iter().flatten() {
             if let Some(claims) = self.claims.get_mut(&address) {
                 claims.retain(|claim| claim != name);
@@ -180,6 +250,14 @@ impl Subjects {
                     names.iter().filter_map(|name| cluster.nodes.get(name)).any(|node| selector.matches(&node.metadata.labels))
                 };
                 if peers.iter().any(|peer| matches!(peer, Peer::Nodes(selector) if holds(selector))) {
+                    signature.terms.push(term);
+                }
+            }
+        }
+        if self.asked.by_name {
+            for (term, peers) in interned.active_terms() {
+                let holds = |peer: &Peer| matches!(peer, Peer::Domain(pattern) if self.names.of(address).any(|name| pattern.matches(name)));
+                if peers.iter().any(holds) {
                     signature.terms.push(term);
                 }
             }
@@ -287,6 +365,30 @@ impl Subjects {
     /// Identities that some address has.
     pub(super) fn identities(&self) -> BTreeSet<u32> {
         self.counts.keys().copied().collect()
+    }
+
+    /// New identities with the numbers that the same addresses have in an image from before a restart. One to one: the
+    /// first address decides.
+    pub(super) fn known_as(&self, image: &MapImage) -> BTreeMap<u32, u32> {
+        let mut known = BTreeMap::new();
+        let mut taken: BTreeSet<u32> = BTreeSet::new();
+        let exact = self.exact.iter().map(|(address, new)| (*new, image.addresses.get(address)));
+        let blocks = self.cidrs.iter().map(|(net, new)| (*new, image.cidrs.get(net)));
+        for (new, old) in exact.chain(blocks) {
+            let Some(old) = old.copied().filter(|old| *old != 0 && new != 0) else { continue };
+            if !known.contains_key(&new) && taken.insert(old) {
+                known.insert(new, old);
+            }
+        }
+        known
+    }
+
+    /// Other numbers for identities; what is not named keeps its own.
+    pub(super) fn renumber(&mut self, identities: &BTreeMap<u32, u32>) {
+        let known = |identity: u32| identities.get(&identity).copied().unwrap_or(identity);
+        self.exact.values_mut().for_each(|identity| *identity = known(*identity));
+        self.cidrs.values_mut().for_each(|identity| *identity = known(*identity));
+        self.counts = std::mem::take(&mut self.counts).into_iter().map(|(identity, count)| (known(identity), count)).collect();
     }
 
     /// Exact entries that differ from the image's; all of them or those touched since the last call.

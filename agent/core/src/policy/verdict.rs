@@ -12,9 +12,11 @@ use crate::cluster::ClusterState;
 use crate::ids::PodName;
 use crate::objects::{Pod, Protocol};
 
+use super::engine::Source;
 use super::model::{
     Action, Direction, PacketProtocol, Peer, Peers, Policy, PortMatch, Ports, Problem, Rule, Tier, ordered_rules, protocol_name,
 };
+use super::names::Names;
 use super::resolve;
 use super::world::{self, ServicePortBackends};
 
@@ -137,6 +139,8 @@ pub struct Evaluator<'a> {
     services: BTreeMap<IpAddr, Vec<ServicePortBackends>>,
     owners: HashMap<IpAddr, &'a Arc<Pod>>,
     selected: RefCell<HashMap<(PodName, Direction), Selected>>,
+    /// Names of addresses, as DNS answers gave them.
+    names: Names,
     /// What is wrong in the policies.
     pub problems: Vec<Problem>,
 }
@@ -150,10 +154,10 @@ struct Party<'a> {
 }
 
 impl<'a> Evaluator<'a> {
-    /// Reads the policies of a snapshot.
-    pub fn new(cluster: &'a ClusterState) -> Self {
+    /// Reads the policies of a snapshot from one source. Where rules speak of DNS names, `names` says what these are.
+    pub fn new(cluster: &'a ClusterState, source: Source, names: Names) -> Self {
         let mut problems = Vec::new();
-        let policies = resolve::all(cluster, &mut problems);
+        let policies = resolve::all(cluster, source, &mut problems);
         let mut owners: HashMap<IpAddr, &Arc<Pod>> = HashMap::new();
         for pod in cluster.pods.values().filter(|pod| world::is_networked(pod)) {
             for address in world::addresses(pod) {
@@ -164,7 +168,7 @@ impl<'a> Evaluator<'a> {
             }
         }
         let services = world::service_addresses(cluster);
-        Self { cluster, policies, services, owners, selected: RefCell::default(), problems }
+        Self { cluster, policies, services, owners, selected: RefCell::default(), names, problems }
     }
 
     /// The verdict on a new connection's first packet. `port` is 0 for protocols without ports.
@@ -181,6 +185,13 @@ impl<'a> Evaluator<'a> {
             ),
         };
         Ok(Verdict { allowed: egress.allowed && ingress.allowed, ingress, egress })
+    }
+
+    /// Whether some rule speaks of DNS names.
+    pub fn is_by_name(&self) -> bool {
+        let rules = self.policies.iter().flat_map(|policy| policy.rules(Direction::Egress)).flatten();
+        let mut lists = rules.filter_map(|rule| if let Peers::List(peers) = &rule.peers { Some(peers) } else { None });
+        lists.any(|peers| peers.iter().any(|peer| matches!(peer, Peer::Domain(_))))
     }
 
     fn party(&self, end: &End, family: u8) -> Result<Party<'a>, NoVerdict> {
@@ -365,8 +376,7 @@ impl Question<'_, '_> {
             Peer::Nodes(selector) => {
                 cluster.nodes.values().any(|node| selector.matches(&node.metadata.labels) && node.ip_addresses().any(|a| a == address))
             }
-            // Which addresses a name has is learnt from the pods' own DNS answers; a snapshot has none.
-            Peer::Domain(_) => false,
+            Peer::Domain(pattern) => self.evaluator.names.of(address).any(|name| pattern.matches(name)),
         }
     }
 

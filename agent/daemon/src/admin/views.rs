@@ -148,23 +148,13 @@ impl Views {
     /// Policies that select pods of this node, and each pod's state.
     pub async fn policy(&self, pod: &str) -> Option<Value> {
         let snapshot = self.netpol_snapshot().await?;
-        let cluster = self.cluster.latest();
         let endpoints: Vec<Value> = snapshot
             .endpoints
             .iter()
             .filter(|endpoint| pod.is_empty() || endpoint.pod.to_string() == pod)
-            .map(|endpoint| {
-                let labels = cluster.pods.get(&endpoint.pod).map(|p| p.metadata.labels.clone()).unwrap_or_default();
-                let policies: Vec<String> = cluster
-                    .network_policies
-                    .values()
-                    .filter(|policy| policy.metadata.namespace == endpoint.pod.namespace && policy.spec.pod_selector.matches(&labels))
-                    .map(|policy| format!("{}/{}", policy.metadata.namespace, policy.metadata.name))
-                    .collect();
-                json!({"endpoint": endpoint, "policies": policies})
-            })
+            .map(|endpoint| json!({"endpoint": endpoint, "policies": endpoint.policies}))
             .collect();
-        Some(json!({"ready": snapshot.ready, "reason": snapshot.reason, "endpoints": endpoints}))
+        Some(json!({"ready": snapshot.ready, "reason": snapshot.reason, "problems": snapshot.problems, "endpoints": endpoints}))
     }
 
     /// Tailed files; `None` without the telemetry role.

@@ -2,18 +2,18 @@
 //!
 //! Kernel calls are made in the task itself: each takes microseconds, and their order is the safety argument.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::ContainerId;
-use stanchion_core::policy::RuleName;
-use stanchion_core::policy::engine::{Engine, Settings, UnknownPod};
+use stanchion_core::policy::engine::{Engine, Settings, Source, UnknownPod};
 use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Slot};
+use stanchion_core::policy::{RuleName, dns};
 use stanchion_ebpf_abi::{Config, FlowEntry, flow_state};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -21,7 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::attach::{AttachMode, attach, attached_by, detach, pinned_interfaces};
+use super::attach::{AttachMode, attach, attached_by, detach, pinned_interfaces, retire};
 use super::conntrack::{self, Connection};
 use super::events::{Events, Names, record};
 use super::flows::{FlowKey, Flows, state_name};
@@ -31,6 +31,7 @@ use super::handle::{
 };
 use super::interfaces::{Interfaces, exists, node_addresses};
 use super::maps::KernelMaps;
+use super::names::{self, DnsAnswers};
 use super::object::{LoadError, Loaded};
 use super::slots::{Sandbox, Slots};
 use crate::cluster::ClusterHandle;
@@ -52,6 +53,8 @@ pub struct NetpolParts {
     pub cluster: ClusterHandle,
     /// This node's name in the cluster.
     pub node_name: String,
+    /// Which objects policies are read from.
+    pub source: Source,
     /// What happens to pods that start before the cluster's state is known.
     pub mode: EnforcingMode,
     /// How long such a pod waits for it, and how long one that policies may concern waits for its own object.
@@ -92,20 +95,31 @@ pub enum SpawnError {
 /// # Errors
 /// See [`SpawnError`]; nothing was changed then.
 pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), SpawnError> {
-    let NetpolParts { mut loaded, attach, cluster, node_name, mode, sync_wait, pod_flows, flow_capacity, state_dir, shutdown } = parts;
+    let NetpolParts { mut loaded, attach, cluster, node_name, source, mode, sync_wait, pod_flows, flow_capacity, state_dir, shutdown } =
+        parts;
     let slots = Slots::open(&state_dir).map_err(|source| SpawnError::Slots { path: state_dir.join("endpoints.json"), source })?;
     let maps = KernelMaps::new(&mut loaded)?;
     let flows = Flows::new(&mut loaded, Config { flags: 0, pod_flows })?;
     let events = Events::new(&mut loaded)?;
+    let answers = DnsAnswers::new(&mut loaded)?;
     let interfaces = Interfaces::new(&mut loaded)?;
     let kernel = maps.read().map_err(SpawnError::Maps)?;
     let isolated = kernel.endpoints.iter().filter(|(_, e)| is_isolated(e)).map(|(slot, _)| *slot).collect();
+    let replaces = loaded.others().is_ok_and(|others| !others.is_empty());
     let unknown_pod = match mode {
+        // An agent of another layout was here: its programs stay and enforce until ours know the policies.
+        _ if replaces => UnknownPod::Open,
         EnforcingMode::Standard => UnknownPod::Open,
         EnforcingMode::Strict => UnknownPod::Closed,
     };
-    let mut rules = Engine::new(Settings { node_name, unknown_pod });
+    let mut rules = Engine::new(Settings { source, node_name, unknown_pod });
     rules.rebase(kernel);
+    match names::read(&state_dir) {
+        Ok(known) => rules.remember(known.iter().map(|(address, name, until)| (*address, name.as_str(), *until))),
+        Err(cause) => {
+            warn!(cause = %cause, "the DNS names of the agent before are not known: connections by name are denied until pods ask again")
+        }
+    }
     let (mailbox, inbox) = mpsc::channel(MAILBOX);
     let (records, _) = broadcast::channel(FLOW_BACKLOG);
     let (ready, is_ready) = watch::channel(false);
@@ -117,10 +131,16 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         interfaces,
         flows,
         events,
+        answers,
+        names_saved: true,
+        problems: Vec::new(),
+        state_dir,
+        source,
         slots,
         isolated,
         backlog: VecDeque::new(),
         waiting: Vec::new(),
+        orphans: BTreeMap::new(),
         gone: BTreeSet::new(),
         node_addresses: BTreeSet::new(),
         names: Names::default(),
@@ -145,6 +165,13 @@ fn is_isolated(endpoint: &EndpointImage) -> bool {
     endpoint.ingress.is_some() || endpoint.egress.is_some()
 }
 
+/// An interface that has programs and no sandbox.
+struct Orphan {
+    name: String,
+    /// It was one at the last sweep already.
+    rested: bool,
+}
+
 /// An activation that waits for the cluster's state.
 struct Waiting {
     request: ActivateRequest,
@@ -160,12 +187,21 @@ struct Actor {
     interfaces: Interfaces,
     flows: Flows,
     events: Events,
+    answers: DnsAnswers,
+    /// The file has what the engine knows of names.
+    names_saved: bool,
+    /// What is wrong in the policies, as last told.
+    problems: Vec<String>,
+    state_dir: PathBuf,
+    source: Source,
     slots: Slots,
     /// Endpoints that the kernel polices, so that one that becomes so is noticed.
     isolated: BTreeSet<Slot>,
     /// Operations that the kernel refused, and all after them: tried again at every sweep, in order.
     backlog: VecDeque<MapOp>,
     waiting: Vec<Waiting>,
+    /// By interface index.
+    orphans: BTreeMap<u32, Orphan>,
     /// Sandboxes whose interfaces were gone at the last sweep.
     gone: BTreeSet<ContainerId>,
     /// As the engine knows them.
@@ -205,8 +241,10 @@ impl Actor {
                     Some(message) => self.answer(message),
                     None => return,
                 },
+                () = self.answers.wait() => self.learn(),
                 _ = drain.tick() => {
                     self.tell();
+                    self.save_names();
                     self.expire_waiting();
                 }
                 _ = sweep.tick() => self.sweep(),
@@ -263,8 +301,17 @@ impl Actor {
         let count = ops.len();
         self.apply(ops);
         debug!(operations = count, micros = start.elapsed().as_micros() as u64, "cluster state applied");
+        let problems: Vec<String> = self.rules.problems().iter().map(ToString::to_string).collect();
+        for problem in problems.iter().filter(|problem| !self.problems.contains(problem)) {
+            warn!(problem, "a policy cannot be enforced as written");
+        }
+        self.problems = problems;
         if !self.synced {
             self.synced = true;
+            let interfaces: Vec<u32> = self.slots.iter().flat_map(|sandbox| &sandbox.interfaces).map(|interface| interface.index).collect();
+            if let Err(cause) = retire(&self.loaded, &interfaces) {
+                self.fail("cannot remove what another version left", &cause);
+            }
             info!(endpoints = self.slots.len(), operations = count, "policies are in force");
             self.ready.send_replace(true);
         }
@@ -280,9 +327,15 @@ impl Actor {
     /// concern it.
     fn can_judge(&self, request: &ActivateRequest) -> bool {
         let ActivateRequest { pod, pod_uid, .. } = request;
-        let concerned = || {
-            !self.state.cluster_network_policies.is_empty()
-                || self.state.network_policies.keys().any(|policy| policy.namespace == pod.namespace)
+        let concerned = || match self.source {
+            Source::Policies => {
+                !self.state.cluster_network_policies.is_empty()
+                    || self.state.network_policies.keys().any(|policy| policy.namespace == pod.namespace)
+            }
+            Source::Endpoints => {
+                !self.state.cluster_policy_endpoints.is_empty()
+                    || self.state.policy_endpoints.keys().any(|part| part.namespace == pod.namespace)
+            }
         };
         self.synced && (self.rules.knows(pod, pod_uid) || !concerned())
     }
@@ -352,15 +405,16 @@ impl Actor {
         true
     }
 
-    /// Takes a sandbox out. Its programs stay on veths that still exist and let nothing pass; they go with the veth.
+    /// Takes a sandbox out. Programs on veths that still exist let nothing pass while the veth is being taken down; if it is
+    /// there at the second sweep from now, they go.
     fn release(&mut self, sandbox: &Sandbox) {
         for interface in &sandbox.interfaces {
             if let Err(cause) = self.interfaces.remove(interface.index) {
                 self.fail("cannot forget an interface", &cause);
             }
-            if !exists(&interface.name, interface.index)
-                && let Err(cause) = detach(&self.loaded, &interface.name, interface.index)
-            {
+            if exists(&interface.name, interface.index) {
+                self.orphans.insert(interface.index, Orphan { name: interface.name.clone(), rested: false });
+            } else if let Err(cause) = detach(&self.loaded, &interface.name, interface.index) {
                 self.fail("cannot detach", &cause);
             }
         }
@@ -477,14 +531,29 @@ impl Actor {
         if released {
             self.save();
         }
+        self.detach_orphans();
+    }
+
+    /// Takes programs from interfaces that are no sandbox's.
+    fn detach_orphans(&mut self) {
         for index in pinned_interfaces(&self.loaded) {
-            let used = self.slots.iter().any(|sandbox| sandbox.interfaces.iter().any(|interface| interface.index == index));
-            let exists = nix::net::if_::if_indextoname(index).is_ok();
-            if !used
-                && !exists
-                && let Err(cause) = detach(&self.loaded, "", index)
-            {
-                self.fail("cannot remove a stale link", &cause);
+            let name = nix::net::if_::if_indextoname(index).ok().and_then(|name| name.into_string().ok());
+            self.orphans.entry(index).or_insert(Orphan { name: name.unwrap_or_default(), rested: false });
+        }
+        let used: HashSet<u32> = self.slots.iter().flat_map(|sandbox| &sandbox.interfaces).map(|interface| interface.index).collect();
+        self.orphans.retain(|index, _| !used.contains(index));
+        let mut gone = Vec::new();
+        for (index, orphan) in &mut self.orphans {
+            if orphan.rested || !exists(&orphan.name, *index) {
+                gone.push((*index, orphan.name.clone()));
+            }
+            orphan.rested = true;
+        }
+        for (index, name) in gone {
+            self.orphans.remove(&index);
+            match detach(&self.loaded, &name, index) {
+                Ok(()) => info!(interface = name, index, "programs removed: no active pod has this interface"),
+                Err(cause) => self.fail("cannot remove programs", &cause),
             }
         }
     }
@@ -498,7 +567,8 @@ impl Actor {
         });
         let purge = self.slots.cooling().to_vec();
         let result = result.and_then(|now| {
-            let collected = self.flows.collect(now, &purge)?;
+            let by_name: HashSet<IpAddr> = self.rules.names().addresses().collect();
+            let collected = self.flows.collect(now, &purge, &by_name)?;
             let slots = self.slots.iter().map(|sandbox| sandbox.slot).chain(purge.iter().copied());
             self.flows.settle(slots, &collected.live)?;
             Ok(collected)
@@ -508,6 +578,7 @@ impl Actor {
                 self.slots.cooled();
                 self.live = collected.live;
                 self.families = collected.families;
+                self.forget_names(&collected.remotes);
             }
             Err(cause) => self.fail("cannot collect idle flows", &cause),
         }
@@ -531,6 +602,7 @@ impl Actor {
 
     fn snapshot(&mut self) -> NetpolSnapshot {
         let mut endpoints = Vec::with_capacity(self.slots.len());
+        let mut policies = self.rules.policies();
         for sandbox in self.slots.iter() {
             let image = self.endpoint(sandbox.slot());
             endpoints.push(EndpointView {
@@ -548,6 +620,7 @@ impl Actor {
                         attached: attached_by(&self.loaded, interface.index),
                     })
                     .collect(),
+                policies: policies.remove(&sandbox.slot()).unwrap_or_default(),
                 ingress_isolated: image.is_some_and(|image| image.ingress.is_some()),
                 egress_isolated: image.is_some_and(|image| image.egress.is_some()),
                 audit: image.is_some_and(|image| image.audit),
@@ -571,7 +644,39 @@ impl Actor {
             flow_capacity: self.flow_capacity,
             alarms: self.flows.alarms().unwrap_or_default(),
             map_writes: self.maps.writes(),
+            problems: self.problems.clone(),
             last_error: self.last_error.clone(),
+        }
+    }
+
+    /// Takes DNS answers to heart: what they name is in the maps when this returns.
+    fn learn(&mut self) {
+        let now = unix_seconds();
+        for (slot, message) in self.answers.take() {
+            // What is no answer says nothing.
+            let Ok(answers) = dns::answers(&message) else { continue };
+            let (ops, result) = self.rules.learn(slot, &answers, now);
+            self.names_saved &= ops.is_empty();
+            self.apply(ops);
+            if let Err(cause) = result {
+                self.fail("cannot learn a name", &cause);
+            }
+        }
+    }
+
+    fn forget_names(&mut self, open: &HashSet<IpAddr>) {
+        let ops = self.rules.forget(unix_seconds(), |address| open.contains(&address));
+        self.names_saved &= ops.is_empty();
+        self.apply(ops);
+    }
+
+    fn save_names(&mut self) {
+        if self.names_saved {
+            return;
+        }
+        self.names_saved = true;
+        if let Err(cause) = names::save(&self.state_dir, self.rules.names()) {
+            self.fail("cannot write the names", &cause);
         }
     }
 
@@ -599,6 +704,10 @@ impl Actor {
         };
         self.flows.all().into_iter().map(view).collect()
     }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 /// A rule within its policy: `ingress[2]`, with its own name if it has one.

@@ -16,6 +16,7 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use serde::Serialize;
+use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_netlink::tc::{TcHook, TcProgram};
 use stanchion_netlink::{Netlink, NetlinkError};
 
@@ -130,13 +131,13 @@ fn attach_filters(loaded: &mut Loaded, index: u32) -> Result<bool, FilterError> 
     }
     let programs: Vec<_> =
         programs.iter().map(|(hook, fd)| TcProgram { hook: hook.filter, program: fd.as_fd(), name: hook.program }).collect();
-    Ok(Netlink::open()?.attach_programs(index, &programs)?)
+    Ok(Netlink::open()?.attach_programs(index, layout_handle(), &programs)?)
 }
 
 fn remove_filters(index: u32) -> Result<(), NetlinkError> {
     let mut netlink = Netlink::open()?;
     for hook in &HOOKS {
-        netlink.detach_program(index, hook.filter)?;
+        netlink.detach_program(index, hook.filter, layout_handle())?;
     }
     Ok(())
 }
@@ -199,6 +200,32 @@ fn remove_pins(loaded: &Loaded, interface: &str, index: u32) -> Result<(), Attac
 pub fn detach(loaded: &Loaded, interface: &str, index: u32) -> Result<(), AttachError> {
     remove_pins(loaded, interface, index)?;
     remove_filters(index).map_err(|error| failed("detach", POD_EGRESS, interface, error))
+}
+
+/// Takes away what agents of other layouts left: their filters on these interfaces, their links, their maps.
+///
+/// # Errors
+/// A directory of pins could not be removed, or the kernel refuses.
+pub(super) fn retire(loaded: &Loaded, interfaces: &[u32]) -> Result<(), AttachError> {
+    let failed = |error: Box<dyn Error + Send + Sync>| failed("retire other layouts'", POD_EGRESS, "every interface", error);
+    let others = loaded.others().map_err(|error| failed(error.into()))?;
+    if others.is_empty() {
+        return Ok(());
+    }
+    let mut netlink = Netlink::open().map_err(|error| failed(error.into()))?;
+    for index in interfaces {
+        for hook in &HOOKS {
+            for layout in (1..=layout_handle()).filter(|layout| *layout != layout_handle()) {
+                netlink.detach_program(*index, hook.filter, layout).map_err(|error| failed(error.into()))?;
+            }
+        }
+    }
+    others.into_iter().try_for_each(fs::remove_dir_all).map_err(|error| failed(error.into()))
+}
+
+/// The filter's handle: each layout has its own, so that its programs stand beside an older one's until these are retired.
+fn layout_handle() -> u16 {
+    u16::try_from(LAYOUT_VERSION).expect("layouts are few")
 }
 
 fn pin_path(loaded: &Loaded, index: u32, direction: &str) -> PathBuf {

@@ -1,7 +1,8 @@
 //! The flow tables as the agent sees them: collection of idle entries, seeding, views.
 
-use std::collections::HashMap as StdMap;
+use std::collections::{HashMap as StdMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use aya::maps::{Array, HashMap, MapData as AyaMap, MapError as AyaError, PerCpuArray};
 use stanchion_core::policy::image::MapError;
@@ -10,6 +11,7 @@ use stanchion_ebpf_abi::{
     stat, timeout,
 };
 
+use super::batch;
 use super::handle::{Alarms, Count, EndpointCounters};
 use super::maps::refused;
 use super::object::{LoadError, Loaded, Raw};
@@ -68,10 +70,13 @@ pub(super) struct Collected {
     pub(super) families: [u64; 2],
     /// Entries removed.
     pub(super) removed: u64,
+    /// Which of the addresses asked about have entries that stay.
+    pub(super) remotes: HashSet<IpAddr>,
 }
 
 /// Flow tables, counters and settings.
 pub(super) struct Flows {
+    fds: [OwnedFd; 2],
     four: HashMap<AyaMap, Raw<FlowKey4>, Raw<FlowEntry>>,
     six: HashMap<AyaMap, Raw<FlowKey6>, Raw<FlowEntry>>,
     inserted: Array<AyaMap, u64>,
@@ -85,6 +90,7 @@ impl Flows {
     /// Takes the maps out of the object and writes the settings.
     pub(super) fn new(loaded: &mut Loaded, config: Config) -> Result<Self, LoadError> {
         let mut flows = Self {
+            fds: [loaded.map_fd(map_name::FLOWS4)?, loaded.map_fd(map_name::FLOWS6)?],
             four: loaded.map(map_name::FLOWS4)?,
             six: loaded.map(map_name::FLOWS6)?,
             inserted: loaded.map(map_name::FLOWS_INSERTED)?,
@@ -108,10 +114,12 @@ impl Flows {
     ///
     /// An entry is read a second time before it is removed: if a packet came meanwhile, it stays. Only the agent removes,
     /// so nobody's view of the table is compared with another's.
-    pub(super) fn collect(&mut self, now: u32, purge: &[u16]) -> Result<Collected, MapError> {
+    /// `watched` are addresses of which the caller wants to know whether flows to them stay.
+    pub(super) fn collect(&mut self, now: u32, purge: &[u16], watched: &HashSet<IpAddr>) -> Result<Collected, MapError> {
         let mut collected = Collected::default();
-        collect_one(&mut self.four, map_name::FLOWS4, 0, now, purge, &mut collected)?;
-        collect_one(&mut self.six, map_name::FLOWS6, 1, now, purge, &mut collected)?;
+        let [four, six] = &self.fds;
+        collect_one(four.as_fd(), &mut self.four, (map_name::FLOWS4, 0), now, purge, watched, &mut collected)?;
+        collect_one(six.as_fd(), &mut self.six, (map_name::FLOWS6, 1), now, purge, watched, &mut collected)?;
         Ok(collected)
     }
 
@@ -155,9 +163,14 @@ impl Flows {
 
     /// Every entry, for views.
     pub(super) fn all(&self) -> Vec<(FlowKey, FlowEntry)> {
-        let four = self.four.iter().filter_map(Result::ok).map(|(Raw(key), Raw(entry))| (FlowKey::from(key), entry));
-        let six = self.six.iter().filter_map(Result::ok).map(|(Raw(key), Raw(entry))| (FlowKey::from(key), entry));
-        four.chain(six).collect()
+        let mut all = Vec::new();
+        let [four, six] = &self.fds;
+        let read = batch::for_each(four, |key: FlowKey4, entry| all.push((key.into(), entry)))
+            .and_then(|()| batch::for_each(six, |key: FlowKey6, entry| all.push((key.into(), entry))));
+        if let Err(cause) = read {
+            tracing::warn!(cause = %cause, "cannot read the flow tables");
+        }
+        all
     }
 
     /// A pod's counters over all CPUs.
@@ -194,16 +207,18 @@ impl Flows {
             flow_table_full: sum(stat::TABLE_FULL)?,
             pod_flow_cap: sum(stat::POD_CAP)?,
             no_endpoint: sum(stat::NO_ENDPOINT)?,
+            names_lost: sum(stat::NAMES_LOST)?,
         })
     }
 }
 
 fn collect_one<K: Copy + stanchion_ebpf_abi::MapData + Into<FlowKey>>(
+    fd: BorrowedFd<'_>,
     table: &mut HashMap<AyaMap, Raw<K>, Raw<FlowEntry>>,
-    name: &'static str,
-    family: usize,
+    (name, family): (&'static str, usize),
     now: u32,
     purge: &[u16],
+    watched: &HashSet<IpAddr>,
     collected: &mut Collected,
 ) -> Result<(), MapError> {
     let expired = |entry: &FlowEntry| {
@@ -212,21 +227,24 @@ fn collect_one<K: Copy + stanchion_ebpf_abi::MapData + Into<FlowKey>>(
         idle < u32::MAX / 2 && idle > u32::from(entry.timeout)
     };
     let mut dead = Vec::new();
-    for item in table.iter() {
-        let (key, Raw(entry)) = match item {
-            Ok(pair) => pair,
-            // Removed between the two calls of the iterator.
-            Err(AyaError::KeyNotFound) => continue,
-            Err(error) => return refused(name, &"collect", Err(error)),
-        };
-        let slot = key.0.into().slot;
+    let mut look = |key: K, entry: FlowEntry| {
+        let FlowKey { slot, remote, .. } = key.into();
         if purge.contains(&slot) || expired(&entry) {
-            dead.push((key, slot));
+            dead.push((Raw(key), slot));
         } else {
             *collected.live.entry(slot).or_default() += 1;
             collected.families[family] += 1;
+            if watched.contains(&remote) {
+                collected.remotes.insert(remote);
+            }
         }
-    }
+    };
+    batch::for_each(fd, &mut look).map_err(|error| MapError {
+        map: name,
+        operation: "collect".to_owned(),
+        full: false,
+        message: error.to_string(),
+    })?;
     for (key, slot) in dead {
         let still = purge.contains(&slot) || table.get(&key, 0).is_ok_and(|Raw(entry)| expired(&entry));
         if still && table.remove(&key).is_ok() {

@@ -236,6 +236,8 @@ pub struct EndpointView {
     pub container_id: ContainerId,
     /// Its host veths.
     pub interfaces: Vec<InterfaceView>,
+    /// The policies that select it, as `kind namespace/name`.
+    pub policies: Vec<String>,
     /// Ingress is isolated.
     pub ingress_isolated: bool,
     /// Egress is isolated.
@@ -307,6 +309,8 @@ pub struct NetpolSnapshot {
     pub alarms: Alarms,
     /// Map writes since the agent's start.
     pub map_writes: u64,
+    /// What is wrong in the policies: object, field, consequence, remedy.
+    pub problems: Vec<String>,
     /// The last failure of a map write or attachment; empty when none since the last success.
     pub last_error: String,
 }
@@ -322,6 +326,8 @@ pub struct Alarms {
     pub pod_flow_cap: u64,
     /// Packets dropped for want of an endpoint record.
     pub no_endpoint: u64,
+    /// DNS answers that found their ring full: connections to what they name are denied until the pod asks again.
+    pub names_lost: u64,
 }
 
 /// What the mailbox carries.

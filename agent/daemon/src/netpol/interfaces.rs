@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use aya::maps::{Array, HashMap, MapData as AyaMap, MapError as AyaError};
 use stanchion_core::policy::image::MapError;
-use stanchion_ebpf_abi::{INTERFACE_PLACES, Interface, interface_flag, ipv4_word, ipv6_words, map_name};
+use stanchion_ebpf_abi::{INTERFACE_PLACES, Interface, flow_head, interface_flag, ipv4_word, ipv6_words, map_name};
 use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::maps::refused;
@@ -38,8 +38,8 @@ impl Interfaces {
                 if_index: interface.index,
                 slot: sandbox.slot,
                 flags,
-                local4,
-                local6,
+                head4: flow_head(sandbox.slot, local4),
+                head6: flow_head(sandbox.slot, local6),
                 ipv4: interface.ipv4.map_or(0, |address| ipv4_word(address.octets())),
                 ipv6: interface.ipv6.map_or([0; 4], |address| ipv6_words(address.octets())),
                 ..Interface::default()

@@ -29,6 +29,11 @@ pub struct KernelMaps {
     cidrs4: LpmTrie<AyaMap, u32, u32>,
     cidrs6: LpmTrie<AyaMap, [u32; 4], u32>,
     verdicts: LpmTrie<AyaMap, Raw<VerdictKey>, Raw<VerdictValue>>,
+    /// Each slot's addresses in [`map_name::OWN`].
+    owned: BTreeMap<u32, Vec<(OwnKey, u32)>>,
+    generation: Array<AyaMap, u32>,
+    /// What an address means was changed since the programs were told.
+    moved: bool,
     writes: u64,
 }
 
@@ -38,7 +43,7 @@ impl KernelMaps {
     /// # Errors
     /// A map is missing from the object, or was taken before.
     pub fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
-        Ok(Self {
+        let mut maps = Self {
             endpoints: loaded.map(map_name::ENDPOINTS)?,
             own: loaded.map(map_name::OWN)?,
             addresses4: loaded.map(map_name::ADDRESSES4)?,
@@ -46,13 +51,46 @@ impl KernelMaps {
             cidrs4: loaded.map(map_name::CIDRS4)?,
             cidrs6: loaded.map(map_name::CIDRS6)?,
             verdicts: loaded.map(map_name::VERDICTS)?,
+            generation: loaded.map(map_name::GENERATION)?,
+            owned: BTreeMap::new(),
+            moved: false,
             writes: 0,
-        })
+        };
+        for item in maps.own.iter() {
+            let (Raw(key), position) = item.map_err(|source| LoadError::Map { name: map_name::OWN, source })?;
+            maps.owned.entry(key.slot).or_default().push((key, position));
+        }
+        Ok(maps)
     }
 
     /// Writes to the kernel so far.
     pub fn writes(&self) -> u64 {
         self.writes
+    }
+
+    /// Programs remember what addresses mean: before a change of another kind they must have heard of those so far, or packets
+    /// would see the two in the wrong order.
+    fn in_order(&mut self, op: &MapOp) -> Result<(), MapError> {
+        match op {
+            MapOp::SetAddress(..)
+            | MapOp::RemoveAddress(_)
+            | MapOp::SetCidr(..)
+            | MapOp::RemoveCidr(_)
+            | MapOp::SetNodeAddress(_)
+            | MapOp::RemoveNodeAddress(_) => self.moved = true,
+            MapOp::SetVerdict(..) | MapOp::RemoveVerdict(..) | MapOp::SetEndpoint(..) | MapOp::RemoveEndpoint(_) => self.settle()?,
+        }
+        self.one(op)
+    }
+
+    /// Makes the programs forget what they remember of addresses, if any has changed.
+    fn settle(&mut self) -> Result<(), MapError> {
+        if self.moved {
+            let present = refused(map_name::GENERATION, &"read", self.generation.get(&0, 0))?;
+            refused(map_name::GENERATION, &"next", self.generation.set(0, present.wrapping_add(1), 0))?;
+            self.moved = false;
+        }
+        Ok(())
     }
 
     fn one(&mut self, op: &MapOp) -> Result<(), MapError> {
@@ -183,6 +221,9 @@ impl KernelMaps {
         if image.audit {
             flags |= endpoint_flag::AUDIT;
         }
+        if image.by_name {
+            flags |= endpoint_flag::BY_NAME;
+        }
         let policy = EndpointPolicy { flags, revision: image.revision, policy: [image.ingress.unwrap_or(0), image.egress.unwrap_or(0)] };
         self.set_own(slot, &image.addresses)?;
         self.set_policy(slot, policy)
@@ -216,22 +257,25 @@ impl KernelMaps {
     }
 
     fn set_own(&mut self, slot: Slot, addresses: &[IpAddr]) -> Result<(), MapError> {
-        let wanted: Vec<OwnKey> = addresses.iter().map(|address| own_key(slot, *address)).collect();
-        for (position, key) in wanted.iter().enumerate() {
-            let position = u32::try_from(position).expect("a pod has few addresses");
-            if self.own.get(&Raw(*key), 0).is_ok_and(|present| present == position) {
-                continue;
-            }
+        let wanted: Vec<(OwnKey, u32)> = (0..).zip(addresses).map(|(position, address)| (own_key(slot, *address), position)).collect();
+        let present = self.owned.remove(&u32::from(slot.0)).unwrap_or_default();
+        let mut result = Ok(());
+        for (key, position) in wanted.iter().filter(|pair| !present.contains(pair)) {
             self.writes += 1;
-            refused(map_name::OWN, &slot, self.own.insert(Raw(*key), position, 0))?;
+            result = result.and(refused(map_name::OWN, &slot, self.own.insert(Raw(*key), *position, 0)));
         }
-        for (key, _) in self.own_keys()? {
-            if key.slot == u32::from(slot.0) && !wanted.contains(&key) {
-                self.writes += 1;
-                absent_is_fine(map_name::OWN, &slot, self.own.remove(&Raw(key)))?;
-            }
+        for (key, _) in present.iter().filter(|(key, _)| !wanted.iter().any(|(still, _)| still == key)) {
+            self.writes += 1;
+            result = result.and(absent_is_fine(map_name::OWN, &slot, self.own.remove(&Raw(*key))));
         }
-        Ok(())
+        if result.is_ok() && !wanted.is_empty() {
+            self.owned.insert(u32::from(slot.0), wanted);
+        } else if result.is_err() {
+            // Tried anew as a whole, with what is there.
+            let read = self.own_keys()?;
+            self.owned.insert(u32::from(slot.0), read.into_iter().filter(|(key, _)| key.slot == u32::from(slot.0)).collect());
+        }
+        result
     }
 }
 
@@ -243,10 +287,9 @@ impl Debug for KernelMaps {
 
 impl PolicyMaps for KernelMaps {
     fn apply(&mut self, ops: &[MapOp]) -> Result<(), (usize, MapError)> {
-        for (index, op) in ops.iter().enumerate() {
-            self.one(op).map_err(|error| (index, error))?;
-        }
-        Ok(())
+        let result = ops.iter().enumerate().try_for_each(|(index, op)| self.in_order(op).map_err(|error| (index, error)));
+        // After a failure, too: what was written holds.
+        result.and(self.settle().map_err(|error| (ops.len().saturating_sub(1), error)))
     }
 
     fn read(&self) -> Result<MapImage, MapError> {
@@ -294,6 +337,7 @@ impl PolicyMaps for KernelMaps {
                 egress: (flags & endpoint_flag::ISOLATED_EGRESS != 0).then_some(egress),
                 revision,
                 audit: flags & endpoint_flag::AUDIT != 0,
+                by_name: flags & endpoint_flag::BY_NAME != 0,
             };
             image.endpoints.insert(Slot(u16::try_from(index).expect("slots fit")), endpoint);
         }
@@ -406,6 +450,7 @@ mod tests {
             egress: None,
             revision: 5,
             audit: true,
+            by_name: true,
         };
         let ops = [
             MapOp::SetAddress(ip("10.0.0.1"), 3),

@@ -10,13 +10,15 @@
 //! | `slots` | which sandbox holds which slot, on disk |
 //! | `interfaces` | which pod is behind which veth |
 //! | `maps` | the kernel's maps behind `PolicyMaps` |
-//! | `flows`, `conntrack` | flow tables: collection, seeding from the kernel's connection tracking |
+//! | `flows`, `batch`, `conntrack` | flow tables: collection, seeding from the kernel's connection tracking |
 //! | `events` | the ring buffer, with names |
+//! | `names` | DNS answers of the pods |
 //! | `attach` | TCX links and clsact filters |
 //! | `object`, `clock` | loading, pinning, time |
 
 mod actor;
 mod attach;
+mod batch;
 mod clock;
 mod conntrack;
 mod events;
@@ -24,6 +26,7 @@ mod flows;
 mod handle;
 mod interfaces;
 mod maps;
+mod names;
 mod object;
 mod slots;
 

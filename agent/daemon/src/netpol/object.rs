@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapError};
@@ -22,7 +23,7 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 pub const PIN_ROOT: &str = "/sys/fs/bpf/stanchion";
 
 /// Every map that is pinned: all of them.
-const PINNED: [&str; 18] = [
+const PINNED: [&str; 20] = [
     map_name::INTERFACES,
     map_name::INTERFACES_FAR,
     map_name::ENDPOINTS,
@@ -39,8 +40,10 @@ const PINNED: [&str; 18] = [
     map_name::FRAGMENTS,
     map_name::COUNTERS,
     map_name::STATS,
+    map_name::GENERATION,
     map_name::CONFIG,
     map_name::EVENTS,
+    map_name::NAMES,
 ];
 
 /// The bytes of an ABI type, as aya wants them.
@@ -105,6 +108,9 @@ pub enum LoadError {
         #[source]
         source: ProgramError,
     },
+    /// The ring of DNS answers cannot be waited for.
+    #[error("cannot wait for DNS answers")]
+    Poll(#[source] io::Error),
     /// A map of the object is missing or has another type.
     #[error("map {name}")]
     Map {
@@ -132,6 +138,30 @@ impl Loaded {
         let missing = || LoadError::Map { name, source: MapError::InvalidName { name: name.to_owned() } };
         let map = self.ebpf.take_map(name).ok_or_else(missing)?;
         T::try_from(map).map_err(|source| LoadError::Map { name, source })
+    }
+
+    /// A descriptor of a hash map or ring of the object, before it is taken out.
+    pub(super) fn map_fd(&self, name: &'static str) -> Result<OwnedFd, LoadError> {
+        let failed = |source| LoadError::Map { name, source };
+        let Some(Map::HashMap(map) | Map::RingBuf(map)) = self.ebpf.map(name) else {
+            return Err(failed(MapError::InvalidName { name: name.to_owned() }));
+        };
+        map.fd().as_fd().try_clone_to_owned().map_err(|source| failed(MapError::IoError(source)))
+    }
+
+    /// The pin directories of other layouts, older or newer.
+    pub(super) fn others(&self) -> io::Result<Vec<PathBuf>> {
+        let root = self.pins.parent().unwrap_or(&self.pins);
+        let mut others = Vec::new();
+        for entry in fs::read_dir(root)? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let is_layout = name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok());
+            if is_layout && path != self.pins {
+                others.push(path);
+            }
+        }
+        Ok(others)
     }
 
     /// A program by its name in the object.

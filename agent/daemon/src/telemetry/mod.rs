@@ -39,6 +39,7 @@ use stanchion_core::cloud::{LogEvent, LogSink};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::PodName;
 use stanchion_core::metrics::insights::{Encoder, NodeIdentity, Selection};
+use stanchion_core::metrics::log_meter::LogMeter;
 use stanchion_core::metrics::model::{AllowanceAlarm, Snapshot};
 use stanchion_core::metrics::otlp::OtlpEncoder;
 use stanchion_core::metrics::pods::PodTable;
@@ -273,7 +274,7 @@ pub fn spawn<S: LogSink>(parts: TelemetryParts<S>) -> (TelemetryHandle, JoinHand
     }
     let handle =
         TelemetryHandle { snapshot, shipped: Arc::clone(&shipped), ticks: Arc::clone(&ticks), extras: counters, alarms: alarms.clone() };
-    let ticker = Ticker { interval, publish, documents, shipped, ticks, netpol, logs, alarms, shutdown };
+    let ticker = Ticker { interval, publish, documents, shipped, ticks, netpol, logs, log_meter: LogMeter::default(), alarms, shutdown };
     tasks.push(Box::pin(ticker.run(collector)));
     let task = tokio::spawn(async move {
         futures_util::future::join_all(tasks).await;
@@ -290,13 +291,14 @@ struct Ticker {
     ticks: Arc<TickCounters>,
     netpol: Option<NetpolHandle>,
     logs: Option<LogsHandle>,
+    log_meter: LogMeter,
     alarms: broadcast::Sender<AllowanceAlarm>,
     shutdown: CancellationToken,
 }
 
 impl Ticker {
     /// Ticks until the shutdown. The first pass only sets the counters' baseline.
-    async fn run(self, mut collector: Collector) {
+    async fn run(mut self, mut collector: Collector) {
         let phase = spread(&collector.encoder.identity().node, self.interval);
         let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + self.interval + phase, self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -352,7 +354,7 @@ impl Ticker {
     }
 
     /// What the other parts counted for each pod.
-    async fn pod_counters(&self) -> HashMap<PodName, PodCounters> {
+    async fn pod_counters(&mut self) -> HashMap<PodName, PodCounters> {
         let mut counters: HashMap<PodName, PodCounters> = HashMap::new();
         if let Some(netpol) = &self.netpol {
             let snapshot = netpol.snapshot().await;
@@ -369,8 +371,9 @@ impl Ticker {
         };
         // A log storm must not hold up the tick.
         if let Ok(Some(snapshot)) = tokio::time::timeout(ANSWER_WITHIN, logs).await {
-            for file in snapshot.files {
-                *counters.entry(PodName::new(file.namespace, file.pod)).or_default().log_bytes.get_or_insert(0) += file.offset;
+            let files = snapshot.files.into_iter().map(|file| (file.path, PodName::new(file.namespace, file.pod), file.offset));
+            for (pod, bytes) in self.log_meter.look(files) {
+                counters.entry(pod.clone()).or_default().log_bytes = Some(*bytes);
             }
         }
         counters

@@ -217,6 +217,7 @@ fn a_scrape_of_a_busy_node_is_valid_and_bounded() {
         let endpoint = crate::netpol::EndpointView {
             slot: index,
             pod: PodName::new("default", format!("p-{index}")),
+            policies: Vec::new(),
             pod_uid: String::new(),
             container_id: "c".into(),
             interfaces: Vec::new(),

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use super::super::engine::{Engine, Settings};
+use super::super::engine::{Engine, Settings, Source};
 use super::super::image::Slot;
 use super::super::maps::image_allows;
 use super::super::model::{Direction, PacketProtocol};
+use super::super::names::Names;
 use super::super::verdict::{End, Evaluator};
 use super::super::world;
 use crate::cluster::ClusterState;
@@ -219,7 +220,7 @@ fn check(case: &Value, told: &str) -> u32 {
                 engine.add_endpoint(slot, name, "", &world::addresses(pod));
             }
         }
-        let evaluator = Evaluator::new(&cluster);
+        let evaluator = Evaluator::new(&cluster, Source::Policies, Names::default());
         let columns = texts(&step["expect"]["columns"]);
         for matrix in step["expect"]["matrices"].as_array().expect("matrices") {
             let family = matrix["family"].as_u64().expect("a family");

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::engine::{Engine, Settings};
+use super::dns::Answer;
+use super::engine::{Engine, Settings, Source};
 use super::image::{MapImage, MapOp, PolicyMaps as _, Slot};
 use super::maps::{ModelMaps, image_allows};
 use super::model::{Direction, PacketProtocol};
@@ -90,8 +91,22 @@ impl Node {
         ops
     }
 
+    /// Pods get DNS answers about addresses of the world, which last 10 s or 100 s.
+    fn learn(&mut self, rng: &mut Rng, peers: &[IpAddr], now: u64) -> Vec<MapOp> {
+        let mut ops = Vec::new();
+        let slots: Vec<Slot> = self.local.keys().copied().collect();
+        for _ in 0..if slots.is_empty() { 0 } else { rng.below(6) } {
+            let (name, address) = (rng.pick(&["www.example.com", "db.example.com", "x.cdn.net", "elsewhere.org"]), rng.pick(peers));
+            let answer = Answer { name: name.to_owned(), address, ttl: rng.pick(&[0, 100]) };
+            let (more, result) = self.engine.learn(rng.pick(&slots), &[answer], now);
+            assert_eq!(result, Ok(()));
+            ops.extend(more);
+        }
+        ops
+    }
+
     fn agrees(&self, cluster: &ClusterState, peers: &[IpAddr], told: &str) {
-        let evaluator = Evaluator::new(cluster);
+        let evaluator = Evaluator::new(cluster, Source::Policies, self.engine.names().clone());
         let slots: Vec<Slot> = self.local.keys().copied().collect();
         for (slot, direction, peer, protocol, port) in questions(&slots, peers) {
             let pod = &self.local[&slot];
@@ -123,6 +138,9 @@ fn random_worlds_compile_to_what_the_definition_says() {
         ops.extend(node.attach(&cluster));
         node.apply(&ops);
         node.agrees(&cluster, &world.peers(), &format!("seed {seed}"));
+        let ops = node.learn(&mut Rng::new(seed), &world.peers(), 1_000);
+        node.apply(&ops);
+        node.agrees(&cluster, &world.peers(), &format!("seed {seed}, with names"));
     }
 }
 
@@ -136,7 +154,7 @@ fn a_changed_world_is_as_one_compiled_afresh_and_no_prefix_opens_more() {
         let mut ops = node.engine.set_cluster(&cluster);
         ops.extend(node.attach(&cluster));
         node.apply(&ops);
-        for step in 0..6 {
+        for step in 0..6u64 {
             let told = format!("seed {seed} step {step}");
             let peers_before = world.peers();
             let before = node.maps.image.clone();
@@ -156,6 +174,13 @@ fn a_changed_world_is_as_one_compiled_afresh_and_no_prefix_opens_more() {
             node.apply(&ops);
             node.agrees(&cluster, &peers, &told);
             assert!(node.engine.set_cluster(&cluster).is_empty(), "{told}: nothing changed");
+            for now in [step * 30, step * 30 + 15] {
+                let before = node.maps.image.clone();
+                let ops = if now % 2 == 0 { node.learn(rng, &peers, now) } else { node.engine.forget(now, |address| address == peers[0]) };
+                every_prefix_is_old_or_new(&before, &ops, &peers, &told);
+                node.apply(&ops);
+                node.agrees(&cluster, &peers, &told);
+            }
             same_size_as_fresh(&node, &cluster, &told);
         }
     }
@@ -189,6 +214,7 @@ fn in_use(image: &MapImage, policy: u32) -> bool {
 
 fn same_size_as_fresh(node: &Node, cluster: &Arc<ClusterState>, told: &str) {
     let mut fresh = Node::new();
+    fresh.engine.remember(node.engine.names().all());
     fresh.engine.set_cluster(cluster);
     fresh.attach(cluster);
     let (old, new) = (node.engine.image(), fresh.engine.image());
@@ -229,4 +255,84 @@ fn a_revision_grows_when_something_is_revoked() {
         }
     }
     assert!(grown > 0);
+}
+
+/// The next agent: it finds the maps as `node` left them, learns of its pods, then of the cluster.
+fn restarted(node: &Node, cluster: &Arc<ClusterState>) -> (Node, Vec<MapOp>) {
+    let mut next = Node { maps: node.maps.clone(), local: node.local.clone(), ..Node::new() };
+    next.engine.remember(node.engine.names().all());
+    let mut ops = next.engine.rebase(node.maps.read().expect("a model can be read"));
+    for (slot, name) in &node.local {
+        ops.extend(next.engine.add_endpoint(*slot, name, "", &node.maps.image.endpoints[slot].addresses));
+    }
+    ops.extend(next.engine.set_cluster(cluster));
+    (next, ops)
+}
+
+#[test]
+fn a_restart_without_a_change_writes_nothing() {
+    let mut endpoints = 0;
+    for seed in 0..rounds(40) {
+        let rng = &mut Rng::new(3_000_000 + seed);
+        let mut world = World::random(rng);
+        let mut cluster = Arc::new(world.cluster());
+        let mut node = Node::new();
+        let mut ops = node.engine.set_cluster(&cluster);
+        ops.extend(node.attach(&cluster));
+        node.apply(&ops);
+        // Numbers that were given in another order than the next agent gives them.
+        for step in 0..4 {
+            let (mut next, ops) = restarted(&node, &cluster);
+            assert!(ops.is_empty(), "seed {seed} step {step}: {ops:?}");
+            assert!(next.engine.set_cluster(&cluster).is_empty(), "seed {seed} step {step}");
+            endpoints += node.local.len();
+            if step == 2 {
+                // What was recognised behaves as what was made.
+                node = next;
+            }
+            world.change(rng);
+            cluster = Arc::new(cluster.replaced_by(world.objects()));
+            let ops = node.engine.set_cluster(&cluster);
+            node.apply(&ops);
+            let ops = node.attach(&cluster);
+            node.apply(&ops);
+            let ops = node.learn(rng, &world.peers(), 1_000);
+            node.apply(&ops);
+            node.agrees(&cluster, &world.peers(), &format!("seed {seed} step {step}"));
+        }
+    }
+    assert!(endpoints > 100);
+}
+
+#[test]
+fn a_restart_over_a_change_opens_nothing_on_the_way() {
+    for seed in 0..rounds(8) {
+        let rng = &mut Rng::new(4_000_000 + seed);
+        let mut world = World::random(rng);
+        let mut cluster = Arc::new(world.cluster());
+        let mut node = Node::new();
+        let mut ops = node.engine.set_cluster(&cluster);
+        ops.extend(node.attach(&cluster));
+        node.apply(&ops);
+        for step in 0..4 {
+            let told = format!("seed {seed} step {step}");
+            let before = node.maps.image.clone();
+            let mut peers = world.peers();
+            for _ in 0..rng.pick(&[1, 1, 2, 4]) {
+                world.change(rng);
+            }
+            cluster = Arc::new(cluster.replaced_by(world.objects()));
+            let (next, ops) = restarted(&node, &cluster);
+            peers.extend(world.peers());
+            peers.sort_unstable();
+            peers.dedup();
+            every_prefix_is_old_or_new(&before, &ops, &peers, &told);
+            node = next;
+            node.apply(&ops);
+            let ops = node.attach(&cluster);
+            node.apply(&ops);
+            node.agrees(&cluster, &peers, &told);
+            same_size_as_fresh(&node, &cluster, &told);
+        }
+    }
 }

@@ -348,7 +348,8 @@ fn cluster_subject(rng: &mut Rng) -> Value {
 }
 
 fn cluster_peer(rng: &mut Rng, egress: bool) -> Value {
-    match rng.below(if egress { 5 } else { 2 }) {
+    match rng.below(if egress { 6 } else { 2 }) {
+        5 => json!({"domainNames": [rng.pick(&["www.example.com", "*.example.com", "*.cdn.net"])]}),
         0 => json!({"namespaces": namespaces(rng)}),
         1 => json!({"pods": {"namespaceSelector": namespaces(rng), "podSelector": pods(rng)}}),
         2 => json!({"nodes": {"matchLabels": {"zone": rng.pick(&["a", "b"])}}}),

@@ -1,0 +1,93 @@
+//! DNS answers that pods with rules about names got, and the file in which what they said outlives the agent.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{MapData as AyaMap, RingBuf};
+use serde::{Deserialize, Serialize};
+use stanchion_core::policy::image::Slot;
+use stanchion_core::policy::names::Names;
+use stanchion_ebpf_abi::{DNS_BYTES, DnsMessage, map_name};
+use tokio::io::unix::AsyncFd;
+
+use super::object::{LoadError, Loaded};
+
+/// Messages read in one go, so that a flood cannot keep the actor from its mailbox; the ring holds 127.
+const BATCH: usize = 127;
+
+/// Bumped when the file's meaning changes; another version is passed over.
+const VERSION: u32 = 1;
+
+/// The ring's reader.
+pub(super) struct DnsAnswers {
+    readable: AsyncFd<OwnedFd>,
+    ring: RingBuf<AyaMap>,
+}
+
+impl DnsAnswers {
+    /// Must be called in the runtime that will wait.
+    pub(super) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
+        // SAFETY: an `OwnedFd` gives the same open descriptor for as long as it lives.
+        let readable = unsafe { AsyncFd::register(loaded.map_fd(map_name::NAMES)?) };
+        let readable = readable.map_err(|error| LoadError::Poll(error.into()))?;
+        Ok(Self { readable, ring: loaded.map(map_name::NAMES)? })
+    }
+
+    /// Returns when there is something to take.
+    pub(super) async fn wait(&self) {
+        match self.readable.readable().await {
+            // Edge-triggered: whoever is woken takes everything.
+            Ok(mut guard) => guard.clear_ready(),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Takes what is there, up to a batch: the pod and the message it got.
+    pub(super) fn take(&mut self) -> Vec<(Slot, Vec<u8>)> {
+        let mut messages = Vec::new();
+        while messages.len() < BATCH
+            && let Some(item) = self.ring.next()
+        {
+            if item.len() == size_of::<DnsMessage>() {
+                let length = usize::from(u16::from_ne_bytes([item[2], item[3]])).min(DNS_BYTES);
+                messages.push((Slot(u16::from_ne_bytes([item[0], item[1]])), item[4..4 + length].to_vec()));
+            }
+        }
+        messages
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct File {
+    version: u32,
+    /// Address, name, and the second since 1970 until which it holds.
+    names: Vec<(IpAddr, String, u64)>,
+}
+
+/// The names that an earlier agent knew. Without them the addresses they stand for are denied until a pod asks again, so
+/// a file that cannot be read is no reason not to start.
+pub(super) fn read(state_dir: &Path) -> io::Result<Vec<(IpAddr, String, u64)>> {
+    match fs::read(path(state_dir)) {
+        Ok(bytes) => {
+            let file: File = serde_json::from_slice(&bytes)?;
+            Ok(if file.version == VERSION { file.names } else { Vec::new() })
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Puts the names on disk, by rename without fsync: the maps that they explain do not outlive the kernel either.
+pub(super) fn save(state_dir: &Path, names: &Names) -> io::Result<()> {
+    let names = names.all().map(|(address, name, until)| (address, name.to_owned(), until)).collect();
+    let fresh = path(state_dir).with_extension("json.new");
+    fs::write(&fresh, serde_json::to_vec(&File { version: VERSION, names })?)?;
+    fs::rename(&fresh, path(state_dir))
+}
+
+fn path(state_dir: &Path) -> PathBuf {
+    state_dir.join("names.json")
+}
