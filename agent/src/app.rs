@@ -305,11 +305,12 @@ fn start_telemetry(
     Ok((logs, metrics))
 }
 
-/// What telemetry does besides the tick. Without an API server there is no service account whose word a kubelet would take.
+/// What telemetry does besides the tick. Without an API server there is no service account whose word a kubelet would take: then it is
+/// asked only where a URL says so.
 fn extras(settings: &TelemetryConfig, manifests: bool) -> Result<Extras> {
     let asked = |text: &String| (!text.is_empty()).then(|| text.clone());
     let told = settings.container_insights && !settings.selection.without_types.contains(&DocType::ContainerFS);
-    let kubelet = (settings.kubelet && told && !manifests).then(|| KubeletSettings {
+    let kubelet = (settings.kubelet && told && !(manifests && settings.kubelet_url.is_empty())).then(|| KubeletSettings {
         url: settings.kubelet_url.clone(),
         insecure: settings.kubelet_insecure,
         ..KubeletSettings::default()

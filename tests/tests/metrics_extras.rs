@@ -196,6 +196,32 @@ async fn a_kubelet_with_a_strangers_certificate_is_not_shown_the_token() {
     }
 }
 
+/// The recorded summary, over the port that wants no token: nothing is shown to whoever listens there.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_read_only_port_is_asked_without_a_token() {
+    let asked: Arc<Mutex<Vec<bool>>> = Arc::default();
+    let headers = Arc::clone(&asked);
+    let answer = move |map: HeaderMap| {
+        headers.lock().unwrap().push(map.contains_key("authorization"));
+        async { include_str!("../../agent/core/testdata/kubelet/stats-summary.json") }
+    };
+    let address = serve(None, Router::new().route("/stats/summary", get(answer))).await;
+    let settings =
+        KubeletSettings { url: format!("http://{address}/"), insecure: false, service_account: "/nonexistent/serviceaccount".into() };
+    let cluster = ClusterHandle::fixed(ClusterState::default());
+    let empty = tempfile::tempdir().unwrap();
+    let bed = Bed::start(&cluster, empty.path(), Extras { kubelet: Some(settings), ..Extras::default() });
+    wait_for("a summary", SOON, || async {
+        let read = bed.handle.extras().kubelet.read.load(std::sync::atomic::Ordering::Relaxed);
+        ensure!(read > 0, "none yet");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    assert!(asked.lock().unwrap().iter().all(|shown| !shown));
+    bed.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_otlp_receiver_gets_every_tick_and_a_busy_one_is_asked_again() {
     let cgroups = PodCgroups::make("node1", 1, 1).expect("cgroups need root");

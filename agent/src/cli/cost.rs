@@ -125,5 +125,9 @@ mod tests {
         let text = table(&bills);
         let presets: Vec<_> = text.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
         assert_eq!(presets, ["logsonly", "minimal", "standard", "enhanced"]);
+        let told = include_str!("../../../deploy/METRICS.md");
+        for line in text.lines() {
+            assert!(told.lines().any(|told| told == line), "deploy/METRICS.md does not say {line:?}");
+        }
     }
 }

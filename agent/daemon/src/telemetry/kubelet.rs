@@ -31,7 +31,7 @@ const STALE_AFTER: u32 = 3;
 /// How the kubelet is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KubeletSettings {
-    /// `https://10.0.0.7:10250`; empty: the node's internal address.
+    /// `https://10.0.0.7:10250`; empty: the node's internal address. With `http://` (the read-only port) no token is needed or shown.
     pub url: String,
     /// Take any certificate: clusters whose kubelets sign their own.
     pub insecure: bool,
@@ -42,6 +42,13 @@ pub struct KubeletSettings {
 impl Default for KubeletSettings {
     fn default() -> Self {
         Self { url: String::new(), insecure: false, service_account: "/var/run/secrets/kubernetes.io/serviceaccount".into() }
+    }
+}
+
+impl KubeletSettings {
+    /// The kubelet's read-only port: it wants no token, and would be shown it in the clear.
+    fn is_open(&self) -> bool {
+        self.url.starts_with("http://")
     }
 }
 
@@ -87,7 +94,7 @@ pub(super) struct Kubelet {
 impl Kubelet {
     /// Asks until the shutdown, with growing pauses while it fails.
     pub(super) async fn run(self) {
-        if !self.settings.service_account.join("token").exists() {
+        if !self.settings.is_open() && !self.settings.service_account.join("token").exists() {
             info!(
                 service_account = %self.settings.service_account.display(),
                 "no service account: the kubelet is not asked, there are no figures of containers' file systems"
@@ -137,20 +144,26 @@ impl Kubelet {
             "" => self.node_url()?,
             url => url.to_owned(),
         };
-        // Read each time: the kubelet replaces it every hour.
-        let path = self.settings.service_account.join("token");
-        let token = tokio::fs::read_to_string(&path).await.map_err(|source| AskError::Token { path: path.clone(), source })?;
-        let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.trim())).map_err(|_| AskError::OddToken { path })?;
-        bearer.set_sensitive(true);
         let url = format!("{base}/stats/summary");
         let mut ask = Ask::get(&url, MAX_SUMMARY, WITHIN);
-        ask.headers.push((AUTHORIZATION, bearer));
+        if !self.settings.is_open() {
+            ask.headers.push((AUTHORIZATION, self.bearer().await?));
+        }
         let reply = client.ask(ask).await?;
         match reply.status {
             StatusCode::OK => container_files(&reply.body).map_err(AskError::Summary),
             status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => Err(AskError::Refused { status }),
             status => Err(AskError::Status { status }),
         }
+    }
+
+    /// The service account's token; read each time, because the kubelet replaces it every hour.
+    async fn bearer(&self) -> Result<HeaderValue, AskError> {
+        let path = self.settings.service_account.join("token");
+        let token = tokio::fs::read_to_string(&path).await.map_err(|source| AskError::Token { path: path.clone(), source })?;
+        let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.trim())).map_err(|_| AskError::OddToken { path })?;
+        bearer.set_sensitive(true);
+        Ok(bearer)
     }
 
     /// The address that the kubelet's certificate names.
