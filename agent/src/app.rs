@@ -197,6 +197,10 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
             };
             let (events, task) = tell::spawn(parts);
             tasks.push(("telling the cluster", task));
+            if let Some(metrics) = &views.telemetry {
+                // Ends with the process: the views keep the other end.
+                tokio::spawn(events.clone().follow_allowances(views.node_name.clone(), metrics.allowance_alarms()));
+            }
             told = Told { events: Some(events), annotator: config.pool.annotate_pod_ip.then_some(writer) };
         }
         let strict = netpol.clone().filter(|_| settings.strict_policy);

@@ -11,7 +11,8 @@ use stanchion_core::config::Config;
 use stanchion_core::events::{Event, Post, Recorder, Regarding};
 use stanchion_core::ids::PodName;
 use stanchion_core::ipam::{Time, eni_config_name};
-use tokio::sync::mpsc;
+use stanchion_core::metrics::model::AllowanceAlarm;
+use tokio::sync::{broadcast, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -44,6 +45,22 @@ impl Events {
         let event = Event { regarding: Regarding::Pod(pod.clone(), uid.to_owned()), warning: true, reason, action, note };
         if self.0.try_send(event).is_err() {
             debug!(%pod, reason, "an event is dropped: too many wait");
+        }
+    }
+
+    /// Tells on the node each network allowance of its instance that was exceeded, until nobody looks at them any more.
+    pub async fn follow_allowances(self, node: String, mut alarms: broadcast::Receiver<AllowanceAlarm>) {
+        loop {
+            let note = match alarms.recv().await {
+                Ok(alarm) => alarm.sentence(),
+                // Those that were missed were like those that come.
+                Err(broadcast::error::RecvError::Lagged(_)) => continue,
+                Err(broadcast::error::RecvError::Closed) => return,
+            };
+            let (reason, action) = ("NetworkAllowanceExceeded", "CarryPackets");
+            if self.0.try_send(Event { regarding: Regarding::Node(node.clone()), warning: true, reason, action, note }).is_err() {
+                debug!(reason, "an event is dropped: too many wait");
+            }
         }
     }
 }
@@ -273,6 +290,22 @@ fn alarm_notes(before: &Alarms, now: &Alarms) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_exceeded_allowance_is_a_warning_on_the_node() {
+        let (sender, mut mailbox) = mpsc::channel(1);
+        let (alarms, receiver) = broadcast::channel(4);
+        for packets in [7, 8] {
+            alarms.send(AllowanceAlarm { interface: "ens5".into(), allowance: "pps", packets }).unwrap();
+        }
+        drop(alarms);
+        // The second finds no room; nothing waits for it.
+        Events(sender).follow_allowances("n1".into(), receiver).await;
+        let event = mailbox.recv().await.expect("the first");
+        assert_eq!((event.regarding, event.warning, event.reason), (Regarding::Node("n1".into()), true, "NetworkAllowanceExceeded"));
+        assert!(event.note.starts_with("7 packets of ens5"), "{}", event.note);
+        assert!(mailbox.recv().await.is_none());
+    }
 
     #[test]
     fn an_alarm_is_told_when_it_grows() {
