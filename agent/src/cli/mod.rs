@@ -3,6 +3,7 @@
 pub(crate) mod agent;
 pub(crate) mod client;
 pub(crate) mod cost;
+mod fleet;
 pub(crate) mod inspect;
 pub(crate) mod install;
 pub(crate) mod migrate;

@@ -21,6 +21,8 @@ pub(crate) struct PlanArgs {
 enum Question {
     /// ENIs, addresses and EC2 calls of one node with so many pods
     Pool(PoolArgs),
+    /// A whole fleet against one account's EC2 limits, by aws-node's rules and by ours
+    Fleet(super::fleet::FleetArgs),
     /// What Container Insights costs a month, preset by preset
     Cost(super::cost::CostArgs),
 }
@@ -28,12 +30,25 @@ enum Question {
 /// One node.
 #[derive(Args, Clone)]
 struct PoolArgs {
-    /// m5.large
-    #[arg(long)]
-    instance_type: String,
+    #[command(flatten)]
+    node: NodeArgs,
     /// Pods that need an address; those with host network do not
     #[arg(long)]
     pods: u32,
+    /// AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG: the primary ENI is not for pods
+    #[arg(long)]
+    custom_networking: bool,
+    /// ENABLE_POD_ENI: one ENI is kept for the trunk
+    #[arg(long)]
+    pod_eni: bool,
+}
+
+/// The instance and its warm targets.
+#[derive(Args, Clone)]
+pub(super) struct NodeArgs {
+    /// m5.large
+    #[arg(long)]
+    pub(super) instance_type: String,
     /// WARM_ENI_TARGET
     #[arg(long, default_value_t = 1)]
     warm_eni_target: u32,
@@ -51,16 +66,37 @@ struct PoolArgs {
     max_eni: Option<u16>,
     /// ENABLE_PREFIX_DELEGATION
     #[arg(long)]
-    prefix_delegation: bool,
-    /// AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG: the primary ENI is not for pods
-    #[arg(long)]
-    custom_networking: bool,
-    /// ENABLE_POD_ENI: one ENI is kept for the trunk
-    #[arg(long)]
-    pod_eni: bool,
+    pub(super) prefix_delegation: bool,
     /// The kubelet's limit; EKS's number for the type if absent
     #[arg(long)]
     max_pods: Option<u32>,
+}
+
+impl NodeArgs {
+    /// The type's limits.
+    pub(super) fn limits(&self) -> anyhow::Result<&'static InstanceLimits> {
+        InstanceLimits::lookup(&self.instance_type).with_context(|| unknown_type(&self.instance_type))
+    }
+
+    /// The targets on that type.
+    pub(super) fn targets(&self, limits: &InstanceLimits) -> Targets {
+        let prefixes = self.prefix_delegation && limits.supports_prefixes();
+        Targets {
+            mode: if prefixes { PoolMode::Prefixes } else { PoolMode::SecondaryIps },
+            warm_eni: self.warm_eni_target,
+            warm_ip: self.warm_ip_target,
+            minimum_ip: self.minimum_ip_target,
+            warm_prefix: self.warm_prefix_target.unwrap_or(u32::from(self.prefix_delegation)),
+            reserve_trunk: false,
+        }
+    }
+
+    /// What the node can hold when `kept` ENIs are not for pods.
+    pub(super) fn pool_limits(&self, limits: &InstanceLimits, mode: PoolMode, kept: u16) -> PoolLimits {
+        let enis = self.max_eni.filter(|max| *max > 0).map_or(limits.max_enis, |max| max.min(limits.max_enis));
+        let max_pods = self.max_pods.unwrap_or_else(|| limits.max_pods(enis.saturating_sub(kept), mode == PoolMode::Prefixes));
+        PoolLimits { cards: vec![(0, enis)], slots_per_eni: limits.slots_per_eni(), max_pods }
+    }
 }
 
 /// The JSON answer.
@@ -77,17 +113,18 @@ struct PoolDocument<'a> {
 pub(crate) fn run(args: &PlanArgs, connection: &super::client::Connection) -> anyhow::Result<ExitCode> {
     match &args.question {
         Question::Pool(pool) => run_pool(pool, connection.output == "json"),
+        Question::Fleet(fleet) => super::fleet::run(fleet, connection.output == "json"),
         Question::Cost(cost) => super::cost::run(cost, connection.output == "json"),
     }
 }
 
 fn run_pool(args: &PoolArgs, json: bool) -> anyhow::Result<ExitCode> {
-    let limits = InstanceLimits::lookup(&args.instance_type).with_context(|| unknown_type(&args.instance_type))?;
+    let limits = args.node.limits()?;
     let asked = targets(args, limits);
     let (max_pods, answer) = answer(args, limits, asked);
     if json {
         let document =
-            PoolDocument { instance_type: &args.instance_type, mode: asked.mode.name(), max_pods, pods: args.pods, answer: &answer };
+            PoolDocument { instance_type: &args.node.instance_type, mode: asked.mode.name(), max_pods, pods: args.pods, answer: &answer };
         println!("{}", serde_json::to_string(&document)?);
     } else {
         print!("{}", render(args, limits, asked, max_pods, &answer));
@@ -110,28 +147,15 @@ fn unknown_type(name: &str) -> String {
 }
 
 fn targets(args: &PoolArgs, limits: &InstanceLimits) -> Targets {
-    let prefixes = args.prefix_delegation && limits.supports_prefixes();
-    Targets {
-        mode: if prefixes { PoolMode::Prefixes } else { PoolMode::SecondaryIps },
-        warm_eni: args.warm_eni_target,
-        warm_ip: args.warm_ip_target,
-        minimum_ip: args.minimum_ip_target,
-        warm_prefix: args.warm_prefix_target.unwrap_or(u32::from(args.prefix_delegation)),
-        reserve_trunk: args.pod_eni,
-    }
+    Targets { reserve_trunk: args.pod_eni, ..args.node.targets(limits) }
 }
 
 /// Max pods and where the node ends up.
 fn answer(args: &PoolArgs, limits: &InstanceLimits, targets: Targets) -> (u32, PoolAnswer) {
-    let enis = args.max_eni.filter(|max| *max > 0).map_or(limits.max_enis, |max| max.min(limits.max_enis));
-    let for_pods = enis.saturating_sub(u16::from(args.custom_networking)).saturating_sub(u16::from(args.pod_eni));
-    let max_pods = args.max_pods.unwrap_or_else(|| limits.max_pods(for_pods, targets.mode == PoolMode::Prefixes));
-    let question = PoolQuestion {
-        targets,
-        limits: PoolLimits { cards: vec![(0, enis)], slots_per_eni: limits.slots_per_eni(), max_pods },
-        pods: args.pods,
-        custom_networking: args.custom_networking,
-    };
+    let kept = u16::from(args.custom_networking) + u16::from(args.pod_eni);
+    let limits = args.node.pool_limits(limits, targets.mode, kept);
+    let max_pods = limits.max_pods;
+    let question = PoolQuestion { targets, limits, pods: args.pods, custom_networking: args.custom_networking };
     (max_pods, steady_state(&question))
 }
 
@@ -154,7 +178,7 @@ fn render(args: &PoolArgs, limits: &InstanceLimits, asked: Targets, max_pods: u3
         limits.instance_type,
         limits.max_enis,
         limits.ipv4_per_eni,
-        if args.prefix_delegation && !limits.supports_prefixes() { "; it has no prefix delegation" } else { "" }
+        if args.node.prefix_delegation && !limits.supports_prefixes() { "; it has no prefix delegation" } else { "" }
     );
     text.push_str(&table.render("no targets"));
     if found.running < args.pods {
@@ -178,7 +202,7 @@ fn row(table: &mut Table, targets: &str, answer: &PoolAnswer) {
 }
 
 /// `WARM_ENI_TARGET=1`: those that count.
-fn describe(targets: &Targets) -> String {
+pub(super) fn describe(targets: &Targets) -> String {
     let mut parts = Vec::new();
     if targets.mode == PoolMode::Prefixes {
         parts.push("prefixes".to_owned());
@@ -217,7 +241,7 @@ mod tests {
     fn pool(args: &[&str]) -> (PoolArgs, u32, PoolAnswer) {
         let cli = Cli::parse_from(["plan", "pool"].iter().chain(args));
         let Question::Pool(args) = cli.plan.question else { panic!("asked for the pool") };
-        let limits = InstanceLimits::lookup(&args.instance_type).expect("known type");
+        let limits = InstanceLimits::lookup(&args.node.instance_type).expect("known type");
         let (max_pods, answer) = answer(&args, limits, targets(&args, limits));
         (args, max_pods, answer)
     }

@@ -26,6 +26,10 @@ pub const ENI_MIN_AGE: Duration = Duration::from_secs(60);
 /// How long the addresses of an ENI whose interface is not there are waited for: the longest that was ever seen is 150 s.
 pub const JOIN_PATIENCE: Duration = Duration::from_secs(180);
 
+/// How soon after a call the warm targets may ask again while no pod lacks an address: pods that come one by one share a
+/// call. aws-node's loop is no quicker.
+pub const REFILL_PAUSE: Duration = Duration::from_secs(5);
+
 /// Single addresses kept free while a fragmented subnet gives no prefixes and only prefix targets are set. A full
 /// prefix's worth would take the slots that the prefixes need when the subnet recovers.
 const FALLBACK_WARM: u64 = 2;
@@ -121,7 +125,12 @@ impl<'a> CardPlanner<'a> {
         out.wake_at = self.joining().map(|eni| eni.added + JOIN_PATIENCE).chain(out.wake_at).min();
         let missing = self.missing();
         if missing.short > 0 {
-            self.grow(missing, budget, out);
+            let calls = [Ec2Action::AssignPrivateIpAddresses, Ec2Action::CreateNetworkInterface];
+            let again = self.input.memory.last_call(&calls).map(|called| called + REFILL_PAUSE).filter(|at| *at > self.input.now);
+            match again {
+                Some(at) if missing.for_pods == 0 => out.wake_at = out.wake_at.into_iter().chain([at]).min(),
+                _ => self.grow(missing, budget, out),
+            }
         } else {
             self.shrink(budget, out);
         }

@@ -17,13 +17,16 @@ const LONGEST_SUBNET_PAUSE: Duration = Duration::from_secs(600);
 const FIRST_ACTION_PAUSE: Duration = Duration::from_secs(1);
 /// Longest pause of a failing action.
 const LONGEST_ACTION_PAUSE: Duration = Duration::from_secs(60);
+/// Longest pause of a throttled one: a fleet's nodes must ask often enough to use what its account gives when few of them are
+/// left, and 15 s of each of 5,000 is a tenth of what aws-node's tries are.
+const LONGEST_THROTTLE_PAUSE: Duration = Duration::from_secs(15);
 /// Calls that may follow each other at once. EC2's buckets hold 100 to 200 mutating calls for a whole account; a node that
 /// starts needs about one for each ENI.
 const BURST: f64 = 8.0;
 /// Calls a second after the burst, until EC2 throttles.
 const FULL_RATE: f64 = 2.0;
-/// The lowest rate that throttling brings us to: one call in 20 s.
-const LOWEST_RATE: f64 = 0.05;
+/// The lowest rate that throttling brings us to: one call in 10 s.
+const LOWEST_RATE: f64 = 0.1;
 /// What a success adds to the rate, so that a storm's end is found in about a dozen calls.
 const RATE_STEP: f64 = 0.15;
 
@@ -89,6 +92,8 @@ pub struct Budget {
     tokens: f64,
     rate: f64,
     updated: Time,
+    /// The last call.
+    called: Option<Time>,
     paused_until: Time,
     failures: u32,
     /// The failure behind the pause, if any.
@@ -97,7 +102,7 @@ pub struct Budget {
 
 impl Budget {
     fn new(now: Time) -> Self {
-        Self { tokens: BURST, rate: FULL_RATE, updated: now, paused_until: Time(0), failures: 0, error: None }
+        Self { tokens: BURST, rate: FULL_RATE, updated: now, called: None, paused_until: Time(0), failures: 0, error: None }
     }
 
     fn tokens_at(&self, now: Time) -> f64 {
@@ -164,13 +169,19 @@ impl Memory {
         let budget = self.budgets.entry(action).or_insert_with(|| Budget::new(now));
         budget.tokens = budget.tokens_at(now) - 1.0;
         budget.updated = now;
+        budget.called = Some(now);
+    }
+
+    /// When one of these was last called.
+    pub fn last_call(&self, actions: &[Ec2Action]) -> Option<Time> {
+        actions.iter().filter_map(|action| self.budgets.get(action)?.called).max()
     }
 
     /// Pauses an action after an unlucky number of tries elsewhere (a shortage has its own memory).
-    fn pause(&mut self, action: Ec2Action, error: String, now: Time) {
+    fn pause(&mut self, action: Ec2Action, longest: Duration, error: String, now: Time) {
         let jitter = self.next_jitter();
         let budget = self.budgets.entry(action).or_insert_with(|| Budget::new(now));
-        let pause = doubled(FIRST_ACTION_PAUSE, budget.failures, LONGEST_ACTION_PAUSE);
+        let pause = doubled(FIRST_ACTION_PAUSE, budget.failures, longest);
         budget.failures = budget.failures.saturating_add(1);
         budget.paused_until = now + stretched(pause, jitter);
         budget.error = Some(error);
@@ -204,7 +215,7 @@ impl Memory {
     pub fn failed(&mut self, error: &Ec2Error, asked: Option<(&SubnetId, AddressRequest)>, now: Time) {
         match error {
             Ec2Error::Throttled { action, .. } => {
-                self.pause(*action, error.to_string(), now);
+                self.pause(*action, LONGEST_THROTTLE_PAUSE, error.to_string(), now);
                 if let Some(budget) = self.budgets.get_mut(action) {
                     budget.rate = (budget.rate / 2.0).max(LOWEST_RATE);
                     budget.tokens = 0.0;
@@ -213,7 +224,7 @@ impl Memory {
             }
             Ec2Error::InsufficientAddresses { action, .. } => match asked {
                 Some((subnet, request)) => self.subnet_refused(subnet, request, error.to_string(), now),
-                None => self.pause(*action, error.to_string(), now),
+                None => self.pause(*action, LONGEST_ACTION_PAUSE, error.to_string(), now),
             },
             // The picture is stale; reading it anew is the cure, not waiting. A short pause keeps a lie from spinning.
             Ec2Error::AddressLimit { action, .. }
@@ -221,7 +232,7 @@ impl Memory {
             | Ec2Error::NotFound { action, .. }
             | Ec2Error::Unauthorized { action, .. }
             | Ec2Error::NoReply { action, .. }
-            | Ec2Error::Other { action, .. } => self.pause(*action, error.to_string(), now),
+            | Ec2Error::Other { action, .. } => self.pause(*action, LONGEST_ACTION_PAUSE, error.to_string(), now),
         }
     }
 

@@ -7,7 +7,8 @@
 //! * [`Memory`]: what the planner remembers of EC2's refusals;
 //! * [`Adoption`]: from what IMDS and EC2 show to what the store holds;
 //! * [`Checkpoint`]: aws-node's file, [`restore`] and its rules;
-//! * [`steady_state`]: the same planner against an EC2 that always obeys, for capacity questions.
+//! * [`steady_state`]: the same planner against an EC2 that always obeys, for capacity questions;
+//! * [`fleet()`]: the same planner on thousands of nodes against one account's token buckets, beside aws-node's rules.
 
 //!
 //! Where the pool differs from aws-node's (v1.23), on purpose:
@@ -16,6 +17,7 @@
 //! |---|---|---|
 //! | free = total - assigned | cooling addresses are not free either | they cannot be given out (#2896) |
 //! | a tick of 5 s, one step each | every event plans, all steps at once | 110 pods wait seconds, not minutes |
+//! | the warm targets are refilled a step a tick | at once for pods, else at most every 5 s, in one call | pods that come one by one share a call |
 //! | MINIMUM_IP_TARGET alone never grows beyond it | waiting requests are served whatever the targets say | the 12th pod of "minimum 11" starved (#2650) |
 //! | WARM_ENI_TARGET=0 attaches and frees an ENI every minute at k x slots pods | a release must leave every target met | #1775, #1451 |
 //! | WARM_PREFIX_TARGET=0 gives the only free prefix back and asks again | the same rule | as above |
@@ -29,6 +31,7 @@
 mod adopt;
 mod checkpoint;
 mod decide;
+mod fleet;
 mod memory;
 mod plan;
 mod simulate;
@@ -40,7 +43,8 @@ pub use adopt::{
     excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config, tags_for_new,
 };
 pub use checkpoint::{Checkpoint, CheckpointEntry, CheckpointError, CoolingEntry, CoolingFile, Restored, restore};
-pub use decide::{ENI_MIN_AGE, JOIN_PATIENCE, SHRINK_AFTER, addresses_in, plan};
+pub use decide::{ENI_MIN_AGE, JOIN_PATIENCE, REFILL_PAUSE, SHRINK_AFTER, addresses_in, plan};
+pub use fleet::{CallCount, Ec2Model, FleetAnswer, FleetQuestion, Rules, Scenario, fleet};
 pub use memory::{AddressKind, Budget, Memory, Shortage};
 pub use plan::{Action, Blocked, Demand, Placement, Plan, PlanInput, PoolLimits, Provisioning, Reason, Targets};
 pub use simulate::{PoolAnswer, PoolQuestion, steady_state};

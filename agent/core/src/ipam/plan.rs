@@ -66,6 +66,14 @@ pub struct PoolLimits {
     pub max_pods: u32,
 }
 
+impl PoolLimits {
+    /// Addresses that the managed cards can hold at most.
+    pub fn addresses(&self, mode: PoolMode) -> u64 {
+        let per_slot = if mode == PoolMode::Prefixes { u64::from(crate::limits::PREFIX_ADDRESSES) } else { 1 };
+        self.cards.iter().map(|(_, enis)| u64::from(*enis) * u64::from(self.slots_per_eni) * per_slot).sum()
+    }
+}
+
 /// Pods that need an address of a card.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Demand {

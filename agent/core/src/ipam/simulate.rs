@@ -45,14 +45,15 @@ pub struct PoolAnswer {
 }
 
 /// A node on virtual time, with an EC2 that has every address and does everything at once.
+#[derive(Clone)]
 pub(crate) struct VirtualNode {
     pub(crate) store: Datastore,
     pub(crate) memory: Memory,
     pub(crate) now: Time,
     pub(crate) calls: Vec<String>,
-    targets: Targets,
-    limits: PoolLimits,
-    placement: Placement,
+    pub(super) targets: Targets,
+    pub(super) limits: PoolLimits,
+    pub(super) placement: Placement,
     next_cidr: u32,
     next_eni: u32,
     /// Pods of the last start that got nothing.
@@ -88,7 +89,15 @@ impl VirtualNode {
         node
     }
 
-    fn add_eni(&mut self, network_card: u16, device_index: u16, role: EniRole) -> EniId {
+    /// The same node with a cool-down; nobody holds an address yet.
+    pub(super) fn with_cooldown(mut self, cooldown: Duration) -> Self {
+        let mut store = Datastore::new(self.targets.mode, cooldown);
+        self.store.enis().values().for_each(|eni| store.put_eni(eni.clone()));
+        self.store = store;
+        self
+    }
+
+    pub(super) fn add_eni(&mut self, network_card: u16, device_index: u16, role: EniRole) -> EniId {
         self.next_eni += 1;
         let id = EniId::new(format!("eni-{:08x}", self.next_eni));
         self.store.put_eni(StoredEni {
@@ -113,7 +122,7 @@ impl VirtualNode {
         id
     }
 
-    fn new_cidrs(&mut self, request: AddressRequest) -> Vec<IpNet> {
+    pub(super) fn new_cidrs(&mut self, request: AddressRequest) -> Vec<IpNet> {
         let mut take = |count: u16, of: fn(u32) -> IpNet| {
             (0..count)
                 .map(|_| {
@@ -163,7 +172,7 @@ impl VirtualNode {
         true
     }
 
-    fn perform(&mut self, action: Action) {
+    pub(super) fn perform(&mut self, action: Action) {
         match action {
             Action::Assign { eni, request, .. } => {
                 let cidrs = self.new_cidrs(request);
@@ -254,7 +263,7 @@ impl VirtualNode {
     }
 }
 
-fn virtual_pod(name: u32) -> (IpamKey, PodName) {
+pub(super) fn virtual_pod(name: u32) -> (IpamKey, PodName) {
     let key = IpamKey { network_name: "aws-cni".to_owned(), container_id: ContainerId::new(name.to_string()), if_name: "eth0".to_owned() };
     (key, PodName::new("default", format!("pod-{name}")))
 }

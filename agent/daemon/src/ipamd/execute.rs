@@ -19,6 +19,9 @@ const CLEAN_UP_TRIES: u32 = 8;
 const CLEAN_UP_PAUSE: Duration = Duration::from_millis(500);
 /// Longest such pause.
 const CLEAN_UP_LONGEST: Duration = Duration::from_secs(30);
+/// Tries of a throttled step in the middle of a sequence, and the longest pause between them: about a minute in all.
+const THROTTLED_TRIES: u32 = 12;
+const THROTTLED_LONGEST: Duration = Duration::from_secs(8);
 /// How often a create is sent again, with the same token, after no reply came.
 const CREATE_TRIES: u32 = 4;
 
@@ -41,8 +44,11 @@ impl<E> Clone for Executor<E> {
 pub(super) struct Outcome {
     pub(super) result: Done,
     /// Each step that ended: its action, and the error if it failed. For the planner's memory.
-    pub(super) steps: Vec<(Ec2Action, Option<Ec2Error>)>,
+    pub(super) steps: Steps,
 }
+
+/// What EC2 answered, in order.
+type Steps = Vec<(Ec2Action, Option<Ec2Error>)>;
 
 /// What is different now.
 #[derive(Debug)]
@@ -62,10 +68,29 @@ pub(super) enum Done {
 }
 
 impl Outcome {
-    fn failed(error: Ec2Error, mut steps: Vec<(Ec2Action, Option<Ec2Error>)>, action: Ec2Action) -> Self {
+    fn failed(error: Ec2Error, mut steps: Steps, action: Ec2Action) -> Self {
         steps.push((action, Some(error.clone())));
         Self { result: Done::Failed(error), steps }
     }
+}
+
+/// A step in the middle of a sequence: a throttled one is sent again after a pause, because undoing what went before and doing
+/// it anew would cost more calls of the same throttled account. Each refusal is told to the planner's memory.
+async fn unthrottled<T, F: Future<Output = Result<T, Ec2Error>>>(
+    action: Ec2Action,
+    steps: &mut Steps,
+    call: impl Fn() -> F,
+) -> Result<T, Ec2Error> {
+    let mut pause = CLEAN_UP_PAUSE;
+    for _ in 1..THROTTLED_TRIES {
+        match call().await {
+            Err(error @ Ec2Error::Throttled { .. }) => steps.push((action, Some(error))),
+            other => return other,
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(THROTTLED_LONGEST);
+    }
+    call().await
 }
 
 impl<E: Ec2Api> Executor<E> {
@@ -109,9 +134,11 @@ impl<E: Ec2Api> Executor<E> {
         };
         steps.push((Ec2Action::CreateNetworkInterface, None));
 
-        let attached =
-            self.meter.run(Ec2Action::AttachNetworkInterface, self.ec2.attach_eni(&created.id, &self.instance, device_index, network_card));
-        let attachment = match attached.await {
+        let attach = || {
+            let call = self.ec2.attach_eni(&created.id, &self.instance, device_index, network_card);
+            self.meter.run(Ec2Action::AttachNetworkInterface, call)
+        };
+        let attachment = match unthrottled(Ec2Action::AttachNetworkInterface, &mut steps, attach).await {
             Ok(attachment) => attachment,
             Err(error) => match self.attachment_after(&created.id, &error).await {
                 Some(attachment) => attachment,
@@ -123,7 +150,7 @@ impl<E: Ec2Api> Executor<E> {
         };
         steps.push((Ec2Action::AttachNetworkInterface, None));
 
-        if let Err(error) = self.set_delete_on_termination(&created.id, &attachment).await {
+        if let Err(error) = self.set_delete_on_termination(&created.id, &attachment, &mut steps).await {
             self.detach_and_delete(&created.id, &attachment).await;
             return Outcome::failed(error, steps, Ec2Action::ModifyNetworkInterfaceAttribute);
         }
@@ -163,12 +190,12 @@ impl<E: Ec2Api> Executor<E> {
         found.attachment.filter(|attachment| attachment.instance == self.instance).map(|attachment| attachment.id)
     }
 
-    async fn set_delete_on_termination(&self, eni: &EniId, attachment: &AttachmentId) -> Result<(), Ec2Error> {
+    async fn set_delete_on_termination(&self, eni: &EniId, attachment: &AttachmentId, steps: &mut Steps) -> Result<(), Ec2Error> {
         let call = || self.meter.run(Ec2Action::ModifyNetworkInterfaceAttribute, self.ec2.set_delete_on_termination(eni, attachment));
-        match call().await {
-            Err(Ec2Error::NoReply { .. } | Ec2Error::Throttled { .. } | Ec2Error::NotFound { .. }) => {
+        match unthrottled(Ec2Action::ModifyNetworkInterfaceAttribute, steps, call).await {
+            Err(Ec2Error::NoReply { .. } | Ec2Error::NotFound { .. }) => {
                 sleep(CLEAN_UP_PAUSE).await;
-                call().await
+                unthrottled(Ec2Action::ModifyNetworkInterfaceAttribute, steps, call).await
             }
             other => other,
         }
