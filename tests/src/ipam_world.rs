@@ -148,6 +148,14 @@ impl World {
     /// # Panics
     /// When the settings are wrong: a mistake of the test.
     pub fn start(spec: WorldSpec) -> Self {
+        Self::start_with(spec, |_, _| {})
+    }
+
+    /// The same, with a cloud that `prepare` has changed before the agent sees it.
+    ///
+    /// # Panics
+    /// As [`World::start`].
+    pub fn start_with(spec: WorldSpec, prepare: impl FnOnce(&Cloud, &SubnetId)) -> Self {
         let mut config = CloudConfig { timing: spec.timing, ..CloudConfig::default() };
         config.vpc_cidrs = vec![Ipv4Net::new_assert([10, 0, 0, 0].into(), 16)];
         let ipv6 = spec.env.get("ENABLE_IPv6").is_some_and(|value| value == "true");
@@ -162,6 +170,7 @@ impl World {
         let subnet = cloud.add_subnet(described);
         let instance = InstanceId::from("i-0000000000000000a");
         cloud.run_instance(InstanceSpec { id: instance.clone(), ipv6, ..InstanceSpec::new("i-0", &spec.instance_type, &subnet) });
+        prepare(&cloud, &subnet);
         Self::start_on(cloud, subnet, instance, spec)
     }
 

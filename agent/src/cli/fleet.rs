@@ -53,7 +53,7 @@ pub(super) struct FleetArgs {
     #[arg(long, default_value_t = 4_000)]
     attach_ms: u32,
     /// Nodes that are simulated one by one; a larger fleet is scaled from them
-    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     most_nodes: u32,
     /// Another order of events
     #[arg(long, default_value_t = 1)]

@@ -174,6 +174,13 @@ impl Cloud {
         }
     }
 
+    /// Sets a tag of a subnet.
+    pub fn tag_subnet(&self, subnet: &SubnetId, key: &str, value: &str) {
+        if let Some(subnet) = self.lock().subnets.get_mut(subnet) {
+            subnet.described.tags.insert(key.to_owned(), value.to_owned());
+        }
+    }
+
     /// Somebody else takes one address of every /28, so that no prefix is left.
     pub fn fragment(&self, subnet: &SubnetId) {
         let mut state = self.lock();

@@ -172,6 +172,21 @@ pub fn missing_tags(eni: &Eni, instance: &InstanceId, cluster: &str, additional:
     tags
 }
 
+/// ENIs for pods whose security groups are not the primary ENI's: a change of the node's groups is to reach all of them.
+/// Under custom networking the ENIConfig decides, and a trunk's groups are the controller's.
+pub fn enis_with_other_groups<'a>(
+    enis: impl Iterator<Item = &'a StoredEni>,
+    primary_groups: &[SecurityGroupId],
+) -> impl Iterator<Item = &'a StoredEni> {
+    let wanted: BTreeSet<&SecurityGroupId> = primary_groups.iter().collect();
+    let known = !wanted.is_empty();
+    let differs = move |eni: &&StoredEni| {
+        let ours = matches!(eni.role, EniRole::Pods | EniRole::ExcludedSubnet) && !eni.is_primary() && eni.state != EniState::Releasing;
+        known && ours && eni.security_groups.iter().collect::<BTreeSet<_>>() != wanted
+    };
+    enis.filter(move |eni| differs(eni)).collect::<Vec<_>>().into_iter()
+}
+
 /// What to do with an ENI that is `available` and carries our tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leak {

@@ -497,6 +497,12 @@ impl<'a> CardPlanner<'a> {
             out.actions.push(Action::ReleaseEni { eni: eni.id.clone(), reason });
         }
 
+        // An excluded ENI that cannot go (yet) gives its idle addresses back to the subnet.
+        let excluded = |eni: &&StoredEni| eni.role == EniRole::ExcludedSubnet && eni.state == EniState::Serving;
+        for eni in self.enis().filter(excluded).filter(|eni| !self.releasable(eni) && !self.busy(eni)) {
+            push_unassign(eni, self.idle(eni).collect(), Reason::ExcludedSubnet, budget, now, out);
+        }
+
         let mut enis: Vec<_> = self.serving().filter(|eni| !released.contains(&&eni.id) && !self.busy(eni)).collect();
         enis.sort_by_key(|eni| (eni.is_primary(), self.input.store.eni_stats(eni, now).assigned, std::cmp::Reverse(eni.device_index)));
         let by_cidr = self.ip_targets().is_some() || self.input.targets.mode == PoolMode::Prefixes;

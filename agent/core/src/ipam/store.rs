@@ -3,7 +3,7 @@
 //! Ownership is kept by address and not inside the CIDRs: an allocation and a cool-down outlive the disappearance of their
 //! CIDR (a stale IMDS, a detach by hand), so that the address cannot be given to a second pod when it comes back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -274,6 +274,17 @@ impl Datastore {
     /// The ENI on which an address is.
     pub fn eni_of(&self, address: IpAddr) -> Option<&StoredEni> {
         self.enis.values().find(|eni| eni.cidrs.keys().any(|cidr| cidr.contains(&address)))
+    }
+
+    /// ENIs of these subnets serve no new pods; those of others do again.
+    pub fn set_excluded(&mut self, subnets: &BTreeSet<SubnetId>) {
+        for eni in self.enis.values_mut() {
+            eni.role = match (eni.role, subnets.contains(&eni.subnet)) {
+                (EniRole::Pods, true) => EniRole::ExcludedSubnet,
+                (EniRole::ExcludedSubnet, false) => EniRole::Pods,
+                (role, _) => role,
+            };
+        }
     }
 
     /// Adds an ENI or replaces what is known of it; its CIDRs are those given.

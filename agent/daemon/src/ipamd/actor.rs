@@ -8,7 +8,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::cloud::{Ec2Api, Imds, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
-use stanchion_core::ids::{EniId, PodName, SubnetId, VpcId};
+use stanchion_core::ids::{EniId, PodName, SecurityGroupId, SubnetId, VpcId};
 use stanchion_core::ipam::{Action, Allocation, Blocked, Datastore, Demand, IpamKey, Memory, Placement, PoolLimits, Targets, Time};
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, HostReport};
@@ -44,6 +44,8 @@ pub(super) enum Work {
     Subnets(Result<Vec<Subnet>, String>),
     /// Leaked ENIs were looked for; how many were deleted.
     Swept(Result<u32, String>),
+    /// An ENI's security groups were set.
+    Groups(EniId, Result<Vec<SecurityGroupId>, String>),
 }
 
 /// An ADD that waits for an address.
@@ -372,6 +374,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Work::Observed(observation) => self.observed(observation),
             Work::Subnets(result) => self.subnets_read(result),
             Work::Swept(result) => self.swept(result),
+            Work::Groups(eni, result) => self.groups_set(&eni, result),
         }
     }
 

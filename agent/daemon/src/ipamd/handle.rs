@@ -19,6 +19,8 @@ pub(super) const MAILBOX: usize = 512;
 
 /// The actor answers at the deadline; a caller hears at the latest this much later that it is still starting.
 const REPLY_GRACE: Duration = Duration::from_millis(200);
+/// An actor that has not taken a turn for so long hangs: its slow tick is 30 s.
+const HUNG_AFTER: Duration = Duration::from_secs(90);
 /// A release needs no EC2, so only a starting actor takes this long. The runtime repeats a DEL.
 const RELEASE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -203,9 +205,16 @@ impl IpamHandle {
         }
     }
 
-    /// Whether an ADD could succeed now.
+    /// Whether an ADD could succeed now. The actor tells at least twice a minute that it lives; one that does not hangs.
     pub fn status(&self) -> IpamStatus {
-        self.snapshot.borrow().status.clone()
+        let snapshot = self.snapshot.borrow();
+        match snapshot.taken.map(|taken| taken.elapsed()).filter(|silent| *silent > HUNG_AFTER) {
+            Some(silent) => {
+                let reason = format!("address management has not moved for {} s; restart the agent if it stays so", silent.as_secs());
+                IpamStatus { ready: false, reason }
+            }
+            None => snapshot.status.clone(),
+        }
     }
 
     /// The newest picture of the state; taken after every change, at most some milliseconds old.
@@ -217,5 +226,25 @@ impl IpamHandle {
     pub async fn ready(&self) -> Result<(), Busy> {
         let mut snapshot = self.snapshot.clone();
         snapshot.wait_for(|snapshot| snapshot.status.ready).await.map(|_| ()).map_err(|_| Busy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Defect 10 of aws-node: its health was constant, and a pool loop that hung for minutes went unnoticed.
+    #[tokio::test(start_paused = true)]
+    async fn a_pool_that_hangs_is_not_ready_and_says_so() {
+        let (mailbox, _inbox) = mpsc::channel(1);
+        let taken = Some(Instant::now());
+        let status = IpamStatus { ready: true, reason: String::new() };
+        let (_sender, snapshot) = watch::channel(Arc::new(IpamSnapshot { taken, status, ..IpamSnapshot::default() }));
+        let handle = IpamHandle { mailbox, snapshot };
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert!(handle.status().ready);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        let status = handle.status();
+        assert!(!status.ready && status.reason.contains("has not moved for 120 s"), "{status:?}");
     }
 }

@@ -8,6 +8,7 @@ mod actor;
 mod clock;
 mod execute;
 mod files;
+mod groups;
 mod handle;
 mod meter;
 mod observe;

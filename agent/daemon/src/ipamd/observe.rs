@@ -150,6 +150,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Ok(subnets) => {
                 self.excluded = excluded_subnets(&subnets);
                 self.subnets = subnets;
+                // A tag that was set or taken away concerns the ENIs that are there.
+                self.store.set_excluded(&self.excluded);
                 self.place();
             }
             Err(error) => self.error_text("describe subnets", error),
@@ -224,6 +226,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             None if self.config.pool.imds_only => self.adopt(&imds, None),
             None => {}
         }
+        self.follow_groups(&imds);
     }
 
     /// Takes what is shown and not known.

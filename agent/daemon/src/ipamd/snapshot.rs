@@ -14,6 +14,9 @@ use super::IpamStatus;
 pub struct IpamSnapshot {
     /// When it was taken.
     pub time: Time,
+    /// The same by the process's clock; `None` before the first turn.
+    #[serde(skip)]
+    pub taken: Option<tokio::time::Instant>,
     /// Whether an ADD could succeed now.
     pub status: IpamStatus,
     /// This instance.

@@ -52,6 +52,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let per_slot = if self.targets.mode == stanchion_core::ipam::PoolMode::Prefixes { 16 } else { 1 };
         IpamSnapshot {
             time: now,
+            taken: Some(tokio::time::Instant::now()),
             status,
             instance: self.identity.instance.clone(),
             instance_type: self.identity.instance_type.clone(),

@@ -148,12 +148,14 @@ struct World {
     waits: Vec<u32>,
     asked: u64,
     last_call: u64,
+    /// The last call that EC2 let through.
+    last_done: u64,
 }
 
 impl World {
     fn new(now: u64, ec2: Account, seed: u64) -> Self {
         let queue = BinaryHeap::new();
-        Self { now, sequence: 0, queue, ec2, random: Random(seed), waits: Vec::new(), asked: 0, last_call: now }
+        Self { now, sequence: 0, queue, ec2, random: Random(seed), waits: Vec::new(), asked: 0, last_call: now, last_done: now }
     }
 
     fn at(&mut self, after: u64, node: u32, event: Event) {
@@ -165,6 +167,9 @@ impl World {
     fn call(&mut self, node: u32, job: u32, action: Ec2Action) {
         let admitted = self.ec2.call(action, self.now);
         self.last_call = self.now;
+        if admitted {
+            self.last_done = self.now;
+        }
         let latency = self.ec2.latency();
         self.at(latency, node, Event::Reply { job, admitted });
     }
@@ -269,12 +274,12 @@ fn run<N: Node>(question: &FleetQuestion, mut nodes: Vec<N>, world: &mut World, 
     let mut handled = 0u64;
     let mut rest_at = START + over + REST;
     while let Some(std::cmp::Reverse((at, _, node, event))) = world.queue.pop() {
-        let all_served = world.waits.len() as u64 >= world.asked;
-        if at > START + LONGEST || (all_served && at > rest_at) {
-            break;
-        }
-        if !all_served {
+        if world.waits.len() < world.asked as usize {
             rest_at = rest_at.max(at + REST);
+        }
+        rest_at = rest_at.max(world.last_done + REST);
+        if at > START + LONGEST || at > rest_at {
+            break;
         }
         world.now = at;
         nodes[node as usize].handle(node, event, world);
