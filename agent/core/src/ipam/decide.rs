@@ -437,6 +437,10 @@ impl<'a> CardPlanner<'a> {
         let mut actions = Plan::default();
         let mut tokens = budget.clone();
         let next_age = self.find_surplus(&mut tokens, &mut actions);
+        // A pod's address that is on no ENI may be on one whose newest addresses we have not seen: none goes until EC2 has told.
+        if actions.actions.iter().any(|action| matches!(action, Action::ReleaseEni { .. })) && self.input.store.has_homeless(self.card) {
+            actions.actions.retain(|action| !matches!(action, Action::ReleaseEni { .. }));
+        }
         if actions.actions.is_empty() {
             // What is being given back was a surplus; the rest of it need not wait again.
             if let Some(since) = self.input.memory.surplus_since.get(&self.card)

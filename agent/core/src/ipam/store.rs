@@ -287,6 +287,12 @@ impl Datastore {
         }
     }
 
+    /// Whether a pod holds an address of this card that is on no ENI that we know.
+    pub fn has_homeless(&self, network_card: u16) -> bool {
+        let mut held = self.allocations.values().flat_map(|allocation| &allocation.held).filter(|held| held.network_card == network_card);
+        held.any(|held| self.eni_of(held.address).is_none())
+    }
+
     /// Adds an ENI or replaces what is known of it; its CIDRs are those given.
     pub fn put_eni(&mut self, eni: StoredEni) {
         self.enis.insert(eni.id.clone(), eni);
@@ -304,6 +310,14 @@ impl Datastore {
             eni.cidrs.entry(cidr).or_insert(false);
         }
         true
+    }
+
+    /// The range has just gone back to EC2, as [`Self::cool`] was told: who still sees it looks at an old picture. A pod's
+    /// cool-down is shorter and does not count.
+    pub fn is_going(&self, cidr: IpNet, now: Time) -> bool {
+        let going = |address| self.released.get(&address).is_some_and(|until| *until > now + self.cooldown);
+        addresses_of(cidr) <= u64::from(PREFIX_ADDRESSES)
+            && addresses(cidr).all(|address| !self.owners.contains_key(&address) && going(address))
     }
 
     /// Takes a CIDR off an ENI; what pods hold in it stays held.

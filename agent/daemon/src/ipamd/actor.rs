@@ -44,6 +44,8 @@ pub(super) enum Work {
     Subnets(Result<Vec<Subnet>, String>),
     /// Leaked ENIs were looked for; how many were deleted.
     Swept(Result<u32, String>),
+    /// An adopted ENI got its tags.
+    Tended(EniId, Result<(), String>),
     /// An ENI's security groups were set.
     Groups(EniId, Result<Vec<SecurityGroupId>, String>),
 }
@@ -374,6 +376,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Work::Observed(observation) => self.observed(observation),
             Work::Subnets(result) => self.subnets_read(result),
             Work::Swept(result) => self.swept(result),
+            Work::Tended(eni, result) => self.tended(&eni, result),
             Work::Groups(eni, result) => self.groups_set(&eni, result),
         }
     }

@@ -48,7 +48,7 @@ pub(super) struct Outcome {
 }
 
 /// What EC2 answered, in order.
-type Steps = Vec<(Ec2Action, Option<Ec2Error>)>;
+pub(super) type Steps = Vec<(Ec2Action, Option<Ec2Error>)>;
 
 /// What is different now.
 #[derive(Debug)]
@@ -190,7 +190,12 @@ impl<E: Ec2Api> Executor<E> {
         found.attachment.filter(|attachment| attachment.instance == self.instance).map(|attachment| attachment.id)
     }
 
-    async fn set_delete_on_termination(&self, eni: &EniId, attachment: &AttachmentId, steps: &mut Steps) -> Result<(), Ec2Error> {
+    pub(super) async fn set_delete_on_termination(
+        &self,
+        eni: &EniId,
+        attachment: &AttachmentId,
+        steps: &mut Steps,
+    ) -> Result<(), Ec2Error> {
         let call = || self.meter.run(Ec2Action::ModifyNetworkInterfaceAttribute, self.ec2.set_delete_on_termination(eni, attachment));
         match unthrottled(Ec2Action::ModifyNetworkInterfaceAttribute, steps, call).await {
             Err(Ec2Error::NoReply { .. } | Ec2Error::NotFound { .. }) => {

@@ -9,8 +9,8 @@ use stanchion_core::cloud::{Ec2Api, Eni, EniKind, Imds, ImdsEni, Subnet};
 use stanchion_core::config::RandomizeSnat;
 use stanchion_core::ids::{EniId, SubnetId};
 use stanchion_core::ipam::{
-    Action, Adoption, EniRole, EniState, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name, excluded_subnets,
-    imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
+    Action, Adoption, DESCRIPTION_PREFIX, EniRole, EniState, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name,
+    excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
 };
 use stanchion_core::network::egress;
 use stanchion_core::network::{EniPlan, EniRole as HostRole, HostNetwork, HostPlan, HostReport, NetOp, PodHost, Randomize, Snat};
@@ -55,7 +55,8 @@ pub(super) async fn observe<E: Ec2Api, I: Imds>(
                 enis.iter().map(|eni| (eni.id.clone(), imds_cidrs(eni).into_iter().collect())).collect();
             shown != known
         }
-        Err(_) => false,
+        // Without IMDS only EC2 can tell.
+        Err(_) => true,
     };
     let ec2 = match ask_ec2 {
         AskEc2::Never => None,
@@ -245,6 +246,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 continue;
             }
             record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
+            record.cidrs.retain(|cidr, _| !self.store.is_going(*cidr, now));
             match self.store.eni_mut(&record.id) {
                 Some(known) => {
                     known.role = record.role;
@@ -265,7 +267,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 }
             }
             if let Some(eni) = described {
-                self.tag(eni);
+                self.tend(eni);
             }
         }
         self.place();
@@ -281,21 +283,37 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         })
     }
 
-    fn tag(&mut self, eni: &Eni) {
+    /// Gives an adopted ENI the tags it lacks, and one that a crash of ours left without it its end with the instance. Once for
+    /// each ENI; what failed is tried again at the next look.
+    fn tend(&mut self, eni: &Eni) {
         let pool = &self.config.pool;
         let managed = self.store.enis().get(&eni.id).is_some_and(|stored| !is_hands_off(stored.role) && stored.kind != EniKind::Trunk);
         if !managed || pool.disable_provisioning || !self.tagged.insert(eni.id.clone()) {
             return;
         }
         let tags = missing_tags(eni, &self.identity.instance, &pool.cluster_name, &pool.additional_eni_tags);
-        if tags.is_empty() {
+        let outlives = eni.attachment.as_ref().filter(|attachment| !attachment.delete_on_termination);
+        let attachment = outlives.filter(|_| eni.description.starts_with(DESCRIPTION_PREFIX)).map(|attachment| attachment.id.clone());
+        if tags.is_empty() && attachment.is_none() {
             return;
         }
         let (executor, id) = (self.executor.clone(), eni.id.clone());
         self.tasks.spawn(async move {
-            let result = executor.create_tags(&id, &tags).await;
-            Work::Swept(result.map(|()| 0).map_err(|error| format!("tagging {id}: {}", chain(&error))))
+            let tagged = if tags.is_empty() { Ok(()) } else { executor.create_tags(&id, &tags).await };
+            let ends = match &attachment {
+                Some(attachment) => executor.set_delete_on_termination(&id, attachment, &mut Vec::new()).await,
+                None => Ok(()),
+            };
+            let result = tagged.and(ends).map_err(|error| chain(&error));
+            Work::Tended(id, result)
         });
+    }
+
+    pub(super) fn tended(&mut self, id: &EniId, result: Result<(), String>) {
+        if let Err(error) = result {
+            self.tagged.remove(id);
+            self.error_text("tag ENI", format!("{id}: {error}"));
+        }
     }
 
     /// Forgets ENIs and CIDRs that EC2 did not show in two looks at least [`GONE_AFTER`] apart. Allocations stay: they end

@@ -174,7 +174,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.store.add_cidrs(&eni, cidrs);
             }
             Done::Refreshed { eni, cidrs } => {
-                self.store.add_cidrs(&eni, cidrs);
+                let there: Vec<_> = cidrs.into_iter().filter(|cidr| !self.store.is_going(*cidr, now)).collect();
+                self.store.add_cidrs(&eni, there);
                 self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
             }
             Done::Attached(eni) => {

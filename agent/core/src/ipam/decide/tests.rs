@@ -266,6 +266,25 @@ fn another_subnet_serves_when_the_first_refuses_though_an_eni_has_room() {
     );
 }
 
+/// A restart with a Describe that lags: the pod's address is not shown yet, and its ENI looks empty.
+#[test]
+fn no_eni_is_released_while_a_pods_address_is_on_none() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.add(0, "subnet-a", 4, EniState::Serving);
+    scene.add(1, "subnet-a", 3, EniState::Serving);
+    let id = stored_eni(1, "subnet-a", 9).id;
+    scene.store.eni_mut(&id).expect("there").added = NOW - ENI_MIN_AGE * 2;
+    scene.memory.surplus_since.insert(0, NOW - SHRINK_AFTER);
+    let releases = |scene: &Scene| scene.plan().actions.iter().any(|action| matches!(action, Action::ReleaseEni { .. }));
+    assert!(releases(&scene), "{:?}", scene.plan().actions);
+    let (key, pod) = super::super::simulate::virtual_pod(7);
+    let held = vec![super::super::Held { network_card: 0, address: "10.1.0.77".parse().expect("address") }];
+    scene.store.restore(key.clone(), super::super::Allocation { pod, since_ns: 0, held }).expect("one owner");
+    assert!(!releases(&scene), "{:?}", scene.plan().actions);
+    scene.store.add_cidrs(&id, ["10.1.0.77/32".parse().expect("CIDR")]);
+    assert!(!releases(&scene), "now it is seen to be in use");
+}
+
 /// Defect 14 of aws-node: an index at its array's bound ended the process.
 #[test]
 fn a_device_index_is_never_one_that_is_held_and_never_out_of_range() {

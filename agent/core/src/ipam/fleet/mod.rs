@@ -284,7 +284,7 @@ fn run<N: Node>(question: &FleetQuestion, mut nodes: Vec<N>, world: &mut World, 
         world.now = at;
         nodes[node as usize].handle(node, event, world);
         handled += 1;
-        if handled % 4_096 == 0 {
+        if handled.is_multiple_of(4_096) {
             progress(((at - START) as f64 / (rest_at - START) as f64).min(1.0));
         }
     }

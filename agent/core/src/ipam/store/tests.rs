@@ -142,3 +142,20 @@ fn ipv6_addresses_come_from_the_slash_80() {
     let one = store.assign(&key(1), &PodName::default(), &[0], Time(0)).expect("free").held[0].address;
     assert_eq!(one.to_string(), "2600:1f18:1:2:3::1");
 }
+
+#[test]
+fn what_goes_back_to_ec2_is_told_from_what_a_pod_released() {
+    let mut store = Datastore::new(PoolMode::Prefixes, Duration::from_secs(30));
+    store.put_eni(eni(0));
+    let (single, prefix) = (cidr(0, 3, false), cidr(0, 1, true));
+    store.add_cidrs(&id(0), [single, prefix]);
+    store.assign(&key(1), &PodName::default(), &[0], Time(0)).expect("free");
+    store.release(&key(1), Time(0));
+    assert!(!store.is_going(prefix, Time(0)), "one address of it cools down");
+    store.cool(single, Time(180_000));
+    assert!(store.is_going(single, Time(149_999)) && !store.is_going(single, Time(150_000)));
+    store.cool(prefix, Time(180_000));
+    assert!(store.is_going(prefix, Time(0)));
+    store.given_anew(prefix, Time(0));
+    assert!(!store.is_going(prefix, Time(0)), "EC2 has given it again");
+}
