@@ -56,6 +56,9 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Args { command, connection } = args;
+    if !matches!(command, Command::Agent(_)) {
+        stanchion_netlink::process::end_when_the_reader_goes();
+    }
     match command {
         Command::Ship(args) => cli::ship::run(&args),
         Command::Migrate(args) => cli::migrate::run(&args),

@@ -140,6 +140,33 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     assert!(page("/v1/enis").contains("\"AvailableIPv4Cidrs\""));
     let status = page("/status");
     assert!(status.contains("content-security-policy: default-src 'none'") && status.contains("<!doctype html>"), "{status}");
+    assert!(!status.contains("src=") && !status.contains("<link"), "the page needs nothing from elsewhere");
+    // In a real browser, where there is one (apt-get install chromium).
+    let chromium = std::path::Path::new("/usr/bin/chromium");
+    if chromium.exists() {
+        let home = node1.state_dir().with_file_name("chromium");
+        let mut browser = std::process::Command::new(chromium);
+        browser.env("HOME", &home).args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]);
+        browser.args(["--virtual-time-budget=6000", "--dump-dom", "http://127.0.0.1:61679/"]);
+        let dom = String::from_utf8(node1.netns().output(&mut browser).unwrap().stdout).unwrap();
+        let eni = node1.cli_json(&["enis"]).unwrap()["enis"][0]["id"].as_str().unwrap().to_owned();
+        assert!(dom.contains(&eni) && dom.contains("addresses: ready"), "{dom}");
+    } else {
+        println!("no /usr/bin/chromium: the page was not opened in a browser");
+    }
+
+    // A bundle for a person elsewhere: everything the agent says, no secret of a neighbour's configuration.
+    fs::write(node1.cni_conf_dir().join("90-other.conf"), r#"{"type": "other", "token": "hunter2-hunter2"}"#).unwrap();
+    let bundle = node1.state_dir().with_file_name("bundle.tar.gz");
+    let (file, conf) = (bundle.display().to_string(), node1.cni_conf_dir().display().to_string());
+    node1.cli(&["support", "--file", &file, "--conf-dir", &conf]).unwrap();
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(fs::File::open(&bundle).unwrap()).read_to_string(&mut text).unwrap();
+    for name in ["agent/status.json", "agent/config.json", "network/routes.json", "cni/10-aws.conflist", "cni/90-other.conf"] {
+        assert!(text.contains(name), "{name} is not in the bundle");
+    }
+    assert!(text.contains("stanchion-cni") && !text.contains("hunter2"));
+
     agent.stop(SOON).await.unwrap();
     assert!(conflist.exists(), "stopping removes nothing");
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
@@ -78,14 +78,14 @@ pub(crate) fn run(args: &SupportArgs, connection: &Connection) -> Result<ExitCod
             }
             Err(error) => bundle.note(&format!("agent: {error:#}")),
         }
+        for (name, command) in PROGRAMS {
+            match output(command).await {
+                Ok(text) => bundle.add(name, &text),
+                Err(error) => bundle.note(&format!("{name}: {error:#}")),
+            }
+        }
         Ok(())
     })?;
-    for (name, command) in PROGRAMS {
-        match output(command) {
-            Ok(text) => bundle.add(name, &text),
-            Err(error) => bundle.note(&format!("{name}: {error:#}")),
-        }
-    }
     for path in FILES {
         bundle.add_file(path.trim_start_matches('/'), Path::new(path));
     }
@@ -117,36 +117,15 @@ fn default_name() -> PathBuf {
     PathBuf::from(format!("stanchion_{host}_{now}.tar.gz"))
 }
 
-fn output(command: &[&str]) -> Result<String> {
+async fn output(command: &[&str]) -> Result<String> {
     let (program, arguments) = command.split_first().context("no program")?;
-    let mut child = Command::new(program)
-        .args(arguments)
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .with_context(|| format!("{program} cannot be run"))?;
-    // The pipe is drained while the deadline runs.
-    let mut stdout = child.stdout.take().context("no standard output")?;
-    let reader = std::thread::spawn(move || {
-        let mut text = Vec::new();
-        std::io::Read::read_to_end(&mut stdout, &mut text).map(|_| text)
-    });
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
-        if let Some(status) = child.try_wait().context("wait for it")? {
-            anyhow::ensure!(status.success(), "{program} ended with {status}");
-            break;
-        }
-        if std::time::Instant::now() >= deadline {
-            child.kill().context("end it")?;
-            child.wait().context("wait for it")?;
-            anyhow::bail!("{program} did not end within {} s", PATIENCE.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let text = reader.join().map_err(|_| anyhow::anyhow!("the reader of {program} ended badly"))?.context("read its output")?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
+    let output = tokio::process::Command::new(program).args(arguments).stdin(std::process::Stdio::null()).kill_on_drop(true).output();
+    let output = match tokio::time::timeout(PATIENCE, output).await {
+        Ok(output) => output.with_context(|| format!("{program} cannot be run"))?,
+        Err(_) => anyhow::bail!("{program} did not end within {} s", PATIENCE.as_secs()),
+    };
+    anyhow::ensure!(output.status.success(), "{program} ended with {}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// The archive while it grows. Everything that goes in is scrubbed.
@@ -233,7 +212,7 @@ mod tests {
         let archive = directory.path().join("a.tar.gz");
         fs::write(&archive, bundle.finish().unwrap()).unwrap();
         let run = |arguments: &[&str]| {
-            let output = Command::new("tar").args(arguments).current_dir(directory.path()).output().unwrap();
+            let output = std::process::Command::new("tar").args(arguments).current_dir(directory.path()).output().unwrap();
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             String::from_utf8(output.stdout).unwrap()
         };
