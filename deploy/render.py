@@ -21,6 +21,7 @@ EVERYTHING = {
         "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG": "true",
         "ENI_CONFIG_LABEL_DEF": "topology.kubernetes.io/zone",
         "ANNOTATE_POD_IP": "true",
+        "NETWORK_POLICY_SOURCE": "policy-endpoints",
     },
     "crd": {"create": True},
     "eniConfig": {"create": True, "region": "eu-west-1", "subnets": {"a": {"id": "subnet-0a", "securityGroups": ["sg-0a"]}}},
