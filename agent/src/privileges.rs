@@ -18,7 +18,12 @@ const NETWORK: [Capability; 4] = [Capability::CAP_NET_ADMIN, Capability::CAP_BPF
 /// # Errors
 /// The kernel refuses to say or to drop.
 pub(crate) fn drop_all_but_needed(roles: &[Role]) -> Result<()> {
-    let wanted: CapsHashSet = if roles.contains(&Role::Network) { NETWORK.into_iter().collect() } else { CapsHashSet::new() };
+    let mut wanted = CapsHashSet::new();
+    if roles.contains(&Role::Network) {
+        wanted.extend(NETWORK);
+        // The tools that take aws-node's rules out of the old tables open a raw socket.
+        wanted.extend(stanchion_netlink::has_legacy_tables().then_some(Capability::CAP_NET_RAW));
+    }
     let held = caps::read(None, CapSet::Permitted).context("read this process's capabilities")?;
     let kept: CapsHashSet = wanted.intersection(&held).copied().collect();
     for missing in wanted.difference(&held) {

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::process::{Command, Stdio};
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use stanchion_core::network::takeover;
 
 /// `IPT_SO_GET_INFO` and `IPT_SO_GET_ENTRIES` of `linux/netfilter_ipv4/ip_tables.h`.
@@ -35,6 +35,11 @@ pub(crate) fn observe_upstream() -> Result<Vec<String>, String> {
         documents.extend(takeover::legacy_removal(&String::from_utf8_lossy(&output.stdout)));
     }
     Ok(documents)
+}
+
+/// Whether iptables-legacy has made one of the tables that aws-node writes, in the calling thread's namespace.
+pub fn has_legacy_tables() -> bool {
+    takeover::LEGACY_TABLES.iter().any(|table| is_loaded(table))
 }
 
 /// Applies a document; each table in one step.
@@ -70,7 +75,8 @@ fn is_loaded(table: &str) -> bool {
 
 /// The table as the kernel holds it.
 fn entries(table: &str) -> io::Result<Vec<u8>> {
-    let socket = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
+    // Any socket of the family will do; a raw one would need CAP_NET_RAW.
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut info = vec![0; INFO];
     info[..table.len()].copy_from_slice(table.as_bytes());
     get(&socket, GET_INFO, &mut info)?;

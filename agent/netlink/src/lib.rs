@@ -24,5 +24,6 @@ pub mod tc;
 pub mod veth;
 
 pub use host::HostNet;
+pub use legacy::has_legacy_tables;
 pub use netns::{Netns, NetnsId};
 pub use socket::{Netlink, NetlinkError};

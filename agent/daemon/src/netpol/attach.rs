@@ -193,13 +193,13 @@ fn remove_pins(loaded: &Loaded, interface: &str, index: u32) -> Result<(), Attac
     Ok(())
 }
 
-/// Takes the programs from an interface; one that is gone is no failure.
+/// Forgets an interface that is gone: its filters went with it, and asking the kernel for them would wait for the network lock, which
+/// the deletion of other pods' veths holds for tens of milliseconds each.
 ///
 /// # Errors
-/// A pin could not be removed, or the kernel refuses.
+/// A pin could not be removed.
 pub fn detach(loaded: &Loaded, interface: &str, index: u32) -> Result<(), AttachError> {
-    remove_pins(loaded, interface, index)?;
-    remove_filters(index).map_err(|error| failed("detach", POD_EGRESS, interface, error))
+    remove_pins(loaded, interface, index)
 }
 
 /// Takes away what agents of other layouts left: their filters on these interfaces, their links, their maps.
