@@ -75,9 +75,10 @@ impl Interfaces {
     }
 }
 
-/// True if the name still belongs to that index.
+/// True if the index still belongs to that name. Asked by the index: by the name of an interface that is gone, as every deleted pod's
+/// is, the kernel looks for a module to load and runs modprobe, twice.
 pub(super) fn exists(name: &str, index: u32) -> bool {
-    nix::net::if_::if_nametoindex(name).is_ok_and(|present| present == index)
+    nix::net::if_::if_indextoname(index).is_ok_and(|present| present.as_bytes() == name.as_bytes())
 }
 
 /// The addresses of this network namespace, without loopback's and link-local ones. Asked at every activation: addresses are
