@@ -162,9 +162,9 @@ mod tests {
         for (owner, kind, ttl, data) in records {
             // The question's name as everybody writes it: a pointer.
             if owner.eq_ignore_ascii_case(question) {
-                bytes.extend([0xc0, 12])
+                bytes.extend([0xc0, 12]);
             } else {
-                bytes.extend(wire_name(owner))
+                bytes.extend(wire_name(owner));
             }
             bytes.extend(kind.to_be_bytes());
             bytes.extend([0, 1]);

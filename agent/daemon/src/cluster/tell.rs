@@ -108,6 +108,8 @@ struct Teller {
     /// Policy is looked at next.
     policy_due: tokio::time::Instant,
     alarms: Option<Alarms>,
+    /// What was wrong in policies at the last look.
+    problems: Vec<String>,
     /// The CNINode is looked at next.
     feature_due: tokio::time::Instant,
 }
@@ -124,6 +126,7 @@ impl Teller {
             was_ready: false,
             policy_due: tokio::time::Instant::now(),
             alarms: None,
+            problems: Vec::new(),
             feature_due: tokio::time::Instant::now(),
         }
     }
@@ -194,7 +197,12 @@ impl Teller {
             return;
         }
         self.policy_due = tokio::time::Instant::now() + POLICY_EVERY;
-        let now = netpol.snapshot().await.alarms;
+        let snapshot = netpol.snapshot().await;
+        let known = std::mem::replace(&mut self.problems, snapshot.problems.clone());
+        for problem in snapshot.problems.iter().filter(|problem| !known.contains(problem)) {
+            self.node_event(true, "NetworkPolicyProblem", "EnforcePolicy", problem.clone());
+        }
+        let now = snapshot.alarms;
         let before = self.alarms.replace(now).unwrap_or_default();
         for note in alarm_notes(&before, &now) {
             self.node_event(true, "NetworkPolicyAlarm", "EnforcePolicy", note);
@@ -281,6 +289,7 @@ fn alarm_notes(before: &Alarms, now: &Alarms) -> Vec<String> {
         grown(before.pod_flow_cap, now.pod_flow_cap, "flows found their pod at its cap of open flows and are judged packet by packet"),
         grown(before.no_endpoint, now.no_endpoint, "packets were dropped because their pod's policy record is missing"),
         grown(before.events_lost, now.events_lost, "denied flows were not recorded: too many at once"),
+        grown(before.names_lost, now.names_lost, "DNS answers were not read: too many at once; connections to what they name are denied"),
     ]
     .into_iter()
     .flatten()

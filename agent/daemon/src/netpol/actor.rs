@@ -117,7 +117,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     match names::read(&state_dir) {
         Ok(known) => rules.remember(known.iter().map(|(address, name, until)| (*address, name.as_str(), *until))),
         Err(cause) => {
-            warn!(cause = %cause, "the DNS names of the agent before are not known: connections by name are denied until pods ask again")
+            warn!(cause = %cause, "the DNS names of the agent before are not known: connections by name are denied until pods ask again");
         }
     }
     let (mailbox, inbox) = mpsc::channel(MAILBOX);
