@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
 use serde_json::Value;
 use stanchion_proto::debug_client::DebugClient;
-use stanchion_proto::{GetStatusRequest, JsonReply, ListRequest, PolicyRequest, SetLogLevelRequest, StreamFlowsRequest};
+use stanchion_proto::{FlowEvent, GetStatusRequest, JsonReply, ListRequest, PolicyRequest, SetLogLevelRequest, StreamFlowsRequest};
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Channel;
 
@@ -42,12 +42,50 @@ pub(crate) enum Question {
         /// Only those of a pod (namespace/name) or namespace (namespace/)
         #[arg(long, default_value = "")]
         pod: String,
+        #[command(flatten)]
+        filter: FlowFilter,
     },
     /// Change the log filter of the running agent, e.g. info,stanchion_daemon::ipamd=debug
     LogLevel {
         /// A tracing filter
         filter: String,
     },
+}
+
+/// Which flows are shown: those that meet every condition given.
+#[derive(clap::Args, Default)]
+pub(crate) struct FlowFilter {
+    /// ingress or egress, as the pod that was judged sees it
+    #[arg(long, value_parser = ["ingress", "egress"])]
+    direction: Option<String>,
+    /// denied, allowed or audited
+    #[arg(long, value_parser = ["denied", "allowed", "audited"])]
+    verdict: Option<String>,
+    /// TCP, UDP, SCTP, ICMP, ICMPv6 or a number
+    #[arg(long)]
+    protocol: Option<String>,
+    /// Source or destination port
+    #[arg(long)]
+    port: Option<u32>,
+    /// Source or destination address
+    #[arg(long)]
+    ip: Option<std::net::IpAddr>,
+    /// Part of the name of the policy that decided
+    #[arg(long)]
+    policy: Option<String>,
+}
+
+impl FlowFilter {
+    fn admits(&self, event: &FlowEvent) -> bool {
+        let same = |wanted: &Option<String>, found: &str| wanted.as_ref().is_none_or(|wanted| wanted.eq_ignore_ascii_case(found));
+        let ip = self.ip.map(|ip| ip.to_string());
+        same(&self.direction, &event.direction)
+            && same(&self.verdict, &event.verdict)
+            && same(&self.protocol, &event.protocol)
+            && self.port.is_none_or(|port| [event.source_port, event.destination_port].contains(&port))
+            && ip.is_none_or(|ip| [&event.source, &event.destination].contains(&&ip))
+            && self.policy.as_ref().is_none_or(|policy| event.policy.contains(policy))
+    }
 }
 
 /// Asks and shows.
@@ -57,8 +95,8 @@ pub(crate) fn run(connection: &Connection, question: &Question) -> Result<ExitCo
             return watch(connection, question, std::time::Duration::from_secs(seconds.into())).await;
         }
         let mut agent = connect(&connection.socket).await?;
-        if let Question::Flows { follow, allowed, pod } = question {
-            return flows(&mut agent, connection, *follow, *allowed, pod).await;
+        if let Question::Flows { follow, allowed, pod, filter } = question {
+            return flows(&mut agent, connection, *follow, *allowed, pod, filter).await;
         }
         let document = ask(&mut agent, question).await?;
         if connection.output == "json" {
@@ -160,12 +198,24 @@ fn read(reply: Result<tonic::Response<JsonReply>, tonic::Status>) -> Result<Valu
     }
 }
 
-async fn flows(agent: &mut DebugClient<Channel>, connection: &Connection, follow: bool, allowed: bool, pod: &str) -> Result<ExitCode> {
+async fn flows(
+    agent: &mut DebugClient<Channel>,
+    connection: &Connection,
+    follow: bool,
+    allowed: bool,
+    pod: &str,
+    filter: &FlowFilter,
+) -> Result<ExitCode> {
+    // To ask for allowed flows is to want them told.
+    let allowed = allowed || filter.verdict.as_deref() == Some("allowed");
     let mut stream = match agent.stream_flows(StreamFlowsRequest { allowed, pod: pod.to_owned() }).await {
         Ok(reply) => reply.into_inner(),
         Err(status) => bail!("{}", status.message()),
     };
     while let Some(event) = stream.message().await.map_err(|status| anyhow::anyhow!("{}", status.message()))? {
+        if !filter.admits(&event) {
+            continue;
+        }
         let named = |pod: &str, address: &str| if pod.is_empty() { address.to_owned() } else { format!("{pod} ({address})") };
         if connection.output == "json" {
             let line = serde_json::json!({
@@ -408,4 +458,36 @@ fn config(document: &Value) -> String {
         table.row([at(setting, "/name"), at(setting, "/value"), at(setting, "/origin"), at(setting, "/about")]);
     }
     table.render("no settings")
+}
+
+#[cfg(test)]
+mod flow_tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_is_shown_if_it_meets_every_condition() {
+        let event = FlowEvent {
+            verdict: "denied".into(),
+            direction: "egress".into(),
+            source: "10.0.0.1".into(),
+            destination: "10.0.0.2".into(),
+            destination_port: 443,
+            protocol: "TCP".into(),
+            policy: "NetworkPolicy x/p".into(),
+            ..FlowEvent::default()
+        };
+        let all = FlowFilter {
+            direction: Some("egress".into()),
+            verdict: Some("denied".into()),
+            protocol: Some("tcp".into()),
+            port: Some(443),
+            ip: Some("10.0.0.2".parse().expect("an address")),
+            policy: Some("x/p".into()),
+        };
+        assert!(FlowFilter::default().admits(&event) && all.admits(&event));
+        assert!(!FlowFilter { direction: Some("ingress".into()), ..FlowFilter::default() }.admits(&event));
+        assert!(!FlowFilter { port: Some(80), ..FlowFilter::default() }.admits(&event));
+        assert!(!FlowFilter { ip: Some("10.0.0.3".parse().expect("an address")), ..FlowFilter::default() }.admits(&event));
+        assert!(!FlowFilter { policy: Some("y/".into()), ..FlowFilter::default() }.admits(&event));
+    }
 }
