@@ -6,6 +6,8 @@ use std::net::{TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use axum::Router;
+use axum::routing::{get, post};
 use serde_json::Value;
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::node::{CLUSTER_NAME, Node};
@@ -71,6 +73,55 @@ async fn every_metric_setting_shows() {
     .await
     .unwrap();
     assert_eq!(counted["orders"].as_u64().map(|orders| orders % 2), Some(0));
+}
+
+/// The kubelet's read-only port, an OTLP receiver and an annotated pod, all on the node's loopback.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_over_http_is_asked() {
+    let settings = [
+        ("WARM_IP_TARGET", "1"),
+        ("STANCHION_METRICS_INTERVAL_SECONDS", "1"),
+        ("STANCHION_KUBELET_URL", "http://127.0.0.1:10255"),
+        ("STANCHION_OTLP_ENDPOINT", "http://127.0.0.1:4318"),
+        ("STANCHION_SCRAPE", "true"),
+    ];
+    let cluster = Cluster::start(&["m5.large"], &settings).await.expect("the cluster starts");
+    let node = cluster.node(0);
+    let router = Router::new()
+        .route("/stats/summary", get(|| async { r#"{"node":{},"pods":[]}"# }))
+        .route("/v1/metrics", post(|| async { "" }))
+        .route("/metrics", get(|| async { "# TYPE queue gauge\nqueue 3\n" }));
+    for port in [10255, 4318, 9102] {
+        let listener = node.netns().tcp_listener(([127, 0, 0, 1], port).into()).expect("a free port");
+        let router = router.clone();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+    }
+    let pod = serde_json::json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"namespace": "x", "name": "scraped", "uid": "u-scraped", "annotations": {
+            "prometheus.io/scrape": "true", "prometheus.io/port": "9102"}},
+        "spec": {"nodeName": "node1", "hostNetwork": true, "containers": [{"name": "c"}]},
+        "status": {"phase": "Running", "podIP": "127.0.0.1"},
+    });
+    cluster.vpc().manifests().apply("pod-x-scraped.json", &pod.to_string()).expect("written");
+    wait_for("each of them to be counted", SOON, || async {
+        let text = scrape(node)?;
+        let missing =
+            ["kubelet_summaries_total{outcome=\"read\"}", "otlp_requests_total{outcome=\"sent\"}", "scrapes_total{outcome=\"read\"}"]
+                .into_iter()
+                .find(|series| text.contains(&format!("stanchion_{series} 0")) || !text.contains(series));
+        ensure!(missing.is_none(), "{missing:?}");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    wait_for("the scraped document", SOON, || async {
+        let scraped = documents(&cluster, "prometheus");
+        ensure!(scraped.iter().any(|document| document["queue"] == 3 && document["pod_name"] == "scraped"), "{scraped:?}");
+        Ok(())
+    })
+    .await
+    .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
