@@ -1,165 +1,480 @@
-//! The address actor, EC2, IMDS and the host under lag, throttling, lost replies and crashes, by seed.
+//! The address actor, EC2, IMDS and the host under lag, throttling, lost replies, hands and crashes, by seed.
 //!
-//! `STANCHION_SEEDS=from..to` runs others than the built-in range; a failure prints its seed.
+//! ```text
+//! STANCHION_SIM_STEPS=1000000 cargo test -p stanchion-lab --test ipam_simulation no_seed    # a long run
+//! STANCHION_SIM_SEED=17 cargo test -p stanchion-lab --test ipam_simulation no_seed          # one seed; a failure prints it
+//! ```
 
-use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use stanchion_core::ids::PodName;
+use stanchion_core::cloud::Ec2Api as _;
+use stanchion_core::ids::{EniId, PodName};
 use stanchion_core::network::host_veth_name;
-use stanchion_lab::fake_aws::{Bucket, Chaos, Timing};
+use stanchion_lab::fake_aws::{Bucket, Chaos, DirectEc2, Effect, Fault, Timing};
 use stanchion_lab::ipam_world::{World, WorldSpec, request};
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Operations of one run.
-const STEPS: u32 = 120;
+/// Operations of one world's life.
+const STEPS_A_RUN: u64 = 250;
+/// What CI runs: a few seconds.
+const STEPS_IN_CI: u64 = 5_000;
 
-const SETTINGS: [&[(&str, &str)]; 5] = [
+const TYPES: [&str; 3] = ["m5.large", "t3.small", "m5.xlarge"];
+const SETTINGS: [&[(&str, &str)]; 6] = [
     &[],
     &[("WARM_IP_TARGET", "2"), ("MINIMUM_IP_TARGET", "4")],
     &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")],
     &[("WARM_ENI_TARGET", "0"), ("IP_COOLDOWN_PERIOD", "5")],
     &[("MINIMUM_IP_TARGET", "11"), ("MAX_ENI", "2")],
+    &[("WARM_IP_TARGET", "1"), ("CLUSTER_NAME", "lab")],
 ];
 
-fn seeds() -> std::ops::Range<u64> {
-    let asked = std::env::var("STANCHION_SEEDS").ok();
-    let range = asked.as_deref().and_then(|text| text.split_once("..")).and_then(|(from, to)| Some(from.parse().ok()?..to.parse().ok()?));
-    range.unwrap_or(0..16)
+const MUTATING: [&str; 8] = [
+    "CreateNetworkInterface",
+    "AttachNetworkInterface",
+    "ModifyNetworkInterfaceAttribute",
+    "AssignPrivateIpAddresses",
+    "UnassignPrivateIpAddresses",
+    "DetachNetworkInterface",
+    "DeleteNetworkInterface",
+    "CreateTags",
+];
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text:?} is no number")))
+}
+
+fn paused() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().expect("runtime")
 }
 
 #[test]
 fn no_seed_gives_an_address_twice_or_leaks_one() {
-    let mut steps = 0u64;
-    for seed in seeds() {
-        println!("seed {seed}");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().expect("runtime");
-        runtime.block_on(run(seed));
-        steps += u64::from(STEPS);
+    if let Some(seed) = number("STANCHION_SIM_SEED") {
+        // As the daemon logs it: RUST_LOG=stanchion_daemon=debug.
+        let filter = tracing_subscriber::EnvFilter::from_default_env();
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+        println!("seed {seed}, {} steps: {}", STEPS_A_RUN, live(seed));
+        return;
     }
-    assert!(steps > 0);
-}
-
-async fn run(seed: u64) {
-    let mut random = StdRng::seed_from_u64(seed);
-    let timing = Timing {
-        attach: Duration::from_millis(random.random_range(0..6_000)),
-        detach: Duration::from_millis(random.random_range(0..4_000)),
-        describe_lag: Duration::from_millis(random.random_range(0..2_000)),
-        imds_lag: Duration::from_millis(random.random_range(0..20_000)),
-        imds_incomplete: Duration::from_millis(random.random_range(0..1_000)),
-        jitter: 0.5,
-        seed,
-    };
-    let settings = SETTINGS[random.random_range(0..SETTINGS.len())];
-    let mut spec = WorldSpec { timing, ..WorldSpec::new("m5.large", settings) };
-    if random.random_bool(0.3) {
-        spec.subnet = "10.0.16.0/26".parse().expect("CIDR");
-    }
-    let mut world = World::start(spec);
-    let mut pods: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
-    let mut next = 0u32;
-    for step in 0..STEPS {
-        match random.random_range(0..100) {
-            0..45 => {
-                let burst = random.random_range(1..6);
-                let waits: Vec<_> = (0..burst)
-                    .map(|_| {
-                        next += 1;
-                        let (name, handle) = (format!("pod-{next}"), world.handle.clone());
-                        let wait = Duration::from_millis(random.random_range(10..15_000));
-                        tokio::spawn(async move { (handle.assign(request(&name, wait)).await, name) })
-                    })
-                    .collect();
-                for wait in waits {
-                    let (result, name) = wait.await.expect("no panic");
-                    if let Ok(assignment) = result {
-                        let address = assignment.attachments[0].ipv4.expect("IPv4");
-                        let twice = pods.iter().find(|(_, other)| **other == address);
-                        assert!(twice.is_none(), "seed {seed} step {step}: {address} for {name} and {twice:?}");
-                        assert!(world.cloud.owner_of(address.into()).is_some(), "seed {seed} step {step}: {address} is on no ENI");
-                        world.veths.insert(host_veth_name("eni", &PodName::new("default", name.clone()), 0));
-                        pods.insert(name, address);
+    let runs = number("STANCHION_SIM_STEPS").unwrap_or(STEPS_IN_CI).div_ceil(STEPS_A_RUN);
+    println!("{runs} seeds of {STEPS_A_RUN} steps");
+    let next = AtomicU64::new(0);
+    let threads = std::thread::available_parallelism().map_or(2, usize::from).min(8);
+    let told: Vec<Told> = std::thread::scope(|scope| {
+        let worker = || {
+            let mut told = Told::default();
+            loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= runs {
+                    return told;
+                }
+                match catch_unwind(AssertUnwindSafe(|| live(seed))) {
+                    Ok(of_run) => told += of_run,
+                    Err(panic) => {
+                        eprintln!(
+                            "seed {seed} fails; again: STANCHION_SIM_SEED={seed} cargo test -p stanchion-lab --test ipam_simulation no_seed"
+                        );
+                        resume_unwind(panic);
                     }
                 }
             }
-            45..75 => {
-                let gone: Vec<String> = pods.keys().filter(|_| random.random_bool(0.3)).cloned().collect();
-                for name in gone {
-                    // A DEL that was not answered may still be done: the pod is gone, its address is not ours to judge.
-                    pods.remove(&name);
-                    drop(world.delete(&name).await);
-                }
-            }
-            75..85 => tokio::time::sleep(Duration::from_millis(random.random_range(0..120_000))).await,
-            85..91 => world.cloud.set_chaos(Chaos {
-                seed: random.random(),
-                throttle: random.random_range(0..200),
-                internal_error: random.random_range(0..100),
-                lose_reply: random.random_range(0..150),
-                drop_request: random.random_range(0..100),
-                delay: random.random_range(0..200),
+        };
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    });
+    let sum = told.into_iter().fold(Told::default(), |mut sum, told| {
+        sum += told;
+        sum
+    });
+    println!("{sum}");
+    assert_eq!(sum.steps, runs * STEPS_A_RUN);
+    assert!(
+        sum.served > 0 && sum.crashes > 0 && sum.detached > 0 && sum.storms > 0 && sum.exhausted > 0,
+        "every fault has its turn: {sum}"
+    );
+}
+
+/// What a run saw.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    steps: u64,
+    served: u64,
+    crashes: u64,
+    detached: u64,
+    storms: u64,
+    exhausted: u64,
+}
+
+impl std::ops::AddAssign for Told {
+    fn add_assign(&mut self, rhs: Self) {
+        self.steps += rhs.steps;
+        self.served += rhs.served;
+        self.crashes += rhs.crashes;
+        self.detached += rhs.detached;
+        self.storms += rhs.storms;
+        self.exhausted += rhs.exhausted;
+    }
+}
+
+impl std::fmt::Display for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { steps, served, crashes, detached, storms, exhausted } = self;
+        write!(f, "{steps} steps: {served} pods served, {crashes} crashes, {detached} ENIs detached by hand, ")?;
+        write!(f, "{storms} throttling storms, {exhausted} exhausted subnets")
+    }
+}
+
+fn live(seed: u64) -> Told {
+    paused().block_on(async { Life::begin(seed).await.run().await })
+}
+
+/// One world from its start to its healing.
+struct Life {
+    seed: u64,
+    random: StdRng,
+    world: World,
+    pods: BTreeMap<String, Ipv4Addr>,
+    /// Pods whose ENI was taken away by hand: their address is gone, and must not be another's while they live.
+    stranded: BTreeMap<String, Ipv4Addr>,
+    /// Those ENIs. Until the agent hears of it, it gives out their addresses.
+    by_hand: BTreeSet<EniId>,
+    /// Addresses that somebody else holds for a while.
+    occupied: Vec<Ipv4Addr>,
+    small: bool,
+    next: u32,
+    told: Told,
+}
+
+impl Life {
+    /// Inside a runtime: the actor is spawned there.
+    async fn begin(seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        let timing = Timing {
+            attach: Duration::from_millis(random.random_range(0..6_000)),
+            detach: Duration::from_millis(random.random_range(0..4_000)),
+            describe_lag: Duration::from_millis(random.random_range(0..2_000)),
+            imds_lag: Duration::from_millis(random.random_range(0..20_000)),
+            imds_incomplete: Duration::from_millis(random.random_range(0..1_000)),
+            jitter: 0.5,
+            seed,
+        };
+        let settings = SETTINGS[random.random_range(0..SETTINGS.len())];
+        let mut spec = WorldSpec { timing, ..WorldSpec::new(TYPES[random.random_range(0..TYPES.len())], settings) };
+        let small = random.random_bool(0.4);
+        if small {
+            spec.subnet = "10.0.16.0/26".parse().expect("CIDR");
+        }
+        let world = World::start(spec);
+        let (pods, stranded) = (BTreeMap::new(), BTreeMap::new());
+        Self { seed, random, world, pods, stranded, by_hand: BTreeSet::new(), occupied: Vec::new(), small, next: 0, told: Told::default() }
+    }
+
+    async fn run(mut self) -> Told {
+        for step in 0..STEPS_A_RUN {
+            self.step(step).await;
+            self.told.steps += 1;
+            self.check(step);
+        }
+        self.heal().await;
+        self.told
+    }
+
+    async fn step(&mut self, step: u64) {
+        match self.random.random_range(0..1_000) {
+            0..430 => self.burst(step).await,
+            430..700 => self.end_some().await,
+            700..800 => tokio::time::sleep(Duration::from_millis(self.random.random_range(0..120_000))).await,
+            800..850 => self.world.cloud.set_chaos(Chaos {
+                seed: self.random.random(),
+                throttle: self.random.random_range(0..200),
+                internal_error: self.random.random_range(0..100),
+                lose_reply: self.random.random_range(0..150),
+                drop_request: self.random.random_range(0..100),
+                delay: self.random.random_range(0..200),
                 max_delay: SECOND * 5,
             }),
-            91..94 => world.cloud.clear_faults(),
-            94..96 => {
-                let enis = world.cloud.enis_of(&world.instance);
-                let eni = &enis[random.random_range(0..enis.len())];
-                world.cloud.hide_from_imds(&eni.id, SECOND * 40);
+            850..880 => self.calm(),
+            880..895 => {
+                let enis = self.world.cloud.enis_of(&self.world.instance);
+                let eni = &enis[self.random.random_range(0..enis.len())];
+                self.world.cloud.hide_from_imds(&eni.id, SECOND * 40);
             }
+            895..905 => self.world.cloud.inject(Fault::times("imds:*", 60, Effect::DropRequest)),
+            905..920 => self.storm(),
+            920..935 => self.exhaust(),
+            935..945 => self.detach_by_hand().await,
+            945..970 => self.crash_at_an_effect(step).await,
             _ => {
                 // A crash in the middle of whatever is under way.
-                let (handle, name) = (world.handle.clone(), format!("crash-{step}"));
+                let (handle, name) = (self.world.handle.clone(), format!("crash-{step}"));
                 let asked = tokio::spawn(async move { handle.assign(request(&name, SECOND)).await });
-                tokio::time::sleep(Duration::from_millis(random.random_range(0..400))).await;
-                world.restart();
+                tokio::time::sleep(Duration::from_millis(self.random.random_range(0..400))).await;
+                self.crash();
                 drop(asked.await);
             }
         }
-        assert!(!world.has_ended(), "seed {seed} step {step}: the actor ended");
-        world.cloud.assert_consistent();
-        for (name, address) in &pods {
-            assert!(world.cloud.owner_of((*address).into()).is_some(), "seed {seed} step {step}: {address} of {name} went back to EC2");
+    }
+
+    fn crash(&mut self) {
+        self.told.crashes += 1;
+        self.world.restart();
+    }
+
+    /// Faults, storms and strangers' addresses end.
+    fn calm(&mut self) {
+        self.world.cloud.clear_faults();
+        for action in MUTATING {
+            self.world.cloud.set_bucket(action, Bucket { size: 1e9, per_second: 1e9 });
+        }
+        let subnet = self.world.subnet.clone();
+        self.world.cloud.vacate(&subnet, std::mem::take(&mut self.occupied));
+    }
+
+    async fn burst(&mut self, step: u64) {
+        let burst = self.random.random_range(1..6);
+        let waits: Vec<_> = (0..burst)
+            .map(|_| {
+                self.next += 1;
+                let (name, handle) = (format!("pod-{}", self.next), self.world.handle.clone());
+                let wait = Duration::from_millis(self.random.random_range(10..15_000));
+                tokio::spawn(async move { (handle.assign(request(&name, wait)).await, name) })
+            })
+            .collect();
+        for wait in waits {
+            let (result, name) = wait.await.expect("no panic");
+            let Ok(assignment) = result else { continue };
+            self.told.served += 1;
+            let address = assignment.attachments[0].ipv4.expect("IPv4");
+            let twice = self.pods.iter().chain(&self.stranded).find(|(_, other)| **other == address);
+            assert!(twice.is_none(), "seed {} step {step}: {address} for {name} and {twice:?}", self.seed);
+            self.world.veths.insert(host_veth_name("eni", &PodName::new("default", name.clone()), 0));
+            if self.by_hand.contains(&assignment.attachments[0].eni) {
+                self.stranded.insert(name, address);
+                continue;
+            }
+            let owner = self.world.cloud.owner_of(address.into());
+            let told = &assignment.attachments[0].eni;
+            assert_eq!(owner.as_ref(), Some(told), "seed {} step {step}: {name} got {address}\n{}", self.seed, self.story());
+            self.pods.insert(name, address);
         }
     }
-    the_world_heals(&mut world, seed, &pods).await;
+
+    async fn end_some(&mut self) {
+        let stranded: Vec<String> = std::mem::take(&mut self.stranded).into_keys().collect();
+        let gone = self.pods.keys().filter(|_| self.random.random_bool(0.3)).cloned().chain(stranded);
+        for name in gone.collect::<Vec<_>>() {
+            // A DEL that was not answered may still be done: the pod is gone, its address is not ours to judge.
+            self.pods.remove(&name);
+            drop(self.world.delete(&name).await);
+        }
+    }
+
+    fn storm(&mut self) {
+        self.told.storms += 1;
+        for action in MUTATING {
+            self.world.cloud.set_bucket(action, Bucket { size: 1.0, per_second: self.random.random_range(0.02..0.5) });
+        }
+    }
+
+    /// Others take the subnet's free addresses, or one of every block.
+    fn exhaust(&mut self) {
+        self.told.exhausted += 1;
+        if !self.small {
+            return self.world.cloud.fragment(&self.world.subnet);
+        }
+        for last in 4..63 {
+            let address = Ipv4Addr::new(10, 0, 16, last);
+            if self.world.cloud.occupy(&self.world.subnet, [address]) {
+                self.occupied.push(address);
+            }
+        }
+    }
+
+    async fn detach_by_hand(&mut self) {
+        let enis = self.world.cloud.enis_of(&self.world.instance);
+        let Some(eni) = enis.get(1..).filter(|others| !others.is_empty()) else { return };
+        let eni = &eni[self.random.random_range(0..eni.len())];
+        let Some(attachment) = &eni.attachment else { return };
+        let by_hand = DirectEc2::new(&self.world.cloud, Duration::ZERO);
+        // The hand's reply may be lost as well.
+        drop(by_hand.detach_eni(&attachment.id).await);
+        if self.world.cloud.eni(&eni.id).is_some_and(|eni| eni.status == "in-use") {
+            return;
+        }
+        self.told.detached += 1;
+        self.by_hand.insert(eni.id.clone());
+        let on_it = |address: Ipv4Addr| eni.secondary_ipv4.contains(&address) || eni.prefixes_v4.iter().any(|net| net.contains(&address));
+        let stranded = self.pods.extract_if(.., |_, address| on_it(*address)).collect::<Vec<_>>();
+        self.stranded.extend(stranded);
+    }
+
+    /// EC2 has done it, or is about to answer, or has just answered: the process ends there.
+    async fn crash_at_an_effect(&mut self, step: u64) {
+        let action = MUTATING[self.random.random_range(0..MUTATING.len())];
+        let before = self.world.cloud.count(action);
+        let asked: Vec<_> = (0..12)
+            .map(|n| {
+                let (handle, name) = (self.world.handle.clone(), format!("effect-{step}-{n}"));
+                tokio::spawn(async move { handle.assign(request(&name, SECOND * 20)).await })
+            })
+            .collect();
+        for _ in 0..2_000 {
+            if self.world.cloud.count(action) > before {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let after = [0, 60, 101, 110, 250][self.random.random_range(0..5)];
+        tokio::time::sleep(Duration::from_millis(after)).await;
+        self.crash();
+        for asked in asked {
+            drop(asked.await);
+        }
+    }
+
+    /// What led to a failure: EC2's last calls, and what the agent holds.
+    fn story(&self) -> String {
+        let calls = self.world.cloud.calls();
+        let last = calls.iter().filter(|call| !call.action.starts_with("imds")).rev().take(40).collect::<Vec<_>>();
+        let calls: Vec<String> = last
+            .iter()
+            .rev()
+            .map(|call| format!("{:?} {} {:?}{}", call.at, call.action, call.error, if call.lost { " lost" } else { "" }))
+            .collect();
+        let snapshot = self.world.handle.snapshot();
+        let enis: Vec<String> = snapshot.enis.iter().map(|eni| format!("{} {} {:?}", eni.id, eni.role, eni.cidrs)).collect();
+        let there: Vec<_> =
+            self.world.cloud.enis().into_iter().map(|eni| (eni.id, eni.status, eni.secondary_ipv4, eni.prefixes_v4)).collect();
+        format!(
+            "calls:\n{}\nby hand: {:?}\nthe agent's ENIs:\n{}\nEC2's: {there:#?}\nerrors: {:#?}",
+            calls.join("\n"),
+            self.by_hand,
+            enis.join("\n"),
+            snapshot.recent_errors
+        )
+    }
+
+    fn check(&self, step: u64) {
+        let seed = self.seed;
+        assert!(!self.world.has_ended(), "seed {seed} step {step}: the actor ended");
+        self.world.cloud.assert_consistent();
+        for (name, address) in &self.pods {
+            let owner = self.world.cloud.owner_of((*address).into());
+            assert!(owner.is_some(), "seed {seed} step {step}: {address} of {name} went back to EC2\n{}", self.story());
+        }
+        let attached = self.world.cloud.enis_of(&self.world.instance);
+        let indexes: BTreeSet<_> =
+            attached.iter().filter_map(|eni| eni.attachment.as_ref().map(|attachment| attachment.device_index)).collect();
+        assert_eq!(indexes.len(), attached.len(), "seed {seed} step {step}: an index is taken twice");
+    }
+
+    /// With the faults over, everything is as if nothing had happened.
+    async fn heal(&mut self) {
+        let seed = self.seed;
+        self.calm();
+        self.world.restart();
+        self.world.handle.ready().await.expect("ready");
+        for name in std::mem::take(&mut self.stranded).into_keys() {
+            self.world.delete(&name).await.expect("released");
+        }
+        tokio::time::sleep(SECOND * 1_200).await;
+        self.world.settle(SECOND * 200).await;
+        let snapshot = self.world.handle.snapshot();
+        let held = snapshot.addresses.iter().filter(|view| view.state == "assigned").filter_map(|view| match view.address {
+            IpAddr::V4(address) => Some((view.pod.as_ref()?.name.clone(), address)),
+            IpAddr::V6(_) => None,
+        });
+        assert_eq!(held.collect::<BTreeMap<_, _>>(), self.pods, "seed {seed}: what is held is what lives");
+        let attached = self.world.cloud.enis_of(&self.world.instance);
+        // The sweep of the next hour has the last word on ENIs that a crash left behind.
+        tokio::time::sleep(SECOND * 3_700).await;
+        let left: Vec<_> = self.world.cloud.enis().into_iter().filter(|eni| eni.attachment.is_none()).map(|eni| eni.id).collect();
+        assert!(left.is_empty(), "seed {seed}: left behind {left:?}");
+        assert!(attached.len() <= snapshot.max_enis as usize, "seed {seed}: {} ENIs", attached.len());
+        let known: u64 = snapshot.pools.iter().map(|pool| pool.total).sum();
+        let there: usize = attached.iter().map(|eni| eni.secondary_ipv4.len() + 16 * eni.prefixes_v4.len()).sum();
+        assert_eq!(known, there as u64, "seed {seed}: the agent knows every address that EC2 counts");
+    }
 }
 
-/// With the faults over, everything is as if nothing had happened.
-async fn the_world_heals(world: &mut World, seed: u64, pods: &BTreeMap<String, Ipv4Addr>) {
-    world.cloud.clear_faults();
-    world.restart();
+/// Every call of a node's life, one after the other: the process ends when EC2 has done it and before it was heard, and when it
+/// was just heard.
+#[test]
+fn a_crash_at_every_effect_leaks_nothing() {
+    let mut crashed = 0;
+    for settings in [&[("WARM_IP_TARGET", "1")][..], &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")], &[]] {
+        for after in [Duration::from_millis(5), Duration::from_millis(105)] {
+            for nth in 1..40 {
+                if !paused().block_on(crash_after(settings, nth, after)) {
+                    break;
+                }
+                crashed += 1;
+            }
+        }
+    }
+    assert!(crashed >= 50, "only {crashed} effects");
+}
+
+/// A node's life with a crash at its `nth` call; false when it has fewer.
+async fn crash_after(settings: &[(&str, &str)], nth: usize, after: Duration) -> bool {
+    let timing = Timing { attach: SECOND * 2, imds_lag: SECOND * 3, describe_lag: Duration::from_millis(400), ..Timing::default() };
+    let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("t3.small", settings) });
+    let calls = |world: &World| MUTATING.iter().map(|action| world.cloud.count(action)).sum::<usize>();
+    let mut crashed = false;
+    let mut waits = Vec::new();
+    // Eight pods come, stay a minute, and go; the pool shrinks after it.
+    for tick in 0..12_000u32 {
+        if tick == 0 {
+            for n in 0..8 {
+                let handle = world.handle.clone();
+                waits.push(tokio::spawn(async move { handle.assign(request(&format!("pod-{n}"), SECOND * 30)).await.is_ok() }));
+            }
+        }
+        if tick == 2_500 {
+            for n in 0..8 {
+                drop(world.delete(&format!("pod-{n}")).await);
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if calls(&world) >= nth {
+            tokio::time::sleep(after).await;
+            world.restart();
+            crashed = true;
+            break;
+        }
+    }
+    for wait in waits {
+        drop(wait.await);
+    }
     world.handle.ready().await.expect("ready");
+    for n in 0..8 {
+        world.delete(&format!("pod-{n}")).await.expect("released");
+    }
     tokio::time::sleep(SECOND * 1_200).await;
     world.settle(SECOND * 200).await;
-    let snapshot = world.handle.snapshot();
-    let held: BTreeMap<String, Ipv4Addr> = snapshot
-        .addresses
-        .iter()
-        .filter(|view| view.state == "assigned")
-        .filter_map(|view| {
-            Some((
-                view.pod.as_ref()?.name.clone(),
-                match view.address {
-                    std::net::IpAddr::V4(address) => address,
-                    std::net::IpAddr::V6(_) => return None,
-                },
-            ))
-        })
-        .collect();
-    assert_eq!(&held, pods, "seed {seed}: what is held is what lives");
-    let attached = world.cloud.enis_of(&world.instance);
-    // The sweep of the next hour has the last word on ENIs that a crash left behind.
     tokio::time::sleep(SECOND * 3_700).await;
+    let context = format!("{settings:?}, call {nth}, {after:?} after it");
     let left: Vec<_> = world.cloud.enis().into_iter().filter(|eni| eni.attachment.is_none()).map(|eni| eni.id).collect();
-    assert!(left.is_empty(), "seed {seed}: left behind {left:?}");
-    assert!(attached.len() <= 3);
-    let known: u64 = snapshot.pools.iter().map(|pool| pool.total).sum();
+    assert!(left.is_empty(), "{context}: left behind {left:?}");
+    let attached = world.cloud.enis_of(&world.instance);
+    assert!(
+        attached.iter().all(|eni| eni.attachment.as_ref().is_some_and(|attachment| attachment.delete_on_termination)),
+        "{context}: an ENI would outlive the instance"
+    );
+    let known: u64 = world.handle.snapshot().pools.iter().map(|pool| pool.total).sum();
     let there: usize = attached.iter().map(|eni| eni.secondary_ipv4.len() + 16 * eni.prefixes_v4.len()).sum();
-    assert_eq!(known, there as u64, "seed {seed}: the agent knows every address that EC2 counts");
+    assert_eq!(known, there as u64, "{context}");
+    assert_eq!(world.handle.snapshot().pools[0].assigned, 0, "{context}");
+    world.stop().await;
+    crashed
 }
 
 #[tokio::test(start_paused = true)]

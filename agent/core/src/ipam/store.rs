@@ -320,6 +320,22 @@ impl Datastore {
             && addresses(cidr).all(|address| !self.owners.contains_key(&address) && going(address))
     }
 
+    /// EC2 has just given the range to an ENI (again): it is on no other one, whatever we thought of a call without a reply, and
+    /// what kept it from being given out is over. A pod's own cool-down had ended before the range could leave.
+    pub fn granted(&mut self, id: &EniId, cidr: IpNet, now: Time) {
+        for eni in self.enis.values_mut().filter(|eni| eni.id != *id) {
+            eni.cidrs.remove(&cidr);
+        }
+        for (_, until) in self.released.range_mut(cidr.network()..=cidr.broadcast()) {
+            *until = now.min(*until);
+        }
+    }
+
+    /// Another ENI has the range by what we know, and is not giving it back.
+    pub fn is_elsewhere(&self, id: &EniId, cidr: IpNet) -> bool {
+        self.enis.values().any(|eni| eni.id != *id && eni.cidrs.get(&cidr) == Some(&false))
+    }
+
     /// Takes a CIDR off an ENI; what pods hold in it stays held.
     pub fn remove_cidr(&mut self, id: &EniId, cidr: IpNet) {
         if let Some(eni) = self.enis.get_mut(id) {
@@ -435,14 +451,6 @@ impl Datastore {
         }
         for address in addresses(cidr).filter(|address| !self.owners.contains_key(address)) {
             self.released.insert(address, until);
-        }
-    }
-
-    /// EC2 has just given the range (again): what kept it from being given out is over. A pod's own cool-down had ended
-    /// before the range could leave.
-    pub fn given_anew(&mut self, cidr: IpNet, now: Time) {
-        for (_, until) in self.released.range_mut(cidr.network()..=cidr.broadcast()) {
-            *until = now.min(*until);
         }
     }
 

@@ -246,7 +246,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 continue;
             }
             record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
-            record.cidrs.retain(|cidr, _| !self.store.is_going(*cidr, now));
+            record.cidrs.retain(|cidr, _| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&record.id, *cidr));
             match self.store.eni_mut(&record.id) {
                 Some(known) => {
                     known.role = record.role;

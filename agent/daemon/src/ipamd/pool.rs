@@ -170,11 +170,12 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 if let Some((subnet, request)) = asked {
                     self.memory.subnet_gave(subnet, request);
                 }
-                cidrs.iter().for_each(|cidr| self.store.given_anew(*cidr, now));
+                cidrs.iter().for_each(|cidr| self.store.granted(&eni, *cidr, now));
                 self.store.add_cidrs(&eni, cidrs);
             }
             Done::Refreshed { eni, cidrs } => {
-                let there: Vec<_> = cidrs.into_iter().filter(|cidr| !self.store.is_going(*cidr, now)).collect();
+                let there: Vec<_> =
+                    cidrs.into_iter().filter(|cidr| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&eni, *cidr)).collect();
                 self.store.add_cidrs(&eni, there);
                 self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
             }
@@ -185,7 +186,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 tracing::info!(eni = %eni.id, mac = %eni.mac, subnet = %eni.subnet, "attached");
                 let subnet = self.subnets.iter().find(|subnet| subnet.id == eni.subnet);
                 if let Some(mut record) = self.adoption(now).record(None, Some(&eni), subnet) {
-                    record.cidrs.keys().for_each(|cidr| self.store.given_anew(*cidr, now));
+                    record.cidrs.keys().for_each(|cidr| self.store.granted(&record.id, *cidr, now));
                     record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
                     record.state = EniState::Joining;
                     self.store.put_eni(record);

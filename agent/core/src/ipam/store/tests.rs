@@ -156,6 +156,23 @@ fn what_goes_back_to_ec2_is_told_from_what_a_pod_released() {
     assert!(store.is_going(single, Time(149_999)) && !store.is_going(single, Time(150_000)));
     store.cool(prefix, Time(180_000));
     assert!(store.is_going(prefix, Time(0)));
-    store.given_anew(prefix, Time(0));
+    store.granted(&id(0), prefix, Time(0));
     assert!(!store.is_going(prefix, Time(0)), "EC2 has given it again");
+}
+
+/// An Unassign whose reply was lost, and EC2 gives the address to another ENI: a pod that gets it must be told that one.
+#[test]
+fn an_address_that_ec2_gives_to_another_eni_is_on_that_one_only() {
+    let mut store = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(30));
+    store.put_eni(eni(0));
+    store.put_eni(eni(1));
+    let moved = cidr(0, 3, false);
+    store.add_cidrs(&id(0), [moved]);
+    store.set_leaving(&id(0), moved, true);
+    assert!(!store.is_elsewhere(&id(1), moved), "it is on its way");
+    store.granted(&id(1), moved, Time(0));
+    store.add_cidrs(&id(1), [moved]);
+    let address = store.assign(&key(1), &PodName::default(), &[0], Time(0)).expect("free").held[0].address;
+    assert_eq!(store.eni_of(address).map(|eni| &eni.id), Some(&id(1)));
+    assert!(store.is_elsewhere(&id(0), moved));
 }
