@@ -67,10 +67,22 @@ fn yaml(out: &mut String, name: &str, value: &Value) {
     match value {
         Value::Array(items) if items.iter().any(Value::is_object) => {
             out.push_str(&format!("{name}:\n"));
-            items.iter().for_each(|item| out.push_str(&format!("  - {item}\n")));
+            items.iter().for_each(|item| out.push_str(&format!("  - {}\n", printable(item))));
         }
-        value => out.push_str(&format!("{name}: {value}\n")),
+        value => out.push_str(&format!("{name}: {}\n", printable(value))),
     }
+}
+
+/// A value as JSON that is YAML too: JSON lets characters stand that YAML 1.2 (section 5.1) wants escaped.
+fn printable(value: &Value) -> String {
+    let mut out = String::new();
+    for c in value.to_string().chars() {
+        match c {
+            '\u{7f}'..='\u{9f}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}' => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out
 }
 
 /// Translates sections.

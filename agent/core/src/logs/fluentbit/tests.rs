@@ -211,6 +211,11 @@ proptest::proptest! {
 }
 
 #[test]
+fn a_path_with_a_control_character_stays_readable() {
+    migrated("[INPUT]\n    Name tail\n    Path /var/log/c\u{7f}nt\u{85}ainers/*.log\u{feff}x\n");
+}
+
+#[test]
 fn control_characters_end_no_comment() {
     let migration = migrated("[INPUT]\n    Name tail\n    multiline.parser do\0cker\u{85}, cri\n    Unknown a\0b\n");
     assert!(migration.to_yaml().lines().filter(|line| line.contains("do\u{fffd}cker")).count() == 1, "{}", migration.to_yaml());
