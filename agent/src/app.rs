@@ -119,7 +119,7 @@ fn runtime(name: &str, workers: usize) -> Result<Runtime> {
 async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilter, telemetry_runtime: &Runtime) -> Result<()> {
     let started = SystemTime::now();
     let shutdown = CancellationToken::new();
-    let node_name = args.node_name.clone().context("this node's name is not known: set MY_NODE_NAME or pass --node-name")?;
+    let node_name = node_name(args.node_name.as_deref(), &args.proc_root)?;
     std::fs::create_dir_all(&args.state_dir).with_context(|| format!("make the state directory {}", args.state_dir.display()))?;
     let has = |role| args.roles.contains(&role);
     end_on_signal(shutdown.clone())?;
@@ -429,6 +429,17 @@ impl Start<'_> {
     }
 }
 
+/// As the flag or MY_NODE_NAME says; else what a kubelet takes: the host's name in small letters.
+fn node_name(given: Option<&str>, proc_root: &std::path::Path) -> Result<String> {
+    if let Some(given) = given.filter(|given| !given.is_empty()) {
+        return Ok(given.to_owned());
+    }
+    let host = std::fs::read_to_string(proc_root.join("sys/kernel/hostname")).unwrap_or_default().trim().to_lowercase();
+    anyhow::ensure!(!host.is_empty(), "this node's name is not known: set MY_NODE_NAME or pass --node-name");
+    info!(node = host, "MY_NODE_NAME is not set: the host's name is taken, as a kubelet does");
+    Ok(host)
+}
+
 fn conflist_parts(
     args: &AgentArgs,
     config: &Config,
@@ -512,4 +523,19 @@ fn end_on_signal(shutdown: CancellationToken) -> Result<()> {
         shutdown.cancel();
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_named_as_its_kubelet_names_it() {
+        let proc = tempfile::tempdir().unwrap();
+        assert!(node_name(None, proc.path()).is_err());
+        std::fs::create_dir_all(proc.path().join("sys/kernel")).unwrap();
+        std::fs::write(proc.path().join("sys/kernel/hostname"), "IP-10-0-1-10.ec2.internal\n").unwrap();
+        assert_eq!(node_name(None, proc.path()).unwrap(), "ip-10-0-1-10.ec2.internal");
+        assert_eq!(node_name(Some("n1"), proc.path()).unwrap(), "n1");
+    }
 }
