@@ -315,6 +315,36 @@ fn a_device_index_is_never_one_that_is_held_and_never_out_of_range() {
     );
 }
 
+#[test]
+fn each_network_card_has_its_own_limit_and_its_own_indexes() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.add(0, "subnet-a", 9, EniState::Serving);
+    scene.add(1, "subnet-a", 9, EniState::Serving);
+    scene.limits.cards = vec![(0, 2), (1, 2)];
+    let demand = BTreeMap::from([(0, Demand { waiting: 30, bound: 0 }), (1, Demand { waiting: 30, bound: 0 })]);
+    let planned = plan(&PlanInput {
+        store: &scene.store,
+        in_flight: &[],
+        memory: &scene.memory,
+        targets: &scene.targets,
+        limits: &scene.limits,
+        demand: &demand,
+        placement: &Placement::Subnets { subnets: scene.subnets.clone(), security_groups: Vec::new() },
+        provisioning: Provisioning::On,
+        now: NOW,
+    });
+    let attaches: Vec<_> = planned
+        .actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::AttachEni { network_card, device_index, .. } => Some((*network_card, *device_index)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(attaches, [(1, 1), (1, 2)], "card 0 is full, and card 1 counts for itself");
+    assert!(planned.blocked.iter().any(|(card, blocked)| *card == 1 && matches!(blocked, Blocked::AllFull { enis: 2, of: 2, .. })));
+}
+
 fn scene() -> impl Strategy<Value = Scene> {
     let enis = proptest::collection::vec((1u16..6, any::<bool>(), 0u8..10, 0u8..3), 0..5);
     let attachings = proptest::collection::vec((1u16..6, 1u16..10), 0..3);
