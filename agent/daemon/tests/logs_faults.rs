@@ -89,8 +89,13 @@ struct Agent {
 }
 
 fn start(root: &Path, service: &Service) -> Agent {
+    start_with(root, service, |_| {})
+}
+
+fn start_with(root: &Path, service: &Service, change: impl FnOnce(&mut LogSettings)) -> Agent {
     let shutdown = CancellationToken::new();
-    let settings = LogSettings { age: None, ..LogSettings::new(Layout::Raw) };
+    let mut settings = LogSettings { age: None, ..LogSettings::new(Layout::Raw) };
+    change(&mut settings);
     let (handle, task) = spawn(LogsParts {
         settings,
         sink: service.clone(),
@@ -167,9 +172,139 @@ async fn an_hour_of_outage_with_rotation_loses_nothing() {
         tokio::time::sleep(Duration::from_secs(60)).await;
     }
     assert_eq!(service.lines(), 0);
+    let snapshot = agent.handle.snapshot().await.unwrap();
+    assert!(snapshot.memory_bytes <= 12 << 20, "{} bytes in memory", snapshot.memory_bytes);
     until("everything delivered", Duration::from_secs(120), || service.lines() == pods.written).await;
     assert_eq!(service.twice(), 0);
     assert!(agent.handle.counters().retries > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_minute_of_outage_is_drained_half_a_minute_after_it() {
+    let (from, to) = (Duration::from_secs(15), Duration::from_secs(75));
+    let service =
+        Service::new(
+            move |_, since, _| {
+                if (from..to).contains(&since) { Err(SinkError::Unavailable("503".into())) } else { Ok(Rejected::default()) }
+            },
+        );
+    let mut pods = Pods::new(4);
+    let agent = start(pods.root.path(), &service);
+    for second in 0..100 {
+        pods.write(150);
+        if second % 10 == 9 {
+            pods.rotate();
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        if second == 74 {
+            assert!(service.lines() < pods.written / 3, "the outage was one");
+        }
+    }
+    until("everything delivered", Duration::from_secs(5), || service.lines() == pods.written).await;
+    assert_eq!(service.twice(), 0);
+    drop(agent);
+}
+
+#[tokio::test(start_paused = true)]
+async fn killed_in_an_outage_nothing_is_lost() {
+    let minute = Duration::from_secs(60);
+    let service =
+        Service::new(move |_, since, _| if since < minute { Err(SinkError::Unavailable("503".into())) } else { Ok(Rejected::default()) });
+    let mut pods = Pods::new(3);
+    for round in 0..6 {
+        let agent = start(pods.root.path(), &service);
+        pods.write(40);
+        tokio::time::sleep(Duration::from_secs(7 + round)).await;
+        pods.rotate();
+        pods.write(3);
+        tokio::time::sleep(Duration::from_millis(900)).await;
+        agent.task.abort();
+        assert!(agent.task.await.unwrap_err().is_cancelled());
+    }
+    let _agent = start(pods.root.path(), &service);
+    until("everything delivered", Duration::from_secs(180), || service.lines() == pods.written).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_container_at_25_megabytes_a_second_is_kept_up_with() {
+    let service = Service::new(|_, _, _| Ok(Rejected::default()));
+    let mut pods = Pods::new(1);
+    let _agent = start(pods.root.path(), &service);
+    // 2.5 MB every tenth of a second, rotated every second.
+    let line = "x".repeat(5000);
+    for tick in 0..20 {
+        for _ in 0..500 {
+            pods.written += 1;
+            writeln!(pods.files[0], "2026-11-20T10:00:00.{:09}Z stdout F {} {line}", pods.written, pods.written).unwrap();
+        }
+        if tick % 10 == 9 {
+            pods.rotate();
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    until("everything delivered", Duration::from_secs(4), || service.lines() == pods.written).await;
+    assert_eq!(service.twice(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn quiet_containers_put_once_a_flush_at_most() {
+    let service = Service::new(|_, _, _| Ok(Rejected::default()));
+    let mut pods = Pods::new(100);
+    let agent = start(pods.root.path(), &service);
+    for _ in 0..100 {
+        pods.write(1);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    until("everything delivered", Duration::from_secs(5), || service.lines() == pods.written).await;
+    // A batch a second and container, and the first of each twice, as its stream was not there.
+    let puts = service.state.lock().unwrap().puts;
+    assert!(puts <= 100 * 13, "{puts} puts in ten seconds");
+    drop(agent);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_disk_keeps_positions_from_being_saved_and_nothing_else() {
+    let service = Service::new(|_, _, _| Ok(Rejected::default()));
+    let mut pods = Pods::new(2);
+    let half_written = pods.root.path().join("state/log-positions.tmp");
+    std::os::unix::fs::symlink("/dev/full", &half_written).unwrap();
+    let agent = start(pods.root.path(), &service);
+    pods.write(50);
+    until("everything delivered", Duration::from_secs(10), || service.lines() == pods.written).await;
+    until("an error counted", Duration::from_secs(10), || agent.handle.counters().position_errors > 0).await;
+    // There is room again: positions are saved without a further line.
+    fs::remove_file(&half_written).unwrap();
+    let positions = pods.root.path().join("state").join(stanchion_daemon::logs::POSITIONS_FILE);
+    until("positions saved", Duration::from_secs(10), || positions.exists()).await;
+    agent.task.abort();
+    let _again = start(pods.root.path(), &service);
+    pods.write(1);
+    until("the new lines", Duration::from_secs(10), || service.lines() == pods.written).await;
+    assert_eq!(service.twice(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_noisy_namespace_delays_only_itself() {
+    let service = Service::new(|_, _, _| Ok(Rejected::default()));
+    let pods = Pods::new(0);
+    let containers = pods.root.path().join("containers");
+    let open = |namespace: &str, pod: usize| File::create(containers.join(format!("p{pod}_{namespace}_app-{pod:064x}.log"))).unwrap();
+    let (mut noisy, mut neighbour, mut quiet) = (open("noisy", 1), open("noisy", 2), open("calm", 3));
+    let quota = stanchion_core::logs::quota::Quota { namespace: "noisy".into(), bytes_per_second: Some(100_000), lines_per_second: None };
+    let agent = start_with(pods.root.path(), &service, |settings| settings.quotas = vec![quota]);
+    let line = "y".repeat(1000);
+    for number in 0..2000 {
+        writeln!(noisy, "2026-11-20T10:00:00.{number:09}Z stdout F noisy {number} {line}").unwrap();
+    }
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    writeln!(neighbour, "2026-11-20T10:00:00.1Z stdout F neighbour").unwrap();
+    writeln!(quiet, "2026-11-20T10:00:00.1Z stdout F calm").unwrap();
+    let has = |text: &str| service.state.lock().unwrap().taken.contains_key(text);
+    until("the calm namespace's line", Duration::from_secs(3), || has("calm")).await;
+    until("the neighbour's line, in its turn", Duration::from_secs(6), || has("neighbour")).await;
+    let read = agent.handle.counters().bytes_read;
+    assert!(read < 1_700_000, "{read} bytes of two million in some ten seconds at a tenth of one");
+    until("all of it in the end", Duration::from_secs(40), || service.lines() == 2002).await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -9,6 +9,8 @@ pub struct LogCounters {
     pub lines_read: u64,
     /// Bytes of them, newlines included.
     pub bytes_read: u64,
+    /// Times that a container's files were looked at.
+    pub looks: u64,
     /// Events acknowledged by the sink.
     pub events_shipped: u64,
     /// Bytes of them as CloudWatch Logs counts and bills.

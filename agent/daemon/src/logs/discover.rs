@@ -1,6 +1,6 @@
 //! Which log files there are: the flat directory of links, or the tree of pods.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -98,14 +98,24 @@ fn wanted(name: &str, settings: &LogSettings) -> bool {
     (settings.include.is_empty() || any(&settings.include)) && !any(&settings.exclude)
 }
 
-/// Rotated siblings of a live file, oldest first. Where both forms of one are there, compression is at work: the plain
-/// one is whole.
-pub(super) fn rotated(live: &Path) -> Vec<(Rotated, PathBuf)> {
-    let (Some(dir), Some(name)) = (live.parent(), live.file_name().and_then(|name| name.to_str())) else { return Vec::new() };
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut siblings: Vec<_> =
-        entries.filter_map(|entry| Some((parse_rotated(name, entry.file_name().to_str()?)?, entry.path()))).collect();
-    siblings.sort();
-    siblings.dedup_by(|later, earlier| later.0.suffix == earlier.0.suffix);
-    siblings
+/// Names in directories, listed once for all the files of one look: thousands may share a directory.
+#[derive(Default)]
+pub(super) struct Siblings(HashMap<PathBuf, BTreeSet<String>>);
+
+impl Siblings {
+    /// Rotated siblings of a live file, oldest first. Where both forms of one are there, compression is at work: the plain
+    /// one is whole.
+    pub(super) fn rotated(&mut self, live: &Path) -> Vec<(Rotated, PathBuf)> {
+        let (Some(dir), Some(name)) = (live.parent(), live.file_name().and_then(|name| name.to_str())) else { return Vec::new() };
+        if !self.0.contains_key(dir) {
+            let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+            self.0.insert(dir.to_owned(), entries.filter_map(|entry| entry.file_name().into_string().ok()).collect());
+        }
+        let Some(names) = self.0.get(dir) else { return Vec::new() };
+        let family = names.range(format!("{name}.")..).take_while(|sibling| sibling.starts_with(name));
+        let mut siblings: Vec<_> = family.filter_map(|sibling| Some((parse_rotated(name, sibling)?, dir.join(sibling)))).collect();
+        siblings.sort();
+        siblings.dedup_by(|later, earlier| later.0.suffix == earlier.0.suffix);
+        siblings
+    }
 }

@@ -9,6 +9,8 @@ mod container;
 mod counters;
 mod discover;
 mod follow;
+#[cfg(test)]
+mod quiet_tests;
 mod run;
 mod ship;
 mod sinks;

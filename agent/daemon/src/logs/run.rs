@@ -216,7 +216,7 @@ impl Events {
             watcher.watch(log_dir, RecursiveMode::NonRecursive)?;
             Ok(watcher)
         });
-        let complain = |error: &notify::Error| warn!(dir = %log_dir.display(), %error, "no events of the file system; files are looked at once a second, the log directory every 10 s");
+        let complain = |error: &notify::Error| warn!(dir = %log_dir.display(), %error, "no events of the file system; files are looked at twice a second, the log directory every 10 s");
         Self { watcher: watcher.inspect_err(complain).ok(), log_dir: log_dir.to_owned(), changed, lost }
     }
 

@@ -1,7 +1,7 @@
 //! The tailer: follows every container's files and fills batches. It does file input, but no waiting and no sending, so
 //! that a test drives it step by step; [`super::run`] drives it for real.
 //!
-//! A turn looks only at the containers that are due: those that grow ten times a second, quiet ones once a second, and ones that an event
+//! A turn looks only at the containers that are due: those that grow ten times a second, quiet ones twice, and ones that an event
 //! of their directory would wake once in ten seconds, so that thousands of quiet files cost nothing.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -27,7 +27,7 @@ use tracing::{info, warn};
 
 use super::container::{Container, Context};
 use super::counters::{FileStatus, LogCounters, LogsSnapshot};
-use super::discover::{self, Found};
+use super::discover::{self, Found, Siblings};
 use super::follow::{follow, open_generations};
 use super::source::{Decoders, Source};
 use super::streams::{FileId, Sealed, StreamId, Streams};
@@ -36,9 +36,9 @@ use super::watches::Watches;
 /// Bytes of one read. Lines of containerd have at most 16 KiB, so little of a block is read twice.
 const BLOCK: usize = 256 << 10;
 /// How soon a file that grows is looked at again, and how seldom one that does not; in milliseconds.
-const POLL_MS: (i64, i64) = (100, 1000);
+const POLL_MS: (i64, i64) = (100, 500);
 /// How seldom one that an event would wake, and after how long without a byte it is watched; in milliseconds.
-const WATCHED_MS: (i64, i64) = (10_000, 5000);
+const WATCHED_MS: (i64, i64) = (10_000, 2000);
 /// Looks are put together on a grid of this many milliseconds, so that many files wake the task once.
 const GRID_MS: i64 = 20;
 /// How long a renamed or deleted file is still watched for late writes: the runtime goes on with the old file until it has
@@ -269,6 +269,7 @@ impl Tailer {
     pub fn scan(&mut self, now: Now) -> io::Result<()> {
         let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name)?;
         let mut unopened = HashSet::new();
+        let mut siblings = Siblings::default();
         for found in found {
             unopened.insert(found.live.clone());
             match self.by_path.get(&found.live) {
@@ -276,7 +277,7 @@ impl Tailer {
                     let id = *id;
                     self.follow_rotation(id, now);
                 }
-                None => self.begin_container(found, now),
+                None => self.begin_container(found, &mut siblings, now),
             }
         }
         // What follows appears while we are here: it is read from its first byte.
@@ -290,7 +291,7 @@ impl Tailer {
         Ok(())
     }
 
-    fn begin_container(&mut self, found: Found, now: Now) {
+    fn begin_container(&mut self, found: Found, siblings: &mut Siblings, now: Now) {
         let id = self.next_container;
         let settings = &self.parts.settings;
         let mut container = Container {
@@ -316,7 +317,7 @@ impl Tailer {
             host: found.host,
         };
         let positions = self.restored.remove(&container.live).unwrap_or_default();
-        match open_generations(&mut container, &positions, self.begin, now.mono) {
+        match open_generations(&mut container, &positions, self.begin, siblings, now.mono) {
             Ok(()) => {
                 self.next_container += 1;
                 self.identify(&mut container);
@@ -432,6 +433,7 @@ impl Tailer {
     fn look(&mut self, id: u64, now: Now) -> bool {
         let Some(mut container) = self.containers.remove(&id) else { return false };
         container.due = None;
+        self.counters.looks += 1;
         let namespace = container.names.as_ref().map(|names| names.namespace.clone()).unwrap_or_default();
         let ready_ms = self.identified_at(&container, now).max(self.quotas.ready_at(&namespace, now.mono));
         let room = self.has_room(&container);
@@ -452,23 +454,25 @@ impl Tailer {
             return read;
         }
         let idle = ready_ms <= now.mono && room && !read;
+        let mut pause_ms = POLL_MS.0;
         if read {
             (container.poll_ms, container.quiet_ms) = (POLL_MS.0, now.mono);
             self.watches.leave(&mut container);
         } else if idle {
             let slowest = if container.watched && !container.joiner.is_open() { WATCHED_MS.0 } else { POLL_MS.1 };
+            pause_ms = container.poll_ms;
             container.poll_ms = (container.poll_ms * 2).min(slowest);
             if now.mono - container.quiet_ms >= WATCHED_MS.1 && !self.single_pass && container.gone_ms.is_none() {
                 self.watches.ask(&mut container);
             }
         }
         let waits = container.generations.iter().any(|generation| !generation.finished && generation.source.waits());
-        let (poll_ms, open, gone) = (container.poll_ms, container.joiner.is_open(), container.gone_ms.is_some());
+        let (open, gone) = (container.joiner.is_open(), container.gone_ms.is_some());
         self.containers.insert(id, container);
         let next_ms = match (read, room) {
             (true, _) => now.mono,
             (false, true) if ready_ms > now.mono => ready_ms,
-            (false, true) => next_look(now.mono, poll_ms),
+            (false, true) => next_look(now.mono, pause_ms),
             (false, false) => i64::MAX,
         };
         if !room {
@@ -626,7 +630,7 @@ impl Tailer {
             generation.behind_since_ms.get_or_insert(now.mono);
             return Ok(true);
         }
-        let waited = generation.rotated_ms.is_some_and(|since| now.mono - since >= ROTATE_WAIT_MS);
+        let waited = generation.rotated_ms.is_some_and(|since| self.single_pass || now.mono - since >= ROTATE_WAIT_MS);
         if waited && read < block.len() {
             self.finish_generation(container, index, &block[..read], now);
             return Ok(read > 0);
@@ -853,7 +857,7 @@ impl Tailer {
 }
 
 /// When a file without news is looked at again. Silent files are all looked at in the same moment, so that a node with hundreds of them
-/// wakes once a second and not hundreds of times; busy ones on a finer grid.
+/// wakes twice a second and not hundreds of times; busy ones on a finer grid.
 fn next_look(now_ms: i64, pause_ms: i64) -> i64 {
     let at = now_ms + pause_ms;
     if pause_ms < POLL_MS.1 { at + GRID_MS - 1 - (at + GRID_MS - 1) % GRID_MS } else { at - at % POLL_MS.1 }

@@ -1,0 +1,268 @@
+//! Whatever a container writes: one pass over odd files, and what comes out.
+#![allow(clippy::unwrap_used, reason = "a test panics")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use regex_lite::Regex;
+use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
+use stanchion_core::cluster::{ClusterState, Object};
+use stanchion_core::logs::LogBatch;
+use stanchion_core::logs::record::{Layout, Merge, RecordOptions};
+use stanchion_core::logs::settings::{HostFiles, LogSettings, Redaction, Route};
+use stanchion_daemon::logs::{ShipReport, TailerParts, ship_once};
+
+/// Messages by stream, with their times.
+#[derive(Clone, Default)]
+struct Memory(Arc<Mutex<BTreeMap<String, Vec<(i64, String)>>>>);
+
+impl LogSink for Memory {
+    async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
+        let mut streams = self.0.lock().unwrap();
+        let stream = streams.entry(batch.stream().to_owned()).or_default();
+        stream.extend(batch.events().map(|event| (event.timestamp_ms, event.message)));
+        Ok(Rejected::default())
+    }
+
+    async fn create_group(&self, _group: &str, _spec: &LogGroupSpec) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    async fn create_stream(&self, _group: &str, _stream: &str) -> Result<(), SinkError> {
+        Ok(())
+    }
+}
+
+fn name(pod: &str) -> String {
+    format!("{pod}_shop_app-{}.log", "ab".repeat(32))
+}
+
+fn raw() -> LogSettings {
+    LogSettings { age: None, stream_puts: 1, ..LogSettings::new(Layout::Raw) }
+}
+
+async fn ship(dir: &Path, settings: LogSettings, cluster: ClusterState) -> (ShipReport, Vec<(String, Vec<(i64, String)>)>) {
+    let parts = TailerParts { settings, log_dir: dir.to_owned(), node: "n".to_owned(), cluster_name: "c".to_owned() };
+    let sink = Memory::default();
+    let report = ship_once(parts, Arc::new(cluster), sink.clone()).await.unwrap();
+    let streams = std::mem::take(&mut *sink.0.lock().unwrap());
+    (report, streams.into_iter().collect())
+}
+
+async fn texts(dir: &Path, settings: LogSettings) -> Vec<String> {
+    let (_, streams) = ship(dir, settings, ClusterState::default()).await;
+    streams.into_iter().flat_map(|(_, events)| events).map(|(_, text)| text).collect()
+}
+
+#[tokio::test]
+async fn odd_lines_of_a_runtime() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = fs::File::create(dir.path().join(name("web"))).unwrap();
+    for line in [
+        &b"2026-11-20T10:00:00Z stdout F no fraction"[..],
+        b"2026-11-20T10:00:00.123456789Z stdout F nine digits",
+        b"2026-11-20T15:30:01+05:30 stdout F another zone",
+        b"2026-11-20T10:00:02Z stdout F ",
+        b"2026-11-20T10:00:03Z stdout F carriage return\r",
+        b"2026-11-20T10:00:04Z stdout F nul \0 here",
+        b"2026-11-20T10:00:05Z stdout F bad \xff\xfe utf8 \xf0\x9f\x98",
+        b"",
+        b"2026-11-20T10:00:06Z stdout P out ",
+        b"2026-11-20T10:00:06Z stderr P err ",
+        b"2026-11-20T10:00:06Z stdout F put",
+        b"2026-11-20T10:00:07Z stderr F or",
+        b"\0\0\0\02026-11-20T10:00:08Z stdout F after a hole",
+        b"2026-11-20T10:00:09Z stdout P last words",
+    ] {
+        file.write_all(line).unwrap();
+        file.write_all(b"\n").unwrap();
+    }
+    let (report, streams) = ship(dir.path(), raw(), ClusterState::default()).await;
+    let base = 1_795_168_800_000;
+    let expected = [
+        (0, "no fraction"),
+        (123, "nine digits"),
+        (1000, "another zone"),
+        (3000, "carriage return"),
+        (4000, "nul \0 here"),
+        (5000, "bad \u{fffd}\u{fffd} utf8 \u{fffd}"),
+        (6000, "out put"),
+        (6000, "err or"),
+        (8000, "after a hole"),
+        (9000, "last words"),
+    ];
+    let mut expected: Vec<_> = expected.map(|(ms, text)| (base + ms, text.to_owned())).into();
+    expected.sort();
+    let mut events = streams[0].1.clone();
+    events.sort();
+    assert_eq!(events, expected);
+    assert_eq!(report.counters.dropped_empty, 1, "an empty line has no message in this layout");
+}
+
+#[tokio::test]
+async fn parts_on_both_sides_of_a_rotation_are_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let live = dir.path().join(name("web"));
+    fs::write(format!("{}.20261121-000001", live.display()), "2026-11-20T10:00:00Z stdout F a\n2026-11-20T10:00:01Z stdout P be").unwrap();
+    // The kubelet's next rotation compressed the first file.
+    let mut gz = flate2::write::GzEncoder::new(
+        fs::File::create(format!("{}.20261121-000000.gz", live.display())).unwrap(),
+        flate2::Compression::fast(),
+    );
+    gz.write_all(b"2026-11-20T09:59:59Z stdout F oldest\n").unwrap();
+    gz.finish().unwrap();
+    fs::write(&live, "2026-11-20T10:00:01Z stdout F fore and after\n").unwrap();
+    assert_eq!(texts(dir.path(), raw()).await, ["oldest", "a", "before and after"]);
+}
+
+#[tokio::test]
+async fn lines_of_many_megabytes_and_files_without_any() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = fs::File::create(dir.path().join(name("big"))).unwrap();
+    // A joined line of 5 MiB, then one of a runtime that does not split: 3 MiB without a newline in sight.
+    for part in 0..320 {
+        writeln!(file, "2026-11-20T10:00:00Z stdout {} {}", if part == 319 { "F" } else { "P" }, "j".repeat(16 << 10)).unwrap();
+    }
+    writeln!(file, "2026-11-20T10:00:01Z stdout F {}", "k".repeat(3 << 20)).unwrap();
+    writeln!(file, "{}", "l".repeat(2 << 20)).unwrap();
+    writeln!(file, "2026-11-20T10:00:02Z stdout F end").unwrap();
+    fs::File::create(dir.path().join(name("empty"))).unwrap();
+    fs::File::create(dir.path().join(name("sparse"))).unwrap().set_len(3 << 20).unwrap();
+    let events = texts(dir.path(), raw()).await;
+    let count = |letter: char| events.iter().map(|text| text.matches(letter).count()).sum::<usize>();
+    assert_eq!((count('j'), count('k'), count('l')), (5 << 20, 3 << 20, 2 << 20));
+    assert!(events.iter().all(|text| text.len() <= 1_048_550 && text.chars().all(|c| "jklend".contains(c) || c == '\0')), "nothing else");
+    assert!(events.contains(&"end".to_owned()));
+}
+
+#[tokio::test]
+async fn nothing_that_is_to_be_masked_leaves_the_node() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = fs::File::create(dir.path().join(name("web"))).unwrap();
+    let secret = "Zx9".repeat(300);
+    let line = format!("{} token={secret} {} card 4111-1111-1111-1111 end", "a".repeat(16_300), "b".repeat(40_000));
+    for at in (0..line.len()).step_by(16 << 10) {
+        let piece = &line[at..line.len().min(at + (16 << 10))];
+        let tag = if at + (16 << 10) < line.len() { "P" } else { "F" };
+        writeln!(file, "2026-11-20T10:00:00Z stdout {tag} {piece}").unwrap();
+    }
+    // One line without any split, longer than what is read at once; the secret lies across the end of the block.
+    writeln!(file, "2026-11-20T10:00:01Z stdout F {}token={secret} {}", "c".repeat((256 << 10) - 200), "~".repeat(1_500_000)).unwrap();
+    writeln!(file, "{{\"user\":\"u\",\"token=\":\"x\",\"t\":\"token={secret}\"}}").unwrap();
+    let mask = |pattern: &str| Redaction { pattern: Regex::new(pattern).unwrap(), replacement: "#".to_owned() };
+    let redactions: Arc<[Redaction]> = [mask(r"token=[A-Za-z0-9]+"), mask(r"\d{4}-\d{4}-\d{4}-\d{4}")].into();
+    for layout in [Layout::Raw, Layout::FluentBit] {
+        let record =
+            RecordOptions { layout, merge: if layout == Layout::Raw { Merge::Off } else { Merge::Top }, ..RecordOptions::default() };
+        let settings = LogSettings { record, redactions: redactions.clone(), ..raw() };
+        let events = texts(dir.path(), settings).await;
+        let all = events.concat();
+        assert!(!all.contains("Zx9") && !all.contains("4111"), "{layout:?}");
+        assert!(all.contains(&format!("{} # {}", "a".repeat(100), "b".repeat(100))), "{layout:?}");
+        assert_eq!(all.matches('~').count(), 1_500_000, "{layout:?}");
+    }
+}
+
+#[tokio::test]
+async fn routes_and_files_of_the_node() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = dir.path().join("log");
+    let containers = dir.path().join("containers");
+    fs::create_dir(&node).unwrap();
+    fs::create_dir(&containers).unwrap();
+    fs::write(node.join("messages"), "Nov 20 10:00:00 host kernel: up\nsecond\n").unwrap();
+    fs::write(node.join("messages.1"), "older, and never read before\n").unwrap();
+    fs::write(node.join("other"), "not asked for\n").unwrap();
+    fs::write(containers.join(name("kube-proxy-1")), "2026-11-20T10:00:00Z stdout F proxy\n").unwrap();
+    fs::write(containers.join(name("web")), "2026-11-20T10:00:00Z stdout F web\n").unwrap();
+    let settings = LogSettings {
+        host_files: vec![HostFiles {
+            path: format!("{}/mess*s", node.display()),
+            group: "host".to_owned().try_into().unwrap(),
+            stream: "{node}.host.{file}".to_owned().try_into().unwrap(),
+        }],
+        routes: vec![Route {
+            files: vec!["kube-proxy-*".into()],
+            group: "dataplane".to_owned().try_into().unwrap(),
+            stream: "dp.{pod}".to_owned().try_into().unwrap(),
+        }],
+        ..raw()
+    };
+    let (_, streams) = ship(&containers, settings, ClusterState::default()).await;
+    let streams: BTreeMap<_, _> =
+        streams.into_iter().map(|(stream, events)| (stream, events.into_iter().map(|(_, text)| text).collect::<Vec<_>>())).collect();
+    assert_eq!(streams["n.host.messages"], ["Nov 20 10:00:00 host kernel: up", "second"]);
+    assert_eq!(streams["dp.kube-proxy-1"], ["proxy"]);
+    assert_eq!(streams[&format!("n-application.var.log.containers.{}", name("web"))], ["web"]);
+    assert_eq!(streams.len(), 3);
+}
+
+#[tokio::test]
+async fn a_pod_names_the_parser_of_its_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(
+        dir.path().join(name("web")),
+        "2026-11-20T10:00:00Z stdout F level=info n=1\n2026-11-20T10:00:01Z stderr F {\"json\":1}\n2026-11-20T10:00:02Z stdout F {\"json\":2}\n",
+    )
+    .unwrap();
+    let pod = serde_json::json!({
+        "metadata": {"name": "web", "namespace": "shop", "uid": "u", "annotations": {
+            "fluentbit.io/parser_stdout-app": "logfmt", "fluentbit.io/parser": "unheard-of"}},
+        "spec": {"nodeName": "n", "containers": [{"name": "app", "image": "i"}]},
+        "status": {},
+    });
+    let mut shipped = Vec::new();
+    for honour_parser in [true, false] {
+        let mut cluster = ClusterState::default();
+        cluster.apply(Object::Pod(serde_json::from_value(pod.clone()).unwrap()));
+        let record = RecordOptions { merge: Merge::Under("m".into()), keep_log: false, ..RecordOptions::default() };
+        let settings = LogSettings { record, honour_parser, ..raw() };
+        let (_, streams) = ship(dir.path(), settings, cluster).await;
+        let records = streams[0].1.iter().map(|(_, text)| serde_json::from_str::<serde_json::Value>(text).unwrap());
+        shipped.push(records.map(|record| (record["m"].clone(), record["log"].clone())).collect::<Vec<_>>());
+    }
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    let null = serde_json::Value::Null;
+    assert_eq!(
+        shipped[0],
+        [
+            (json(r#"{"level":"info","n":"1"}"#), null.clone()),
+            (json(r#"{"json":1}"#), null.clone()),
+            (null.clone(), json(r#""{\"json\":2}""#))
+        ]
+    );
+    assert_eq!(
+        shipped[1],
+        [(null.clone(), json(r#""level=info n=1""#)), (json(r#"{"json":1}"#), null.clone()), (json(r#"{"json":2}"#), null)]
+    );
+}
+
+#[tokio::test]
+async fn hundreds_of_compressed_files_are_read_a_few_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    for pod in 0..60 {
+        let live = dir.path().join(name(&format!("p{pod}")));
+        fs::write(&live, "2026-11-20T10:00:09Z stdout F live\n").unwrap();
+        for rotation in 0..3 {
+            let path = format!("{}.20261121-00000{rotation}.gz", live.display());
+            let mut gz = flate2::write::GzEncoder::new(fs::File::create(path).unwrap(), flate2::Compression::fast());
+            for line in 0..50 {
+                writeln!(gz, "2026-11-20T10:00:0{rotation}Z stdout F {pod} {rotation} {line}").unwrap();
+            }
+            gz.finish().unwrap();
+        }
+    }
+    let events = texts(dir.path(), raw()).await;
+    assert_eq!(events.len(), 60 * 151);
+    // One that is broken in the middle does not keep the rest of its family back.
+    let broken = format!("{}.20261121-000001.gz", dir.path().join(name("p0")).display());
+    let whole = fs::read(&broken).unwrap();
+    fs::write(&broken, &whole[..whole.len() / 2]).unwrap();
+    let (report, streams) = ship(dir.path(), raw(), ClusterState::default()).await;
+    let count: usize = streams.iter().map(|(_, events)| events.len()).sum();
+    assert!((60 * 151 - 50..60 * 151).contains(&count), "{count}");
+    assert!(report.counters.file_errors > 0 && !report.failed.is_empty(), "and it is told");
+}
