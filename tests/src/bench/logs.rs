@@ -27,26 +27,48 @@ use super::Row;
 use crate::binaries::Binaries;
 use crate::fake_aws::{TEST_CA_PEM, test_acceptor};
 
-const FILES: usize = 10;
-const LINE: usize = 200;
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 /// Bytes of CRI lines: the whole run, and the quick one. `STANCHION_BENCH_LOG_BYTES` sets another.
 const SIZES: (u64, u64) = (1 << 30, 64 << 20);
 
-/// What is shipped, and what it may cost: CPU-seconds per GiB of CRI lines.
+/// What is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    name: &'static str,
+    files: usize,
+    line: usize,
+    json: bool,
+}
+
+const PLAIN: Kind = Kind { name: "", files: 10, line: 200, json: false };
+const LONG: Kind = Kind { name: ", 2 KB lines", files: 10, line: 2000, json: false };
+const JSON: Kind = Kind { name: ", JSON lines merged", files: 10, line: 200, json: true };
+const MANY: Kind = Kind { name: ", 1,000 small files", files: 1000, line: 200, json: false };
+
+/// What is shipped, and what it may cost: CPU-seconds per GiB of CRI lines. The default is gzip.
 struct Case {
     name: &'static str,
+    kind: Kind,
     record: &'static str,
     layout: Layout,
     gzip: bool,
     target: Option<f64>,
 }
 
-const CASES: [Case; 4] = [
-    Case { name: "fluent-bit record", record: "fluent-bit", layout: Layout::FluentBit, gzip: false, target: Some(5.0) },
-    Case { name: "fluent-bit record, gzip", record: "fluent-bit", layout: Layout::FluentBit, gzip: true, target: None },
-    Case { name: "compact", record: "compact", layout: Layout::Compact, gzip: false, target: Some(2.5) },
-    Case { name: "compact, gzip", record: "compact", layout: Layout::Compact, gzip: true, target: None },
+const fn case(name: &'static str, kind: Kind, layout: Layout, gzip: bool, target: Option<f64>) -> Case {
+    let record = if matches!(layout, Layout::FluentBit) { "fluent-bit" } else { "compact" };
+    Case { name, kind, record, layout, gzip, target }
+}
+
+const CASES: [Case; 8] = [
+    case("fluent-bit record", PLAIN, Layout::FluentBit, true, Some(5.0)),
+    case("fluent-bit record, plain bodies", PLAIN, Layout::FluentBit, false, None),
+    case("compact", PLAIN, Layout::Compact, true, Some(2.5)),
+    case("compact, plain bodies", PLAIN, Layout::Compact, false, None),
+    case("compact", LONG, Layout::Compact, true, None),
+    case("fluent-bit record", JSON, Layout::FluentBit, true, None),
+    case("fluent-bit record", MANY, Layout::FluentBit, true, None),
+    case("compact", MANY, Layout::Compact, true, None),
 ];
 
 /// Runs the bench.
@@ -60,27 +82,36 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     let binary = Binaries::find()?.stanchion;
     // Memory, where there is room, so that the disk is not what is measured.
     let root = tempfile::tempdir_in(if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" })?;
-    let input = generate(root.path(), bytes)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let mut rows = Vec::new();
+    let mut made: Option<(Kind, tempfile::TempDir, Input)> = None;
     for case in &CASES {
+        if made.as_ref().is_none_or(|(kind, _, _)| *kind != case.kind) {
+            // One input at a time is on the disk.
+            drop(made.take());
+            let place = tempfile::tempdir_in(root.path())?;
+            let input = generate(place.path(), bytes, case.kind)?;
+            made = Some((case.kind, place, input));
+        }
+        let Some((_, place, input)) = &made else { continue };
+        let name = format!("{}{}", case.name, case.kind.name);
         let sink = Sink::serve(&runtime)?;
-        let child = ship(&binary, root.path(), &input, case, sink.port)?;
+        let child = ship(&binary, place.path(), input, case, sink.port)?;
         let events = sink.counts.events.load(Ordering::Relaxed);
-        ensure!(events == input.lines, "{}: {events} of {} lines arrived", case.name, input.lines);
+        ensure!(events == input.lines, "{name}: {events} of {} lines arrived", input.lines);
         let gib = input.bytes as f64 / GIB;
         let value = child.cpu_seconds / gib;
-        let mut cost = Row::plain(format!("{}: CPU", case.name), value, "s/GiB");
+        let mut cost = Row::plain(format!("{name}: CPU"), value, "s/GiB");
         cost.target = case.target;
         rows.push(cost);
-        if !case.gzip {
-            rows.push(Row::against(format!("{}: CPU over the floor", case.name), value, "s/GiB", floor(&input, case)? / gib));
+        if case.kind == PLAIN && !case.gzip {
+            rows.push(Row::against(format!("{name}: CPU over the floor"), value, "s/GiB", floor(input, case)? / gib));
         }
-        rows.push(Row::plain(format!("{}: rate", case.name), input.lines as f64 / child.wall_seconds, "lines/s"));
-        rows.push(Row::plain(format!("{}: peak RSS", case.name), child.rss_mib, "MiB").target(48.0));
+        rows.push(Row::plain(format!("{name}: rate"), input.lines as f64 / child.wall_seconds, "lines/s"));
+        rows.push(Row::plain(format!("{name}: peak RSS"), child.rss_mib, "MiB").target(48.0));
         let sent = sink.counts.bytes.load(Ordering::Relaxed);
-        rows.push(Row::plain(format!("{}: body bytes per byte read", case.name), sent as f64 / input.bytes as f64, "x"));
-        rows.push(Row::plain(format!("{}: puts", case.name), sink.counts.puts.load(Ordering::Relaxed) as f64, "puts"));
+        rows.push(Row::plain(format!("{name}: body bytes per byte read"), sent as f64 / input.bytes as f64, "x"));
+        rows.push(Row::plain(format!("{name}: puts"), sink.counts.puts.load(Ordering::Relaxed) as f64, "puts"));
     }
     Ok(rows)
 }
@@ -110,26 +141,21 @@ fn pod(index: usize) -> serde_json::Value {
     })
 }
 
-fn generate(root: &Path, bytes: u64) -> anyhow::Result<Input> {
+fn generate(root: &Path, bytes: u64, kind: Kind) -> anyhow::Result<Input> {
     let (containers, pods) = (root.join("containers"), root.join("manifests"));
     std::fs::create_dir(&containers)?;
     std::fs::create_dir(&pods)?;
     let mut input = Input { containers, pods, lines: 0, bytes: 0 };
     // Today's times: older events are not for CloudWatch Logs.
     let start = jiff::Timestamp::now().as_millisecond() - 3_600_000;
-    for index in 0..FILES {
+    for index in 0..kind.files {
         std::fs::write(input.pods.join(format!("web-{index}.json")), pod(index).to_string())?;
         let mut file = BufWriter::new(File::create(input.containers.join(file_name(index)))?);
         let mut written = 0;
         let mut number = 0_i64;
-        while written < bytes / FILES as u64 {
-            let stamp = jiff::Timestamp::from_millisecond(start + number / 4)?;
-            let head =
-                format!("{stamp:.9} stdout F level=info msg=\"request served\" id={number:010} path=/api/v1/items/{} ", number % 977);
-            let fill = "status=200 bytes=5123 agent=\"curl/8.4\" ".bytes().cycle().take((LINE - 1).saturating_sub(head.len()));
-            let mut line = head.into_bytes();
-            line.extend(fill);
-            line.push(b'\n');
+        while written < bytes / kind.files as u64 {
+            let stamp = format!("{:.9}", jiff::Timestamp::from_millisecond(start + number / 4)?);
+            let line = line(kind, &stamp, number);
             file.write_all(&line)?;
             written += line.len() as u64;
             number += 1;
@@ -139,6 +165,25 @@ fn generate(root: &Path, bytes: u64) -> anyhow::Result<Input> {
         input.bytes += written;
     }
     Ok(input)
+}
+
+/// An application's line: text or an object, with an id and a path that differ from line to line.
+fn line(kind: Kind, stamp: &str, number: i64) -> Vec<u8> {
+    // A request's own hexadecimal digits, as no compressor can know them.
+    let id = number.cast_unsigned().wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let (before, after) =
+        if kind.json { ("{\"level\":\"info\",\"msg\":\"request served\",", "\"}") } else { ("level=info msg=\"request served\" ", "") };
+    let own = if kind.json {
+        format!("\"id\":\"{id:016x}\",\"n\":{number},\"path\":\"/api/v1/items/{}\",\"agent\":\"", number % 977)
+    } else {
+        format!("id={id:016x} n={number} path=/api/v1/items/{} ", number % 977)
+    };
+    let mut line = format!("{stamp} stdout F {before}{own}").into_bytes();
+    let fill = "status=200 bytes=5123 agent=curl/8.4 ".bytes().cycle().take((kind.line - 1).saturating_sub(line.len() + after.len()));
+    line.extend(fill);
+    line.extend_from_slice(after.as_bytes());
+    line.push(b'\n');
+    line
 }
 
 /// What a child cost.
@@ -167,6 +212,9 @@ fn ship(binary: &Path, root: &Path, input: &Input, case: &Case, port: u16) -> an
         case.record,
     ]);
     command.arg("--log-dir").arg(&input.containers).arg("--manifests").arg(&input.pods);
+    if case.kind.json {
+        command.args(["--merge-log-key", "log_processed"]);
+    }
     command.args(["--gzip", if case.gzip { "true" } else { "false" }]);
     command
         .env("AWS_ENDPOINT_URL_CLOUDWATCH_LOGS", format!("https://localhost:{port}"))
@@ -291,7 +339,7 @@ fn floor(input: &Input, case: &Case) -> anyhow::Result<f64> {
         std::hint::black_box(Sha256::digest(batch.body()));
         tls.send(&batch.body())
     };
-    for index in 0..FILES {
+    for index in 0..case.kind.files {
         let name = file_name(index);
         let pod: Pod = serde_json::from_value(pod(index))?;
         let identity = Identity::new(&parse_flat(&name).context("a container's name")?, Some(&pod));
