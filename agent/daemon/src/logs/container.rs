@@ -227,7 +227,7 @@ impl Container {
     /// Puts what is written to a truncated file after what it held before, but before any newer file.
     pub(super) fn push_again(&mut self, index: usize, source: Source, rotated_ms: Option<i64>) -> io::Result<()> {
         let number = self.generations[index].number + 1;
-        if number % NUMBERS == 0 {
+        if number.is_multiple_of(NUMBERS) {
             return self.push_generation(source, 0, rotated_ms);
         }
         let mut generation = Generation::new(number, source, 0)?;
