@@ -21,7 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::attach::{AttachMode, attach, attached_by, detach, pinned_interfaces, retire};
+use super::attach::{AttachMode, attach, attached_by, clear, detach, pinned_interfaces, retire};
 use super::conntrack::{self, Connection};
 use super::events::{Events, Names, record};
 use super::flows::{FlowKey, Flows, state_name};
@@ -551,7 +551,8 @@ impl Actor {
         }
         for (index, name) in gone {
             self.orphans.remove(&index);
-            match detach(&self.loaded, &name, index) {
+            let result = if exists(&name, index) { clear(&self.loaded, &name, index) } else { detach(&self.loaded, &name, index) };
+            match result {
                 Ok(()) => info!(interface = name, index, "programs removed: no active pod has this interface"),
                 Err(cause) => self.fail("cannot remove programs", &cause),
             }

@@ -202,6 +202,15 @@ pub fn detach(loaded: &Loaded, interface: &str, index: u32) -> Result<(), Attach
     remove_pins(loaded, interface, index)
 }
 
+/// Takes the programs from an interface that is still there.
+///
+/// # Errors
+/// A pin could not be removed, or the kernel refuses.
+pub(super) fn clear(loaded: &Loaded, interface: &str, index: u32) -> Result<(), AttachError> {
+    remove_pins(loaded, interface, index)?;
+    remove_filters(index).map_err(|error| failed("detach", POD_EGRESS, interface, error))
+}
+
 /// Takes away what agents of other layouts left: their filters on these interfaces, their links, their maps.
 ///
 /// # Errors
