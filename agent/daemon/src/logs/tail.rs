@@ -459,9 +459,9 @@ impl Tailer {
             (container.poll_ms, container.quiet_ms) = (POLL_MS.0, now.mono);
             self.watches.leave(&mut container);
         } else if idle {
-            let slowest = if container.watched && !container.joiner.is_open() { WATCHED_MS.0 } else { POLL_MS.1 };
-            pause_ms = container.poll_ms;
-            container.poll_ms = (container.poll_ms * 2).min(slowest);
+            let sleeps = container.watched && !container.joiner.is_open();
+            pause_ms = if sleeps { WATCHED_MS.0 } else { container.poll_ms };
+            container.poll_ms = (container.poll_ms * 2).min(POLL_MS.1);
             if now.mono - container.quiet_ms >= WATCHED_MS.1 && !self.single_pass && container.gone_ms.is_none() {
                 self.watches.ask(&mut container);
             }
