@@ -448,7 +448,8 @@ impl<'a> CardPlanner<'a> {
             {
                 out.surplus_since.insert(self.card, *since);
             }
-            out.wake_at = [out.wake_at, next_age].into_iter().flatten().min();
+            // A spent budget may be all that holds it up.
+            out.wake_at = [out.wake_at, actions.wake_at, next_age].into_iter().flatten().min();
             return;
         }
         let since = self.input.memory.surplus_since.get(&self.card).copied().unwrap_or(now);
