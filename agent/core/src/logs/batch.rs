@@ -3,14 +3,16 @@
 //! Limits: <https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutLogEvents.html>. A batch owns one
 //! buffer, the complete JSON 1.1 request, that events are written into directly; nothing is copied per event afterwards.
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use flate2::Compression;
 use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
 use serde::Deserialize;
 
-use super::{deflate, json};
+use super::json;
 use crate::cloud::LogEvent;
 
 /// What a batch may count: message bytes (UTF-8, unescaped) and [`EVENT_OVERHEAD`] for each event.
@@ -26,6 +28,8 @@ pub const MAX_SPAN_MS: i64 = 24 * 3600 * 1000;
 /// Encoded size at which a batch is closed though the service would count less: keeps buffers of lines full of control
 /// characters (six bytes each when escaped) from growing to 6 MiB.
 const MAX_ENCODED_BYTES: usize = 1_900_000;
+/// Level 1: 5:1 to 30:1 on container logs at a tenth of level 6's CPU.
+const GZIP_LEVEL: u32 = 1;
 
 /// A closed batch: 1 to 10,000 events of one stream in time order.
 ///
@@ -327,7 +331,7 @@ impl BatchBuilder {
         body.extend_from_slice(b"]}");
         let kept: Arc<[Span]> = events.as_slice().into();
         let body = if self.compress {
-            let gzip = Bytes::from(deflate::gzip(&body));
+            let gzip = compress(&body);
             // Both buffers serve the next batch.
             body.clear();
             events.clear();
@@ -358,6 +362,14 @@ impl BatchBuilder {
         }
         sorted
     }
+}
+
+fn compress(body: &[u8]) -> Bytes {
+    let mut encoder = GzEncoder::new(Vec::with_capacity(body.len() / 8), Compression::new(GZIP_LEVEL));
+    encoder.write_all(body).expect("a Vec takes every write");
+    let mut gzip = encoder.finish().expect("a Vec takes every write");
+    gzip.shrink_to_fit();
+    gzip.into()
 }
 
 /// Offsets in a body: one event is at most six times a mebibyte when escaped.

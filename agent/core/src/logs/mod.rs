@@ -11,14 +11,12 @@
 //! | [`join`] | which lines are one event: split lines, then stack traces by the rules of [`multiline`] |
 //! | [`json`] | escaping on the hot path |
 //! | [`batch`] | when a batch is full, and its wire form |
-//! | [`deflate`] | its compressed form |
 //! | [`ledger`] | how far a file is acknowledged |
 //! | [`positions`] | what of that survives a restart |
 
 pub mod batch;
 pub mod config;
 pub mod cri;
-pub mod deflate;
 pub mod enrich;
 pub mod fluentbit;
 pub mod join;
