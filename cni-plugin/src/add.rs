@@ -197,6 +197,10 @@ fn wait_until_running(pod: &mut Netlink, name: &str) -> Result<(), NetlinkError>
     const AT_MOST: Duration = Duration::from_secs(2);
     let began = Instant::now();
     while !pod.is_running(name)? && began.elapsed() < AT_MOST {
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "the condition is asked again, with a deadline; a listener would cost every ADD two requests"
+        )]
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())

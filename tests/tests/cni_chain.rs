@@ -191,7 +191,7 @@ async fn a_pod_of_an_ipv4_cluster_gets_an_interface_for_ipv6_and_gc_frees_what_w
     assert!(site.call("ADD", &lost, json!({"name": network})).await.ok);
     let inside = ip(&pod.netns.0, &["-6", "addr", "show", "dev", "v6if0", "scope", "global"]);
     let address = inside[0]["addr_info"][0]["local"].as_str().unwrap().to_owned();
-    assert_eq!(reserved(EgressFamily::V6, &network, &pod.container), [address.clone()]);
+    assert_eq!(reserved(EgressFamily::V6, &network, &pod.container), std::slice::from_ref(&address));
     assert!(address.starts_with("fd00::ac:"), "{address}");
     let routes = ip(&pod.netns.0, &["-6", "route", "show", "default"]);
     assert_eq!((&routes[0]["gateway"], &routes[0]["dev"]), (&json!("fe80::1"), &json!("v6if0")));

@@ -5,7 +5,7 @@
 //! and leaves the input in the temporary directory.
 
 #[path = "../fuzz/targets.rs"]
-#[allow(dead_code, reason = "the fuzzer's binaries name the targets one by one")]
+#[allow(dead_code, unreachable_pub, reason = "the fuzzer's binaries name the targets one by one")]
 mod targets;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,10 +52,10 @@ fn corpus(target: &str) -> Vec<Vec<u8>> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
     let mut files: Vec<PathBuf> = std::fs::read_dir(&directory)
         .unwrap_or_else(|e| panic!("{}: {e}", directory.display()))
-        .map(|entry| entry.unwrap().path())
+        .map(|entry| entry.expect("read the corpus").path())
         .collect();
     files.sort();
-    files.iter().map(|file| std::fs::read(file).unwrap()).collect()
+    files.iter().map(|file| std::fs::read(file).expect("read the corpus")).collect()
 }
 
 fn bred(corpus: &[Vec<u8>], random: &mut StdRng) -> Vec<u8> {
@@ -111,7 +111,7 @@ fn no_target_fails_on_what_its_corpus_breeds() {
 
 #[test]
 fn every_target_has_a_fuzzer_of_its_own() {
-    let manifest = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/Cargo.toml")).unwrap();
+    let manifest = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/Cargo.toml")).expect("the fuzzer's manifest");
     for (name, _) in TARGETS {
         assert!(manifest.contains(&format!("path = \"fuzz_targets/{name}.rs\"")), "{name} is not in tests/fuzz/Cargo.toml");
     }

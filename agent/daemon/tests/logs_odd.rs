@@ -17,7 +17,10 @@ use stanchion_daemon::logs::{ShipReport, TailerParts, ship_once};
 
 /// Messages by stream, with their times.
 #[derive(Clone, Default)]
-struct Memory(Arc<Mutex<BTreeMap<String, Vec<(i64, String)>>>>);
+struct Memory(Arc<Mutex<Streams>>);
+
+/// Times and messages by stream.
+type Streams = BTreeMap<String, Vec<(i64, String)>>;
 
 impl LogSink for Memory {
     async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
@@ -74,7 +77,7 @@ async fn odd_lines_of_a_runtime() {
         b"2026-11-20T10:00:06Z stderr P err ",
         b"2026-11-20T10:00:06Z stdout F put",
         b"2026-11-20T10:00:07Z stderr F or",
-        b"\0\0\0\02026-11-20T10:00:08Z stdout F after a hole",
+        b"\0\0\0\x002026-11-20T10:00:08Z stdout F after a hole",
         b"2026-11-20T10:00:09Z stdout P last words",
     ] {
         file.write_all(line).unwrap();
