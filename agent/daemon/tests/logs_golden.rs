@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
@@ -73,6 +74,12 @@ impl LogSink for Memory {
     }
 }
 
+/// A time after the corpus's last line, 2026-11-20T11:00:00Z: a line without a time of its own gets the time of its reading,
+/// and batches are in order of time.
+fn just_after() -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(1_795_172_400)
+}
+
 async fn shipped(settings: LogSettings) -> Streams {
     let mut cluster = ClusterState::default();
     for file in std::fs::read_dir(golden().join("pods")).unwrap() {
@@ -82,7 +89,7 @@ async fn shipped(settings: LogSettings) -> Streams {
     let parts =
         TailerParts { settings, log_dir: golden().join("containers"), node: "ip-10-0-1-23".to_owned(), cluster_name: "gold".to_owned() };
     let sink = Memory::default();
-    let report = ship_once(parts, Arc::new(cluster), sink.clone()).await.unwrap();
+    let report = ship_once(parts, Arc::new(cluster), sink.clone(), just_after).await.unwrap();
     assert_eq!(report.failed, []);
     let streams = sink.0.lock().unwrap().clone();
     assert_eq!(report.counters.events_shipped, streams.values().map(Vec::len).sum::<usize>() as u64);

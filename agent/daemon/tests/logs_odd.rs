@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use regex_lite::Regex;
 use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
@@ -50,7 +51,7 @@ fn raw() -> LogSettings {
 async fn ship(dir: &Path, settings: LogSettings, cluster: ClusterState) -> (ShipReport, Vec<(String, Vec<(i64, String)>)>) {
     let parts = TailerParts { settings, log_dir: dir.to_owned(), node: "n".to_owned(), cluster_name: "c".to_owned() };
     let sink = Memory::default();
-    let report = ship_once(parts, Arc::new(cluster), sink.clone()).await.unwrap();
+    let report = ship_once(parts, Arc::new(cluster), sink.clone(), SystemTime::now).await.unwrap();
     let streams = std::mem::take(&mut *sink.0.lock().unwrap());
     (report, streams.into_iter().collect())
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Context as _;
 use clap::{ArgAction, Args, ValueEnum};
@@ -171,12 +172,12 @@ async fn ship(args: &ShipArgs) -> anyhow::Result<ExitCode> {
     let parts = TailerParts { settings: args.settings()?, log_dir: args.log_dir.clone(), node, cluster_name: args.cluster_name.clone() };
     let cluster = Arc::new(cluster);
     let shipped = match &args.sink {
-        Sink::Stdout => ship_once(parts, cluster, JsonLines::stdout()).await,
+        Sink::Stdout => ship_once(parts, cluster, JsonLines::stdout(), SystemTime::now).await,
         Sink::File(path) => {
             let file = JsonLines::file(path).with_context(|| format!("cannot append to {}", path.display()))?;
-            ship_once(parts, cluster, file).await
+            ship_once(parts, cluster, file, SystemTime::now).await
         }
-        Sink::CloudWatch => ship_once(parts, cluster, AwsClients::load(Overrides::default()).await?.logs()).await,
+        Sink::CloudWatch => ship_once(parts, cluster, AwsClients::load(Overrides::default()).await?.logs(), SystemTime::now).await,
     };
     Ok(report(&shipped.with_context(|| format!("cannot read {}", args.log_dir.display()))?))
 }

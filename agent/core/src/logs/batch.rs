@@ -33,7 +33,8 @@ const GZIP_LEVEL: u32 = 1;
 
 /// A closed batch: 1 to 10,000 events of one stream in time order.
 ///
-/// Invariants: counted bytes at most [`MAX_BATCH_BYTES`], span at most [`MAX_SPAN_MS`], no empty message, order by time.
+/// Invariants: counted bytes at most [`MAX_BATCH_BYTES`], span at most [`MAX_SPAN_MS`] unless built [`BatchBuilder::of_any_span`],
+/// no empty message, order by time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogBatch {
     group: Arc<str>,
@@ -184,6 +185,7 @@ pub struct BatchBuilder {
     stream: Arc<str>,
     emf: bool,
     compress: bool,
+    max_span_ms: i64,
     /// The request's head, then events separated by commas.
     body: Vec<u8>,
     head: usize,
@@ -202,6 +204,7 @@ impl BatchBuilder {
             stream,
             emf,
             compress: false,
+            max_span_ms: MAX_SPAN_MS,
             body: Vec::new(),
             head: 0,
             events: Vec::new(),
@@ -218,6 +221,13 @@ impl BatchBuilder {
     #[must_use]
     pub fn compressing(mut self, on: bool) -> Self {
         self.compress = on;
+        self
+    }
+
+    /// Batches may span any time: for a sink that is not the service.
+    #[must_use]
+    pub fn of_any_span(mut self) -> Self {
+        self.max_span_ms = i64::MAX;
         self
     }
 
@@ -303,7 +313,7 @@ impl BatchBuilder {
             || (self.events.len() < MAX_BATCH_EVENTS
                 && self.counted + counted <= MAX_BATCH_BYTES
                 && self.body.len() <= MAX_ENCODED_BYTES
-                && self.last_ms.max(timestamp_ms).saturating_sub(self.first_ms.min(timestamp_ms)) <= MAX_SPAN_MS)
+                && self.last_ms.max(timestamp_ms).saturating_sub(self.first_ms.min(timestamp_ms)) <= self.max_span_ms)
     }
 
     fn account(&mut self, timestamp_ms: i64, start: usize, counted: usize) {
@@ -456,6 +466,24 @@ mod tests {
             prop_assert_eq!(left.events().chain(right.events()).collect::<Vec<_>>(), whole.events().collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    fn days_apart_are_one_batch_for_a_sink_that_is_not_the_service() {
+        let events = [(9 * MAX_SPAN_MS, "late"), (0, "early")];
+        let push = |builder: &mut BatchBuilder, (timestamp_ms, text): (i64, &str)| {
+            builder.push_with(timestamp_ms, |out| {
+                json::escape(out, text.as_bytes());
+                text.len()
+            })
+        };
+        let mut builder = BatchBuilder::new("g".into(), "s".into(), false).of_any_span();
+        assert!(events.iter().all(|event| push(&mut builder, *event).is_none()));
+        let batch = builder.finish().unwrap();
+        assert_eq!(batch.events().map(|event| event.message).collect::<Vec<_>>(), ["early", "late"]);
+        let mut builder = BatchBuilder::new("g".into(), "s".into(), false);
+        assert!(push(&mut builder, events[0]).is_none());
+        assert_eq!(push(&mut builder, events[1]).unwrap().len(), 1);
     }
 
     #[test]

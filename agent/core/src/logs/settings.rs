@@ -116,7 +116,7 @@ pub struct LogSettings {
     pub read_from: ReadFrom,
     /// A batch is sent at the latest this long after its first event.
     pub flush: Duration,
-    /// Times that are sent.
+    /// Times that are sent; `None` for a sink that is no service, to which nothing is too old and no batch too wide.
     pub age: Option<AgeWindow>,
     /// Events are metric documents.
     pub emf: bool,

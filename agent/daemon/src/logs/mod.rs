@@ -22,7 +22,7 @@ mod watches;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stanchion_core::cloud::LogSink;
 use stanchion_core::cluster::ClusterState;
@@ -100,7 +100,7 @@ pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
         questions: questions_receiver,
         shutdown: parts.shutdown,
         grace: parts.grace,
-        clock: run::Clock::new(),
+        clock: run::Clock::new(SystemTime::now),
     };
     (LogsHandle { counters: counters_receiver, questions }, tokio::spawn(runner.run()))
 }
@@ -114,13 +114,19 @@ pub struct ShipReport {
     pub failed: Vec<(String, String)>,
 }
 
-/// Reads every file to its end, sends everything, and returns when all is acknowledged. Keeps no positions.
+/// Reads every file to its end, sends everything, and returns when all is acknowledged. Keeps no positions. Lines without
+/// a time of their own get that of `wall`.
 ///
 /// # Errors
 /// The log directory cannot be listed.
-pub async fn ship_once<S: LogSink>(parts: TailerParts, cluster: Arc<ClusterState>, sink: S) -> std::io::Result<ShipReport> {
+pub async fn ship_once<S: LogSink>(
+    parts: TailerParts,
+    cluster: Arc<ClusterState>,
+    sink: S,
+    wall: fn() -> SystemTime,
+) -> std::io::Result<ShipReport> {
     let mut shipper = ship::Shipper::new(sink, &parts.settings);
-    let clock = run::Clock::new();
+    let clock = run::Clock::new(wall);
     let mut tailer = Tailer::new(parts, Restored::Fresh);
     tailer.set_cluster(cluster);
     tailer.scan(clock.now())?;

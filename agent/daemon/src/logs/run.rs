@@ -40,15 +40,16 @@ pub(super) struct Runner<S> {
 /// Milliseconds of tokio's clock, which tests can pause, and of the wall.
 pub(super) struct Clock {
     origin: Instant,
+    wall: fn() -> SystemTime,
 }
 
 impl Clock {
-    pub(super) fn new() -> Self {
-        Self { origin: Instant::now() }
+    pub(super) fn new(wall: fn() -> SystemTime) -> Self {
+        Self { origin: Instant::now(), wall }
     }
 
     pub(super) fn now(&self) -> Now {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since_1970 = (self.wall)().duration_since(UNIX_EPOCH).unwrap_or_default();
         let milliseconds = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
         Now { mono: milliseconds(self.origin.elapsed()), wall: milliseconds(since_1970) }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use stanchion_core::logs::join::{Event, Mark};
 use stanchion_core::logs::ledger::BatchId;
 use stanchion_core::logs::record::{RecordWriter, Written};
+use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::logs::{BatchBuilder, LogBatch};
 
 /// A stream, in this process.
@@ -59,6 +60,8 @@ struct Flight {
 /// All streams.
 pub(super) struct Streams {
     compress: bool,
+    /// Batches hold to the service's 24 hours.
+    bounded_span: bool,
     /// What all batches being filled may take together.
     budget: usize,
     by_name: HashMap<(Arc<str>, Arc<str>), StreamId>,
@@ -71,11 +74,12 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Without any; batches are kept compressed if `compress`, and those being filled share `budget` bytes.
-    pub(super) fn new(compress: bool, budget: usize) -> Self {
+    /// Without any; batches being filled share half of the settings' memory.
+    pub(super) fn new(settings: &LogSettings) -> Self {
         Self {
-            compress,
-            budget,
+            compress: settings.compress,
+            bounded_span: settings.age.is_some(),
+            budget: settings.memory_bytes / 2,
             by_name: HashMap::new(),
             streams: HashMap::new(),
             flights: HashMap::new(),
@@ -98,6 +102,7 @@ impl Streams {
         let batch = BatchId(self.number());
         let (group, name) = key.clone();
         let builder = BatchBuilder::new(group.clone(), name.clone(), emf).compressing(self.compress);
+        let builder = if self.bounded_span { builder } else { builder.of_any_span() };
         let stream = Stream {
             group,
             name,

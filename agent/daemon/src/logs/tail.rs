@@ -151,7 +151,7 @@ impl Tailer {
         };
         let settings = &parts.settings;
         // Half of the memory for what is being filled: the other half is on its way.
-        let streams = Streams::new(settings.compress, settings.memory_bytes / 2);
+        let streams = Streams::new(settings);
         let quotas = Quotas::new(settings.quotas.clone());
         Self {
             parts,
