@@ -24,7 +24,7 @@ use stanchion_core::network::egress::{self, EgressFamily};
 use stanchion_core::policy::engine::Source;
 use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
 use stanchion_daemon::admin::views::Views;
-use stanchion_daemon::admin::{http, socket};
+use stanchion_daemon::admin::{health, http, socket};
 use stanchion_daemon::cluster::credentials::{self, Clients};
 use stanchion_daemon::cluster::tell::{self, TellParts};
 use stanchion_daemon::cluster::write::Writer;
@@ -173,8 +173,9 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
 
     let listener = socket::bind(&args.socket)?;
     info!(socket = %args.socket.display(), "listening");
-    let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    let (reporter, health_service) = tonic_health::server::health_reporter();
+    let asked = Arc::clone(&views);
+    tasks.push(("health", tokio::spawn(health::follow(reporter, move || asked.ready().is_ok(), shutdown.clone()))));
     let cni = ipam.map(|ipam| {
         let spool = args.socket.with_file_name("spool");
         tasks.push(("spool", cni::spawn_spool(spool, ipam.clone(), netpol.clone(), shutdown.clone())));
