@@ -33,12 +33,14 @@ pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal
         let host_ifs: Vec<String> = upstream.attachments.into_iter().map(|attachment| attachment.host_if).collect();
         sandbox::remove_branch(&mut host, upstream.vlan_id, &host_ifs)?;
     }
-    if let Some(path) = invocation.netns.as_deref() {
-        match sandbox::open_netns(path, invocation.netns_override) {
-            Ok(netns) => addresses.extend(sandbox::remove_veths(&netns, &invocation.if_name)?),
-            // Gone, and the kernel takes the veth with it.
-            Err(error) if error.code == ErrorCode::UnknownContainer => journal.note("the namespace is gone"),
-            Err(error) => journal.note(&error.msg),
+    let netns = invocation.netns.as_deref().map(|path| sandbox::open_netns(path, invocation.netns_override));
+    match netns {
+        Some(Ok(netns)) => addresses.extend(sandbox::remove_veths(&netns, &invocation.if_name)?),
+        other => {
+            let why = other.and_then(Result::err).filter(|error| error.code != ErrorCode::UnknownContainer);
+            journal.note(why.as_ref().map_or("the namespace is gone", |error| &error.msg));
+            // The kernel dismantles a namespace when it gets round to it, seconds later under load.
+            sandbox::remove_host_ends(&mut host, invocation, &conf.veth_prefix)?;
         }
     }
     addresses.sort_unstable();

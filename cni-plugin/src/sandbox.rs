@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use stanchion_core::cni::{CniError, ErrorCode};
+use stanchion_core::cni::{CniError, ErrorCode, Invocation};
 use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::host::{PRIORITY_FROM_POD, PRIORITY_TO_POD};
-use stanchion_core::network::names::{branch_route_table, pod_if_name};
+use stanchion_core::network::names::{branch_route_table, host_veth_name, pod_if_name, veth_macs};
 use stanchion_core::network::{NetOp, Rule};
 use stanchion_netlink::netns::NetnsError;
 use stanchion_netlink::veth::LinkFacts;
@@ -67,6 +67,25 @@ pub(crate) fn remove_veths(netns: &Netns, if_name: &str) -> Result<Vec<IpAddr>, 
         remove_veth(&mut pod, &facts, &mut removed)?;
     }
     Ok(removed)
+}
+
+/// Deletes the sandbox's veths from their host ends, for when the pod's namespace cannot be entered. The Ethernet address, which is made
+/// of the container's id, tells them from those of a newer sandbox of the same pod.
+pub(crate) fn remove_host_ends(host: &mut Netlink, invocation: &Invocation, prefix: &str) -> Result<(), CniError> {
+    let failed = |error: NetlinkError| kernel_error(&error);
+    let egress = EgressFamily::ALL.map(|family| (family.host_if(prefix, &invocation.pod), family.pod_if().to_owned()));
+    let attachments =
+        (0..MAX_ATTACHMENTS).map(|index| (host_veth_name(prefix, &invocation.pod, index), pod_if_name(&invocation.if_name, index)));
+    for (number, (host_if, pod_if)) in egress.into_iter().chain(attachments).enumerate() {
+        let Some(LinkFacts { link, .. }) = host.link(&host_if).map_err(failed)? else {
+            // Attachments have consecutive numbers.
+            if number > EgressFamily::ALL.len() { break } else { continue }
+        };
+        if link.kind == "veth" && link.mac == Some(veth_macs(&invocation.container_id, &pod_if).0) {
+            host.delete_link_by_index(link.index).map_err(failed)?;
+        }
+    }
+    Ok(())
 }
 
 fn remove_veth(pod: &mut Netlink, facts: &LinkFacts, removed: &mut Vec<IpAddr>) -> Result<(), CniError> {

@@ -137,9 +137,19 @@ impl Netlink {
     /// # Errors
     /// When it is there and the kernel refuses.
     pub fn delete_link(&mut self, name: &str) -> Result<bool, NetlinkError> {
-        let message = LinkUnspec::new_with_name(name).build();
-        let request = Request { message: RouteNetlinkMessage::DelLink(message), mode: Mode::Change, words: format!("delete link {name}") };
-        match self.request(request) {
+        self.delete(LinkUnspec::new_with_name(name).build(), format!("delete link {name}"))
+    }
+
+    /// The same for the interface with this number: one that was looked at before, whatever has its name by now.
+    ///
+    /// # Errors
+    /// When it is there and the kernel refuses.
+    pub fn delete_link_by_index(&mut self, index: u32) -> Result<bool, NetlinkError> {
+        self.delete(LinkUnspec::new_with_index(index).build(), format!("delete link {index}"))
+    }
+
+    fn delete(&mut self, message: LinkMessage, words: String) -> Result<bool, NetlinkError> {
+        match self.request(Request { message: RouteNetlinkMessage::DelLink(message), mode: Mode::Change, words }) {
             Ok(()) => Ok(true),
             Err(error) if error.is_absent() => Ok(false),
             Err(error) => Err(error),

@@ -214,7 +214,9 @@ impl Site {
 
     pub(crate) fn pod(&self, name: &str) -> Pod {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Pod { netns: OwnedNetns::create("p"), container: format!("c{number}x{name}"), name: PodName::new("default", name) }
+        // Reservations of egress addresses are the machine's: no other process may have a container of this name.
+        let container = format!("c{}-{number}x{name}", std::process::id());
+        Pod { netns: OwnedNetns::create("p"), container, name: PodName::new("default", name) }
     }
 
     pub(crate) fn conf(&self) -> Value {
@@ -250,13 +252,15 @@ impl Site {
         serde_json::from_str(&answer.stdout).unwrap()
     }
 
-    /// Everything of the node's network that a pod may change.
+    /// Everything of the node's network that a pod may change. What the kernel itself writes follows the interfaces, some of it late.
     pub(crate) fn picture(&self) -> Value {
         let mut links = ip(&self.node.0, &["link"]);
         links.as_array_mut().unwrap().sort_by_key(|link| link["ifname"].to_string());
+        let mut routes = ip(&self.node.0, &["route", "show", "table", "all"]);
+        routes.as_array_mut().unwrap().retain(|route| route["protocol"] != "kernel");
         json!({
             "links": links.as_array().unwrap().iter().map(|link| link["ifname"].clone()).collect::<Vec<_>>(),
-            "routes": ip(&self.node.0, &["route", "show", "table", "all"]),
+            "routes": routes,
             "rules": ip(&self.node.0, &["rule"]),
         })
     }
