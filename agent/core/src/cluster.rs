@@ -1,19 +1,20 @@
 //! The cluster's state as this node sees it, whoever brought it: a directory of manifests or the API server.
 //!
-//! A value of [`ClusterState`] is an immutable snapshot. Objects sit behind `Arc`s: two snapshots share every object
-//! that did not change, so that a reader finds what changed by comparing pointers.
+//! A value of [`ClusterState`] is an immutable snapshot. Two snapshots share every object that did not change, and most of
+//! the maps that lead to it: the next snapshot costs what changed, and so does finding out what did.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::ids::PodName;
 use crate::objects::{EndpointSlice, EniConfig, Namespace, NetworkPolicy, Node, Pod, Service};
 use crate::policy::objects::{ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
+use crate::shared_map::SharedMap;
 
 /// Objects of a namespaced kind, by namespace and name.
-pub type Namespaced<T> = BTreeMap<PodName, Arc<T>>;
+pub type Namespaced<T> = SharedMap<PodName, Arc<T>>;
 /// Objects of a cluster-scoped kind, by name.
-pub type Named<T> = BTreeMap<String, Arc<T>>;
+pub type Named<T> = SharedMap<String, Arc<T>>;
 
 /// Everything that the agent knows of the cluster.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -109,6 +110,23 @@ pub enum Kind {
     VpcCniConfig,
 }
 
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 11] = [
+        Self::Namespace,
+        Self::Pod,
+        Self::Node,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::NetworkPolicy,
+        Self::ClusterNetworkPolicy,
+        Self::PolicyEndpoint,
+        Self::ClusterPolicyEndpoint,
+        Self::EniConfig,
+        Self::VpcCniConfig,
+    ];
+}
+
 impl Object {
     /// Kind and name.
     pub fn key(&self) -> ObjectKey {
@@ -134,7 +152,7 @@ impl Object {
 }
 
 /// Puts the object in unless an equal one is there already, whose `Arc` then stays. True if anything changed.
-fn put<K: Ord, T: PartialEq>(map: &mut BTreeMap<K, Arc<T>>, key: K, object: T) -> bool {
+fn put<K: Ord + Clone, T: PartialEq>(map: &mut SharedMap<K, Arc<T>>, key: K, object: T) -> bool {
     match map.get(&key) {
         Some(present) if **present == object => false,
         _ => {
@@ -220,35 +238,15 @@ impl ClusterState {
     /// The state that consists of just these objects, sharing with `self` every object that is equal in both. Later
     /// objects replace earlier ones of the same kind and name.
     pub fn replaced_by(&self, objects: impl IntoIterator<Item = Object>) -> Self {
-        let mut next = Self { synced: true, ..Self::default() };
-        for object in objects {
+        let mut next = Self { synced: true, trouble: BTreeMap::new(), ..self.clone() };
+        let objects: HashMap<ObjectKey, Object> = objects.into_iter().map(|object| (object.key(), object)).collect();
+        let gone: Vec<ObjectKey> =
+            Kind::ALL.into_iter().flat_map(|kind| self.keys(kind)).filter(|key| !objects.contains_key(key)).collect();
+        gone.iter().for_each(|key| next.remove(key));
+        for object in objects.into_values() {
             next.apply(object);
         }
-        share(&self.namespaces, &mut next.namespaces);
-        share(&self.pods, &mut next.pods);
-        share(&self.nodes, &mut next.nodes);
-        share(&self.services, &mut next.services);
-        share(&self.endpoint_slices, &mut next.endpoint_slices);
-        share(&self.network_policies, &mut next.network_policies);
-        share(&self.cluster_network_policies, &mut next.cluster_network_policies);
-        share(&self.policy_endpoints, &mut next.policy_endpoints);
-        share(&self.cluster_policy_endpoints, &mut next.cluster_policy_endpoints);
-        share(&self.eni_configs, &mut next.eni_configs);
-        if self.vpc_cni_config == next.vpc_cni_config {
-            next.vpc_cni_config.clone_from(&self.vpc_cni_config);
-        }
         next
-    }
-}
-
-/// Replaces each of `next`'s objects by the equal one of `previous`.
-fn share<K: Ord, T: PartialEq>(previous: &BTreeMap<K, Arc<T>>, next: &mut BTreeMap<K, Arc<T>>) {
-    for (key, object) in next {
-        if let Some(present) = previous.get(key)
-            && present == object
-        {
-            *object = Arc::clone(present);
-        }
     }
 }
 

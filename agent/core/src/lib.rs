@@ -13,6 +13,7 @@
 //! | [`conflist`] | the network configuration that the runtime reads |
 //! | [`events`] | which Kubernetes events are written, counted, kept back |
 //! | [`scrub`] | secrets out of text that leaves the node |
+//! | [`shared_map`] | an ordered map whose copies share what they have in common |
 //! | [`limits`] | instance types: ENIs, addresses, cards |
 //! | [`cloud`] | what EC2, IMDS and CloudWatch Logs are asked and how they answer: the `Ec2Api`, `Imds` and `LogSink` seams |
 //! | [`ipam`] | datastore, pool planner, reconcile, checkpoint |
@@ -39,3 +40,4 @@ pub mod network;
 pub mod objects;
 pub mod policy;
 pub mod scrub;
+pub mod shared_map;

@@ -38,6 +38,8 @@ const CHANGE: f64 = 10.0;
 const WRITES: f64 = 64.0;
 /// Growth of resident memory under churn.
 const GROWTH: f64 = 1.1;
+/// Each part of the bench ends in this time, in a debug build on a busy machine too, or the bench fails and says where it was.
+const PART: Duration = Duration::from_secs(120);
 
 const APPS: [&str; 10] = ["web", "api", "db", "cache", "queue", "auth", "mail", "cron", "proxy", "search"];
 
@@ -116,6 +118,28 @@ impl Node {
     }
 }
 
+/// One part of the bench: tells when it begins and fails when it takes too long.
+struct Part {
+    name: String,
+    of: usize,
+    since: Instant,
+}
+
+impl Part {
+    fn begin(name: impl Into<String>, of: usize) -> Self {
+        let name = name.into();
+        eprintln!("  {name}, {of} times ...");
+        Self { name, of, since: Instant::now() }
+    }
+
+    /// Called after each step with how many there were.
+    fn after(&self, done: usize) -> anyhow::Result<()> {
+        let Self { name, of, since } = self;
+        ensure!(since.elapsed() < PART, "{name}: {done} of {of} after {} s", PART.as_secs());
+        Ok(())
+    }
+}
+
 fn percentile(values: &mut [f64], percent: usize) -> f64 {
     values.sort_by(f64::total_cmp);
     values[(values.len() - 1) * percent / 100]
@@ -154,6 +178,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     rows.push(Row::plain("  verdict entries", image.verdicts.len() as f64, ""));
     rows.push(Row::plain("  addresses", image.addresses.len() as f64, ""));
 
+    let part = Part::begin("a pod's start", LOCAL);
     let mut starts = Vec::new();
     for (slot, (name, addresses)) in (1..).zip(&local) {
         let gone = node.engine.remove_endpoint(Slot(slot));
@@ -162,6 +187,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
         let ops = node.engine.add_endpoint(Slot(slot), name, "", addresses);
         node.rig.apply(&ops)?;
         starts.push(start.elapsed().as_secs_f64() * 1e3);
+        part.after(starts.len())?;
     }
     rows.push(Row::plain("a pod's start: its policy to the map, p50", percentile(&mut starts, 50), "ms"));
     rows.push(Row::plain("a pod's start: its policy to the map, p99", percentile(&mut starts, 99), "ms").target(CHANGE));
@@ -176,6 +202,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
         ),
         ("new address of a remote pod", |_, index| index / NAMESPACES, |turn, _| PODS + turn),
     ] {
+        let part = Part::begin(name, changes);
         let (mut times, mut most) = (Vec::new(), 0usize);
         for turn in (0..).filter(|turn| is_remote(remote(*turn))).take(changes) {
             let index = remote(turn);
@@ -193,6 +220,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
             });
             ensure!(foreign.is_none(), "a change of one pod touches another's entry: {foreign:?}");
             times.push(time.as_secs_f64() * 1e3);
+            part.after(times.len())?;
             most = most.max(ops.iter().filter(|op| !matches!(op, MapOp::SetEndpoint(..))).count());
         }
         rows.push(Row::plain(format!("{name} to the map, p50"), percentile(&mut times, 50), "ms"));
@@ -200,6 +228,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
         rows.push(Row::plain("  entries written, most", most as f64, "").target(WRITES));
     }
 
+    let part = Part::begin("a pod made and deleted", churn);
     let mut first = 0.0;
     let start = Instant::now();
     for turn in 0..churn {
@@ -218,6 +247,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
         if turn == churn / 10 {
             first = resident()?;
         }
+        part.after(turn + 1)?;
     }
     let rate = churn as f64 / start.elapsed().as_secs_f64();
     rows.push(Row::plain("churn: pods made and deleted", rate, "pods/s"));

@@ -173,14 +173,14 @@ impl Engine {
                 named: BTreeSet::new(),
             },
             Some(old) => Dirty {
-                policies: !same(&old.network_policies, &cluster.network_policies)
-                    || !same(&old.cluster_network_policies, &cluster.cluster_network_policies)
-                    || !same(&old.policy_endpoints, &cluster.policy_endpoints)
-                    || !same(&old.cluster_policy_endpoints, &cluster.cluster_policy_endpoints),
-                namespaces: !same(&old.namespaces, &cluster.namespaces),
-                nodes: !same(&old.nodes, &cluster.nodes),
-                services: !same(&old.services, &cluster.services) || !same(&old.endpoint_slices, &cluster.endpoint_slices),
-                pods: changed(&old.pods, &cluster.pods),
+                policies: !old.network_policies.same(&cluster.network_policies)
+                    || !old.cluster_network_policies.same(&cluster.cluster_network_policies)
+                    || !old.policy_endpoints.same(&cluster.policy_endpoints)
+                    || !old.cluster_policy_endpoints.same(&cluster.cluster_policy_endpoints),
+                namespaces: !old.namespaces.same(&cluster.namespaces),
+                nodes: !old.nodes.same(&cluster.nodes),
+                services: !old.services.same(&cluster.services) || !old.endpoint_slices.same(&cluster.endpoint_slices),
+                pods: old.pods.changed(&cluster.pods).into_iter().collect(),
                 slots: BTreeSet::new(),
                 named: BTreeSet::new(),
             },
@@ -465,32 +465,6 @@ impl Engine {
             _ => false,
         };
         !pairs.into_iter().all(within)
-    }
-}
-
-/// Whether two snapshots have the same objects of a kind.
-fn same<K: PartialEq, T>(left: &BTreeMap<K, Arc<T>>, right: &BTreeMap<K, Arc<T>>) -> bool {
-    left.len() == right.len() && left.iter().zip(right).all(|((lk, lv), (rk, rv))| Arc::ptr_eq(lv, rv) && lk == rk)
-}
-
-/// Names of the objects that two snapshots do not share.
-pub(super) fn changed<K: Ord + Clone, T>(old: &BTreeMap<K, Arc<T>>, new: &BTreeMap<K, Arc<T>>) -> BTreeSet<K> {
-    let mut names = BTreeSet::new();
-    let (mut left, mut right) = (old.iter().peekable(), new.iter().peekable());
-    loop {
-        let order = match (left.peek(), right.peek()) {
-            (None, None) => return names,
-            (Some(_), None) => std::cmp::Ordering::Less,
-            (None, Some(_)) => std::cmp::Ordering::Greater,
-            (Some((l, _)), Some((r, _))) => l.cmp(r),
-        };
-        let gone = order.is_le().then(|| left.next()).flatten();
-        let come = order.is_ge().then(|| right.next()).flatten();
-        match (gone, come) {
-            (Some((_, l)), Some((_, r))) if Arc::ptr_eq(l, r) => {}
-            (Some((name, _)), _) | (None, Some((name, _))) => drop(names.insert(name.clone())),
-            (None, None) => return names,
-        }
     }
 }
 

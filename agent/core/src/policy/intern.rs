@@ -132,33 +132,33 @@ impl Interned {
     pub(super) fn resolve(&mut self, cluster: &ClusterState) {
         match self.source {
             Source::Policies => {
-                for name in super::engine::changed(&self.sources.network, &cluster.network_policies) {
+                for name in self.sources.network.changed(&cluster.network_policies) {
                     let mut problems = Vec::new();
                     let policy = cluster.network_policies.get(&name).map(|object| resolve::network_policy(object, &mut problems));
                     self.put_network(name, policy, problems);
                 }
-                for name in super::engine::changed(&self.sources.cluster, &cluster.cluster_network_policies) {
+                for name in self.sources.cluster.changed(&cluster.cluster_network_policies) {
                     let mut problems = Vec::new();
                     let object = cluster.cluster_network_policies.get(&name);
                     let policy = object.and_then(|object| resolve::cluster_network_policy(object, &mut problems));
                     self.put_cluster(name, policy, problems);
                 }
-                if !same_keys(&self.sources.endpoints, &cluster.policy_endpoints)
-                    || !same_keys(&self.sources.network, &cluster.network_policies)
-                    || !same_keys(&self.sources.cluster_endpoints, &cluster.cluster_policy_endpoints)
-                    || !same_keys(&self.sources.cluster, &cluster.cluster_network_policies)
+                if !self.sources.endpoints.same(&cluster.policy_endpoints)
+                    || !self.sources.network.same(&cluster.network_policies)
+                    || !self.sources.cluster_endpoints.same(&cluster.cluster_policy_endpoints)
+                    || !self.sources.cluster.same(&cluster.cluster_network_policies)
                 {
                     self.unused = resolved::unused(cluster);
                 }
             }
             Source::Endpoints => {
-                let changed = super::engine::changed(&self.sources.endpoints, &cluster.policy_endpoints);
+                let changed = self.sources.endpoints.changed(&cluster.policy_endpoints);
                 let objects = changed.iter().flat_map(|name| [&self.sources.endpoints, &cluster.policy_endpoints].map(|all| all.get(name)));
                 let policies: BTreeSet<PodName> = objects.flatten().map(|object| resolved::policy_of(object)).collect();
                 for (name, policy, problems) in resolved::network_policies(cluster, &policies) {
                     self.put_network(name, policy, problems);
                 }
-                let changed = super::engine::changed(&self.sources.cluster_endpoints, &cluster.cluster_policy_endpoints);
+                let changed = self.sources.cluster_endpoints.changed(&cluster.cluster_policy_endpoints);
                 let objects = changed
                     .iter()
                     .flat_map(|name| [&self.sources.cluster_endpoints, &cluster.cluster_policy_endpoints].map(|all| all.get(name)));
@@ -529,10 +529,6 @@ impl Meanings for Interned {
     fn identities_of(&self, set: u32) -> Vec<u32> {
         self.pairs.get(&set).into_iter().flatten().copied().collect()
     }
-}
-
-fn same_keys<K: Ord, T>(left: &BTreeMap<K, T>, right: &BTreeMap<K, T>) -> bool {
-    left.len() == right.len() && left.keys().eq(right.keys())
 }
 
 fn is_by_name(peers: &[Peer]) -> bool {
