@@ -7,6 +7,7 @@ pub mod agent;
 pub mod bench;
 pub mod binaries;
 mod cables;
+pub mod chaos;
 pub mod cloudwatch;
 pub mod cluster;
 pub mod container_log;

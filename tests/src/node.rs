@@ -1,9 +1,10 @@
 //! A node: a network namespace with an instance's interfaces, its agent, and its pods.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -13,10 +14,11 @@ use stanchion_core::ids::InstanceId;
 
 use crate::agent::{Agent, Start};
 use crate::binaries::Binaries;
+use crate::cluster::SOON;
 use crate::container_log::ContainerLog;
 use crate::manifests::{ContainerSpec, Manifests, PodManifest};
 use crate::netns::Netns;
-use crate::pod::{PluginReply, Pod, PodSpec, Sandbox, call_plugin};
+use crate::pod::{PluginReply, Pod, PodSpec, Sandbox, call_plugin, plugin_command};
 use crate::probe::{End, Servers};
 use crate::router::IMDS_ADDRESS;
 use crate::wait::wait_for;
@@ -47,6 +49,16 @@ pub(crate) struct Inner {
     /// Endpoints, region, credentials: what every agent of the lab is told.
     pub(crate) aws_env: BTreeMap<String, String>,
     pub(crate) pods: AtomicU32,
+}
+
+/// A pod that was scheduled here and is not connected yet.
+struct Bound {
+    spec: PodSpec,
+    manifest: PodManifest,
+    netns: Netns,
+    sandbox: Sandbox,
+    /// Id of the container to come.
+    log_id: String,
 }
 
 impl Node {
@@ -227,8 +239,52 @@ impl Node {
     }
 
     /// What a scheduler, kubelet and runtime do for a pod: bound to the node, its namespace made, the plugin called, its
-    /// address published, its container (servers on the pod's ports) started.
+    /// address published, its container (servers on the pod's ports) started. After a failed ADD they clean up.
     pub async fn add_pod(&self, spec: PodSpec) -> anyhow::Result<Pod> {
+        let mut bound = self.bind(spec)?;
+        let (node, sandbox) = (self.clone(), bound.sandbox.clone());
+        let reply = tokio::task::spawn_blocking(move || node.plugin("ADD", &sandbox, None)).await??;
+        let add_took = reply.took;
+        let what = format!("{}/{}", bound.spec.namespace, bound.spec.name);
+        let result = match reply.into_result("ADD", &what) {
+            Ok(result) => result,
+            Err(error) => {
+                self.unbind(bound).await?;
+                return Err(error.context(format!("the agent's last lines:\n{}", crate::agent::tail(&self.agent_output()))));
+            }
+        };
+        let address = result["ips"][0]["address"].as_str().with_context(|| format!("{what}: no address in {result}"))?;
+        let address: ipnet::IpNet = address.parse()?;
+        bound.manifest.ips.push(address.addr());
+        self.inner.manifests.pod(&bound.manifest)?;
+        let Bound { spec, netns, sandbox, log_id, .. } = bound;
+        let Sandbox { container_id, uid, .. } = sandbox;
+        let servers = Servers::start(&netns, &spec.ports)?;
+        let log = ContainerLog::create(&self.var_log(), &spec.namespace, &spec.name, &uid, "main", &log_id)?;
+        Ok(Pod { spec, uid, container_id, netns, address: address.addr(), result, add_took, _servers: servers, log })
+    }
+
+    /// An ADD whose plugin is killed `after` that long, and the clean-up that kubelet and runtime do then. Says whether the
+    /// plugin had ended before.
+    pub async fn add_pod_killed(&self, spec: PodSpec, after: Duration) -> anyhow::Result<bool> {
+        let bound = self.bind(spec)?;
+        let (mut command, input) = plugin_command(self, "ADD", &bound.sandbox, None);
+        let mut plugin = self.netns().spawn(command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()))?;
+        // It may be killed, or fail, before it has read everything.
+        let _ = plugin.stdin.take().expect("stdin is piped").write_all(input.as_bytes());
+        let ended = tokio::task::spawn_blocking(move || {
+            std::thread::park_timeout(after);
+            let ended = plugin.try_wait()?.is_some();
+            plugin.kill()?;
+            plugin.wait().map(|_| ended)
+        })
+        .await??;
+        self.unbind(bound).await?;
+        Ok(ended)
+    }
+
+    /// The object and the namespace of a new pod.
+    fn bind(&self, spec: PodSpec) -> anyhow::Result<Bound> {
         let number = self.inner.pods.fetch_add(1, Ordering::Relaxed);
         let digest = |what: &str| {
             use sha2::Digest as _;
@@ -242,7 +298,7 @@ impl Node {
             image: format!("registry.example/{}:1", spec.name),
             ports: spec.ports.iter().map(|port| (format!("p-{port}"), *port)).collect(),
         };
-        let mut manifest = PodManifest {
+        let manifest = PodManifest {
             namespace: spec.namespace.clone(),
             name: spec.name.clone(),
             uid: uid.clone(),
@@ -253,32 +309,30 @@ impl Node {
         };
         self.inner.manifests.pod(&manifest)?;
         let netns = Netns::create(&format!("stlab{}-pod-{}-{}-{number}", self.inner.run_id, spec.namespace, spec.name))?;
-        let container_id = digest("sandbox");
         let sandbox = Sandbox {
-            container_id: container_id.clone(),
+            container_id: digest("sandbox"),
             netns: netns.path().display().to_string(),
             namespace: spec.namespace.clone(),
             name: spec.name.clone(),
-            uid: uid.clone(),
+            uid,
         };
-        let node = self.clone();
-        let reply = tokio::task::spawn_blocking(move || node.plugin("ADD", &sandbox, None)).await??;
-        let add_took = reply.took;
-        let what = format!("{}/{}", spec.namespace, spec.name);
-        let result = match reply.into_result("ADD", &what) {
-            Ok(result) => result,
-            Err(error) => {
-                netns.remove()?;
-                return Err(error.context(format!("the agent's last lines:\n{}", crate::agent::tail(&self.agent_output()))));
+        let log_id = digest("container");
+        Ok(Bound { spec, manifest, netns, sandbox, log_id })
+    }
+
+    /// What kubelet and runtime do with a sandbox that did not come to be: DEL until it works, then the rest.
+    async fn unbind(&self, bound: Bound) -> anyhow::Result<()> {
+        let what = format!("the plugin's DEL of {}/{}", bound.spec.namespace, bound.spec.name);
+        wait_for(&what, SOON, || {
+            let (node, sandbox) = (self.clone(), bound.sandbox.clone());
+            async move {
+                let reply = tokio::task::spawn_blocking(move || node.plugin("DEL", &sandbox, None)).await??;
+                reply.into_result("DEL", "it").map(drop)
             }
-        };
-        let address = result["ips"][0]["address"].as_str().with_context(|| format!("{what}: no address in {result}"))?;
-        let address: ipnet::IpNet = address.parse()?;
-        manifest.ips.push(address.addr());
-        self.inner.manifests.pod(&manifest)?;
-        let servers = Servers::start(&netns, &spec.ports)?;
-        let log = ContainerLog::create(&self.var_log(), &spec.namespace, &spec.name, &uid, "main", &digest("container"))?;
-        Ok(Pod { spec, uid, container_id, netns, address: address.addr(), result, add_took, _servers: servers, log })
+        })
+        .await?;
+        bound.netns.remove()?;
+        Ok(self.inner.manifests.delete_pod(&bound.spec.namespace, &bound.spec.name)?)
     }
 
     /// What the kubelet and the runtime do when a pod ends: DEL, then the namespace, the logs and the object go.

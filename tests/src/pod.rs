@@ -149,8 +149,8 @@ pub struct PluginReply {
     pub stderr: String,
 }
 
-/// Runs the plugin as containerd does: environment, configuration on stdin. Blocks.
-pub(crate) fn call_plugin(node: &Node, verb: &str, sandbox: &Sandbox, prev_result: Option<&Value>) -> anyhow::Result<PluginReply> {
+/// The plugin as containerd runs it, and what it gets on stdin.
+pub(crate) fn plugin_command(node: &Node, verb: &str, sandbox: &Sandbox, prev_result: Option<&Value>) -> (Command, String) {
     let mut config = json!({
         "cniVersion": CNI_VERSION,
         "name": NETWORK,
@@ -181,7 +181,12 @@ pub(crate) fn call_plugin(node: &Node, verb: &str, sandbox: &Sandbox, prev_resul
             "K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={container_id};K8S_POD_UID={uid};IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace}"
         ),
     );
-    let input = config.to_string();
+    (command, config.to_string())
+}
+
+/// Runs the plugin as containerd does: environment, configuration on stdin. Blocks.
+pub(crate) fn call_plugin(node: &Node, verb: &str, sandbox: &Sandbox, prev_result: Option<&Value>) -> anyhow::Result<PluginReply> {
+    let (mut command, input) = plugin_command(node, verb, sandbox, prev_result);
     let (output, took) = node.netns().run(|| {
         let began = Instant::now();
         feed_for_output(&mut command, &input).map(|output| (output, began.elapsed()))

@@ -233,6 +233,11 @@ impl Conversation {
         Ok(Self { stop, thread })
     }
 
+    /// Whether it ended by itself, which only a broken connection makes it do.
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Ends it and tells how it went.
     pub fn stop(self) -> Talk {
         self.stop.store(true, Ordering::Relaxed);

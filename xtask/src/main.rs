@@ -39,6 +39,15 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Storms of faults over a living node, with traffic, policy, logs and churn
+    Soak {
+        /// Minutes
+        #[arg(long, default_value_t = 10)]
+        minutes: u64,
+        /// Which faults, in which order
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Everything that CI checks: format, lints, every test with real namespaces and eBPF
     Test {
         /// Only tests whose name contains one of these
@@ -100,6 +109,12 @@ fn run() -> Result<ExitCode> {
             prepare(&root, build::Profile::Dev)?;
             let mut lab = Command::new(build::binary(&root, build::Profile::Dev, "lab"));
             return ui::become_command(lab.args(args).current_dir(&root));
+        }
+        Task::Soak { minutes, seed } => {
+            prepare(&root, build::Profile::Dev)?;
+            let mut soak = Command::new(build::binary(&root, build::Profile::Dev, "soak"));
+            soak.args(["--minutes", &minutes.to_string(), "--seed", &seed.to_string()]);
+            return ui::become_command(soak.current_dir(&root));
         }
         Task::Test { filter } => return test(&root, &filter),
         Task::Image { dev } => {

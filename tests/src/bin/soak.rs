@@ -1,0 +1,70 @@
+//! Storms of faults for as long as it is told: `cargo xtask soak`.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Parser;
+use stanchion_lab::chaos::{self, Report, Until};
+use stanchion_lab::run::EndSignals;
+
+#[derive(Parser)]
+#[command(about = "Faults of every kind on a node with traffic, policy, logs and churn; ends with the first broken promise")]
+struct Args {
+    /// Minutes; the storm that is on is finished
+    #[arg(long, default_value_t = 10)]
+    minutes: u64,
+    /// Which faults, in which order
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match soak(&Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("soak: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn soak(args: &Args) -> anyhow::Result<()> {
+    let mut signals = EndSignals::install().context("install the signal handlers")?;
+    let began = Instant::now();
+    let say = |line: &str| println!("{:>5.0} s  {line}", began.elapsed().as_secs_f64());
+    let report = tokio::select! {
+        report = chaos::run(args.seed, Until::Elapsed(Duration::from_secs(args.minutes * 60)), say) => report?,
+        name = signals.asked() => anyhow::bail!("{name} before the end: nothing was broken so far"),
+    };
+    print_report(&report);
+    Ok(())
+}
+
+fn print_report(report: &Report) {
+    let [connected, refused, killed] = report.pods;
+    let [before, after] = report.held;
+    println!("\n{} storms, every promise held", report.storms);
+    for (name, count) in &report.faults {
+        println!("  {count:>6}  {name}");
+    }
+    println!("pods            {connected} connected, {refused} refused while things were broken, {killed} with a killed plugin");
+    println!("open connection {} messages, the longest took {:.2?}", report.exchanges, report.longest);
+    println!("intruder        {} attempts, none got through", report.intrusions);
+    println!("log lines       {}, none lost", report.lines);
+    println!(
+        "agent           files {} then {}, threads {} then {}, RSS {:.1} then {:.1} MiB",
+        before.files,
+        after.files,
+        before.threads,
+        after.threads,
+        mebibytes(before.rss_bytes),
+        mebibytes(after.rss_bytes)
+    );
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}

@@ -1,0 +1,196 @@
+//! What can go wrong, and doing it.
+
+use std::fmt;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rand::rngs::StdRng;
+use rand::{Rng as _, RngExt as _};
+use tokio::time::sleep;
+
+use crate::chaos::{GUARDED, NODE, World};
+use crate::cluster::SOON;
+use crate::fake_aws::{Chaos, Effect, Fault as Scripted};
+use crate::netns::ip_batch;
+
+/// A fault, and how long it lasts where it lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// kill -9 of the agent, which is back after a while.
+    Kill(Duration),
+    /// SIGTERM to the agent, which is back after a while.
+    Terminate(Duration),
+    /// SIGSTOP of the agent.
+    Freeze(Duration),
+    /// kill -9 of a plugin in the middle of an ADD, so long after its start.
+    KillPlugin(Duration),
+    /// EC2 and the metadata service throttle, fail, lose replies, and are late.
+    Ec2 { seed: u64, lasts: Duration },
+    /// The metadata service does not answer.
+    Imds(Duration),
+    /// CloudWatch Logs does not answer.
+    Logs(Duration),
+    /// The guarded pod's rules are deleted by hand.
+    RulesGone(Duration),
+    /// The guarded pod's host route is deleted by hand.
+    RouteGone(Duration),
+    /// Our nftables tables are deleted by hand.
+    TablesGone(Duration),
+    /// The disk of the state directory is full.
+    DiskFull(Duration),
+    /// The agent may open no more files.
+    NoFiles(Duration),
+}
+
+impl Fault {
+    /// One by chance.
+    pub(super) fn draw(rng: &mut StdRng) -> Self {
+        let mut lasts = |most: u64| Duration::from_millis(rng.random_range(0..most));
+        let (short, long) = (lasts(1_000), lasts(3_000));
+        match rng.random_range(0..12) {
+            0 => Self::Kill(short),
+            1 => Self::Terminate(short),
+            2 => Self::Freeze(long),
+            3 => Self::KillPlugin(Duration::from_micros(rng.random_range(0..8_000))),
+            4 => Self::Ec2 { seed: rng.next_u64(), lasts: long },
+            5 => Self::Imds(long),
+            6 => Self::Logs(long),
+            7 => Self::RulesGone(short),
+            8 => Self::RouteGone(short),
+            9 => Self::TablesGone(short),
+            10 => Self::DiskFull(long),
+            _ => Self::NoFiles(long),
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        self.parts().0
+    }
+
+    fn parts(self) -> (&'static str, Duration) {
+        match self {
+            Self::Kill(for_) => ("agent killed", for_),
+            Self::Terminate(for_) => ("agent stopped", for_),
+            Self::Freeze(for_) => ("agent frozen", for_),
+            Self::KillPlugin(after) => ("plugin killed", after),
+            Self::Ec2 { lasts, .. } => ("EC2 faults", lasts),
+            Self::Imds(for_) => ("metadata service away", for_),
+            Self::Logs(for_) => ("CloudWatch Logs away", for_),
+            Self::RulesGone(for_) => ("rules deleted", for_),
+            Self::RouteGone(for_) => ("route deleted", for_),
+            Self::TablesGone(for_) => ("nft tables deleted", for_),
+            Self::DiskFull(for_) => ("disk full", for_),
+            Self::NoFiles(for_) => ("no file descriptors", for_),
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, time) = self.parts();
+        write!(f, "{name} ({time:.0?})")
+    }
+}
+
+impl World {
+    /// Does it, and undoes what lasts; damage to the kernel's state is the agent's to mend.
+    pub(super) async fn strike(&mut self, fault: Fault) -> anyhow::Result<()> {
+        let node = self.cluster.node(NODE).clone();
+        let cloud = self.cluster.vpc().cloud().clone();
+        match fault {
+            Fault::Kill(away) => {
+                self.cluster.agent(NODE)?.kill()?;
+                sleep(away).await;
+                self.cluster.start_agent(NODE).await?;
+            }
+            Fault::Terminate(away) => {
+                let status = self.cluster.agent(NODE)?.stop(SOON).await?;
+                ensure!(status.success(), "the agent ended with {status}");
+                sleep(away).await;
+                self.cluster.start_agent(NODE).await?;
+            }
+            Fault::Freeze(lasts) => {
+                let agent = Pid::from_raw(self.cluster.agent(NODE)?.pid().cast_signed());
+                kill(agent, Signal::SIGSTOP)?;
+                sleep(lasts).await;
+                kill(agent, Signal::SIGCONT)?;
+            }
+            Fault::KillPlugin(after) => {
+                let spec = self.spec();
+                node.add_pod_killed(spec, after).await?;
+                self.report.pods[2] += 1;
+            }
+            Fault::Ec2 { seed, lasts } => {
+                cloud.set_chaos(Chaos {
+                    seed,
+                    throttle: 200,
+                    internal_error: 100,
+                    lose_reply: 100,
+                    drop_request: 100,
+                    delay: 200,
+                    max_delay: Duration::from_millis(500),
+                });
+                sleep(lasts).await;
+                cloud.clear_faults();
+            }
+            Fault::Imds(lasts) => {
+                cloud.inject(Scripted::always("imds:*", Effect::DropRequest));
+                sleep(lasts).await;
+                cloud.clear_faults();
+            }
+            Fault::Logs(lasts) => {
+                cloud.inject(Scripted::always("PutLogEvents", Effect::DropRequest));
+                sleep(lasts).await;
+                cloud.clear_faults();
+            }
+            Fault::RulesGone(pause) => {
+                let address = self.cluster.pod(GUARDED).address();
+                // An earlier storm may have deleted it, and the agent not yet put it back.
+                let _ = ip_batch(node.netns().name(), &format!("rule del priority 512 to {address}\n"));
+                sleep(pause).await;
+            }
+            Fault::RouteGone(pause) => {
+                let address = self.cluster.pod(GUARDED).address();
+                let _ = ip_batch(node.netns().name(), &format!("route del {address}/32\n"));
+                sleep(pause).await;
+            }
+            Fault::TablesGone(pause) => {
+                for family in ["ip", "ip6"] {
+                    // Absent where it has nothing to say.
+                    node.netns().output(Command::new("nft").args(["delete", "table", family, "stanchion"])).context("run nft")?;
+                }
+                sleep(pause).await;
+            }
+            Fault::DiskFull(lasts) => {
+                self.disk.fill()?;
+                sleep(lasts).await;
+                self.disk.empty()?;
+            }
+            Fault::NoFiles(lasts) => {
+                let pid = self.cluster.agent(NODE)?.pid();
+                let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+                let before = limit_files(pid, None)?;
+                limit_files(pid, Some(&open.to_string()))?;
+                sleep(lasts).await;
+                limit_files(pid, Some(&before))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sets the soft limit of open files of a process, or tells it.
+fn limit_files(pid: u32, soft: Option<&str>) -> anyhow::Result<String> {
+    let mut command = Command::new("prlimit");
+    command.args(["--pid", &pid.to_string()]);
+    match soft {
+        Some(soft) => command.arg(format!("--nofile={soft}:")),
+        None => command.args(["--nofile", "--noheadings", "--output", "SOFT"]),
+    };
+    let output = command.output().context("run prlimit")?;
+    ensure!(output.status.success(), "prlimit: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
