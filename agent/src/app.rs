@@ -11,7 +11,7 @@ use futures_util::StreamExt as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::cloud::{Imds as _, InstanceIdentity};
-use stanchion_core::config::{Config, PolicyMode, RecordLayout, TelemetryConfig};
+use stanchion_core::config::{Config, FlowLogs, PolicyMode, RecordLayout, TelemetryConfig};
 use stanchion_core::conflist::{Chained, PLUGIN};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
@@ -33,7 +33,8 @@ use stanchion_daemon::cni::{CniSettings, Told};
 use stanchion_daemon::install::conflist::{self, ConflistParts};
 use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::{JsonLines, LogsParts};
-use stanchion_daemon::netpol::{AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts};
+use stanchion_daemon::netpol::flow_log::{self, FlowLog, FlowLogSettings};
+use stanchion_daemon::netpol::{AttachMode, EnforcingMode, FlowRecords, LoadOptions, NetpolHandle, NetpolParts};
 use stanchion_daemon::telemetry::{Extras, KubeletSettings, Roots, TelemetryParts, TelemetrySettings};
 use stanchion_daemon::{cni, ipamd, logs, netpol, telemetry};
 use stanchion_netlink::{HostNet, Netlink, process};
@@ -150,6 +151,17 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     } else {
         (None, None)
     };
+    let flow_log = match &netpol {
+        Some(netpol) => match config.telemetry.flow_logs {
+            FlowLogs::None => None,
+            wanted => {
+                let records = netpol.follow(wanted == FlowLogs::All).await;
+                let _telemetry = telemetry_runtime.enter();
+                Some(start_flow_log(&start, &aws, records, &mut tasks))
+            }
+        },
+        None => None,
+    };
     let views = Arc::new(Views {
         version: env!("CARGO_PKG_VERSION"),
         started_ms: started.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX)),
@@ -159,6 +171,7 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
         cluster,
         ipam: ipam.clone(),
         netpol: netpol.clone(),
+        flow_log,
         logs,
         telemetry: metrics,
     });
@@ -308,6 +321,18 @@ fn start_telemetry(
         None
     };
     Ok((logs, metrics))
+}
+
+/// Starts the log of judged flows on the current runtime.
+fn start_flow_log(parts: &Start<'_>, aws: &AwsClients, records: FlowRecords, tasks: &mut Vec<(&'static str, JoinHandle<()>)>) -> FlowLog {
+    let Start { config, node_name, shutdown, .. } = parts;
+    let settings = FlowLogSettings {
+        group: config.telemetry.flow_log_group.replace("{cluster}", &config.pool.cluster_name),
+        node: (*node_name).to_owned(),
+    };
+    let (log, task) = flow_log::spawn(records, settings, Arc::new(aws.logs()), (*shutdown).clone());
+    tasks.push(("flow log", task));
+    log
 }
 
 /// What telemetry does besides the tick. Without an API server there is no service account whose word a kubelet would take: then it is

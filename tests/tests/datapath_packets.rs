@@ -520,6 +520,8 @@ fn events_say_who_what_and_why() {
     let allowed = cast.packet(cast.friend, IN, IN, (4_000, 80), tcp(flags::SYN));
     check(&mut rig, IN, &denied, false, "denied");
     check(&mut rig, IN, &allowed, true, "allowed, not told");
+    rig.configure(Config { flags: 0, pod_flows: 1_024 }).unwrap();
+    check(&mut rig, IN, &denied, false, "denied, but nobody listens");
     rig.configure(Config { flags: config_flag::TELL_ALLOWED, pod_flows: 1_024 }).unwrap();
     let opened = cast.packet(cast.friend, IN, IN, (4_001, 80), tcp(flags::SYN));
     check(&mut rig, IN, &opened, true, "allowed, told");

@@ -6,16 +6,23 @@ mod datapath_support;
 
 use datapath_support::*;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use aya::programs::loaded_programs;
 use stanchion_core::ids::{ContainerId, PodName};
+use stanchion_daemon::netpol::flow_log::{self, FlowLogSettings};
 use stanchion_daemon::netpol::{ActivateError, AttachMode, FlowRecord, FlowVerdict};
 use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_lab::datapath::packet::{Packet, flags};
-use stanchion_lab::netns::ip_batch;
+use stanchion_lab::fake_aws::{Clock, Cloud, CloudConfig, DirectLogs};
+use stanchion_lab::netns::{Netns, ip_batch};
+use stanchion_netlink::Netlink;
+use stanchion_netlink::tc::{TcHook, TcProgram};
+use tokio_util::sync::CancellationToken;
 
 #[test]
 fn replies_pass_isolated_pods_and_requests_do_not() {
@@ -125,7 +132,7 @@ fn a_pod_is_policed_from_its_first_packet() {
         let server = world.server("y/a", 81);
         let socket = world.pod("x/a").netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
         // Hammers before, while and after its host end comes up.
-        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stop = Arc::new(AtomicBool::new(false));
         let hammer = {
             let (socket, stop) = (socket.try_clone().unwrap(), Arc::clone(&stop));
             std::thread::spawn(move || {
@@ -183,7 +190,7 @@ fn a_forged_source_plants_no_state_and_is_told_with_names() {
         let mut world = World::new(mode);
         world.apply(&deny_in());
         world.activate_all();
-        let mut records = world.agent().subscribe();
+        let mut records = world.runtime.block_on(world.agent().follow(false));
         let (victim, forger) = (world.pod("x/a"), world.pod("y/a"));
         let ends = (IpAddr::from(victim.address), IpAddr::from(forger.address));
         send_frame(forger, Packet::tcp((ends.0, 80), (ends.1, 4_444), flags::SYN).frame());
@@ -202,6 +209,36 @@ fn a_forged_source_plants_no_state_and_is_told_with_names() {
         let flows = world.runtime.block_on(world.agent().clone().conntrack());
         assert!(flows.is_empty(), "{flows:?}");
     }
+}
+
+#[test]
+fn denied_packets_reach_the_log_group_with_their_names() {
+    let mut world = World::new(AttachMode::Clsact);
+    world.apply(&deny_in());
+    world.activate_all();
+    let shutdown = CancellationToken::new();
+    let settings = FlowLogSettings { group: "/aws/containerinsights/demo/flows".to_owned(), node: "node1".to_owned() };
+    let handle = world.agent().clone();
+    let (cloud, log, task, mut records) = world.runtime.block_on(async {
+        let cloud = Cloud::new(CloudConfig::default(), Clock::tokio());
+        let sink = Arc::new(DirectLogs::new(&cloud, Duration::ZERO));
+        let (log, task) = flow_log::spawn(handle.follow(false).await, settings, sink, shutdown.clone());
+        (cloud, log, task, handle.follow(false).await)
+    });
+    world.blocked("y/a", "x/a", 80);
+    world.works("x/a", "y/a", 80);
+    world.runtime.block_on(async {
+        tokio::time::timeout(WORKS, records.recv()).await.unwrap().unwrap();
+        shutdown.cancel();
+        tokio::time::timeout(WORKS, task).await.unwrap().unwrap();
+    });
+    let events = cloud.events("/aws/containerinsights/demo/flows", "node1");
+    let lines: Vec<serde_json::Value> = events.iter().map(|event| serde_json::from_str(&event.message).unwrap()).collect();
+    let [line] = lines.as_slice() else { panic!("{lines:?}") };
+    let named =
+        ["verdict", "direction", "source_pod", "destination_pod", "protocol", "reason", "node"].map(|key| line[key].as_str().unwrap());
+    assert_eq!(named, ["denied", "ingress", "y/a", "x/a", "TCP", "policy", "node1"]);
+    assert_eq!((line["destination_port"].as_u64(), log.counters().lines_sent), (Some(80), 1), "{line}");
 }
 
 #[test]
@@ -235,28 +272,81 @@ fn an_agent_that_is_replaced_keeps_flows_and_policy() {
 
 #[test]
 fn an_agent_of_another_layout_takes_over_without_a_gap() {
-    let mut world = World::new(AttachMode::Tcx);
-    let allow = "  policyTypes: [Ingress]\n  ingress:\n  - from: [{podSelector: {}}]\n    ports: [{port: 80}]\n";
-    world.apply(&policy("x", "p", "a", allow));
-    world.activate_all();
-    let mut open = world.works("x/b", "x/a", 80);
-    world.stop();
-    // What is there now is of a layout that the next agent does not read.
-    let (present, other) = (world.pin_root.join(format!("v{LAYOUT_VERSION}")), world.pin_root.join("v1"));
-    std::fs::rename(&present, &other).unwrap();
-    world.start();
-    world.blocked("y/a", "x/a", 80);
-    assert!(echoes(&mut open, WORKS), "while the next agent learns");
-    let policies = world.policies.clone();
-    world.apply(&policies);
-    assert!(echoes(&mut open, WORKS), "and afterwards");
-    world.blocked("y/a", "x/a", 80);
-    world.works("x/b", "x/a", 80);
-    let snapshot = world.runtime.block_on(world.agent().clone().snapshot());
-    assert!(present.exists() && !other.exists(), "the other layout's programs and maps are gone: {}", snapshot.last_error);
-    // Only its own programs are left: they follow policy alone.
-    world.apply("");
-    world.works("y/a", "x/a", 80);
+    let older = u16::try_from(LAYOUT_VERSION).unwrap() - 1;
+    for (mode, layout) in [(AttachMode::Tcx, older), (AttachMode::Clsact, older), (AttachMode::Clsact, older + 2)] {
+        let mut world = World::new(mode);
+        let allow = "  policyTypes: [Ingress]\n  ingress:\n  - from: [{podSelector: {}}]\n    ports: [{port: 80}]\n";
+        world.apply(&policy("x", "p", "a", allow));
+        world.activate_all();
+        let mut open = world.works("x/b", "x/a", 80);
+        world.stop();
+        // What is there now is of a layout that the next agent does not read.
+        let (present, other) = (world.pin_root.join(format!("v{LAYOUT_VERSION}")), world.pin_root.join(format!("v{layout}")));
+        std::fs::rename(&present, &other).unwrap();
+        if mode == AttachMode::Clsact {
+            world.pods.iter().for_each(|pod| move_filters(&world.node, &pod.host_if.host_if_name, layout));
+        }
+        // From outside a pod and from inside, without a pause, while one takes over from the other.
+        let stop = Arc::new(AtomicBool::new(false));
+        let hammers = [hammer(&world, "y/a", "x/a", 80, &stop), hammer(&world, "x/b", "x/a", 81, &stop)];
+        world.start();
+        assert!(echoes(&mut open, WORKS), "{mode:?}: while the next agent learns");
+        let policies = world.policies.clone();
+        world.apply(&policies);
+        assert!(echoes(&mut open, WORKS), "{mode:?}: and afterwards");
+        world.works("x/b", "x/a", 80);
+        stop.store(true, Ordering::Relaxed);
+        for hammer in hammers {
+            let (tries, passed) = hammer.join().unwrap();
+            assert!(tries > 0 && passed == 0, "{mode:?}: {passed} of {tries} forbidden datagrams were answered");
+        }
+        world.blocked("y/a", "x/a", 80);
+        let snapshot = world.runtime.block_on(world.agent().clone().snapshot());
+        assert!(present.exists() && !other.exists(), "{mode:?}: the other layout's programs and maps are gone: {}", snapshot.last_error);
+        // Only its own programs are left: they follow policy alone.
+        world.apply("");
+        world.works("y/a", "x/a", 80);
+    }
+}
+
+/// Makes an interface's filters those of another layout: the same programs under that layout's handle.
+fn move_filters(node: &Netns, interface: &str, layout: u16) {
+    for (direction, hook) in [("ingress", TcHook::Ingress), ("egress", TcHook::Egress)] {
+        let shown = node.output(std::process::Command::new("tc").args(["-j", "filter", "show", "dev", interface, direction])).unwrap();
+        let filters: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+        let filter = filters.as_array().unwrap().iter().find_map(|filter| filter.pointer("/options/prog/id")?.as_u64());
+        let id = u32::try_from(filter.unwrap_or_else(|| panic!("no filter at {interface}'s {direction}: {filters}"))).unwrap();
+        let program = loaded_programs().filter_map(Result::ok).find(|program| program.id() == id).unwrap().fd().unwrap();
+        node.run(|| {
+            let mut netlink = Netlink::open().unwrap();
+            let index = netlink.link_index(interface).unwrap();
+            let moved = [TcProgram { hook, program: program.as_fd(), name: direction }];
+            assert!(netlink.attach_programs(index, layout, &moved).unwrap());
+            assert!(netlink.detach_program(index, hook, u16::try_from(LAYOUT_VERSION).unwrap()).unwrap());
+        })
+        .unwrap();
+    }
+}
+
+/// Sends datagrams to a pod's echo server until told to stop; gives how many were sent, each from a port of its own, and
+/// how many were answered.
+fn hammer(world: &World, from: &str, to: &str, port: u16, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<(u32, u32)> {
+    let (netns, server, stop) = (world.pod(from).netns.clone(), world.server(to, port), Arc::clone(stop));
+    std::thread::spawn(move || {
+        netns
+            .run(|| {
+                let (mut tries, mut passed) = (0, 0);
+                while !stop.load(Ordering::Relaxed) {
+                    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                    socket.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
+                    socket.send_to(b"?", server).unwrap();
+                    tries += 1;
+                    passed += u32::from(socket.recv(&mut [0; 8]).is_ok());
+                }
+                (tries, passed)
+            })
+            .unwrap()
+    })
 }
 
 #[test]
@@ -268,6 +358,25 @@ fn the_node_reaches_its_pods_whatever_their_policy() {
         let server = world.server("x/a", 80);
         let mut probe = world.node.run(|| TcpStream::connect_timeout(&server, WORKS)).unwrap().unwrap();
         assert!(echoes(&mut probe, WORKS));
+    }
+}
+
+#[test]
+fn a_service_address_that_ipvs_put_on_the_node_is_judged_as_one() {
+    for mode in MODES {
+        let mut world = World::new(mode);
+        let service = Ipv4Addr::new(10, 99, 0, 1);
+        ip_batch(world.node.name(), &format!("link add kube-ipvs0 type dummy\naddr add {service}/32 dev kube-ipvs0\n")).unwrap();
+        world.apply(&policy("x", "deny-eg", "a", "  policyTypes: [Egress]\n"));
+        world.activate_all();
+        let listener = world.node.run(|| TcpListener::bind("0.0.0.0:80")).unwrap().unwrap();
+        let connect = |pod: &str, address: Ipv4Addr, patience: Duration| {
+            world.pod(pod).netns.run(|| TcpStream::connect_timeout(&(address, 80).into(), patience)).unwrap()
+        };
+        let _unpoliced = connect("x/b", service, WORKS).unwrap();
+        let _the_node = connect("x/a", Ipv4Addr::new(10, 88, 0, 1), WORKS).unwrap();
+        assert!(connect("x/a", service, BLOCKED).is_err(), "{mode:?}: no rule allows a service, and it is not the node");
+        drop(listener);
     }
 }
 

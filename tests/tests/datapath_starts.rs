@@ -17,7 +17,7 @@ use datapath_support::{MODES, WORKS, World, policy};
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::{ActivateIf, ActivateRequest, FlowRecord, FlowVerdict};
 use stanchion_lab::netns::{Netns, ip_batch};
-use tokio::sync::broadcast::error::TryRecvError;
+use tokio::sync::broadcast::error::RecvError;
 
 /// Between two packets of a client: also how long it waits for an answer that nobody gives.
 const PACE: Duration = Duration::from_micros(300);
@@ -92,7 +92,7 @@ fn starts_under_churn_leak_nothing_and_lose_nothing() {
             hammer(&world.pod("x/b").netns, &target, &stop, &[ALLOWED_IN, CLOSED]),
             hammer(&world.pod("y/b").netns, &target, &stop, &[ALLOWED_IN, OTHERS]),
         ];
-        let mut records = world.agent().subscribe();
+        let mut records = world.runtime.block_on(world.agent().follow(false));
         let friend = IpAddr::from(world.pod("x/b").address);
         let mut denied = 0;
         for start in 0..starts {
@@ -170,11 +170,11 @@ fn starts_under_churn_leak_nothing_and_lose_nothing() {
                 handle.snapshot().await;
                 let mut all = Vec::new();
                 loop {
-                    match records.try_recv() {
-                        Ok(record) => all.push(record),
+                    match tokio::time::timeout(Duration::ZERO, records.recv()).await {
+                        Ok(Ok(record)) => all.push(record),
                         // More came than are kept.
-                        Err(TryRecvError::Lagged(_)) => {}
-                        Err(_) => return all,
+                        Ok(Err(RecvError::Lagged(_))) => {}
+                        _ => return all,
                     }
                 }
             });

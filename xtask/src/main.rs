@@ -59,7 +59,7 @@ enum Task {
         #[arg(long)]
         dev: bool,
     },
-    /// Measure against a floor in the same run: cni, datapath, logs, pool, idle or all
+    /// Measure against a floor in the same run: cni, datapath, policy, throughput, logs, pool, idle or all
     Bench {
         /// Which; all when absent
         names: Vec<String>,

@@ -421,6 +421,21 @@ pub struct SliceEndpoint {
     /// Addresses of one backend.
     #[serde(deserialize_with = "null_default")]
     pub addresses: Vec<String>,
+    /// Whether it takes connections.
+    #[serde(deserialize_with = "null_default")]
+    pub conditions: EndpointConditions,
+}
+
+/// State of a backend; what is not said is as it is with a pod that runs well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EndpointConditions {
+    /// Takes new connections.
+    pub ready: Option<bool>,
+    /// Would, were it not on its way out.
+    pub serving: Option<bool>,
+    /// On its way out.
+    pub terminating: Option<bool>,
 }
 
 /// A port of a slice.

@@ -199,8 +199,10 @@ pub struct Config {
 
 /// Bits of [`Config::flags`].
 pub mod config_flag {
-    /// Tell of flows that open, not only of denied packets.
+    /// Tell of flows that open.
     pub const TELL_ALLOWED: u32 = 1;
+    /// Tell of denied packets, and of those that would be without audit mode.
+    pub const TELL_DENIED: u32 = 2;
 }
 
 map_data!(Interface = 40, Endpoint = 40, EndpointPolicy = 16, OwnKey = 24, AddressValue = 8, Counter = 16, Counters = 64, Config = 8);

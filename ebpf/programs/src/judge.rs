@@ -2,13 +2,13 @@
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_jiffies64};
 use stanchion_ebpf_abi::{
-    EndpointPolicy, Event, FlowEntry, FragmentPorts, IDENTITY_UNKNOWN, Interface, OwnKey, VERDICT_PREFIX_PORT, VerdictKey, address_flag, config_flag,
+    EndpointPolicy, Event, FlowEntry, FragmentPorts, IDENTITY_UNKNOWN, Interface, OwnKey, VERDICT_PREFIX_PORT, VerdictKey, address_flag,
     direction, endpoint_flag, event_verdict, flow_state, interface_flag, reason, stat, timeout, verdict,
 };
 
 use crate::{
     family::{Family, Flow, key_start},
-    maps::{CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICTS, count, count_stat, tell},
+    maps::{CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICTS, count, count_stat, is_told, tell},
     packet::{ACK, FIN, Kind, NOT_FIRST, Packet, RST, SCTP, SYN, TCP, UDP, fragment_key},
 };
 use aya_ebpf::maps::lpm_trie::Key;
@@ -338,7 +338,7 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &mut Packet<F::Address>,
     }
     let passes = told != event_verdict::DENIED;
     count(slot, direction, passes as u8, length);
-    if told != event_verdict::ALLOWED || (known.is_null() && CONFIG.get(0).is_some_and(|config| config.flags & config_flag::TELL_ALLOWED != 0)) {
+    if told != event_verdict::ALLOWED || known.is_null() {
         let why = if result == judged::EXEMPT { reason::EXEMPT } else { reason::POLICY };
         event::<F>(length, role(interface.slot, direction), outcome(told, why));
     }
@@ -380,6 +380,9 @@ pub fn remember<F: Family>(role: u32) {
 /// Tells of the packet in hand.
 #[inline(always)]
 pub fn event<F: Family>(length: u32, role: u32, outcome: u32) {
+    if !is_told(outcome as u8) {
+        return;
+    }
     let Some(packet) = F::in_hand() else { return };
     // SAFETY: this CPU's own place.
     let packet = unsafe { &*packet };

@@ -20,7 +20,7 @@ use stanchion_ebpf_abi::{
 use crate::{
     family::{Address6, Family, V4, V6, key_start},
     judge::{DROP, Known, PASS, Subject, event, goes_on, is_own, outcome, police, role},
-    maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, PACKET4, PACKET6, count, count_stat, tell},
+    maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, PACKET4, PACKET6, count, count_stat, is_told, tell},
     packet::{ETHERNET, FIN, Ipv4Header, Kind, NOT_FIRST, Packet, RST, SYN, TCP, UDP, ipv4_general, ipv6_general},
 };
 
@@ -223,6 +223,9 @@ extern "C" fn refused(skb: *mut __sk_buff, slot: u32, direction: u32, why: u32, 
     let length = unsafe { (*skb).len };
     let direction = direction as u8;
     count(slot, direction, verdict::DENY, length);
+    if !is_told(event_verdict::DENIED) {
+        return DROP;
+    }
     let (source, destination) = packet::peek(skb, family as u8);
     let (local, remote) = if direction == direction::EGRESS { (source, destination) } else { (destination, source) };
     tell(Event {

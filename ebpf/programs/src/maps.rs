@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use stanchion_ebpf_abi::{
     AddressValue, Config, Counters, ENDPOINT_SLOTS, Endpoint, Event, FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, INTERFACE_PLACES,
-    Interface, OwnKey, VerdictKey, VerdictValue, stat,
+    Interface, OwnKey, VerdictKey, VerdictValue, config_flag, event_verdict, stat,
 };
 
 use crate::{
@@ -105,14 +105,21 @@ pub fn count(slot: u32, direction: u8, verdict: u8, length: u32) {
     }
 }
 
-/// Writes an event if there is room. The agent reads the ring on a timer, so nobody is woken.
+/// Whether someone listens to events with the verdict.
+#[inline(always)]
+pub fn is_told(verdict: u8) -> bool {
+    let flag = if verdict == event_verdict::ALLOWED { config_flag::TELL_ALLOWED } else { config_flag::TELL_DENIED };
+    CONFIG.get(0).is_some_and(|config| config.flags & flag != 0)
+}
+
+/// Writes an event if there is room. The kernel wakes the agent if it had read all before: while it pauses after a batch,
+/// nobody is woken.
 #[inline(always)]
 pub fn tell(event: Event) {
-    const NO_WAKEUP: u64 = 1;
     match EVENTS.reserve::<Event>(0) {
         Some(mut entry) => {
             entry.write(event);
-            entry.submit(NO_WAKEUP);
+            entry.submit(0);
         }
         None => count_stat(stat::EVENTS_LOST),
     }

@@ -7,7 +7,8 @@
 //! | B, B2 | a TCP flow under policy, as opened and in reply |
 //! | J | UDP under policy |
 //! | C, C2 | denied, peer known and unknown, event ring full |
-//! | D | denied, event written |
+//! | D, D0 | denied, event written; and with nobody who listens |
+//! | P | denied, with the entries of 1 to 1,000 policies |
 //! | G | denied, with 1 to 60,000 CIDRs of one address, and of 24 bits |
 //! | H | denied, a random peer of 60,000, each packet alone |
 //! | F | a random flow of 60,000, each packet alone |
@@ -21,7 +22,7 @@ use anyhow::ensure;
 use ipnet::IpNet;
 use nix::time::{ClockId, clock_gettime};
 use stanchion_core::policy::image::{EndpointImage, MapOp};
-use stanchion_ebpf_abi::{VERDICT_PREFIX_PORT, VerdictKey, VerdictValue, direction, verdict};
+use stanchion_ebpf_abi::{Config, VERDICT_PREFIX_PORT, VerdictKey, VerdictValue, config_flag, direction, verdict};
 
 use super::Row;
 use crate::datapath::packet::{Packet, TCP, UDP, arp, flags};
@@ -32,6 +33,10 @@ use crate::datapath::{IF_INDEX, Rig, take_events};
 const ESTABLISHED: f64 = 1.3;
 const UNPOLICED: f64 = 0.1;
 const DENIED: f64 = 4.0;
+/// Of what it costs with the fewest policies.
+const FLAT: f64 = 1.2;
+/// Room of the flow tables.
+const FLOWS: u32 = 131_072;
 
 /// The peer's identity that policy allows on [`PORT`].
 const FRIEND: u32 = 7;
@@ -190,7 +195,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     rows.push(Row::plain("empty program, gross", empty, "ns"));
     rows.push(Row::plain("yardstick: HASH lookup, 4-byte key", floor, "ns"));
     let start = cpu();
-    let mut rig = Rig::new("bench", 131_072)?;
+    let mut rig = Rig::new("bench", FLOWS)?;
     rows.push(Row::plain("load the object and make the maps, CPU", (cpu() - start).as_secs_f64() * 1e3, "ms"));
     rig.apply(&policies())?;
     for cast in CASTS {
@@ -200,6 +205,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
             bench.unpoliced(&name, &mut rows)?;
             bench.established(&name, &mut rows)?;
             bench.denied(&name, &mut rows)?;
+            bench.many_policies(&name, &mut rows)?;
             bench.many_cidrs(&name, &mut rows)?;
             bench.many_flows(&name, &mut rows)?;
             // What one pod opened counts against its cap, and 60,000 flows of each case do not fit one table.
@@ -278,7 +284,36 @@ impl Bench<'_> {
         let effort = Effort { repeat: 5_000, rounds: self.effort.rounds * 2, ..self.effort };
         let (gross, _) = hot(self.rig.program(way)?, &known, effort, || drop(take_events(&mut ring)))?;
         rows.push(self.row(name("D  denied, event written,"), gross - self.empty).target(DENIED));
-        Ok(())
+        self.rig.configure(Config { flags: 0, pod_flows: FLOWS })?;
+        let net = self.hot(way, &known, false)?;
+        rows.push(self.row(name("D0 denied, nobody listens,"), net).target(DENIED));
+        self.rig.configure(Config { flags: config_flag::TELL_DENIED, pod_flows: FLOWS })
+    }
+
+    /// Other pods' policies: each allows ten peers a port.
+    fn many_policies(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+        let (cast, way) = (self.cast, self.way);
+        let entry = |policy: u32, peer: u32| {
+            let identity = 100 + (policy * 7 + peer) % 500;
+            (VerdictKey { policy: POLICY + policy, identity, direction: way, protocol: TCP, port: PORT.to_be_bytes() }, VERDICT_PREFIX_PORT)
+        };
+        let value = VerdictValue { rule: 1, verdict: verdict::ALLOW, reserved: [0; 3] };
+        let entries = |policies: std::ops::Range<u32>| policies.flat_map(|policy| (0..10).map(move |peer| entry(policy, peer)));
+        let frame = packet(&cast, cast.stranger, way, way, 4_007, tcp(flags::SYN));
+        let (mut present, mut one) = (1, None);
+        for count in [1, 1_000] {
+            let ops: Vec<MapOp> = entries(present..count).map(|(key, bits)| MapOp::SetVerdict(key, bits, value)).collect();
+            self.rig.apply(&ops)?;
+            present = count;
+            let net = self.hot(way, &frame, false)?;
+            let row = name(&format!("P  denied, {count} policies,"));
+            rows.push(match one {
+                None => self.row(row, net).target(DENIED),
+                Some(one) => Row::against(row + " of those with 1", net, "ns", one).target(FLAT),
+            });
+            one.get_or_insert(net);
+        }
+        self.rig.apply(&entries(1..present).map(|(key, bits)| MapOp::RemoveVerdict(key, bits)).collect::<Vec<_>>())
     }
 
     fn many_cidrs(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {

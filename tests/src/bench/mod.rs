@@ -7,6 +7,7 @@ mod idle_agent;
 pub mod logs;
 pub mod policy;
 pub mod pool;
+pub mod throughput;
 
 use serde::Serialize;
 

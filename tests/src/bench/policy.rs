@@ -99,6 +99,11 @@ fn resident() -> anyhow::Result<f64> {
     Ok(pages * 4096.0)
 }
 
+/// Descriptors of this process.
+fn open_files() -> anyhow::Result<f64> {
+    Ok(std::fs::read_dir("/proc/self/fd")?.count() as f64)
+}
+
 struct Node {
     engine: Engine,
     state: Arc<ClusterState>,
@@ -229,7 +234,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     }
 
     let part = Part::begin("a pod made and deleted", churn);
-    let mut first = 0.0;
+    let (mut first, files) = (0.0, open_files()?);
     let start = Instant::now();
     for turn in 0..churn {
         // Comes with labels of its own now and then: identities come and go with it.
@@ -252,5 +257,6 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     let rate = churn as f64 / start.elapsed().as_secs_f64();
     rows.push(Row::plain("churn: pods made and deleted", rate, "pods/s"));
     rows.push(Row::against(format!("  resident after {churn} of them"), resident()? / 1e6, "MB", first / 1e6).target(GROWTH));
+    rows.push(Row::against("  open files", open_files()?, "", files).target(1.0));
     Ok(rows)
 }

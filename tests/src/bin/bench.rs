@@ -9,7 +9,7 @@ use stanchion_lab::bench::Row;
 
 #[derive(Parser)]
 struct Args {
-    /// cni, datapath, policy, logs, pool, idle; all when absent
+    /// cni, datapath, policy, throughput, logs, pool, idle; all when absent
     names: Vec<String>,
     /// Smaller inputs
     #[arg(long)]
@@ -25,10 +25,11 @@ struct Args {
 type Bench = fn(&Args) -> anyhow::Result<Vec<Row>>;
 
 /// Every bench by its name.
-const BENCHES: [(&str, Bench); 6] = [
+const BENCHES: [(&str, Bench); 7] = [
     ("cni", |args| stanchion_lab::bench::cni::run(args.quick)),
     ("datapath", |args| stanchion_lab::bench::datapath::run(args.quick)),
     ("policy", |args| stanchion_lab::bench::policy::run(args.quick)),
+    ("throughput", |args| stanchion_lab::bench::throughput::run(args.quick)),
     ("logs", |args| stanchion_lab::bench::logs::run(args.quick)),
     ("pool", |args| stanchion_lab::bench::pool::run(args.quick)),
     ("idle", |args| stanchion_lab::bench::idle::run(args.quick, Duration::from_secs(args.window))),

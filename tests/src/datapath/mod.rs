@@ -13,7 +13,8 @@ use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
 use stanchion_core::policy::image::{EndpointImage, MapOp, PolicyMaps as _, Slot};
 use stanchion_daemon::netpol::{KernelMaps, LoadOptions, Loaded, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
-    Config, Event, FlowEntry, FlowKey4, FlowKey6, Interface, LAYOUT_VERSION, direction, flow_head, ipv4_word, ipv6_words, map_name,
+    Config, Event, FlowEntry, FlowKey4, FlowKey6, Interface, LAYOUT_VERSION, config_flag, direction, flow_head, ipv4_word, ipv6_words,
+    map_name,
 };
 
 /// The interface that test runs come from: loopback, which every namespace has.
@@ -41,7 +42,7 @@ impl Rig {
         let mut loaded = load(&LoadOptions { pin_root: pin_root.clone(), flow_entries })?;
         let maps = KernelMaps::new(&mut loaded)?;
         let mut rig = Self { loaded, maps, pin_root };
-        rig.configure(Config { flags: 0, pod_flows: flow_entries })?;
+        rig.configure(Config { flags: config_flag::TELL_DENIED, pod_flows: flow_entries })?;
         Ok(rig)
     }
 

@@ -108,6 +108,19 @@ pub enum RecordLayout {
     Raw,
 }
 
+/// What the flow log holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FlowLogs {
+    /// There is none.
+    #[default]
+    None,
+    /// Packets that policy denied, or would have without audit mode.
+    Denied,
+    /// Those and flows that opened.
+    All,
+}
+
 /// Everything that is set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Config {
@@ -236,6 +249,10 @@ pub struct TelemetryConfig {
     pub log_sink: String,
     /// Ship container logs.
     pub logs: bool,
+    /// What the log of judged flows holds.
+    pub flow_logs: FlowLogs,
+    /// Its group; `{cluster}` is the cluster's name.
+    pub flow_log_group: String,
     /// Write Container Insights documents.
     pub container_insights: bool,
     /// How often.

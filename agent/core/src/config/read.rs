@@ -1,7 +1,7 @@
 //! The environment's names, in the order in which `stanchion config` shows them.
 
 use super::reader::Reader;
-use super::{Config, ConfigError, NetworkConfig, OperationsConfig, PoolConfig, RecordLayout, Setting, TelemetryConfig};
+use super::{Config, ConfigError, FlowLogs, NetworkConfig, OperationsConfig, PoolConfig, RecordLayout, Setting, TelemetryConfig};
 use crate::metrics::track::Figures;
 
 impl Config {
@@ -80,6 +80,12 @@ impl Config {
             log_sink: r.text("STANCHION_LOG_SINK", "cloudwatch", "where log events go: cloudwatch, stdout or file:PATH"),
             log_retention_days: r.retention(),
             log_flush: r.seconds("STANCHION_LOG_FLUSH_SECONDS", 1.0, 0.05..=60.0, "how long a line may wait for company in its batch"),
+            flow_logs: r.choice(
+                "STANCHION_FLOW_LOGS",
+                &[("none", FlowLogs::None), ("denied", FlowLogs::Denied), ("all", FlowLogs::All)],
+                "log of flows that network policy judged: none, denied or all",
+            ),
+            flow_log_group: r.text("STANCHION_FLOW_LOG_GROUP", "/aws/containerinsights/{cluster}/flows", "log group of judged flows"),
             container_insights: r.bool("STANCHION_CONTAINER_INSIGHTS", true, "write Container Insights documents"),
             metrics_interval: r.seconds("STANCHION_METRICS_INTERVAL_SECONDS", 60.0, 1.0..=3600.0, "how often metrics are collected"),
             selection: r.selection(),

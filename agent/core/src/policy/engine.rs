@@ -154,6 +154,11 @@ impl Engine {
         self.interned.rule(id)
     }
 
+    /// The pod that has an address, by the datapath or the snapshot.
+    pub fn pod_at(&self, address: IpAddr) -> Option<PodName> {
+        self.subjects.pod_at(self.cluster.as_deref()?, address)
+    }
+
     /// Whether policies can be judged for the pod: a snapshot is there and has the pod, of that uid if both are known.
     pub fn knows(&self, pod: &PodName, uid: &str) -> bool {
         let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: Vec::new() };

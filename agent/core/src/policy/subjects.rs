@@ -223,6 +223,12 @@ impl Subjects {
         self.services = services;
     }
 
+    /// The name of the pod that has an address.
+    pub(super) fn pod_at(&self, cluster: &ClusterState, address: IpAddr) -> Option<PodName> {
+        let local = self.local.get(&address).map(|pod| pod.name.clone());
+        local.or_else(|| self.owner(cluster, address).map(|pod| pod.full_name()))
+    }
+
     /// The pod that has an address.
     fn owner<'a>(&self, cluster: &'a ClusterState, address: IpAddr) -> Option<&'a Arc<Pod>> {
         if let Some(pod) = self.local.get(&address) {

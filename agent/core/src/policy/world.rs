@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use crate::cluster::ClusterState;
 use crate::ids::PodName;
-use crate::objects::{IntOrString, Labels, Pod, Protocol, Service};
+use crate::objects::{EndpointConditions, IntOrString, Labels, Pod, Protocol, Service};
 
 use super::model::{PodMatch, Policy, Subject};
 
@@ -82,8 +82,9 @@ pub struct ServicePortBackends {
     pub backends: Vec<(IpAddr, u16)>,
 }
 
-/// Every service address with its ports and backends. Headless services have none; a port without backends is nothing
-/// that is translated, so its packets are judged by the address as it is.
+/// Every service address with its ports and the backends that kube-proxy chooses from: those that are ready, or, while none
+/// is, those that still serve on their way out. Headless services have none; a port without backends is nothing that is
+/// translated, so its packets are judged by the address as it is.
 pub fn service_addresses(cluster: &ClusterState) -> BTreeMap<IpAddr, Vec<ServicePortBackends>> {
     let mut slices: BTreeMap<PodName, Vec<&crate::objects::EndpointSlice>> = BTreeMap::new();
     for (name, slice) in &cluster.endpoint_slices {
@@ -99,9 +100,9 @@ pub fn service_addresses(cluster: &ClusterState) -> BTreeMap<IpAddr, Vec<Service
                 for slice in slices.get(name).into_iter().flatten() {
                     slice_backends(slice, &port.name, port.protocol, target(port), address.is_ipv4(), &mut backends);
                 }
-                if backends.is_empty() {
-                    continue;
-                }
+                let Some(best) = backends.iter().map(|(rank, _)| *rank).min() else { continue };
+                let mut backends: Vec<(IpAddr, u16)> =
+                    backends.into_iter().filter(|(rank, _)| *rank == best).map(|(_, backend)| backend).collect();
                 backends.sort_unstable();
                 backends.dedup();
                 let entry = ServicePortBackends { service: name.clone(), protocol: port.protocol, port: port.port, backends };
@@ -130,22 +131,65 @@ fn virtual_addresses(service: &Service) -> Vec<IpAddr> {
     all
 }
 
+/// Which backends are taken: of those that there are, the least.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    Ready,
+    LastResort,
+}
+
+fn rank(conditions: EndpointConditions) -> Option<Rank> {
+    let EndpointConditions { ready, serving, terminating } = conditions;
+    if ready != Some(false) {
+        return Some(Rank::Ready);
+    }
+    (serving == Some(true) && terminating == Some(true)).then_some(Rank::LastResort)
+}
+
 fn slice_backends(
     slice: &crate::objects::EndpointSlice,
     port_name: &str,
     protocol: Protocol,
     fallback: u16,
     ipv4: bool,
-    backends: &mut Vec<(IpAddr, u16)>,
+    backends: &mut Vec<(Rank, (IpAddr, u16))>,
 ) {
     for port in &slice.ports {
         if port.name.as_deref().unwrap_or_default() != port_name || port.protocol != protocol {
             continue;
         }
-        for address in slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).filter_map(|text| text.parse::<IpAddr>().ok()) {
-            if address.is_ipv4() == ipv4 {
-                backends.push((address, port.port.unwrap_or(fallback)));
-            }
+        for endpoint in &slice.endpoints {
+            let Some(rank) = rank(endpoint.conditions) else { continue };
+            let addresses = endpoint.addresses.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+            let addresses = addresses.filter(|address| address.is_ipv4() == ipv4);
+            backends.extend(addresses.map(|address| (rank, (address, port.port.unwrap_or(fallback)))));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifests;
+
+    #[test]
+    fn backends_are_those_that_connections_go_to() {
+        let ready = r#"{"addresses":["10.0.0.1"],"conditions":{"ready":true,"serving":true,"terminating":false}}"#;
+        let silent = r#"{"addresses":["10.0.0.2"]}"#;
+        let starting = r#"{"addresses":["10.0.0.3"],"conditions":{"ready":false,"serving":false,"terminating":false}}"#;
+        let leaving = r#"{"addresses":["10.0.0.4"],"conditions":{"ready":false,"serving":true,"terminating":true}}"#;
+        let backends = |endpoints: &[&str]| {
+            let text = format!(
+                r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"s","namespace":"x"}},"spec":{{"clusterIP":"172.20.0.9","ports":[{{"port":80,"targetPort":8080}}]}}}}
+{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"s-1","namespace":"x","labels":{{"kubernetes.io/service-name":"s"}}}},"addressType":"IPv4","endpoints":[{}],"ports":[{{"port":8080}}]}}"#,
+                endpoints.join(",")
+            );
+            let cluster = ClusterState::default().replaced_by(manifests::parse("test.json", &text).unwrap());
+            let ports = service_addresses(&cluster).into_values().flatten();
+            ports.flat_map(|port| port.backends).map(|(address, port)| format!("{address}:{port}")).collect::<Vec<_>>()
+        };
+        assert_eq!(backends(&[ready, silent, starting, leaving]), ["10.0.0.1:8080", "10.0.0.2:8080"]);
+        assert_eq!(backends(&[starting, leaving]), ["10.0.0.4:8080"], "rather a pod on its way out than none");
+        assert!(backends(&[starting]).is_empty());
     }
 }

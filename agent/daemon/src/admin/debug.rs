@@ -4,16 +4,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use futures_util::{Stream, StreamExt as _};
+use futures_util::Stream;
 use serde_json::Value;
 use stanchion_proto::debug_server::Debug;
 use stanchion_proto::{FlowEvent, GetStatusRequest, JsonReply, ListRequest, PolicyRequest, SetLogLevelRequest, StreamFlowsRequest};
-use tokio_stream::wrappers::BroadcastStream;
-use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
+use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
 use super::views::Views;
-use crate::netpol::{FlowRecord, FlowVerdict};
+use crate::netpol::FlowRecord;
 
 /// Changes the log filter of the running process; the text is a tracing filter.
 pub type SetLogFilter = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
@@ -84,29 +83,28 @@ impl Debug for DebugService {
         let Some(netpol) = &self.views.netpol else {
             return Err(Status::failed_precondition("this agent does not run the network role"));
         };
-        let records = BroadcastStream::new(netpol.subscribe());
-        if allowed {
-            netpol.tell_allowed(true).await;
-        }
-        let events = records.filter_map(move |record| {
-            let event = match record {
-                Ok(record) => wanted(&record, allowed, &pod).then(|| Ok(event(&record))),
-                Err(BroadcastStreamRecvError::Lagged(count)) => {
-                    Some(Err(Status::data_loss(format!("{count} flows were lost: this reader is too slow"))))
-                }
-            };
-            std::future::ready(event)
+        let records = netpol.follow(allowed).await;
+        let events = futures_util::stream::unfold((records, pod), |(mut records, pod)| async move {
+            loop {
+                let event = match records.recv().await {
+                    Ok(record) if wanted(&record, &pod) => Ok(event(&record)),
+                    Ok(_) => continue,
+                    Err(RecvError::Lagged(count)) => Err(Status::data_loss(format!("{count} flows were lost: this reader is too slow"))),
+                    Err(RecvError::Closed) => return None,
+                };
+                return Some((event, (records, pod)));
+            }
         });
         Ok(Response::new(Box::pin(events)))
     }
 }
 
 /// Whether a follower asked for this record: `pod` is `namespace/name`, `namespace/` or empty.
-fn wanted(record: &FlowRecord, allowed: bool, pod: &str) -> bool {
+fn wanted(record: &FlowRecord, pod: &str) -> bool {
     let side = |name: Option<&stanchion_core::ids::PodName>| {
         name.is_some_and(|name| if pod.ends_with('/') { pod.trim_end_matches('/') == name.namespace } else { name.to_string() == pod })
     };
-    (allowed || record.verdict != FlowVerdict::Allowed) && (pod.is_empty() || side(record.source_pod()) || side(record.destination_pod()))
+    pod.is_empty() || side(record.source_pod()) || side(record.destination_pod())
 }
 
 fn event(record: &FlowRecord) -> FlowEvent {

@@ -12,6 +12,7 @@ use super::introspection;
 use crate::cluster::ClusterHandle;
 use crate::ipamd::IpamHandle;
 use crate::logs::LogsHandle;
+use crate::netpol::flow_log::FlowLog;
 use crate::netpol::{NetpolHandle, NetpolSnapshot};
 use crate::telemetry::{Sources, TelemetryHandle, render};
 use stanchion_core::metrics::exposition::Format;
@@ -34,6 +35,8 @@ pub struct Views {
     pub ipam: Option<IpamHandle>,
     /// Policy.
     pub netpol: Option<NetpolHandle>,
+    /// The log of judged flows.
+    pub flow_log: Option<FlowLog>,
     /// Logs.
     pub logs: Option<LogsHandle>,
     /// Metrics.
@@ -74,7 +77,7 @@ impl Views {
                 "synced": cluster.synced, "pods": cluster.pods.len(), "namespaces": cluster.namespaces.len(),
                 "network_policies": cluster.network_policies.len(), "trouble": cluster.trouble,
             },
-            "ipam": ipam, "policy": netpol,
+            "ipam": ipam, "policy": netpol, "flow_log": self.flow_log.as_ref().map(|log| value(log.counters())),
             "logs": self.logs.as_ref().map(|logs| value(logs.counters())),
             "telemetry": self.telemetry.as_ref().map(|telemetry| {
                 let shipped = telemetry.shipped();

@@ -17,14 +17,15 @@ use stanchion_core::policy::{RuleName, dns};
 use stanchion_ebpf_abi::{Config, FlowEntry, flow_state};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::attach::{AttachMode, attach, attached_by, clear, detach, pinned_interfaces, retire};
 use super::conntrack::{self, Connection};
-use super::events::{Events, Names, record};
+use super::events::{Events, record};
 use super::flows::{FlowKey, Flows, state_name};
+use super::follow::Listeners;
 use super::handle::{
     ActivateError, ActivateReport, ActivateRequest, EndpointView, EnforcingMode, FLOW_BACKLOG, FlowRecord, FlowView, InterfaceView,
     MAILBOX, Message, NetpolHandle, NetpolSnapshot,
@@ -39,8 +40,8 @@ use crate::cluster::ClusterHandle;
 /// How often idle flows are collected and reality is compared with the records.
 const SWEEP: Duration = Duration::from_secs(10);
 
-/// How often the event ring is emptied: it holds about 8,000 events.
-const DRAIN: Duration = Duration::from_millis(100);
+/// DNS names that were learned in this time are put on disk together.
+const SAVE_NAMES_AFTER: Duration = Duration::from_millis(100);
 
 /// What the actor is made of.
 #[derive(Debug)]
@@ -123,6 +124,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     let (mailbox, inbox) = mpsc::channel(MAILBOX);
     let (records, _) = broadcast::channel(FLOW_BACKLOG);
     let (ready, is_ready) = watch::channel(false);
+    let (listeners, listening) = watch::channel(Listeners::default());
     let mut actor = Actor {
         loaded,
         attach,
@@ -132,7 +134,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         flows,
         events,
         answers,
-        names_saved: true,
+        names_due: None,
         problems: Vec::new(),
         state_dir,
         source,
@@ -143,7 +145,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         orphans: BTreeMap::new(),
         gone: BTreeSet::new(),
         node_addresses: BTreeSet::new(),
-        names: Names::default(),
+        listening,
         cluster: cluster.watch(),
         state: cluster.latest(),
         mode,
@@ -157,7 +159,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         records: records.clone(),
     };
     actor.take_over();
-    let handle = NetpolHandle { mailbox, flows: records, ready: is_ready };
+    let handle = NetpolHandle { mailbox, flows: records, listeners: Arc::new(listeners), ready: is_ready };
     Ok((handle, tokio::spawn(actor.run(inbox, shutdown))))
 }
 
@@ -188,8 +190,8 @@ struct Actor {
     flows: Flows,
     events: Events,
     answers: DnsAnswers,
-    /// The file has what the engine knows of names.
-    names_saved: bool,
+    /// When what the engine knows of names is put on disk; `None`: the file has it.
+    names_due: Option<Instant>,
     /// What is wrong in the policies, as last told.
     problems: Vec<String>,
     state_dir: PathBuf,
@@ -206,7 +208,7 @@ struct Actor {
     gone: BTreeSet<ContainerId>,
     /// As the engine knows them.
     node_addresses: BTreeSet<IpAddr>,
-    names: Names,
+    listening: watch::Receiver<Listeners>,
     cluster: watch::Receiver<Arc<ClusterState>>,
     state: Arc<ClusterState>,
     mode: EnforcingMode,
@@ -224,10 +226,9 @@ impl Actor {
     async fn run(mut self, mut inbox: mpsc::Receiver<Message>, shutdown: CancellationToken) {
         let mut sweep = interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut drain = interval(DRAIN);
-        drain.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.follow();
         loop {
+            let due = self.due();
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
@@ -242,14 +243,22 @@ impl Actor {
                     None => return,
                 },
                 () = self.answers.wait() => self.learn(),
-                _ = drain.tick() => {
-                    self.tell();
-                    self.save_names();
+                // The senders live in the handles, without which nothing comes any more.
+                Ok(()) = self.listening.changed() => self.listen(),
+                () = self.events.wait() => self.tell(),
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     self.expire_waiting();
+                    self.save_names();
                 }
                 _ = sweep.tick() => self.sweep(),
             }
         }
+    }
+
+    /// When something is to be done that no event brings.
+    fn due(&self) -> Option<Instant> {
+        let waiting = self.waiting.iter().map(|waiting| waiting.since + self.sync_wait);
+        waiting.chain(self.names_due).min()
     }
 
     /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go.
@@ -281,12 +290,18 @@ impl Actor {
             Message::Deactivate(container, reply) => drop(reply.send(self.deactivate(&container))),
             Message::Snapshot(reply) => drop(reply.send(Arc::new(self.snapshot()))),
             Message::Flows(reply) => drop(reply.send(self.conntrack())),
-            Message::TellAllowed(on, reply) => {
-                if let Err(cause) = self.flows.tell_allowed(on) {
-                    self.fail("cannot change the settings", &cause);
-                }
+            Message::Listen(reply) => {
+                self.listen();
                 let _unheard = reply.send(());
             }
+        }
+    }
+
+    /// Lets the programs tell what is listened to, and nothing else.
+    fn listen(&mut self) {
+        let listeners = *self.listening.borrow_and_update();
+        if let Err(cause) = self.flows.tell(listeners) {
+            self.fail("cannot change what the programs tell", &cause);
         }
     }
 
@@ -585,19 +600,15 @@ impl Actor {
         }
     }
 
-    /// Passes events on; without a subscriber they only make room in the ring.
+    /// Passes events on.
     fn tell(&mut self) {
         let events = self.events.take();
-        if events.is_empty() || self.records.receiver_count() == 0 {
-            return;
-        }
-        self.names.follow(&self.state);
         let time = SystemTime::now();
         for event in &events {
             let pod = self.slots.get(Slot(event.slot)).map(|sandbox| &sandbox.pod);
             let names = self.rules.rule(event.rule).map(|rule| (rule.policy.to_string(), rule_name(rule))).unwrap_or_default();
             // The last subscriber may just have left.
-            let _unheard = self.records.send(Arc::new(record(event, time, pod, &self.names, names)));
+            let _unheard = self.records.send(Arc::new(record(event, time, pod, |address| self.rules.pod_at(address), names)));
         }
     }
 
@@ -657,7 +668,7 @@ impl Actor {
             // What is no answer says nothing.
             let Ok(answers) = dns::answers(&message) else { continue };
             let (ops, result) = self.rules.learn(slot, &answers, now);
-            self.names_saved &= ops.is_empty();
+            self.names_changed(&ops);
             self.apply(ops);
             if let Err(cause) = result {
                 self.fail("cannot learn a name", &cause);
@@ -667,15 +678,20 @@ impl Actor {
 
     fn forget_names(&mut self, open: &HashSet<IpAddr>) {
         let ops = self.rules.forget(unix_seconds(), |address| open.contains(&address));
-        self.names_saved &= ops.is_empty();
+        self.names_changed(&ops);
         self.apply(ops);
     }
 
+    fn names_changed(&mut self, ops: &[MapOp]) {
+        if !ops.is_empty() {
+            self.names_due.get_or_insert_with(|| Instant::now() + SAVE_NAMES_AFTER);
+        }
+    }
+
     fn save_names(&mut self) {
-        if self.names_saved {
+        if self.names_due.take_if(|due| *due <= Instant::now()).is_none() {
             return;
         }
-        self.names_saved = true;
         if let Err(cause) = names::save(&self.state_dir, self.rules.names()) {
             self.fail("cannot write the names", &cause);
         }

@@ -222,9 +222,10 @@ pub(super) fn retire(loaded: &Loaded, interfaces: &[u32]) -> Result<(), AttachEr
         return Ok(());
     }
     let mut netlink = Netlink::open().map_err(|error| failed(error.into()))?;
+    let layouts: Vec<u16> = others.iter().filter_map(|pins| pins.file_name()?.to_str()?.strip_prefix('v')?.parse().ok()).collect();
     for index in interfaces {
         for hook in &HOOKS {
-            for layout in (1..=layout_handle()).filter(|layout| *layout != layout_handle()) {
+            for layout in layouts.iter().copied() {
                 netlink.detach_program(*index, hook.filter, layout).map_err(|error| failed(error.into()))?;
             }
         }

@@ -1,71 +1,54 @@
 //! Events of the ring buffer, given the names of pods and rules.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use aya::maps::{MapData as AyaMap, RingBuf};
-use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::PodName;
 use stanchion_ebpf_abi::{Event, direction, event_verdict, ipv4_octets, ipv6_octets, map_name, reason};
+use tokio::time::{Instant, sleep_until};
 
 use super::handle::{FlowDirection, FlowRecord, FlowVerdict};
 use super::object::{LoadError, Loaded};
+use super::ring::Ring;
 
 /// Events read in one go, so that a flood cannot keep the actor from its mailbox; the ring holds about 8,000.
 const BATCH: usize = 2_048;
 
+/// Pause after the ring was emptied, so that a flood wakes the agent ten times a second and not for each packet.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// The ring's reader.
 pub(super) struct Events {
-    ring: RingBuf<AyaMap>,
+    ring: Ring,
+    not_before: Instant,
 }
 
 impl Events {
+    /// Must be called in the runtime that will wait.
     pub(super) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
-        Ok(Self { ring: loaded.map(map_name::EVENTS)? })
+        Ok(Self { ring: Ring::new(loaded, map_name::EVENTS)?, not_before: Instant::now() })
+    }
+
+    /// Returns when there is something to take and the pause is over.
+    pub(super) async fn wait(&self) {
+        sleep_until(self.not_before).await;
+        self.ring.wait().await;
     }
 
     /// Takes what is there, up to a batch.
     pub(super) fn take(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
-        while events.len() < BATCH
-            && let Some(item) = self.ring.next()
-        {
+        let drained = self.ring.take(BATCH, |record| {
             // An entry of another size is of another layout's program: none is left attached, but a record may be.
-            if item.len() == size_of::<Event>() {
+            if record.len() == size_of::<Event>() {
                 // SAFETY: `Event` is plain data of that size; the ring gives no promise of alignment.
-                events.push(unsafe { std::ptr::read_unaligned(item.as_ptr().cast::<Event>()) });
+                events.push(unsafe { std::ptr::read_unaligned(record.as_ptr().cast::<Event>()) });
             }
+        });
+        if drained {
+            self.not_before = Instant::now() + PAUSE;
         }
         events
-    }
-}
-
-/// Names by address; kept until the cluster's pods change.
-#[derive(Default)]
-pub(super) struct Names {
-    of: Option<Arc<ClusterState>>,
-    pods: HashMap<IpAddr, PodName>,
-}
-
-impl Names {
-    /// Makes this the state that names are taken from.
-    pub(super) fn follow(&mut self, cluster: &Arc<ClusterState>) {
-        if self.of.as_ref().is_some_and(|known| Arc::ptr_eq(known, cluster)) {
-            return;
-        }
-        self.pods.clear();
-        for (name, pod) in cluster.pods.iter().filter(|(_, pod)| !pod.spec.host_network && !pod.is_completed()) {
-            for address in pod.addresses() {
-                self.pods.insert(address, name.clone());
-            }
-        }
-        self.of = Some(Arc::clone(cluster));
-    }
-
-    pub(super) fn pod(&self, address: IpAddr) -> Option<&PodName> {
-        self.pods.get(&address)
     }
 }
 
@@ -77,12 +60,13 @@ fn ends(event: &Event) -> (IpAddr, IpAddr) {
     (address(event.local), address(event.remote))
 }
 
-/// Makes a record of an event. `pod` is the endpoint's, `rule` the names of its rule id.
+/// Makes a record of an event. `pod` is the endpoint's, `pod_at` knows the pods of other addresses, `rule` are the names of
+/// its rule id.
 pub(super) fn record(
     event: &Event,
     time: SystemTime,
     pod: Option<&PodName>,
-    names: &Names,
+    pod_at: impl Fn(IpAddr) -> Option<PodName>,
     (policy, rule): (String, String),
 ) -> FlowRecord {
     let (local, remote) = ends(event);
@@ -99,7 +83,7 @@ pub(super) fn record(
         },
         direction: if ingress { FlowDirection::Ingress } else { FlowDirection::Egress },
         pod: pod.cloned(),
-        peer: names.pod(remote).cloned(),
+        peer: pod_at(remote),
         source,
         destination,
         protocol: protocol_name(event),

@@ -12,6 +12,7 @@ use stanchion_ebpf_abi::{
 };
 
 use super::batch;
+use super::follow::Listeners;
 use super::handle::{Alarms, Count, EndpointCounters};
 use super::maps::refused;
 use super::object::{LoadError, Loaded, Raw};
@@ -103,11 +104,17 @@ impl Flows {
         Ok(flows)
     }
 
-    /// Whether flows that open are told.
-    pub(super) fn tell_allowed(&mut self, on: bool) -> Result<(), MapError> {
-        let Raw(mut config) = refused(map_name::CONFIG, &"read", self.config.get(&0, 0))?;
-        config.flags = if on { config.flags | config_flag::TELL_ALLOWED } else { config.flags & !config_flag::TELL_ALLOWED };
-        refused(map_name::CONFIG, &on, self.config.set(0, Raw(config), 0))
+    /// What the programs tell of.
+    pub(super) fn tell(&mut self, Listeners { all, allowed }: Listeners) -> Result<(), MapError> {
+        let Raw(config) = refused(map_name::CONFIG, &"read", self.config.get(&0, 0))?;
+        let mut flags = config.flags & !(config_flag::TELL_DENIED | config_flag::TELL_ALLOWED);
+        if all > 0 {
+            flags |= config_flag::TELL_DENIED;
+        }
+        if allowed > 0 {
+            flags |= config_flag::TELL_ALLOWED;
+        }
+        refused(map_name::CONFIG, &flags, self.config.set(0, Raw(Config { flags, ..config }), 0))
     }
 
     /// Removes entries that were idle for longer than their time at tick `now`, and all of the slots in `purge`.

@@ -10,6 +10,7 @@ use stanchion_core::policy::image::MapError;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use super::attach::AttachError;
+use super::follow::{FlowRecords, Listeners};
 
 /// Requests that may wait in the mailbox: one ADD or DEL for each of a few hundred pods. Full means that the actor hangs.
 pub(super) const MAILBOX: usize = 512;
@@ -129,7 +130,7 @@ impl std::str::FromStr for EnforcingMode {
 pub struct BadMode(pub String);
 
 /// What became of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FlowVerdict {
     /// Dropped.
@@ -141,7 +142,7 @@ pub enum FlowVerdict {
 }
 
 /// Direction as the pod sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FlowDirection {
     /// Into the pod.
@@ -337,7 +338,8 @@ pub(super) enum Message {
     Deactivate(ContainerId, oneshot::Sender<bool>),
     Snapshot(oneshot::Sender<Arc<NetpolSnapshot>>),
     Flows(oneshot::Sender<Vec<FlowView>>),
-    TellAllowed(bool, oneshot::Sender<()>),
+    /// Someone listens who did not before; answered when the programs know.
+    Listen(oneshot::Sender<()>),
 }
 
 /// Asks the actor. Cheap to clone.
@@ -345,6 +347,7 @@ pub(super) enum Message {
 pub struct NetpolHandle {
     pub(super) mailbox: mpsc::Sender<Message>,
     pub(super) flows: broadcast::Sender<Arc<FlowRecord>>,
+    pub(super) listeners: Arc<watch::Sender<Listeners>>,
     pub(super) ready: watch::Receiver<bool>,
 }
 
@@ -381,14 +384,12 @@ impl NetpolHandle {
         self.ask(Message::Flows).await.unwrap_or_default()
     }
 
-    /// Whether flows that open are told too, not only denials.
-    pub async fn tell_allowed(&self, on: bool) {
-        let _busy = self.ask(|reply| Message::TellAllowed(on, reply)).await;
-    }
-
-    /// Flow records from now on.
-    pub fn subscribe(&self) -> broadcast::Receiver<Arc<FlowRecord>> {
-        self.flows.subscribe()
+    /// Flow records from now on: denied and audited packets, and flows that open if `allowed`.
+    pub async fn follow(&self, allowed: bool) -> FlowRecords {
+        let records = FlowRecords::new(&self.flows, &self.listeners, allowed);
+        // A busy actor learns it from the count of listeners a little later.
+        let _busy = self.ask(Message::Listen).await;
+        records
     }
 
     /// Turns true once the cluster's state was known and applied.

@@ -11,7 +11,9 @@
 //! | `interfaces` | which pod is behind which veth |
 //! | `maps` | the kernel's maps behind `PolicyMaps` |
 //! | `flows`, `batch`, `conntrack` | flow tables: collection, seeding from the kernel's connection tracking |
-//! | `events` | the ring buffer, with names |
+//! | `ring`, `events` | the ring buffers; events with names |
+//! | `follow` | who listens to flow records |
+//! | `flow_log` | flow records as a log |
 //! | `names` | DNS answers of the pods |
 //! | `attach` | TCX links and clsact filters |
 //! | `object`, `clock` | loading, pinning, time |
@@ -22,17 +24,21 @@ mod batch;
 mod clock;
 mod conntrack;
 mod events;
+pub mod flow_log;
 mod flows;
+mod follow;
 mod handle;
 mod interfaces;
 mod maps;
 mod names;
 mod object;
+mod ring;
 mod slots;
 
 pub use actor::{NetpolParts, SpawnError, spawn};
 pub use attach::{AttachError, AttachMode, attach, detach};
 pub use clock::Clock;
+pub use follow::FlowRecords;
 pub use handle::*;
 pub use maps::KernelMaps;
 pub use object::{BPFFS, LoadError, LoadOptions, Loaded, PIN_ROOT, POD_EGRESS, POD_INGRESS, ensure_bpffs, load};

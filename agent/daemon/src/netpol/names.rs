@@ -3,17 +3,15 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{MapData as AyaMap, RingBuf};
 use serde::{Deserialize, Serialize};
 use stanchion_core::policy::image::Slot;
 use stanchion_core::policy::names::Names;
 use stanchion_ebpf_abi::{DNS_BYTES, DnsMessage, map_name};
-use tokio::io::unix::AsyncFd;
 
 use super::object::{LoadError, Loaded};
+use super::ring::Ring;
 
 /// Messages read in one go, so that a flood cannot keep the actor from its mailbox; the ring holds 127.
 const BATCH: usize = 127;
@@ -22,40 +20,28 @@ const BATCH: usize = 127;
 const VERSION: u32 = 1;
 
 /// The ring's reader.
-pub(super) struct DnsAnswers {
-    readable: AsyncFd<OwnedFd>,
-    ring: RingBuf<AyaMap>,
-}
+pub(super) struct DnsAnswers(Ring);
 
 impl DnsAnswers {
     /// Must be called in the runtime that will wait.
     pub(super) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
-        // SAFETY: an `OwnedFd` gives the same open descriptor for as long as it lives.
-        let readable = unsafe { AsyncFd::register(loaded.map_fd(map_name::NAMES)?) };
-        let readable = readable.map_err(|error| LoadError::Poll(error.into()))?;
-        Ok(Self { readable, ring: loaded.map(map_name::NAMES)? })
+        Ok(Self(Ring::new(loaded, map_name::NAMES)?))
     }
 
     /// Returns when there is something to take.
     pub(super) async fn wait(&self) {
-        match self.readable.readable().await {
-            // Edge-triggered: whoever is woken takes everything.
-            Ok(mut guard) => guard.clear_ready(),
-            Err(_) => std::future::pending().await,
-        }
+        self.0.wait().await;
     }
 
     /// Takes what is there, up to a batch: the pod and the message it got.
     pub(super) fn take(&mut self) -> Vec<(Slot, Vec<u8>)> {
         let mut messages = Vec::new();
-        while messages.len() < BATCH
-            && let Some(item) = self.ring.next()
-        {
+        self.0.take(BATCH, |item| {
             if item.len() == size_of::<DnsMessage>() {
                 let length = usize::from(u16::from_ne_bytes([item[2], item[3]])).min(DNS_BYTES);
                 messages.push((Slot(u16::from_ne_bytes([item[0], item[1]])), item[4..4 + length].to_vec()));
             }
-        }
+        });
         messages
     }
 }

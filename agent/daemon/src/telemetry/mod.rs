@@ -20,7 +20,7 @@ mod otlp;
 mod prometheus;
 mod read;
 mod scrape;
-mod ship;
+pub(crate) mod ship;
 mod statsd;
 #[cfg(test)]
 mod tests;
@@ -239,7 +239,7 @@ pub fn spawn<S: LogSink>(parts: TelemetryParts<S>) -> (TelemetryHandle, JoinHand
     let mut tasks: Vec<Pin<Box<dyn Future<Output = ()> + Send>>> = Vec::new();
     let mut ship_to = |group: String| {
         let (documents, received) = mpsc::channel(WAITING_TICKS);
-        let task = ship::run(Arc::clone(&sink), group, identity.node.clone(), received, Arc::clone(&shipped), shutdown.clone());
+        let task = ship::run(Arc::clone(&sink), group, identity.node.clone(), true, received, Arc::clone(&shipped), shutdown.clone());
         tasks.push(Box::pin(task));
         documents
     };

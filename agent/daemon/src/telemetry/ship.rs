@@ -27,11 +27,13 @@ pub struct ShipCounters {
     pub retries: AtomicU64,
 }
 
-/// Sends documents until `documents` closes or `shutdown`; what is kept then counts as dropped.
-pub(super) async fn run<S: LogSink>(
+/// Sends documents until `documents` closes or `shutdown`; what is kept then counts as dropped. `emf`: CloudWatch makes metrics of
+/// them.
+pub(crate) async fn run<S: LogSink>(
     sink: Arc<S>,
     group: String,
     stream: String,
+    emf: bool,
     mut documents: mpsc::Receiver<Vec<LogEvent>>,
     counters: Arc<ShipCounters>,
     shutdown: CancellationToken,
@@ -45,7 +47,7 @@ pub(super) async fn run<S: LogSink>(
                 () = shutdown.cancelled() => None,
             };
             match events {
-                Some(events) => keep(&mut kept, LogBatch::from_events(&group, &stream, true, events), &counters),
+                Some(events) => keep(&mut kept, LogBatch::from_events(&group, &stream, emf, events), &counters),
                 None => return,
             }
         }
@@ -54,7 +56,7 @@ pub(super) async fn run<S: LogSink>(
             Ok(()) => pause = FIRST_PAUSE,
             Err(error) => {
                 counters.retries.fetch_add(1, Ordering::Relaxed);
-                warn!(%group, error = &error as &dyn std::error::Error, pause_ms = pause.as_millis(), "metric documents are kept");
+                warn!(%group, error = &error as &dyn std::error::Error, pause_ms = pause.as_millis(), "documents are kept: they cannot be put to their log group");
                 kept.push_front(batch);
                 let wait = match &error {
                     SinkError::Throttled { retry_after: Some(after), .. } => (*after).max(pause),
@@ -63,7 +65,7 @@ pub(super) async fn run<S: LogSink>(
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
-                    Some(events) = documents.recv() => keep(&mut kept, LogBatch::from_events(&group, &stream, true, events), &counters),
+                    Some(events) = documents.recv() => keep(&mut kept, LogBatch::from_events(&group, &stream, emf, events), &counters),
                     () = shutdown.cancelled() => {
                         counters.dropped.fetch_add(kept.iter().map(|batch| batch.len() as u64).sum(), Ordering::Relaxed);
                         return;
@@ -78,7 +80,7 @@ pub(super) async fn run<S: LogSink>(
 async fn put<S: LogSink>(sink: &S, batch: &LogBatch, counters: &ShipCounters) -> Result<(), SinkError> {
     let mut outcome = sink.put(batch).await;
     if let Err(SinkError::NotFound(_)) = outcome {
-        info!(group = batch.group(), stream = batch.stream(), "making log group and stream of metrics");
+        info!(group = batch.group(), stream = batch.stream(), "making log group and stream");
         // Without permission for the group the stream may still be possible.
         let group = sink.create_group(batch.group(), &LogGroupSpec::default()).await;
         sink.create_stream(batch.group(), batch.stream()).await.map_err(|error| group.err().unwrap_or(error))?;
@@ -92,7 +94,7 @@ async fn put<S: LogSink>(sink: &S, batch: &LogBatch, counters: &ShipCounters) ->
             (old + new).min(total)
         }
         Err(SinkError::Invalid(message)) => {
-            warn!(group = batch.group(), documents = total, message, "metric documents were refused");
+            warn!(group = batch.group(), documents = total, message, "documents were refused");
             total
         }
         Err(error) => return Err(error),

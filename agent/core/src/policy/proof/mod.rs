@@ -59,6 +59,14 @@ impl Node {
         Self { engine, maps: ModelMaps::default(), local: BTreeMap::new() }
     }
 
+    /// Takes a cluster over: its pods are attached, and the maps are written.
+    fn follow(&mut self, cluster: &Arc<ClusterState>) {
+        let ops = self.engine.set_cluster(cluster);
+        self.apply(&ops);
+        let ops = self.attach(cluster);
+        self.apply(&ops);
+    }
+
     fn apply(&mut self, ops: &[MapOp]) {
         self.maps.apply(ops).expect("a model has room");
         assert_eq!(self.maps.image, *self.engine.image(), "the operations make the image");
@@ -123,6 +131,38 @@ impl Node {
     }
 }
 
+/// A random world that changes, and a node that follows it.
+struct Scene {
+    rng: Rng,
+    world: World,
+    cluster: Arc<ClusterState>,
+    node: Node,
+}
+
+impl Scene {
+    fn begin(seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let world = World::random(&mut rng);
+        let cluster = Arc::new(world.cluster());
+        let mut node = Node::new();
+        node.follow(&cluster);
+        Self { rng, world, cluster, node }
+    }
+
+    /// Changes the world as often as one of the numbers says; gives the peers of before and after. The node does not follow yet.
+    fn change(&mut self, times: &[u64]) -> Vec<IpAddr> {
+        let mut peers = self.world.peers();
+        for _ in 0..self.rng.pick(times) {
+            self.world.change(&mut self.rng);
+        }
+        self.cluster = Arc::new(self.cluster.replaced_by(self.world.objects()));
+        peers.extend(self.world.peers());
+        peers.sort_unstable();
+        peers.dedup();
+        peers
+    }
+}
+
 /// The number of random worlds: few in a quick run, many when asked by `POLICY_WORLDS`.
 fn rounds(quick: u64) -> u64 {
     std::env::var("POLICY_WORLDS").ok().and_then(|text| text.parse().ok()).unwrap_or(quick)
@@ -131,12 +171,7 @@ fn rounds(quick: u64) -> u64 {
 #[test]
 fn random_worlds_compile_to_what_the_definition_says() {
     for seed in 0..rounds(30) {
-        let world = World::random(&mut Rng::new(seed));
-        let cluster = Arc::new(world.cluster());
-        let mut node = Node::new();
-        let mut ops = node.engine.set_cluster(&cluster);
-        ops.extend(node.attach(&cluster));
-        node.apply(&ops);
+        let Scene { world, cluster, mut node, .. } = Scene::begin(seed);
         node.agrees(&cluster, &world.peers(), &format!("seed {seed}"));
         let ops = node.learn(&mut Rng::new(seed), &world.peers(), 1_000);
         node.apply(&ops);
@@ -147,41 +182,28 @@ fn random_worlds_compile_to_what_the_definition_says() {
 #[test]
 fn a_changed_world_is_as_one_compiled_afresh_and_no_prefix_opens_more() {
     for seed in 0..rounds(5) {
-        let rng = &mut Rng::new(1_000_000 + seed);
-        let mut world = World::random(rng);
-        let mut cluster = Arc::new(world.cluster());
-        let mut node = Node::new();
-        let mut ops = node.engine.set_cluster(&cluster);
-        ops.extend(node.attach(&cluster));
-        node.apply(&ops);
+        let mut scene = Scene::begin(1_000_000 + seed);
         for step in 0..6u64 {
             let told = format!("seed {seed} step {step}");
-            let peers_before = world.peers();
-            let before = node.maps.image.clone();
+            let before = scene.node.maps.image.clone();
             // Often one change, sometimes several at once, which no watch delivers but a directory of manifests does.
-            for _ in 0..rng.pick(&[1, 1, 1, 2, 4]) {
-                world.change(rng);
-            }
-            cluster = Arc::new(cluster.replaced_by(world.objects()));
-            let ops = node.engine.set_cluster(&cluster);
-            let mut peers = peers_before;
-            peers.extend(world.peers());
-            peers.sort_unstable();
-            peers.dedup();
+            let peers = scene.change(&[1, 1, 1, 2, 4]);
+            let Scene { rng, cluster, node, .. } = &mut scene;
+            let ops = node.engine.set_cluster(cluster);
             every_prefix_is_old_or_new(&before, &ops, &peers, &told);
             node.apply(&ops);
-            let ops = node.attach(&cluster);
+            let ops = node.attach(cluster);
             node.apply(&ops);
-            node.agrees(&cluster, &peers, &told);
-            assert!(node.engine.set_cluster(&cluster).is_empty(), "{told}: nothing changed");
+            node.agrees(cluster, &peers, &told);
+            assert!(node.engine.set_cluster(cluster).is_empty(), "{told}: nothing changed");
             for now in [step * 30, step * 30 + 15] {
                 let before = node.maps.image.clone();
                 let ops = if now % 2 == 0 { node.learn(rng, &peers, now) } else { node.engine.forget(now, |address| address == peers[0]) };
                 every_prefix_is_old_or_new(&before, &ops, &peers, &told);
                 node.apply(&ops);
-                node.agrees(&cluster, &peers, &told);
+                node.agrees(cluster, &peers, &told);
             }
-            same_size_as_fresh(&node, &cluster, &told);
+            same_size_as_fresh(node, cluster, &told);
         }
     }
 }
@@ -229,18 +251,14 @@ fn same_size_as_fresh(node: &Node, cluster: &Arc<ClusterState>, told: &str) {
 fn a_revision_grows_when_something_is_revoked() {
     let mut grown = 0;
     for seed in 0..rounds(8) {
-        let rng = &mut Rng::new(2_000_000 + seed);
-        let mut world = World::random(rng);
-        let mut cluster = Arc::new(world.cluster());
-        let mut node = Node::new();
-        node.engine.set_cluster(&cluster);
-        node.attach(&cluster);
+        let mut scene = Scene::begin(2_000_000 + seed);
         for _ in 0..6 {
-            let before = node.engine.image().clone();
-            let peers_before = world.peers();
-            world.change(rng);
-            cluster = Arc::new(cluster.replaced_by(world.objects()));
-            node.engine.set_cluster(&cluster);
+            let before = scene.node.engine.image().clone();
+            let peers_before = scene.world.peers();
+            scene.change(&[1]);
+            let Scene { cluster, node, .. } = &mut scene;
+            let ops = node.engine.set_cluster(cluster);
+            node.apply(&ops);
             let after = node.engine.image().clone();
             for (slot, old) in &before.endpoints {
                 let Some(new) = after.endpoints.get(slot) else { continue };
@@ -251,7 +269,7 @@ fn a_revision_grows_when_something_is_revoked() {
                 assert!(!revoked || new.revision > old.revision, "seed {seed}: a flow of {slot:?} is revoked");
                 grown += u32::from(new.revision > old.revision);
             }
-            node.attach(&cluster);
+            node.follow(cluster);
         }
     }
     assert!(grown > 0);
@@ -273,32 +291,23 @@ fn restarted(node: &Node, cluster: &Arc<ClusterState>) -> (Node, Vec<MapOp>) {
 fn a_restart_without_a_change_writes_nothing() {
     let mut endpoints = 0;
     for seed in 0..rounds(40) {
-        let rng = &mut Rng::new(3_000_000 + seed);
-        let mut world = World::random(rng);
-        let mut cluster = Arc::new(world.cluster());
-        let mut node = Node::new();
-        let mut ops = node.engine.set_cluster(&cluster);
-        ops.extend(node.attach(&cluster));
-        node.apply(&ops);
+        let mut scene = Scene::begin(3_000_000 + seed);
         // Numbers that were given in another order than the next agent gives them.
         for step in 0..4 {
-            let (mut next, ops) = restarted(&node, &cluster);
+            let (mut next, ops) = restarted(&scene.node, &scene.cluster);
             assert!(ops.is_empty(), "seed {seed} step {step}: {ops:?}");
-            assert!(next.engine.set_cluster(&cluster).is_empty(), "seed {seed} step {step}");
-            endpoints += node.local.len();
+            assert!(next.engine.set_cluster(&scene.cluster).is_empty(), "seed {seed} step {step}");
+            endpoints += scene.node.local.len();
             if step == 2 {
                 // What was recognised behaves as what was made.
-                node = next;
+                scene.node = next;
             }
-            world.change(rng);
-            cluster = Arc::new(cluster.replaced_by(world.objects()));
-            let ops = node.engine.set_cluster(&cluster);
-            node.apply(&ops);
-            let ops = node.attach(&cluster);
-            node.apply(&ops);
+            scene.change(&[1]);
+            let Scene { rng, world, cluster, node } = &mut scene;
+            node.follow(cluster);
             let ops = node.learn(rng, &world.peers(), 1_000);
             node.apply(&ops);
-            node.agrees(&cluster, &world.peers(), &format!("seed {seed} step {step}"));
+            node.agrees(cluster, &world.peers(), &format!("seed {seed} step {step}"));
         }
     }
     assert!(endpoints > 100);
@@ -307,32 +316,20 @@ fn a_restart_without_a_change_writes_nothing() {
 #[test]
 fn a_restart_over_a_change_opens_nothing_on_the_way() {
     for seed in 0..rounds(8) {
-        let rng = &mut Rng::new(4_000_000 + seed);
-        let mut world = World::random(rng);
-        let mut cluster = Arc::new(world.cluster());
-        let mut node = Node::new();
-        let mut ops = node.engine.set_cluster(&cluster);
-        ops.extend(node.attach(&cluster));
-        node.apply(&ops);
+        let mut scene = Scene::begin(4_000_000 + seed);
         for step in 0..4 {
             let told = format!("seed {seed} step {step}");
-            let before = node.maps.image.clone();
-            let mut peers = world.peers();
-            for _ in 0..rng.pick(&[1, 1, 2, 4]) {
-                world.change(rng);
-            }
-            cluster = Arc::new(cluster.replaced_by(world.objects()));
-            let (next, ops) = restarted(&node, &cluster);
-            peers.extend(world.peers());
-            peers.sort_unstable();
-            peers.dedup();
+            let before = scene.node.maps.image.clone();
+            let peers = scene.change(&[1, 1, 2, 4]);
+            let Scene { cluster, node, .. } = &mut scene;
+            let (next, ops) = restarted(node, cluster);
             every_prefix_is_old_or_new(&before, &ops, &peers, &told);
-            node = next;
+            *node = next;
             node.apply(&ops);
-            let ops = node.attach(&cluster);
+            let ops = node.attach(cluster);
             node.apply(&ops);
-            node.agrees(&cluster, &peers, &told);
-            same_size_as_fresh(&node, &cluster, &told);
+            node.agrees(cluster, &peers, &told);
+            same_size_as_fresh(node, cluster, &told);
         }
     }
 }
