@@ -213,7 +213,7 @@ impl Node {
 
     fn no_sandbox(&self) -> Sandbox {
         let empty = String::new;
-        Sandbox { container_id: empty(), netns: empty(), namespace: empty(), name: empty(), uid: empty() }
+        Sandbox { container_id: empty(), netns: empty(), namespace: empty(), name: empty(), uid: empty(), annotations: Vec::new() }
     }
 
     /// `stanchion ARGS` against this node's agent; stdout.
@@ -315,6 +315,7 @@ impl Node {
             namespace: spec.namespace.clone(),
             name: spec.name.clone(),
             uid,
+            annotations: spec.annotations.clone(),
         };
         let log_id = digest("container");
         Ok(Bound { spec, manifest, netns, sandbox, log_id })
@@ -358,6 +359,7 @@ impl Node {
             namespace: pod.spec.namespace.clone(),
             name: pod.spec.name.clone(),
             uid: pod.uid.clone(),
+            annotations: pod.spec.annotations.clone(),
         }
     }
 }

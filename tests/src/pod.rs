@@ -28,19 +28,34 @@ pub struct PodSpec {
     pub labels: Vec<(String, String)>,
     /// TCP and UDP ports that it serves.
     pub ports: Vec<u16>,
+    /// Annotations, which the runtime hands to the plugin.
+    pub annotations: Vec<(String, String)>,
 }
 
 impl PodSpec {
     /// A pod that serves port 80, labelled `app: <name up to its last dash>`.
     pub fn new(namespace: &str, name: &str) -> Self {
         let app = name.rsplit_once('-').map_or(name, |(app, _)| app);
-        Self { namespace: namespace.to_owned(), name: name.to_owned(), labels: vec![("app".to_owned(), app.to_owned())], ports: vec![80] }
+        Self {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            labels: vec![("app".to_owned(), app.to_owned())],
+            ports: vec![80],
+            annotations: Vec::new(),
+        }
     }
 
     /// With other ports.
     #[must_use]
     pub fn ports(mut self, ports: &[u16]) -> Self {
         self.ports = ports.to_vec();
+        self
+    }
+
+    /// With one more annotation.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations.push((key.to_owned(), value.to_owned()));
         self
     }
 
@@ -134,6 +149,8 @@ pub struct Sandbox {
     pub name: String,
     /// Pod.
     pub uid: String,
+    /// The pod's annotations.
+    pub annotations: Vec<(String, String)>,
 }
 
 /// What came of a call of the plugin.
@@ -151,6 +168,10 @@ pub struct PluginReply {
 
 /// The plugin as containerd runs it, and what it gets on stdin.
 pub(crate) fn plugin_command(node: &Node, verb: &str, sandbox: &Sandbox, prev_result: Option<&Value>) -> (Command, String) {
+    let mut annotations = json!({"kubernetes.io/config.source": "api"});
+    for (key, value) in &sandbox.annotations {
+        annotations[key] = json!(value);
+    }
     let mut config = json!({
         "cniVersion": CNI_VERSION,
         "name": NETWORK,
@@ -160,12 +181,12 @@ pub(crate) fn plugin_command(node: &Node, verb: &str, sandbox: &Sandbox, prev_re
         "socket": node.socket(),
         "pluginLogFile": node.plugin_log(),
         "pluginLogLevel": "DEBUG",
-        "runtimeConfig": {"io.kubernetes.cri.pod-annotations": {"kubernetes.io/config.source": "api"}},
+        "runtimeConfig": {"io.kubernetes.cri.pod-annotations": annotations},
     });
     if let Some(result) = prev_result {
         config["prevResult"] = result.clone();
     }
-    let Sandbox { container_id, netns, namespace, name, uid } = sandbox;
+    let Sandbox { container_id, netns, namespace, name, uid, annotations: _ } = sandbox;
     let mut command = Command::new(&node.binaries().plugin);
     command.env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).envs([
         ("CNI_COMMAND", verb),

@@ -337,3 +337,45 @@ async fn pods_that_trickle_in_while_an_eni_attaches_share_it() {
     assert_eq!(world.per_eni(), [14, 7], "one ENI, not one a pod");
     assert_eq!(world.cloud.count("CreateNetworkInterface"), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_on_every_network_card_keeps_its_addresses_through_a_restart() {
+    // Two cards.
+    let mut world = World::start(WorldSpec::new("c6in.32xlarge", &[("ENABLE_MULTI_NIC", "true"), ("WARM_IP_TARGET", "2")]));
+    world.handle.ready().await.expect("ready");
+    let wide =
+        |name: &str| stanchion_daemon::ipamd::AssignRequest { multi_nic: true, ..stanchion_lab::ipam_world::request(name, SECOND * 30) };
+    let held = world.handle.assign(wide("wide")).await.expect("an address of either card");
+    let cards: Vec<_> = held.attachments.iter().map(|attachment| (attachment.network_card, attachment.route_table)).collect();
+    assert_eq!(cards, [(0, 254), (1, 10_101)]);
+    world.veths.insert(stanchion_core::network::host_veth_name("eni", &stanchion_core::ids::PodName::new("default", "wide"), 0));
+    let plain = world.add("plain", SECOND).await.expect("served");
+    assert_eq!(plain.attachments.len(), 1);
+    let second_file = world.checkpoint().with_file_name("ipam-nic-1.json");
+    let of_card_1 = || Checkpoint::parse(&std::fs::read_to_string(&second_file).expect("written")).expect("aws-node's format").allocations;
+    assert_eq!(of_card_1().len(), 1, "each card has its file");
+    world.settle(SECOND * 20).await;
+
+    world.restart();
+    world.handle.ready().await.expect("ready");
+    assert_eq!(world.handle.lookup(key("wide")).await, Ok(Some(held.clone())));
+    let hosts = world.host.plan().pods;
+    assert_eq!(hosts.iter().filter(|pod| held.attachments.iter().any(|a| a.ipv4.map(Into::into) == Some(pod.address))).count(), 2);
+    let other = world.handle.assign(wide("other")).await.expect("an address of either card");
+    assert!(other.attachments.iter().all(|attachment| held.attachments.iter().all(|a| a.ipv4 != attachment.ipv4)), "no address twice");
+    assert_eq!(world.delete("wide").await, Ok(Some(held)));
+    assert_eq!(world.handle.release(key("other"), "PodDeleted").await, Ok(Some(other)));
+    assert_eq!(of_card_1().len(), 0);
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_the_switch_only_the_first_card_is_managed() {
+    let mut world = World::start(WorldSpec::new("c6in.32xlarge", &[("WARM_IP_TARGET", "2")]));
+    world.handle.ready().await.expect("ready");
+    let wide = stanchion_daemon::ipamd::AssignRequest { multi_nic: true, ..stanchion_lab::ipam_world::request("wide", SECOND) };
+    assert_eq!(world.handle.assign(wide).await.expect("served").attachments.len(), 1);
+    world.settle(SECOND * 20).await;
+    assert_eq!(world.per_eni().len(), 1);
+    world.stop().await;
+}

@@ -103,3 +103,45 @@ async fn add_and_del_may_be_repeated_and_del_needs_nothing() {
     assert!(reply.success, "{} {}", reply.json, reply.stderr);
     assert_eq!(cluster.leftovers().expect("looked"), Vec::<String>::new());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_with_an_interface_on_every_network_card_is_reached_on_each() {
+    let settings = [("ENABLE_MULTI_NIC", "true"), ("WARM_IP_TARGET", "2")];
+    let mut cluster = Cluster::start(&["c6in.32xlarge", "m5.large"], &settings).await.expect("the cluster starts");
+    let wide = PodSpec::new("x", "wide").annotation("k8s.amazonaws.com/nicConfig", "multi-nic-attachment");
+    cluster.add_pod(0, wide).await.expect("an address of either card");
+    cluster.add_pod(0, PodSpec::new("x", "plain")).await.expect("a pod with one");
+    cluster.add_pod(1, PodSpec::new("y", "far")).await.expect("a pod elsewhere");
+    let addresses = |cluster: &Cluster, name: &str| -> Vec<IpAddr> {
+        let ips = cluster.pod(name).result()["ips"].as_array().cloned().expect("addresses");
+        let address = |ip: &serde_json::Value| ip["address"].as_str()?.parse::<ipnet::IpNet>().ok();
+        ips.iter().map(|ip| address(ip).expect("an address").addr()).collect()
+    };
+    let card_of = |cluster: &Cluster, address: IpAddr| {
+        let eni = cluster.vpc().cloud().owner_of(address).unwrap_or_else(|| panic!("{address} is nobody's in EC2"));
+        cluster.vpc().cloud().eni(&eni).and_then(|eni| eni.attachment).expect("attached").network_card
+    };
+    let held = addresses(&cluster, "x/wide");
+    assert_eq!(held.iter().map(|address| card_of(&cluster, *address)).collect::<Vec<_>>(), [0, 1]);
+    assert_eq!(addresses(&cluster, "x/plain").len(), 1);
+    let names: Vec<_> = cluster.pod("x/wide").result()["interfaces"].as_array().expect("interfaces").clone();
+    assert_eq!((&names[1]["name"], &names[3]["name"]), (&"eth0".into(), &"mNicIf1".into()));
+    // The answer leaves by the ENI that has the address: the router drops it on any other.
+    for address in &held {
+        for from in ["x/plain", "y/far"] {
+            let answer = cluster.pod(from).probe(Protocol::Tcp, *address, 80).await.expect("the socket works");
+            assert_eq!(answer, Answer::Reached { seen_as: cluster.pod(from).address() }, "{from} to {address}");
+        }
+    }
+    assert_eq!(cluster.vpc().refused().expect("counters").wrong_source, 0);
+    for name in cluster.pod_names() {
+        cluster.delete_pod(&name).await.expect("deleted");
+    }
+    wait_for("clean nodes", SOON, || async {
+        let left = cluster.leftovers()?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await
+    .expect("nothing of the pods stays");
+}

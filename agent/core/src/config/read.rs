@@ -135,10 +135,7 @@ impl Config {
 
 /// Settings that are read above and whose effect is not there yet: `true` stops the start. Taking a row out switches the
 /// setting on.
-const REFUSED_WHEN_TRUE: [(&str, &str); 2] = [
-    ("ENABLE_MULTI_NIC", "pods on several network cards are not supported by this version"),
-    ("ENABLE_POD_ENI", "security groups for pods are not supported by this version"),
-];
+const REFUSED_WHEN_TRUE: [(&str, &str); 1] = [("ENABLE_POD_ENI", "security groups for pods are not supported by this version")];
 
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
 const MEANINGLESS: [(&str, &str); 11] = [

@@ -351,6 +351,10 @@ impl<'a> Reader<'a> {
         if pool.ipv6 && pool.custom_networking {
             self.error("ENABLE_IPv6", "true", "custom networking is for IPv4", "unset AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG");
         }
+        if pool.ipv6 && pool.multi_nic {
+            let remedy = "unset ENABLE_MULTI_NIC: on IPv6 nodes the primary ENI alone has pods";
+            self.error("ENABLE_MULTI_NIC", "true", "pods with several interfaces are for IPv4", remedy);
+        }
         if pool.prefix_delegation && pool.ipv4 && pool.warm_ip_target == 0 && pool.minimum_ip_target == 0 && pool.warm_prefix_target == 0 {
             let remedy = "set WARM_PREFIX_TARGET (1 is usual), WARM_IP_TARGET or MINIMUM_IP_TARGET";
             self.error("ENABLE_PREFIX_DELEGATION", "true", "no target says how many prefixes to hold", remedy);

@@ -12,6 +12,7 @@ use super::store::{EniRole, EniState, StoredEni};
 use super::types::Time;
 use crate::cloud::{Eni, EniKind, ImdsEni, InstanceIdentity, Subnet};
 use crate::ids::{InstanceId, SecurityGroupId, SubnetId};
+use crate::limits::InstanceLimits;
 use crate::network::eni_route_table;
 use crate::objects::{EniConfig, Node};
 
@@ -44,8 +45,8 @@ pub struct Adoption<'a> {
     pub custom_networking: bool,
     /// MANAGE_UNTAGGED_ENI.
     pub manage_untagged: bool,
-    /// Cards whose ENIs are managed.
-    pub cards: &'a [u16],
+    /// Cards whose ENIs are managed, and how many ENIs each may have.
+    pub cards: &'a [(u16, u16)],
     /// Subnets tagged `kubernetes.io/role/cni=0`.
     pub excluded_subnets: &'a BTreeSet<SubnetId>,
     /// Slots of an ENI besides its own address.
@@ -82,7 +83,7 @@ impl Adoption<'_> {
             imds.map(|eni| eni.network_card).or(ec2.and_then(|eni| eni.attachment.as_ref()).map(|attachment| attachment.network_card));
         match (kind, card) {
             (EniKind::Trunk, _) => EniRole::Trunk,
-            (_, Some(card)) if !self.cards.contains(&card) => EniRole::OtherCard,
+            (_, Some(card)) if !self.cards.iter().any(|(managed, _)| *managed == card) => EniRole::OtherCard,
             _ if excluded => EniRole::ExcludedSubnet,
             _ => EniRole::Pods,
         }
@@ -123,6 +124,27 @@ impl Adoption<'_> {
             cidrs: cidrs.into_iter().filter(|cidr| Some(cidr.addr()) != primary_ipv4.map(Into::into)).map(|cidr| (cidr, false)).collect(),
         })
     }
+}
+
+/// The network cards whose ENIs are managed and how many each may have: the first one, and where pods may have several interfaces
+/// (ENABLE_MULTI_NIC) every other card but those that were given to EFA alone.
+pub fn managed_cards(
+    limits: &InstanceLimits,
+    first_card_enis: u16,
+    multi_nic: bool,
+    imds: &[ImdsEni],
+    ec2: Option<&[Eni]>,
+) -> Vec<(u16, u16)> {
+    let kinds_on = |card: u16| -> Vec<EniKind> {
+        let described = |shown: &ImdsEni| ec2.and_then(|enis| enis.iter().find(|eni| eni.id == shown.id));
+        imds.iter().filter(|eni| eni.network_card == card).map(|eni| kind_of(Some(eni), described(eni))).collect()
+    };
+    let for_efa = |card: u16| {
+        let kinds = kinds_on(card);
+        !kinds.is_empty() && kinds.iter().all(|kind| *kind == EniKind::EfaOnly)
+    };
+    let further = limits.network_cards.iter().filter(|(card, _)| multi_nic && *card != 0 && !for_efa(*card));
+    std::iter::once((0, first_card_enis)).chain(further.copied()).collect()
 }
 
 fn kind_of(imds: Option<&ImdsEni>, ec2: Option<&Eni>) -> EniKind {

@@ -3,11 +3,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::store::{Allocation, Datastore, Held};
 use super::types::{IpamKey, Time};
-use crate::ids::{ContainerId, PodName};
+use crate::ids::{ContainerId, EniId, PodName};
 
 /// The format that aws-node writes and reads.
 const CHECKPOINT_VERSION: &str = "vpc-cni-ipam/1";
@@ -67,12 +68,26 @@ fn is_zero(count: &u32) -> bool {
 }
 
 /// The second file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CoolingFile {
     /// [`COOLING_VERSION`].
     pub version: String,
     /// Addresses that were released lately.
     pub cooling: Vec<CoolingEntry>,
+    /// Ranges that went from one ENI to another lately.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moved: Vec<MovedEntry>,
+}
+
+/// A range that EC2 gave to another ENI: an old picture still shows it on the one before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MovedEntry {
+    /// The range.
+    pub cidr: IpNet,
+    /// Where it is.
+    pub eni: EniId,
+    /// No picture is older than this.
+    pub until: Time,
 }
 
 /// A released address.
@@ -149,7 +164,8 @@ impl CoolingFile {
     /// The cool-downs that have not ended.
     pub fn of(store: &Datastore, now: Time) -> Self {
         let cooling = store.cooling(now).map(|(address, until)| CoolingEntry { address, until }).collect();
-        Self { version: COOLING_VERSION.to_owned(), cooling }
+        let moved = store.moved(now).map(|(cidr, eni, until)| MovedEntry { cidr, eni: eni.clone(), until }).collect();
+        Self { version: COOLING_VERSION.to_owned(), cooling, moved }
     }
 
     /// Reads a file.
@@ -256,5 +272,25 @@ mod tests {
         let read = CoolingFile::parse(&serde_json::to_string(&file).expect("serialises")).expect("reads");
         assert_eq!(read, file);
         assert!(CoolingFile::of(&store, Time(40_000)).cooling.is_empty());
+    }
+
+    #[test]
+    fn an_old_picture_does_not_bring_a_range_back_to_the_eni_it_left() {
+        let (left, came): (EniId, EniId) = ("eni-1".into(), "eni-2".into());
+        let range: IpNet = "10.0.0.9/32".parse().expect("range");
+        let mut store = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(30));
+        store.cool(range, Time(180_000));
+        assert!(store.granted(&came, range, Time(400)), "must be on disk first");
+        assert!(!store.granted(&came, "10.0.0.10/32".parse().expect("range"), Time(400)), "was on no other");
+        let text = serde_json::to_string(&CoolingFile::of(&store, Time(500))).expect("serialises");
+        // The process ends, and EC2's first answer to the next one is older than the move.
+        let mut next = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(30));
+        for MovedEntry { cidr, eni, until } in CoolingFile::parse(&text).expect("reads").moved {
+            next.restore_moved(cidr, eni, until);
+        }
+        assert!(next.is_elsewhere(&left, range, Time(1_000)) && !next.is_elsewhere(&came, range, Time(1_000)));
+        assert!(!next.is_elsewhere(&left, range, Time(180_000)), "no picture is that old");
+        next.cool(range, Time(200_000));
+        assert!(!next.is_elsewhere(&left, range, Time(1_000)), "it leaves again");
     }
 }

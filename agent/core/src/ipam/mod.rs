@@ -40,9 +40,10 @@ mod types;
 
 pub use adopt::{
     Adoption, DESCRIPTION_PREFIX, Leak, TAG_CLUSTER, TAG_CREATED, TAG_INSTANCE, TAG_NO_MANAGE, ec2_cidrs, eni_config_name,
-    enis_with_other_groups, excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config, tags_for_new,
+    enis_with_other_groups, excluded_subnets, imds_cidrs, judge_leak, managed_cards, missing_tags, place_by_discovery, place_by_eni_config,
+    tags_for_new,
 };
-pub use checkpoint::{Checkpoint, CheckpointEntry, CheckpointError, CoolingEntry, CoolingFile, Restored, restore};
+pub use checkpoint::{Checkpoint, CheckpointEntry, CheckpointError, CoolingEntry, CoolingFile, MovedEntry, Restored, restore};
 pub use decide::{ENI_MIN_AGE, JOIN_PATIENCE, REFILL_PAUSE, SHRINK_AFTER, addresses_in, plan};
 pub use fleet::{CallCount, Ec2Model, FleetAnswer, FleetQuestion, Rules, Scenario, fleet};
 pub use memory::{AddressKind, Budget, Memory, Shortage};

@@ -218,6 +218,8 @@ pub struct Datastore {
     owners: BTreeMap<IpAddr, IpamKey>,
     /// End of the cool-down of each released address; kept after it has passed, so that the longest-free is reused first.
     released: BTreeMap<IpAddr, Time>,
+    /// Ranges that EC2 gave to an ENI soon after another one lost them, and how long a picture may be older than that.
+    moved: BTreeMap<IpNet, (EniId, Time)>,
 }
 
 /// Expired cool-downs that are remembered for the order of reuse. A /80 has 2^48 addresses: forgetting the oldest costs
@@ -321,19 +323,38 @@ impl Datastore {
     }
 
     /// EC2 has just given the range to an ENI (again): it is on no other one, whatever we thought of a call without a reply, and
-    /// what kept it from being given out is over. A pod's own cool-down had ended before the range could leave.
-    pub fn granted(&mut self, id: &EniId, cidr: IpNet, now: Time) {
+    /// what kept it from being given out is over. A pod's own cool-down had ended before the range could leave. True: it had
+    /// just left one, which must be on disk before it is given out, as an old picture may still show it there.
+    pub fn granted(&mut self, id: &EniId, cidr: IpNet, now: Time) -> bool {
         for eni in self.enis.values_mut().filter(|eni| eni.id != *id) {
             eni.cidrs.remove(&cidr);
         }
+        let mut going = None;
         for (_, until) in self.released.range_mut(cidr.network()..=cidr.broadcast()) {
+            going = going.max(Some(*until).filter(|until| *until > now));
             *until = now.min(*until);
         }
+        if let Some(until) = going {
+            self.moved.insert(cidr, (id.clone(), until));
+        }
+        going.is_some()
     }
 
-    /// Another ENI has the range by what we know, and is not giving it back.
-    pub fn is_elsewhere(&self, id: &EniId, cidr: IpNet) -> bool {
+    /// Another ENI has the range by what we know, and is not giving it back; or it came to another one so lately that who sees it
+    /// here looks at an old picture.
+    pub fn is_elsewhere(&self, id: &EniId, cidr: IpNet, now: Time) -> bool {
         self.enis.values().any(|eni| eni.id != *id && eni.cidrs.get(&cidr) == Some(&false))
+            || self.moved.get(&cidr).is_some_and(|(eni, until)| eni != id && *until > now)
+    }
+
+    /// Ranges that came to an ENI lately, and until when a picture may be older than that.
+    pub fn moved(&self, now: Time) -> impl Iterator<Item = (IpNet, &EniId, Time)> + '_ {
+        self.moved.iter().filter(move |(_, (_, until))| *until > now).map(|(cidr, (eni, until))| (*cidr, eni, *until))
+    }
+
+    /// Records such a range (second checkpoint file).
+    pub fn restore_moved(&mut self, cidr: IpNet, eni: EniId, until: Time) {
+        self.moved.insert(cidr, (eni, until));
     }
 
     /// Takes a CIDR off an ENI; what pods hold in it stays held.
@@ -449,6 +470,7 @@ impl Datastore {
         if addresses_of(cidr) > u64::from(PREFIX_ADDRESSES) {
             return;
         }
+        self.moved.remove(&cidr);
         for address in addresses(cidr).filter(|address| !self.owners.contains_key(address)) {
             self.released.insert(address, until);
         }

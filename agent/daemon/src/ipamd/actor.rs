@@ -230,10 +230,11 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     }
 
     fn try_assign(&mut self, request: &AssignRequest) -> bool {
-        let cards: Vec<u16> =
-            self.pool_limits.cards.iter().map(|(card, _)| *card).take(if request.multi_nic { usize::MAX } else { 1 }).collect();
+        let cards: Vec<u16> = self.pool_limits.cards.iter().map(|(card, _)| *card).collect();
         let now = self.clock.now();
-        self.store.assign(&request.key, &request.pod, &cards, now).is_some()
+        // One address of every card, or one of the first card that has any.
+        let at_a_time = if request.multi_nic { cards.len() } else { 1 };
+        cards.chunks(at_a_time.max(1)).any(|cards| self.store.assign(&request.key, &request.pod, cards, now).is_some())
     }
 
     fn release(&mut self, key: &IpamKey) -> Option<(Allocation, Assignment)> {

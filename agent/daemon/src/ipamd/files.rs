@@ -1,5 +1,6 @@
 //! The checkpoint on disk: temp file, fsync, rename, fsync of the directory.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -7,11 +8,13 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use stanchion_core::ipam::{Checkpoint, CheckpointError, CoolingFile, Datastore, Time};
 
-/// The checkpoint of card 0 and the cool-downs beside it.
+/// The checkpoint of card 0, those of the other cards and the cool-downs beside it.
 #[derive(Clone, Debug)]
 pub(super) struct Files {
     checkpoint: PathBuf,
     cooling: PathBuf,
+    /// What was written last for each card but the first: most pods have no address there, and a write is an fsync.
+    further: BTreeMap<u16, Option<Checkpoint>>,
 }
 
 /// Why a file could not be read or written.
@@ -38,20 +41,35 @@ pub enum FileError {
 }
 
 impl Files {
-    /// `checkpoint` is AWS_VPC_K8S_CNI_BACKING_STORE; the second file lies beside it.
-    pub(super) fn new(checkpoint: &Path) -> Self {
+    /// `checkpoint` is AWS_VPC_K8S_CNI_BACKING_STORE; the other files lie beside it. `cards` are the managed ones.
+    pub(super) fn new(checkpoint: &Path, cards: &[(u16, u16)]) -> Self {
         let cooling = checkpoint.with_file_name("stanchion-cooling.json");
-        Self { checkpoint: checkpoint.to_path_buf(), cooling }
+        let further = cards.iter().filter(|(card, _)| *card != 0).map(|(card, _)| (*card, None)).collect();
+        Self { checkpoint: checkpoint.to_path_buf(), cooling, further }
+    }
+
+    /// As aws-node names it: `ipam.json`, `ipam-nic-1.json`, …
+    fn path_of(&self, card: u16) -> PathBuf {
+        if card == 0 {
+            return self.checkpoint.clone();
+        }
+        let stem = self.checkpoint.file_stem().unwrap_or_default().to_string_lossy();
+        self.checkpoint.with_file_name(format!("{stem}-nic-{card}.json"))
     }
 
     pub(super) fn checkpoint_path(&self) -> &Path {
         &self.checkpoint
     }
 
-    /// What is held; `None` on a fresh node.
-    pub(super) fn read_checkpoint(&self) -> Result<Option<Checkpoint>, FileError> {
-        let Some(text) = read(&self.checkpoint)? else { return Ok(None) };
-        Checkpoint::parse(&text).map(Some).map_err(|source| FileError::Content { path: self.checkpoint.clone(), source })
+    /// What is held on a card; `None` on a fresh node.
+    pub(super) fn read_checkpoint(&mut self, card: u16) -> Result<Option<Checkpoint>, FileError> {
+        let path = self.path_of(card);
+        let Some(text) = read(&path)? else { return Ok(None) };
+        let file = Checkpoint::parse(&text).map_err(|source| FileError::Content { path, source })?;
+        if let Some(written) = self.further.get_mut(&card) {
+            *written = Some(file.clone());
+        }
+        Ok(Some(file))
     }
 
     /// Cool-downs; none when the file is missing. A file that cannot be read is told and ignored: it is a courtesy to
@@ -61,8 +79,17 @@ impl Files {
         CoolingFile::parse(&text).map(Some).map_err(|source| FileError::Content { path: self.cooling.clone(), source })
     }
 
-    /// Makes what is held durable.
-    pub(super) fn write_checkpoint(&self, store: &Datastore) -> Result<(), FileError> {
+    /// Makes what is held durable. A crash between two files leaves an attachment with an address of some cards only; nobody was
+    /// told of it, so its pod has no veth and the next start releases it.
+    pub(super) fn write_checkpoint(&mut self, store: &Datastore) -> Result<(), FileError> {
+        for card in self.further.keys().copied().collect::<Vec<_>>() {
+            let now = Checkpoint::of(store, card);
+            let written = self.further.get(&card).and_then(Option::as_ref);
+            if written.map_or(!now.allocations.is_empty(), |written| *written != now) {
+                write(&self.path_of(card), &now)?;
+                self.further.insert(card, Some(now));
+            }
+        }
         write(&self.checkpoint, &Checkpoint::of(store, 0))
     }
 

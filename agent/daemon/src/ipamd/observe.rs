@@ -84,7 +84,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             identity: &self.identity,
             custom_networking: self.config.pool.custom_networking,
             manage_untagged: self.config.pool.manage_untagged_eni,
-            cards: &[0],
+            cards: &self.pool_limits.cards,
             excluded_subnets: &self.excluded,
             slots: self.limits.slots_per_eni(),
             now,
@@ -246,7 +246,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 continue;
             }
             record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
-            record.cidrs.retain(|cidr, _| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&record.id, *cidr));
+            record.cidrs.retain(|cidr, _| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&record.id, *cidr, now));
             match self.store.eni_mut(&record.id) {
                 Some(known) => {
                     known.role = record.role;

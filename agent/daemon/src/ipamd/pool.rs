@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use ipnet::IpNet;
 use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api, Ec2Error, Imds};
-use stanchion_core::ids::SubnetId;
+use stanchion_core::ids::{EniId, SubnetId};
 use stanchion_core::ipam::{Action, Blocked, DESCRIPTION_PREFIX, Demand, EniState, Placement, PlanInput, Provisioning, plan, tags_for_new};
 use stanchion_core::network::HostNetwork;
 use tokio::time::Instant;
@@ -170,12 +171,14 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 if let Some((subnet, request)) = asked {
                     self.memory.subnet_gave(subnet, request);
                 }
-                cidrs.iter().for_each(|cidr| self.store.granted(&eni, *cidr, now));
+                self.granted(&eni, &cidrs);
                 self.store.add_cidrs(&eni, cidrs);
             }
             Done::Refreshed { eni, cidrs } => {
-                let there: Vec<_> =
-                    cidrs.into_iter().filter(|cidr| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&eni, *cidr)).collect();
+                let there: Vec<_> = cidrs
+                    .into_iter()
+                    .filter(|cidr| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&eni, *cidr, now))
+                    .collect();
                 self.store.add_cidrs(&eni, there);
                 self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
             }
@@ -186,7 +189,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 tracing::info!(eni = %eni.id, mac = %eni.mac, subnet = %eni.subnet, "attached");
                 let subnet = self.subnets.iter().find(|subnet| subnet.id == eni.subnet);
                 if let Some(mut record) = self.adoption(now).record(None, Some(&eni), subnet) {
-                    record.cidrs.keys().for_each(|cidr| self.store.granted(&record.id, *cidr, now));
+                    self.granted(&record.id, &record.cidrs.keys().copied().collect::<Vec<_>>());
                     record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
                     record.state = EniState::Joining;
                     self.store.put_eni(record);
@@ -203,6 +206,18 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.host_due = Some(Instant::now());
             }
             Done::Failed(error) => self.action_failed(&action, &error),
+        }
+    }
+
+    /// Ranges that left another ENI just before are told to the next process, before anybody gets an address of them: as long as the
+    /// file is not written it says that they are on their way to EC2, and they serve nobody.
+    fn granted(&mut self, eni: &EniId, cidrs: &[IpNet]) {
+        let now = self.clock.now();
+        let moved = cidrs.iter().filter(|cidr| self.store.granted(eni, **cidr, now)).count();
+        if moved > 0
+            && let Err(error) = self.files.write_cooling(&self.store, now)
+        {
+            self.error("write cool-downs", &error);
         }
     }
 

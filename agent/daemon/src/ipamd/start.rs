@@ -9,7 +9,10 @@ use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, Imd
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::PodName;
-use stanchion_core::ipam::{Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Targets, excluded_subnets, restore};
+use stanchion_core::ipam::{
+    CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Targets, excluded_subnets, managed_cards,
+    restore,
+};
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, host_veth_name};
 use tokio::sync::{mpsc, watch};
@@ -151,9 +154,10 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
 
     let seed = seed_of(identity.instance.as_str());
     let eni_limit = parts.config.pool.max_eni.map_or(limits.max_enis, |max| max.min(limits.max_enis));
+    let cards = managed_cards(&limits, eni_limit, parts.config.pool.multi_nic, &shown, attached.as_deref());
     let now = Instant::now();
     let mut actor = Actor {
-        files: Files::new(&parts.checkpoint),
+        files: Files::new(&parts.checkpoint, &cards),
         clock,
         executor,
         imds,
@@ -161,7 +165,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         cluster: parts.cluster,
         cluster_open: true,
         node_name: parts.node_name,
-        pool_limits: PoolLimits { cards: vec![(0, eni_limit)], slots_per_eni: limits.slots_per_eni(), max_pods: 0 },
+        pool_limits: PoolLimits { cards, slots_per_eni: limits.slots_per_eni(), max_pods: 0 },
         placement: Placement::Nowhere("the primary ENI is not known yet".to_owned()),
         subnets: Vec::new(),
         excluded: BTreeSet::new(),
@@ -206,7 +210,9 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         Ok(subnets) => actor.take_subnets(subnets),
         Err(error) => actor.error("describe subnets", &error),
     }
+    let cooling = actor.take_moved();
     actor.take_enis(&shown, attached.as_deref());
+    cooling.into_iter().for_each(|entry| actor.store.restore_cooling(entry.address, entry.until));
     actor.take_checkpoint(&parts.interfaces)?;
     actor.find_wanting();
     actor.set_max_pods();
@@ -255,6 +261,21 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.subnets = subnets;
     }
 
+    /// What went from ENI to ENI lately, before the first picture of them, which may be older; returns the cool-downs.
+    fn take_moved(&mut self) -> Vec<CoolingEntry> {
+        match self.files.read_cooling() {
+            Ok(file) => {
+                let CoolingFile { cooling, moved, .. } = file.unwrap_or_default();
+                moved.into_iter().for_each(|entry| self.store.restore_moved(entry.cidr, entry.eni, entry.until));
+                cooling
+            }
+            Err(error) => {
+                self.error("read cool-downs", &error);
+                Vec::new()
+            }
+        }
+    }
+
     /// The primary ENI's interface is the node's own and there; the others join when theirs are ready.
     fn take_enis(&mut self, shown: &[ImdsEni], attached: Option<&[Eni]>) {
         self.adopt(shown, attached);
@@ -267,22 +288,24 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// Who holds what, by the checkpoint; what it lacks cannot be known.
     fn take_checkpoint(&mut self, interfaces: &BTreeSet<String>) -> Result<(), StartError> {
         let now = self.clock.now();
-        match self.files.read_cooling() {
-            Ok(Some(file)) => file.cooling.iter().for_each(|entry| self.store.restore_cooling(entry.address, entry.until)),
-            Ok(None) => {}
-            Err(error) => self.error("read cool-downs", &error),
-        }
-        let Some(file) = self.files.read_checkpoint()? else { return Ok(()) };
         let suffixes: BTreeSet<&str> = interfaces.iter().filter_map(|name| name.get(name.len().checked_sub(VETH_HASH)?..)).collect();
-        let restored = restore(&mut self.store, &file, 0, now, |pod| suffixes.contains(veth_hash(pod).as_str()));
-        tracing::info!(kept = restored.kept, released = restored.released.len(), "checkpoint read");
-        for (key, address) in &restored.refused {
-            self.error_text("restore", format!("{address} is held twice in the checkpoint; {key} loses it"));
+        let mut fresh = true;
+        for (card, _) in self.pool_limits.cards.clone() {
+            let Some(file) = self.files.read_checkpoint(card)? else { continue };
+            fresh = false;
+            let restored = restore(&mut self.store, &file, card, now, |pod| suffixes.contains(veth_hash(pod).as_str()));
+            tracing::info!(card, kept = restored.kept, released = restored.released.len(), "checkpoint read");
+            for (key, address) in &restored.refused {
+                self.error_text("restore", format!("{address} is held twice in the checkpoint; {key} loses it"));
+            }
+            if !restored.without_eni.is_empty() {
+                // The picture of the ENIs may be stale; EC2 tells.
+                self.ec2_verified = false;
+                self.observe_due = Instant::now();
+            }
         }
-        if !restored.without_eni.is_empty() {
-            // The picture of the ENIs may be stale; EC2 tells.
-            self.ec2_verified = false;
-            self.observe_due = Instant::now();
+        if fresh {
+            return Ok(());
         }
         self.files.write_cooling(&self.store, now)?;
         self.files.write_checkpoint(&self.store)?;

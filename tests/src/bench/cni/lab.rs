@@ -90,6 +90,7 @@ fn pod(node: &Node, number: usize) -> anyhow::Result<Pod> {
         namespace: NAMESPACE.to_owned(),
         name,
         uid,
+        annotations: Vec::new(),
     };
     Ok(Pod { sandbox, _netns: netns })
 }

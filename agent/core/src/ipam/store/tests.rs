@@ -169,10 +169,10 @@ fn an_address_that_ec2_gives_to_another_eni_is_on_that_one_only() {
     let moved = cidr(0, 3, false);
     store.add_cidrs(&id(0), [moved]);
     store.set_leaving(&id(0), moved, true);
-    assert!(!store.is_elsewhere(&id(1), moved), "it is on its way");
+    assert!(!store.is_elsewhere(&id(1), moved, Time(0)), "it is on its way");
     store.granted(&id(1), moved, Time(0));
     store.add_cidrs(&id(1), [moved]);
     let address = store.assign(&key(1), &PodName::default(), &[0], Time(0)).expect("free").held[0].address;
     assert_eq!(store.eni_of(address).map(|eni| &eni.id), Some(&id(1)));
-    assert!(store.is_elsewhere(&id(0), moved));
+    assert!(store.is_elsewhere(&id(0), moved, Time(0)));
 }
