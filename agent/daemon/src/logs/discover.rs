@@ -1,6 +1,7 @@
 //! Which log files there are: the flat directory of links, or the tree of pods.
 
 use std::collections::{BTreeSet, HashMap};
+use std::fs::DirEntry;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -38,10 +39,12 @@ pub(super) fn list(dir: &Path, settings: &LogSettings, known: &HashMap<String, P
                 found.push(Found { live, file_name: name.to_owned(), names, host: None });
             }
         } else if name.contains('_') && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            pod_dir(&entry.path(), name, settings, &mut found);
+            pod_dir(&entry.path(), name, settings, &mut found)?;
         }
     }
-    settings.host_files.iter().enumerate().for_each(|(index, entry)| host_files(index, &entry.path, &mut found));
+    for (index, entry) in settings.host_files.iter().enumerate() {
+        host_files(index, &entry.path, &mut found)?;
+    }
     found.sort_by(|a, b| a.live.cmp(&b.live));
     found.dedup_by(|a, b| a.live == b.live);
     Ok(found)
@@ -60,11 +63,21 @@ fn names_of_flat(name: &str, live: &Path) -> Option<ContainerRef> {
     Some(names)
 }
 
-fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Found>) {
-    for container in std::fs::read_dir(path).into_iter().flatten().flatten() {
+/// Entries of a directory; one that is not there has none. Any other error is one: a file that is not seen because the
+/// process has no descriptor left to list with would be a lost file.
+fn entries(dir: &Path) -> io::Result<Vec<DirEntry>> {
+    match std::fs::read_dir(dir) {
+        Ok(entries) => entries.collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}
+
+fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Found>) -> io::Result<()> {
+    for container in entries(path)? {
         let container_name = container.file_name();
         let Some(names) = container_name.to_str().and_then(|container| parse_pod_dir(name, container)) else { continue };
-        for file in std::fs::read_dir(container.path()).into_iter().flatten().flatten() {
+        for file in entries(&container.path())? {
             let file_name = file.file_name();
             let Some(number) = file_name.to_str().and_then(|file| file.strip_suffix(".log")) else { continue };
             let flat = format!("{}_{}_{}-{}-{number}.log", names.pod, names.namespace, names.container, names.uid);
@@ -75,12 +88,12 @@ fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Foun
             }
         }
     }
+    Ok(())
 }
 
-/// A directory that is not there has no files.
-fn host_files(index: usize, path: &str, found: &mut Vec<Found>) {
-    let Some((dir, pattern)) = path.rsplit_once('/') else { return };
-    for entry in std::fs::read_dir(if dir.is_empty() { "/" } else { dir }).into_iter().flatten().flatten() {
+fn host_files(index: usize, path: &str, found: &mut Vec<Found>) -> io::Result<()> {
+    let Some((dir, pattern)) = path.rsplit_once('/') else { return Ok(()) };
+    for entry in entries(Path::new(if dir.is_empty() { "/" } else { dir }))? {
         let name = entry.file_name();
         if let Some(name) = name.to_str()
             && glob(pattern, name)
@@ -91,6 +104,7 @@ fn host_files(index: usize, path: &str, found: &mut Vec<Found>) {
             found.push(Found { live, file_name: name.to_owned(), names: None, host: Some(index) });
         }
     }
+    Ok(())
 }
 
 fn wanted(name: &str, settings: &LogSettings) -> bool {
@@ -105,17 +119,44 @@ pub(super) struct Siblings(HashMap<PathBuf, BTreeSet<String>>);
 impl Siblings {
     /// Rotated siblings of a live file, oldest first. Where both forms of one are there, compression is at work: the plain
     /// one is whole.
-    pub(super) fn rotated(&mut self, live: &Path) -> Vec<(Rotated, PathBuf)> {
-        let (Some(dir), Some(name)) = (live.parent(), live.file_name().and_then(|name| name.to_str())) else { return Vec::new() };
+    ///
+    /// # Errors
+    /// The directory cannot be listed.
+    pub(super) fn rotated(&mut self, live: &Path) -> io::Result<Vec<(Rotated, PathBuf)>> {
+        let (Some(dir), Some(name)) = (live.parent(), live.file_name().and_then(|name| name.to_str())) else { return Ok(Vec::new()) };
         if !self.0.contains_key(dir) {
-            let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-            self.0.insert(dir.to_owned(), entries.filter_map(|entry| entry.file_name().into_string().ok()).collect());
+            let names = entries(dir)?.into_iter().filter_map(|entry| entry.file_name().into_string().ok());
+            self.0.insert(dir.to_owned(), names.collect());
         }
-        let Some(names) = self.0.get(dir) else { return Vec::new() };
+        let Some(names) = self.0.get(dir) else { return Ok(Vec::new()) };
         let family = names.range(format!("{name}.")..).take_while(|sibling| sibling.starts_with(name));
         let mut siblings: Vec<_> = family.filter_map(|sibling| Some((parse_rotated(name, sibling)?, dir.join(sibling)))).collect();
         siblings.sort();
         siblings.dedup_by(|later, earlier| later.0.suffix == earlier.0.suffix);
-        siblings
+        Ok(siblings)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_cannot_be_listed_is_an_error_and_not_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let in_the_way = dir.path().join("pods");
+        let rotated = |path: &Path| Siblings::default().rotated(&path.join("0.log"));
+        assert_eq!(rotated(&in_the_way).unwrap(), [], "not there");
+        std::fs::write(&in_the_way, "a file").unwrap();
+        assert_eq!(rotated(&in_the_way).unwrap_err().kind(), io::ErrorKind::NotADirectory);
+        let host = |path: &Path| host_files(0, &path.join("*.log").display().to_string(), &mut Vec::new());
+        assert_eq!(host(&in_the_way).unwrap_err().kind(), io::ErrorKind::NotADirectory);
+        host(&dir.path().join("none")).unwrap();
+        assert_eq!(
+            pod_dir(&in_the_way, "ns_pod_uid", &LogSettings::new(stanchion_core::logs::record::Layout::Raw), &mut Vec::new())
+                .unwrap_err()
+                .kind(),
+            io::ErrorKind::NotADirectory
+        );
     }
 }

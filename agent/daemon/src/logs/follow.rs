@@ -20,7 +20,7 @@ pub(super) fn open_generations(
     now_ms: i64,
 ) -> io::Result<()> {
     let mut family = Vec::new();
-    for (rotated, path) in siblings.rotated(&container.live) {
+    for (rotated, path) in siblings.rotated(&container.live)? {
         container.known_rotated.insert(rotated.suffix);
         match if rotated.gz { Source::open_gz(&path) } else { Source::open(&path) } {
             // The node's own files are renamed in many ways: only what was read before is known to be older.
@@ -79,7 +79,7 @@ pub(super) fn follow(container: &mut Container, now_ms: i64) -> io::Result<bool>
     for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_none()) {
         generation.rotated_ms = Some(now_ms);
     }
-    let rotated = if container.host.is_some() { Vec::new() } else { Siblings::default().rotated(&container.live) };
+    let rotated = if container.host.is_some() { Vec::new() } else { Siblings::default().rotated(&container.live)? };
     for (rotated, path) in rotated {
         if container.known_rotated.contains(&rotated.suffix) {
             continue;
