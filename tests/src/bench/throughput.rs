@@ -139,8 +139,9 @@ impl Bed {
 
     fn filter(&self) -> anyhow::Result<()> {
         let chain = format!(
-            "table ip compared {{ chain pods {{ type filter hook forward priority 0; policy drop; ct state established,related accept; \
-             ip saddr {CLIENT} ip daddr {SERVER} tcp dport {PORT} accept; }} }}"
+            "add table ip compared; add chain ip compared pods {{ type filter hook forward priority 0; policy drop; }}; \
+             add rule ip compared pods ct state established,related accept; \
+             add rule ip compared pods ip saddr {CLIENT} ip daddr {SERVER} tcp dport {PORT} accept"
         );
         let output = self.node.output(Command::new("nft").arg(chain))?;
         ensure!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
