@@ -20,7 +20,7 @@ fn null_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deseri
 
 /// What every object carries.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
+#[serde(rename_all = "camelCase", from = "WireMeta")]
 pub struct Meta {
     /// Name, unique in its namespace and kind.
     pub name: String,
@@ -31,18 +31,59 @@ pub struct Meta {
     /// Opaque version; empty in hand-written manifests.
     pub resource_version: String,
     /// Labels.
-    #[serde(deserialize_with = "null_default")]
     pub labels: Labels,
     /// Annotations.
-    #[serde(deserialize_with = "null_default")]
     pub annotations: Labels,
     /// RFC 3339; present while the object is being deleted (a terminating pod).
     pub deletion_timestamp: Option<String>,
     /// RFC 3339.
     pub creation_timestamp: Option<String>,
     /// Owners, for names of workloads.
-    #[serde(deserialize_with = "null_default")]
     pub owner_references: Vec<OwnerReference>,
+    /// Which maps the object did not have at all, rather than empty: log records leave them out too.
+    #[serde(skip)]
+    pub absent: Absent,
+}
+
+/// Maps that an object does not have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Absent {
+    /// No labels.
+    pub labels: bool,
+    /// No annotations.
+    pub annotations: bool,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct WireMeta {
+    name: String,
+    namespace: String,
+    uid: String,
+    resource_version: String,
+    labels: Option<Labels>,
+    annotations: Option<Labels>,
+    deletion_timestamp: Option<String>,
+    creation_timestamp: Option<String>,
+    #[serde(deserialize_with = "null_default")]
+    owner_references: Vec<OwnerReference>,
+}
+
+impl From<WireMeta> for Meta {
+    fn from(wire: WireMeta) -> Self {
+        Self {
+            absent: Absent { labels: wire.labels.is_none(), annotations: wire.annotations.is_none() },
+            name: wire.name,
+            namespace: wire.namespace,
+            uid: wire.uid,
+            resource_version: wire.resource_version,
+            labels: wire.labels.unwrap_or_default(),
+            annotations: wire.annotations.unwrap_or_default(),
+            deletion_timestamp: wire.deletion_timestamp,
+            creation_timestamp: wire.creation_timestamp,
+            owner_references: wire.owner_references,
+        }
+    }
 }
 
 /// Who made an object: a ReplicaSet, a Job, a DaemonSet.

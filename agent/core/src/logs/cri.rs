@@ -67,7 +67,7 @@ pub struct Line<'a> {
 impl<'a> Line<'a> {
     /// Reads a line in whichever form it has; a line in none is all content.
     pub fn parse(line: &'a [u8]) -> Self {
-        cri(line).or_else(|| docker(line)).unwrap_or_else(|| Self::plain(line))
+        cri(line).or_else(|| docker(line)).or_else(|| loose_cri(line)).unwrap_or_else(|| Self::plain(line))
     }
 
     /// What of a file's line is a line: without the carriage return before its newline, and without the zeros that a truncated or sparse
@@ -108,6 +108,21 @@ fn cri(line: &[u8]) -> Option<Line<'_>> {
         _ => return None,
     };
     Some(Line { header: Header::Cri { time, tag }, output, timestamp_ms: timestamp_ms(time), partial, content: Cow::Borrowed(content) })
+}
+
+/// A line whose time is written with spaces, or is none: Fluent Bit's pattern takes anything for it.
+fn loose_cri(line: &[u8]) -> Option<Line<'_>> {
+    memchr::memmem::find_iter(line, b" std").filter(|at| *at > 0).find_map(|at| {
+        let rest = &line[at + 1..];
+        let output = match rest.get(..7)? {
+            b"stdout " => Output::Stdout,
+            b"stderr " => Output::Stderr,
+            _ => return None,
+        };
+        let tag = rest.get(7..8).filter(|tag| matches!(tag[0], b'F' | b'P') && rest.get(8) == Some(&b' '))?;
+        let (time, content) = (&line[..at], Cow::Borrowed(&rest[9..]));
+        Some(Line { header: Header::Cri { time, tag }, output, timestamp_ms: timestamp_ms(time), partial: tag == b"P", content })
+    })
 }
 
 #[derive(Deserialize)]
@@ -168,8 +183,15 @@ pub fn timestamp_ms(text: &[u8]) -> Option<i64> {
     }
     let offset_minutes = match text.get(at)? {
         b'Z' | b'z' if text.len() == at + 1 => 0,
-        sign @ (b'+' | b'-') if text.len() == at + 6 && is(at + 3, b':') => {
-            let minutes = digits(at + 1, 2)? * 60 + digits(at + 4, 2)?;
+        sign @ (b'+' | b'-') => {
+            // `+05:30`, `+0530` and `+05`.
+            let minutes = match text.len() - at {
+                3 => 0,
+                5 => digits(at + 3, 2)?,
+                6 if is(at + 3, b':') => digits(at + 4, 2)?,
+                _ => return None,
+            };
+            let minutes = digits(at + 1, 2)? * 60 + minutes;
             if *sign == b'-' { -minutes } else { minutes }
         }
         _ => return None,
@@ -245,8 +267,32 @@ mod tests {
 
     #[test]
     fn another_tag_is_no_cri_line() {
-        for text in [&b"2026-11-20T10:00:12Z stdout X text"[..], b"2026-11-20T10:00:12Z stdout  text", b"a stdout Ptext x"] {
+        for text in [&b"2026-11-20T10:00:12Z stdout X text"[..], b"2026-11-20T10:00:12Z stdout  text", b"a stdout Ptext x", b" stdout F x"] {
             assert_eq!(Line::parse(text), Line::plain(text));
+        }
+    }
+
+    #[test]
+    fn a_time_of_several_words_is_a_time_that_cannot_be_read() {
+        for (text, time, content, partial) in [
+            (&b"2026-11-20 10:00:12 stderr P a b"[..], &b"2026-11-20 10:00:12"[..], &b"a b"[..], true),
+            (b"2026-11-20T10:00:12Z stdout X text stderr F y", b"2026-11-20T10:00:12Z stdout X text", b"y", false),
+            (b"x stdin stderr F ", b"x stdin", b"", false),
+        ] {
+            let line = Line::parse(text);
+            assert_eq!(line.header, Header::Cri { time, tag: if partial { b"P" } else { b"F" } });
+            assert_eq!((line.output, line.timestamp_ms, &*line.content, line.partial), (Output::Stderr, None, content, partial));
+        }
+    }
+
+    #[test]
+    fn offsets_with_and_without_their_colon() {
+        for offset in ["+05:30", "+0530"] {
+            assert_eq!(timestamp_ms(format!("2026-11-20T15:30:13.5{offset}").as_bytes()), Some(1_795_168_813_500), "{offset}");
+        }
+        assert_eq!(timestamp_ms(b"2026-11-20T08:00:13-02"), Some(1_795_168_813_000));
+        for odd in ["+5", "+053", "+05:3", "+05:300", "+", "+0x:30"] {
+            assert_eq!(timestamp_ms(format!("2026-11-20T15:30:13{odd}").as_bytes()), None, "{odd}");
         }
     }
 

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::cri::Output;
 use super::names::ContainerRef;
-use crate::objects::{ContainerStatus, Labels, Pod};
+use crate::objects::{Absent, ContainerStatus, Labels, Pod};
 
 /// What is known of a container instance.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -29,6 +29,9 @@ pub struct PodIdentity {
     pub labels: Labels,
     /// Annotations.
     pub annotations: Labels,
+    /// Which of the two the pod does not have at all.
+    #[serde(skip)]
+    pub absent: Absent,
     /// `repo@sha256:…`.
     pub image_hash: String,
     /// The image as the runtime resolved it.
@@ -52,6 +55,7 @@ impl Identity {
             ip: pod.status.pod_ip.map(|ip| ip.to_string()).unwrap_or_default(),
             labels: pod.metadata.labels.clone(),
             annotations: pod.metadata.annotations.clone(),
+            absent: pod.metadata.absent,
             image_hash: text(status.map(|status| &status.image_id)),
             image: text(status.map(|status| &status.image)),
         };
@@ -82,10 +86,10 @@ impl Identity {
                 Value::Object(labels.iter().map(|(key, value)| (key.clone(), Value::from(value.as_str()))).collect::<Map<_, _>>())
             };
             let at = members.iter().position(|(name, _)| name == "host").unwrap_or(members.len());
-            if annotations {
+            if annotations && !pod.absent.annotations {
                 members.insert(at, ("annotations".to_owned(), map(&pod.annotations)));
             }
-            if labels {
+            if labels && !pod.absent.labels {
                 members.insert(at, ("labels".to_owned(), map(&pod.labels)));
             }
         }
@@ -126,4 +130,24 @@ fn status<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {
 /// `containerd://<id>` without the runtime.
 fn container_id(text: &str) -> String {
     text.rsplit_once("://").map_or(text, |(_, id)| id).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::logs::names::parse_flat;
+
+    #[test]
+    fn a_pod_without_labels_has_none_and_one_with_an_empty_map_has_that() {
+        let names = parse_flat(&format!("web_shop_app-{:064x}.log", 7)).unwrap();
+        for (metadata, labels, annotations) in [
+            (r#"{"name":"web","namespace":"shop"}"#, false, false),
+            (r#"{"name":"web","namespace":"shop","labels":null,"annotations":{}}"#, false, true),
+            (r#"{"name":"web","namespace":"shop","labels":{"a":"b"}}"#, true, false),
+        ] {
+            let pod: Pod = serde_json::from_str(&format!("{{\"metadata\":{metadata}}}")).unwrap();
+            let record: Value = serde_json::from_str(&Identity::new(&names, Some(&pod)).to_json(true, true)).unwrap();
+            assert_eq!((record.get("labels").is_some(), record.get("annotations").is_some()), (labels, annotations), "{metadata}");
+        }
+    }
 }

@@ -75,7 +75,19 @@ pub struct Joiner {
 struct OutputState {
     partial: Open,
     group: Open,
-    rule: Option<(usize, State)>,
+    memory: Memory,
+}
+
+/// What the rules remember of one output.
+#[derive(Debug, Default)]
+struct Memory {
+    /// The rule whose group is open.
+    open: Option<usize>,
+    /// The rule that took the latest line of a group; asked first.
+    latest: usize,
+    /// Where each rule stands. It outlives its group, so that the rest of a trace that another line interrupts is one event too, as with
+    /// Fluent Bit.
+    states: SmallVec<[Option<State>; 4]>,
 }
 
 /// An event that is not complete; `marks` is empty when there is none. The buffers are kept for the next.
@@ -146,6 +158,17 @@ impl Open {
         self.touched_ms = now_ms;
     }
 
+    /// One more line of a group. An empty one is a line end by itself, as with Fluent Bit.
+    fn add_line(&mut self, event: &Event<'_>, now_ms: i64) {
+        if !self.content.is_empty() && !self.content.ends_with(b"\n") {
+            self.content.push(b'\n');
+        }
+        self.add(event, now_ms);
+        if event.content.is_empty() {
+            self.content.push(b'\n');
+        }
+    }
+
     fn event(&self, output: Output) -> Event<'_> {
         let header = match self.kind {
             Kind::Cri => Header::Cri { time: &self.time, tag: &self.tag },
@@ -209,8 +232,8 @@ impl Joiner {
     pub fn relieve(&mut self, share: usize, now_ms: i64, emit: &mut impl FnMut(Event<'_>)) -> u64 {
         let mut cuts = 0;
         for (output, state) in [Output::Stdout, Output::Stderr].into_iter().zip(&mut self.outputs) {
-            let OutputState { partial, group, rule } = state;
-            let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms };
+            let OutputState { partial, group, memory } = state;
+            let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, memory, now_ms };
             if partial.open_bytes() > share {
                 grouper.take_part(partial, output, &self.redactions, emit);
                 cuts += 1;
@@ -232,8 +255,8 @@ impl Joiner {
             content: &line.content,
             marks: &[mark],
         };
-        let OutputState { partial, group, rule } = &mut self.outputs[line.output as usize];
-        let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms };
+        let OutputState { partial, group, memory } = &mut self.outputs[line.output as usize];
+        let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, memory, now_ms };
         let joins = matches!(event.header, Header::Cri { .. } | Header::Docker { .. });
         // The end of a line that the reader had to cut: its header is what is kept of its beginning.
         let ends = matches!(event.header, Header::Cri { time: b"", .. });
@@ -270,13 +293,13 @@ impl Joiner {
 
     fn close_if(&mut self, now_ms: i64, emit: &mut impl FnMut(Event<'_>), due: impl Fn(&Open, i64) -> bool) {
         for (output, state) in [Output::Stdout, Output::Stderr].into_iter().zip(&mut self.outputs) {
-            let OutputState { partial, group, rule } = state;
+            let OutputState { partial, group, memory } = state;
             if partial.is_open() && due(partial, self.bounds.partial_ms) {
-                Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms }.take(partial.event(output), emit);
+                Grouper { rules: &self.rules, bounds: self.bounds, group, memory, now_ms }.take(partial.event(output), emit);
                 partial.close();
             }
             if group.is_open() && due(group, self.bounds.group_ms) {
-                Grouper { rules: &self.rules, bounds: self.bounds, group, rule, now_ms }.close(output, emit);
+                Grouper { rules: &self.rules, bounds: self.bounds, group, memory, now_ms }.close(output, emit);
             }
         }
     }
@@ -298,7 +321,7 @@ struct Grouper<'a> {
     rules: &'a [Rule],
     bounds: Bounds,
     group: &'a mut Open,
-    rule: &'a mut Option<(usize, State)>,
+    memory: &'a mut Memory,
     now_ms: i64,
 }
 
@@ -327,37 +350,49 @@ impl Grouper<'_> {
             return emit(event);
         }
         let line = event.content.strip_suffix(b"\n").unwrap_or(event.content);
-        if let Some((index, state)) = *self.rule {
-            let room = self.group.content.len() + event.content.len() < self.bounds.bytes;
-            match self.rules[index].next(state, line) {
-                Some(next) if room => {
-                    // docker's lines bring their newline.
-                    if !matches!(self.group.kind, Kind::Docker) {
+        match self.step(line) {
+            Some((index, state, goes_on)) => {
+                let room = self.group.content.len() + event.content.len() < self.bounds.bytes;
+                if goes_on && room && self.memory.open == Some(index) {
+                    self.group.add_line(&event, self.now_ms);
+                } else {
+                    self.close(event.output, emit);
+                    self.group.begin(&event, self.now_ms);
+                    if goes_on && line.is_empty() {
                         self.group.content.push(b'\n');
                     }
-                    self.group.add(&event, self.now_ms);
-                    *self.rule = Some((index, next));
-                    if next == State::Done {
-                        self.close(event.output, emit);
-                    }
-                    return;
+                    self.memory.open = Some(index);
                 }
-                _ => self.close(event.output, emit),
+                self.memory.states.resize(self.rules.len(), None);
+                self.memory.states[index] = Some(state);
+                self.memory.latest = index;
+                if state == State::Done {
+                    self.close(event.output, emit);
+                }
             }
-        }
-        match self.rules.iter().enumerate().find_map(|(index, rule)| Some((index, rule.start(line)?))) {
-            Some(started) => {
-                *self.rule = Some(started);
-                self.group.begin(&event, self.now_ms);
+            None => {
+                self.close(event.output, emit);
+                emit(event);
             }
-            None => emit(event),
         }
     }
 
+    /// Which rule takes the line, its state after it, and whether the line goes on with what that rule took before.
+    fn step(&self, line: &[u8]) -> Option<(usize, State, bool)> {
+        let latest = self.memory.latest;
+        let others = (0..self.rules.len()).filter(|index| *index != latest);
+        [latest].into_iter().chain(others).find_map(|index| {
+            let state = self.memory.states.get(index).copied().flatten();
+            let goes_on = state.and_then(|state| self.rules[index].next(state, line)).map(|next| (index, next, true));
+            goes_on.or_else(|| Some((index, self.rules[index].start(line)?, false)))
+        })
+    }
+
     fn close(&mut self, output: Output, emit: &mut impl FnMut(Event<'_>)) {
-        *self.rule = None;
-        emit(self.group.event(output));
-        self.group.close();
+        if self.memory.open.take().is_some() {
+            emit(self.group.event(output));
+            self.group.close();
+        }
     }
 }
 
@@ -523,5 +558,45 @@ mod tests {
         assert_eq!((joiner.resume(1, 120), joiner.resume(2, 30)), (90, 0));
         joiner.line(&end, Mark { generation: 2, offset: 30 }, 0, &mut emit);
         assert_eq!(seen, [vec![Mark { generation: 1, offset: 90 }, Mark { generation: 2, offset: 0 }]]);
+    }
+
+    /// What Fluent Bit's rules make of lines around a trace: its own events, but for those that it sends twice.
+    fn grouped(rules: &[Rule], lines: &[&str]) -> Vec<String> {
+        let lines: Vec<_> = lines.iter().map(|line| format!("2026-11-20T10:00:01Z stdout F {line}")).collect();
+        run(&mut Joiner::new(rules.into(), Bounds::default()), &lines).into_iter().map(|event| event.2).collect()
+    }
+
+    #[test]
+    fn the_rest_of_an_interrupted_trace_is_one_event() {
+        let lines = ["x.YException: a", "\tat b", "INFO between", "\tat c", "\t... 2 more", "INFO after"];
+        assert_eq!(grouped(&[Rule::Java], &lines), ["x.YException: a\n\tat b", "INFO between", "\tat c\n\t... 2 more", "INFO after"]);
+        assert_eq!(grouped(&[Rule::Java], &lines[3..]), ["\tat c", "\t... 2 more", "INFO after"], "nothing was begun");
+    }
+
+    #[test]
+    fn an_empty_line_at_the_end_of_a_group_is_a_line_end() {
+        let lines = ["panic: x", "", "goroutine 1 [running]:", "main.main()", "\t/app/main.go:1", "", "exit status 2", "", "end"];
+        let panic = "panic: x\n\ngoroutine 1 [running]:\nmain.main()\n\t/app/main.go:1\n\n";
+        assert_eq!(grouped(&[Rule::Go], &lines), [panic, "exit status 2", "", "end"]);
+    }
+
+    #[test]
+    fn traces_that_follow_each_other() {
+        let python = ["Traceback (most recent call last):", "  File \"a.py\", line 1, in f", "    g()", "ValueError: bad"];
+        let twice = [&python[..], &python[..], &["done"]].concat();
+        assert_eq!(grouped(&[Rule::Java, Rule::Go, Rule::Python], &twice), [python.join("\n"), python.join("\n"), "done".to_owned()]);
+        let java = ["x.AException: a", "\tat b", "y.BException: c", "\tat d"];
+        assert_eq!(grouped(&[Rule::Java], &java), ["x.AException: a\n\tat b", "y.BException: c\n\tat d"]);
+        let mixed = ["x.AException: a", "\tat b", "panic: c", "", "goroutine 1 [running]:", "Traceback (most recent call last):"];
+        assert_eq!(
+            grouped(&[Rule::Java, Rule::Go, Rule::Python], &mixed),
+            ["x.AException: a\n\tat b", "panic: c\n\ngoroutine 1 [running]:", "Traceback (most recent call last):"]
+        );
+    }
+
+    #[test]
+    fn only_a_whole_line_begins_a_python_trace() {
+        let lines = ["ERROR Traceback (most recent call last):", "  File \"a.py\", line 1, in f"];
+        assert_eq!(grouped(&[Rule::Python], &lines), lines);
     }
 }

@@ -88,7 +88,7 @@ impl Rule {
         match self {
             Self::Java => java_exception(line).then_some(State::JavaException),
             Self::Go => go_start(line),
-            Self::Python => line.ends_with(b"Traceback (most recent call last):").then_some(State::Python),
+            Self::Python => (line == b"Traceback (most recent call last):").then_some(State::Python),
             Self::Ruby => ruby_start(line).then_some(State::Ruby),
             Self::User(rule) => rule.start.is_match(&String::from_utf8_lossy(line)).then_some(State::User),
         }
@@ -96,6 +96,9 @@ impl Rule {
 
     /// Whether the line goes on with a group in `state`, and the state after it.
     pub fn next(&self, state: State, line: &[u8]) -> Option<State> {
+        if state == State::Done {
+            return None;
+        }
         match self {
             Self::Java => java_next(state, line),
             Self::Go => go_next(state, line),
