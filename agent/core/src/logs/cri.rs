@@ -267,7 +267,8 @@ mod tests {
 
     #[test]
     fn another_tag_is_no_cri_line() {
-        for text in [&b"2026-11-20T10:00:12Z stdout X text"[..], b"2026-11-20T10:00:12Z stdout  text", b"a stdout Ptext x", b" stdout F x"] {
+        for text in [&b"2026-11-20T10:00:12Z stdout X text"[..], b"2026-11-20T10:00:12Z stdout  text", b"a stdout Ptext x", b" stdout F x"]
+        {
             assert_eq!(Line::parse(text), Line::plain(text));
         }
     }

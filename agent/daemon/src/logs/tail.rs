@@ -4,32 +4,24 @@
 //! A turn looks only at the containers that are due: those that grow ten times a second, quiet ones twice, and ones that an event
 //! of their directory would wake once in ten seconds, so that thousands of quiet files cost nothing.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::io;
-use std::os::unix::fs::MetadataExt;
+mod identity;
+mod reading;
+mod report;
+mod sweep;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use stanchion_core::cluster::ClusterState;
-use stanchion_core::ids::PodName;
-use stanchion_core::logs::cri::Output;
-use stanchion_core::logs::enrich::Identity;
-use stanchion_core::logs::join::Joiner;
 use stanchion_core::logs::ledger::BatchId;
-use stanchion_core::logs::names::glob;
-use stanchion_core::logs::parser::Parser;
-use stanchion_core::logs::positions::{Position, Positions, VERSION};
+use stanchion_core::logs::positions::{Position, Positions};
 use stanchion_core::logs::quota::Quotas;
-use stanchion_core::logs::record::{Merge, RecordWriter};
-use stanchion_core::logs::route::Place;
 use stanchion_core::logs::settings::{LogSettings, ReadFrom};
-use tracing::{info, warn};
 
 use super::container::{Container, Context};
-use super::counters::{FileStatus, LogCounters, LogsSnapshot};
-use super::discover::{self, Found, Siblings};
-use super::follow::{follow, open_generations};
-use super::source::{Decoders, Source};
+use super::counters::LogCounters;
+use super::source::Decoders;
 use super::streams::{FileId, Sealed, StreamId, Streams};
 use super::watches::Watches;
 
@@ -193,211 +185,6 @@ impl Tailer {
         self.blocked.remove(&id);
     }
 
-    /// Takes a new state of the cluster: identities of containers whose pod changed are made anew.
-    pub fn set_cluster(&mut self, cluster: Arc<ClusterState>) {
-        let pods = |state: &ClusterState, names: &PodName| state.pods.get(names).cloned();
-        let mut changed = Vec::new();
-        for (id, container) in &self.containers {
-            let Some(names) = &container.names else { continue };
-            let key = PodName::new(names.namespace.clone(), names.pod.clone());
-            match (pods(&self.cluster, &key), pods(&cluster, &key)) {
-                // A pod that is gone keeps its last known identity.
-                (_, None) => {}
-                (Some(old), Some(new)) if Arc::ptr_eq(&old, &new) => {}
-                _ => changed.push(*id),
-            }
-        }
-        self.cluster = cluster;
-        for id in changed {
-            if let Some(mut container) = self.containers.remove(&id) {
-                self.identify(&mut container);
-                self.containers.insert(id, container);
-                self.schedule(id, 0);
-            }
-        }
-    }
-
-    fn identify(&mut self, container: &mut Container) {
-        let settings = &self.parts.settings;
-        let identity = container.names.as_ref().map(|names| {
-            let pod = self.cluster.pods.get(&PodName::new(names.namespace.clone(), names.pod.clone()));
-            Identity::new(names, pod.map(|pod| &**pod))
-        });
-        let place = Place { cluster: &self.parts.cluster_name, node: &self.parts.node, file: &container.file_name };
-        let (group, stream) = match container.host {
-            Some(host) => (&settings.host_files[host].group, &settings.host_files[host].stream),
-            None => {
-                let any = |globs: &[String]| globs.iter().any(|pattern| glob(pattern, &container.file_name));
-                let route = settings.routes.iter().find(|route| any(&route.files));
-                route.map_or((&settings.group, &settings.stream), |route| (&route.group, &route.stream))
-            }
-        };
-        let before = container.streams;
-        container.streams = [Output::Stdout, Output::Stderr].map(|output| {
-            let excluded = settings.honour_exclude && identity.as_ref().is_some_and(|identity| identity.is_excluded(output));
-            (!excluded).then(|| {
-                let group = group.group(place, identity.as_ref(), output);
-                let stream = stream.stream(place, identity.as_ref(), output);
-                self.streams.join(&group, &stream, settings.emf)
-            })
-        });
-        before.into_iter().flatten().for_each(|stream| self.streams.leave(stream));
-        let parsers = [Output::Stdout, Output::Stderr].map(|output| self.parser(identity.as_ref(), output));
-        container.writer = RecordWriter::new(&settings.record, identity.as_ref()).oversize(settings.oversize).parsing(parsers);
-        container.identity = identity;
-    }
-
-    /// The parser that the pod names for the output.
-    fn parser(&self, identity: Option<&Identity>, output: Output) -> Option<Parser> {
-        let settings = &self.parts.settings;
-        if !settings.honour_parser || settings.record.merge == Merge::Off {
-            return None;
-        }
-        let name = identity?.fluent_bit_annotation("parser", output)?;
-        let parser = settings.parsers.iter().find(|parser| parser.name == name);
-        if parser.is_none() {
-            warn!(pod = identity?.names.pod, parser = name, "the pod names a parser that is not known: its lines are read as JSON");
-        }
-        parser.cloned()
-    }
-
-    /// Looks which files there are, and follows what is new, renamed or gone. Safe to call at any time; the truth when events of
-    /// the file system were missed.
-    ///
-    /// # Errors
-    /// The directory cannot be listed; nothing changed then.
-    pub fn scan(&mut self, now: Now) -> io::Result<()> {
-        let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name)?;
-        let mut unopened = HashSet::new();
-        let mut siblings = Siblings::default();
-        for found in found {
-            unopened.insert(found.live.clone());
-            match self.by_path.get(&found.live) {
-                Some(id) => {
-                    let id = *id;
-                    self.follow_rotation(id, now);
-                }
-                None => self.begin_container(found, &mut siblings, now),
-            }
-        }
-        // What follows appears while we are here: it is read from its first byte.
-        self.begin = ReadFrom::Head;
-        self.restored.retain(|path, _| unopened.contains(path));
-        let ids: Vec<_> = self.containers.keys().copied().collect();
-        for id in ids {
-            self.check_gone(id, now);
-        }
-        self.evict(now);
-        Ok(())
-    }
-
-    fn begin_container(&mut self, found: Found, siblings: &mut Siblings, now: Now) {
-        let id = self.next_container;
-        let settings = &self.parts.settings;
-        let mut container = Container {
-            id,
-            live: found.live,
-            file_name: found.file_name,
-            names: found.names,
-            identity: None,
-            writer: RecordWriter::new(&settings.record, None),
-            streams: [None, None],
-            joiner: Joiner::new(settings.rules.clone(), settings.bounds).sparing(settings.redactions.clone()),
-            generations: Default::default(),
-            next_generation: 0,
-            known_rotated: Default::default(),
-            retired: None,
-            gone_ms: None,
-            wait_until_ms: now.mono + METADATA_WAIT_MS,
-            due: None,
-            poll_ms: POLL_MS.0,
-            quiet_ms: now.mono,
-            watched: false,
-            open_bytes: 0,
-            host: found.host,
-        };
-        let positions = self.restored.remove(&container.live).unwrap_or_default();
-        match open_generations(&mut container, &positions, self.begin, siblings, now.mono) {
-            Ok(()) => {
-                self.next_container += 1;
-                self.identify(&mut container);
-                info!(path = %container.live.display(), generations = container.generations.len(), "following");
-                self.by_path.insert(container.live.clone(), id);
-                self.by_name.insert(container.file_name.clone(), container.live.clone());
-                self.containers.insert(id, container);
-                self.schedule(id, now.mono);
-                self.positions_dirty = true;
-            }
-            Err(error) => {
-                self.counters.file_errors += 1;
-                if !positions.is_empty() {
-                    self.restored.insert(container.live.clone(), positions);
-                }
-                warn!(path = %container.live.display(), %error, "cannot open; tried again at the next sweep");
-            }
-        }
-    }
-
-    fn follow_rotation(&mut self, id: u64, now: Now) {
-        let Some(container) = self.containers.get_mut(&id) else { return };
-        match follow(container, now.mono) {
-            Ok(false) => {}
-            Ok(true) => {
-                self.positions_dirty = true;
-                self.schedule(id, now.mono);
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => {
-                self.counters.file_errors += 1;
-                warn!(path = %container.live.display(), %error, "cannot follow the rotation");
-            }
-        }
-    }
-
-    fn check_gone(&mut self, id: u64, now: Now) {
-        let Some(container) = self.containers.get_mut(&id) else { return };
-        if container.gone_ms.is_none() && !container.live.exists() {
-            container.gone_ms = Some(now.mono);
-            for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_none()) {
-                generation.rotated_ms = Some(now.mono);
-            }
-            self.schedule(id, now.mono);
-        }
-    }
-
-    /// Deleted files keep their disk space while they are open here: beyond the budget the oldest are given up, loudly.
-    fn evict(&mut self, now: Now) {
-        let mut held = Vec::new();
-        for container in self.containers.values_mut() {
-            for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_some()) {
-                if let Ok(metadata) = generation.source.metadata()
-                    && metadata.nlink() == 0
-                {
-                    held.push((generation.rotated_ms, container.id, generation.number, metadata.len()));
-                }
-            }
-        }
-        held.sort_unstable();
-        let mut total: u64 = held.iter().map(|(_, _, _, size)| size).sum();
-        for (_, id, number, size) in held {
-            if total <= self.parts.settings.held_bytes {
-                break;
-            }
-            total -= size;
-            let Some(container) = self.containers.get_mut(&id) else { continue };
-            let Some(generation) = container.generation_mut(number) else { continue };
-            let lost = generation.source.size().unwrap_or(size).saturating_sub(generation.offset);
-            self.counters.evicted_bytes += lost;
-            warn!(path = %container.live.display(), lost, "gave up a deleted file: too much disk is held by files not read yet");
-            if let Some(generation) = container.generation_mut(number) {
-                generation.finished = true;
-                generation.rotated_ms = Some(now.mono - ROTATE_WAIT_MS);
-            }
-            container.generations.retain(|generation| generation.number != number);
-        }
-        self.held_bytes = total;
-    }
-
     /// Reads what there is, within the memory budget, and closes batches that are due.
     pub fn turn(&mut self, now: Now) -> Turn {
         let mut progress = false;
@@ -503,15 +290,6 @@ impl Tailer {
         self.open_bytes = others + container.open_bytes;
     }
 
-    fn forget(&mut self, mut container: Container) {
-        self.watches.leave(&mut container);
-        self.open_bytes -= container.open_bytes;
-        self.by_path.remove(&container.live);
-        self.by_name.remove(&container.file_name);
-        container.streams.into_iter().flatten().for_each(|stream| self.streams.leave(stream));
-        self.positions_dirty = true;
-    }
-
     /// Directories to watch, and those that need no watch any more, since the last call.
     pub(super) fn take_watch_changes(&mut self) -> Vec<(PathBuf, bool)> {
         self.watches.take_changes()
@@ -566,171 +344,6 @@ impl Tailer {
             now_ms: now.mono,
             wall_ms: now.wall,
         }
-    }
-
-    /// Reads one block of the oldest generation that has one.
-    fn read(&mut self, container: &mut Container, portion: usize, now: Now) -> bool {
-        let mut whole = std::mem::take(&mut self.block);
-        let block = &mut whole[..portion];
-        let mut progress = false;
-        for index in 0..container.generations.len() {
-            if container.generations[index].finished {
-                continue;
-            }
-            match self.read_generation(container, index, block, now) {
-                Ok(read) => progress = read,
-                Err(error) => {
-                    self.counters.file_errors += 1;
-                    let generation = &mut container.generations[index];
-                    // What is broken in a compressed file stays so: the rest of the family must not wait for it.
-                    if matches!(generation.source, Source::Gz(_)) {
-                        warn!(path = %container.live.display(), %error, "a compressed sibling cannot be read to its end");
-                        generation.finished = true;
-                    }
-                    generation.last_error = Some(error.to_string());
-                }
-            }
-            if progress {
-                break;
-            }
-        }
-        self.block = whole;
-        progress
-    }
-
-    fn read_generation(&mut self, container: &mut Container, index: usize, block: &mut [u8], now: Now) -> io::Result<bool> {
-        let generation = &mut container.generations[index];
-        if !generation.source.may_read(&self.decoders)? {
-            return Ok(false);
-        }
-        // What is compressed does not change any more, and cannot be read again from its beginning.
-        let plain = matches!(generation.source, Source::Plain(_));
-        let size = generation.source.size()?;
-        // A file that was truncated may have the same size again.
-        let modified_ns = generation.source.modified_ns()?;
-        let grown = plain && (size, modified_ns) != (generation.size, generation.modified_ns);
-        (generation.size, generation.modified_ns) = (size, modified_ns);
-        let truncated = plain && size < generation.offset;
-        if truncated || (grown && !generation.source.begins_with(generation.fingerprint)?) {
-            return self.restart(container, index, now);
-        }
-        let generation = &mut container.generations[index];
-        let read = if plain && generation.offset >= size { 0 } else { generation.source.read_at(generation.offset, block)? };
-        if generation.fingerprint.len < 256 && grown {
-            generation.fingerprint = generation.source.fingerprint()?;
-        }
-        let full = read == block.len();
-        let safe = generation.ledger.safe();
-        let used = container.take_block(index, &block[..read], full, &mut self.context(now));
-        let generation = &mut container.generations[index];
-        // Lines that are not sent, as of excluded pods, are done with at once.
-        self.positions_dirty |= generation.ledger.safe() != safe;
-        generation.last_error = None;
-        if used > 0 {
-            generation.behind_since_ms.get_or_insert(now.mono);
-            return Ok(true);
-        }
-        let waited = generation.rotated_ms.is_some_and(|since| self.single_pass || now.mono - since >= ROTATE_WAIT_MS);
-        if waited && read < block.len() {
-            self.finish_generation(container, index, &block[..read], now);
-            return Ok(read > 0);
-        }
-        Ok(false)
-    }
-
-    /// Nothing more comes: a line without its end is complete.
-    fn finish_generation(&mut self, container: &mut Container, index: usize, rest: &[u8], now: Now) {
-        if !rest.is_empty() {
-            container.take_tail(index, rest, &mut self.context(now));
-        }
-        container.generations[index].finished = true;
-    }
-
-    /// The file is shorter than what was read, or begins with other bytes: it was truncated and is written anew. What was
-    /// not read before is lost by the nature of it.
-    fn restart(&mut self, container: &mut Container, index: usize, now: Now) -> io::Result<bool> {
-        self.counters.truncations += 1;
-        let generation = &mut container.generations[index];
-        warn!(path = %container.live.display(), offset = generation.offset, size = generation.size, "truncated; reading from its beginning");
-        let again = generation.source.again()?;
-        let rotated_ms = generation.rotated_ms;
-        generation.rotated_ms.get_or_insert(now.mono);
-        generation.finished = true;
-        generation.truncated = true;
-        if let Some(source) = again {
-            container.push_again(index, source, rotated_ms)?;
-        }
-        self.positions_dirty = true;
-        Ok(true)
-    }
-
-    /// Forgets generations that are done; true when the container has none left and is gone.
-    fn retire(&mut self, container: &mut Container) -> bool {
-        let live = &container.live;
-        let retired = &mut container.retired;
-        let before = container.generations.len();
-        container.generations.retain(|generation| {
-            let done = generation.is_done();
-            // What was truncated, or is empty, is no file that could be found again.
-            let findable = !generation.truncated && generation.fingerprint.len > 0;
-            if done && findable && retired.as_ref().is_none_or(|(number, _)| *number < generation.number) {
-                *retired = Some((generation.number, generation.position(live)));
-            }
-            !done
-        });
-        self.positions_dirty |= before != container.generations.len();
-        container.gone_ms.is_some() && container.generations.is_empty() && !container.joiner.is_open()
-    }
-
-    /// Reads everything to its end, whatever the clocks say, and closes all lines and batches; for a single pass. Batches
-    /// are to be taken after each call.
-    pub fn drain(&mut self, now: Now) -> Drain {
-        self.single_pass = true;
-        if self.turn(now).progress {
-            return Drain::Progress;
-        }
-        if self.is_full() || !self.blocked.is_empty() {
-            return Drain::Waiting;
-        }
-        if let Some((due_ms, _, _)) = self.due.first() {
-            return Drain::Later(*due_ms);
-        }
-        let unread = |container: &Container| container.generations.iter().any(|generation| !generation.finished);
-        let ids: Vec<_> = self.containers.iter().filter(|(_, container)| unread(container)).map(|(id, _)| *id).collect();
-        for id in ids {
-            let Some(mut container) = self.containers.remove(&id) else { continue };
-            if self.has_room(&container) {
-                self.end_of_container(&mut container, now);
-            }
-            self.containers.insert(id, container);
-        }
-        self.streams.seal_older_than(i64::MAX);
-        if self.containers.values().any(unread) { Drain::Waiting } else { Drain::Done }
-    }
-
-    fn end_of_container(&mut self, container: &mut Container, now: Now) {
-        let mut block = std::mem::take(&mut self.block);
-        for index in 0..container.generations.len() {
-            let generation = &mut container.generations[index];
-            if !generation.finished {
-                let read = match generation.source.may_read(&self.decoders) {
-                    Ok(false) => continue,
-                    Ok(true) => generation.source.read_at(generation.offset, &mut block),
-                    Err(error) => Err(error),
-                };
-                match read {
-                    Ok(read) => self.finish_generation(container, index, &block[..read], now),
-                    Err(error) => {
-                        self.counters.file_errors += 1;
-                        let generation = &mut container.generations[index];
-                        generation.last_error = Some(error.to_string());
-                        generation.finished = true;
-                    }
-                }
-            }
-        }
-        self.block = block;
-        container.expire(true, &mut self.context(now));
     }
 
     /// Looks at every file in the next turn, whenever its turn would be: before the end of the process.
@@ -791,63 +404,6 @@ impl Tailer {
     /// Memory is full of unacknowledged batches.
     pub fn is_full(&self) -> bool {
         self.streams.bytes() >= self.parts.settings.memory_bytes
-    }
-
-    /// The positions of the last call were not saved.
-    pub fn keep_positions_dirty(&mut self) {
-        self.positions_dirty = true;
-    }
-
-    /// Some file is acknowledged further than the last call of [`Self::changed_positions`] told.
-    pub fn has_changed_positions(&self) -> bool {
-        self.positions_dirty
-    }
-
-    /// The positions, if they changed since the last call.
-    pub fn changed_positions(&mut self) -> Option<Positions> {
-        std::mem::take(&mut self.positions_dirty).then(|| self.positions())
-    }
-
-    /// How far each file is acknowledged, with what was restored for files that could not be opened yet.
-    pub fn positions(&self) -> Positions {
-        let open = self.containers.values().flat_map(|container| {
-            let generations = container.generations.iter().map(|generation| generation.position(&container.live));
-            container.retired.iter().map(|(_, position)| position.clone()).chain(generations)
-        });
-        let files = open.chain(self.restored.values().flatten().cloned()).collect();
-        Positions { version: VERSION, node: self.parts.node.clone(), files }
-    }
-
-    /// The state for people.
-    pub fn snapshot(&self, now: Now) -> LogsSnapshot {
-        let mut files = Vec::new();
-        for container in self.containers.values() {
-            let stream = container.streams[0].or(container.streams[1]).and_then(|id| self.streams.get(id));
-            let name = |field: fn(&stanchion_core::logs::names::ContainerRef) -> &String| {
-                container.names.as_ref().map(field).cloned().unwrap_or_default()
-            };
-            for generation in &container.generations {
-                let (offset, safe) = (generation.offset, generation.ledger.safe());
-                let size = generation.size.max(offset);
-                let behind = generation.behind_since_ms.filter(|_| safe < size);
-                files.push(FileStatus {
-                    path: container.live.to_string_lossy().into_owned(),
-                    namespace: name(|names| &names.namespace),
-                    pod: name(|names| &names.pod),
-                    container: name(|names| &names.container),
-                    rotated: generation.rotated_ms.is_some(),
-                    offset,
-                    safe,
-                    size,
-                    lag_bytes: size - safe,
-                    lag_seconds: behind.map_or(0, |since| u64::try_from((now.mono - since) / 1000).unwrap_or(0)),
-                    group: stream.map(|stream| stream.group.to_string()).unwrap_or_default(),
-                    stream: stream.map(|stream| stream.name.to_string()).unwrap_or_default(),
-                    last_error: generation.last_error.clone().or_else(|| stream.and_then(|stream| stream.last_error.clone())),
-                });
-            }
-        }
-        LogsSnapshot { files, counters: self.counters, memory_bytes: self.streams.bytes(), held_bytes: self.held_bytes }
     }
 
     /// The directory that is watched.

@@ -1,0 +1,65 @@
+//! What the tailer tells: positions for the next start, its state for people.
+
+use stanchion_core::logs::positions::{Positions, VERSION};
+
+use super::super::counters::{FileStatus, LogsSnapshot};
+use super::{Now, Tailer};
+
+impl Tailer {
+    /// The positions of the last call were not saved.
+    pub fn keep_positions_dirty(&mut self) {
+        self.positions_dirty = true;
+    }
+
+    /// Some file is acknowledged further than the last call of [`Self::changed_positions`] told.
+    pub fn has_changed_positions(&self) -> bool {
+        self.positions_dirty
+    }
+
+    /// The positions, if they changed since the last call.
+    pub fn changed_positions(&mut self) -> Option<Positions> {
+        std::mem::take(&mut self.positions_dirty).then(|| self.positions())
+    }
+
+    /// How far each file is acknowledged, with what was restored for files that could not be opened yet.
+    pub fn positions(&self) -> Positions {
+        let open = self.containers.values().flat_map(|container| {
+            let generations = container.generations.iter().map(|generation| generation.position(&container.live));
+            container.retired.iter().map(|(_, position)| position.clone()).chain(generations)
+        });
+        let files = open.chain(self.restored.values().flatten().cloned()).collect();
+        Positions { version: VERSION, node: self.parts.node.clone(), files }
+    }
+
+    /// The state for people.
+    pub fn snapshot(&self, now: Now) -> LogsSnapshot {
+        let mut files = Vec::new();
+        for container in self.containers.values() {
+            let stream = container.streams[0].or(container.streams[1]).and_then(|id| self.streams.get(id));
+            let name = |field: fn(&stanchion_core::logs::names::ContainerRef) -> &String| {
+                container.names.as_ref().map(field).cloned().unwrap_or_default()
+            };
+            for generation in &container.generations {
+                let (offset, safe) = (generation.offset, generation.ledger.safe());
+                let size = generation.size.max(offset);
+                let behind = generation.behind_since_ms.filter(|_| safe < size);
+                files.push(FileStatus {
+                    path: container.live.to_string_lossy().into_owned(),
+                    namespace: name(|names| &names.namespace),
+                    pod: name(|names| &names.pod),
+                    container: name(|names| &names.container),
+                    rotated: generation.rotated_ms.is_some(),
+                    offset,
+                    safe,
+                    size,
+                    lag_bytes: size - safe,
+                    lag_seconds: behind.map_or(0, |since| u64::try_from((now.mono - since) / 1000).unwrap_or(0)),
+                    group: stream.map(|stream| stream.group.to_string()).unwrap_or_default(),
+                    stream: stream.map(|stream| stream.name.to_string()).unwrap_or_default(),
+                    last_error: generation.last_error.clone().or_else(|| stream.and_then(|stream| stream.last_error.clone())),
+                });
+            }
+        }
+        LogsSnapshot { files, counters: self.counters, memory_bytes: self.streams.bytes(), held_bytes: self.held_bytes }
+    }
+}

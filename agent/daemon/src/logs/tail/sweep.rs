@@ -1,0 +1,163 @@
+//! The sweep: which files there are, which are new, renamed or gone, and which are given up.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use stanchion_core::logs::join::Joiner;
+use stanchion_core::logs::record::RecordWriter;
+use stanchion_core::logs::settings::ReadFrom;
+use tracing::{info, warn};
+
+use super::super::container::Container;
+use super::super::discover::{self, Found, Siblings};
+use super::super::follow::{follow, open_generations};
+use super::{METADATA_WAIT_MS, Now, POLL_MS, ROTATE_WAIT_MS, Tailer};
+
+impl Tailer {
+    /// Looks which files there are, and follows what is new, renamed or gone. Safe to call at any time; the truth when events of
+    /// the file system were missed.
+    ///
+    /// # Errors
+    /// The directory cannot be listed; nothing changed then.
+    pub fn scan(&mut self, now: Now) -> io::Result<()> {
+        let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name)?;
+        let mut unopened = HashSet::new();
+        let mut siblings = Siblings::default();
+        for found in found {
+            unopened.insert(found.live.clone());
+            match self.by_path.get(&found.live) {
+                Some(id) => {
+                    let id = *id;
+                    self.follow_rotation(id, now);
+                }
+                None => self.begin_container(found, &mut siblings, now),
+            }
+        }
+        // What follows appears while we are here: it is read from its first byte.
+        self.begin = ReadFrom::Head;
+        self.restored.retain(|path, _| unopened.contains(path));
+        let ids: Vec<_> = self.containers.keys().copied().collect();
+        for id in ids {
+            self.check_gone(id, now);
+        }
+        self.evict(now);
+        Ok(())
+    }
+
+    pub(super) fn begin_container(&mut self, found: Found, siblings: &mut Siblings, now: Now) {
+        let id = self.next_container;
+        let settings = &self.parts.settings;
+        let mut container = Container {
+            id,
+            live: found.live,
+            file_name: found.file_name,
+            names: found.names,
+            identity: None,
+            writer: RecordWriter::new(&settings.record, None),
+            streams: [None, None],
+            joiner: Joiner::new(settings.rules.clone(), settings.bounds).sparing(settings.redactions.clone()),
+            generations: Default::default(),
+            next_generation: 0,
+            known_rotated: Default::default(),
+            retired: None,
+            gone_ms: None,
+            wait_until_ms: now.mono + METADATA_WAIT_MS,
+            due: None,
+            poll_ms: POLL_MS.0,
+            quiet_ms: now.mono,
+            watched: false,
+            open_bytes: 0,
+            host: found.host,
+        };
+        let positions = self.restored.remove(&container.live).unwrap_or_default();
+        match open_generations(&mut container, &positions, self.begin, siblings, now.mono) {
+            Ok(()) => {
+                self.next_container += 1;
+                self.identify(&mut container);
+                info!(path = %container.live.display(), generations = container.generations.len(), "following");
+                self.by_path.insert(container.live.clone(), id);
+                self.by_name.insert(container.file_name.clone(), container.live.clone());
+                self.containers.insert(id, container);
+                self.schedule(id, now.mono);
+                self.positions_dirty = true;
+            }
+            Err(error) => {
+                self.counters.file_errors += 1;
+                if !positions.is_empty() {
+                    self.restored.insert(container.live.clone(), positions);
+                }
+                warn!(path = %container.live.display(), %error, "cannot open; tried again at the next sweep");
+            }
+        }
+    }
+
+    pub(super) fn follow_rotation(&mut self, id: u64, now: Now) {
+        let Some(container) = self.containers.get_mut(&id) else { return };
+        match follow(container, now.mono) {
+            Ok(false) => {}
+            Ok(true) => {
+                self.positions_dirty = true;
+                self.schedule(id, now.mono);
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                self.counters.file_errors += 1;
+                warn!(path = %container.live.display(), %error, "cannot follow the rotation");
+            }
+        }
+    }
+
+    pub(super) fn check_gone(&mut self, id: u64, now: Now) {
+        let Some(container) = self.containers.get_mut(&id) else { return };
+        if container.gone_ms.is_none() && !container.live.exists() {
+            container.gone_ms = Some(now.mono);
+            for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_none()) {
+                generation.rotated_ms = Some(now.mono);
+            }
+            self.schedule(id, now.mono);
+        }
+    }
+
+    /// Deleted files keep their disk space while they are open here: beyond the budget the oldest are given up, loudly.
+    pub(super) fn evict(&mut self, now: Now) {
+        let mut held = Vec::new();
+        for container in self.containers.values_mut() {
+            for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_some()) {
+                if let Ok(metadata) = generation.source.metadata()
+                    && metadata.nlink() == 0
+                {
+                    held.push((generation.rotated_ms, container.id, generation.number, metadata.len()));
+                }
+            }
+        }
+        held.sort_unstable();
+        let mut total: u64 = held.iter().map(|(_, _, _, size)| size).sum();
+        for (_, id, number, size) in held {
+            if total <= self.parts.settings.held_bytes {
+                break;
+            }
+            total -= size;
+            let Some(container) = self.containers.get_mut(&id) else { continue };
+            let Some(generation) = container.generation_mut(number) else { continue };
+            let lost = generation.source.size().unwrap_or(size).saturating_sub(generation.offset);
+            self.counters.evicted_bytes += lost;
+            warn!(path = %container.live.display(), lost, "gave up a deleted file: too much disk is held by files not read yet");
+            if let Some(generation) = container.generation_mut(number) {
+                generation.finished = true;
+                generation.rotated_ms = Some(now.mono - ROTATE_WAIT_MS);
+            }
+            container.generations.retain(|generation| generation.number != number);
+        }
+        self.held_bytes = total;
+    }
+
+    pub(super) fn forget(&mut self, mut container: Container) {
+        self.watches.leave(&mut container);
+        self.open_bytes -= container.open_bytes;
+        self.by_path.remove(&container.live);
+        self.by_name.remove(&container.file_name);
+        container.streams.into_iter().flatten().for_each(|stream| self.streams.leave(stream));
+        self.positions_dirty = true;
+    }
+}
