@@ -28,6 +28,8 @@ pub const MAX_SPAN_MS: i64 = 24 * 3600 * 1000;
 /// Encoded size at which a batch is closed though the service would count less: keeps buffers of lines full of control
 /// characters (six bytes each when escaped) from growing to 6 MiB.
 const MAX_ENCODED_BYTES: usize = 1_900_000;
+/// Smaller buffers are not kept for the next batch; in bytes.
+const LEAST_KEPT: usize = 64 << 10;
 /// Level 1: 5:1 to 30:1 on container logs at a tenth of level 6's CPU.
 const GZIP_LEVEL: u32 = 1;
 
@@ -186,7 +188,7 @@ pub struct BatchBuilder {
     emf: bool,
     compress: bool,
     max_span_ms: i64,
-    /// The request's head, then events separated by commas.
+    /// The request's head, then events separated by commas; nothing at all before the first event.
     body: Vec<u8>,
     head: usize,
     events: Vec<Span>,
@@ -199,7 +201,7 @@ pub struct BatchBuilder {
 impl BatchBuilder {
     /// An empty builder.
     pub fn new(group: Arc<str>, stream: Arc<str>, emf: bool) -> Self {
-        let mut builder = Self {
+        Self {
             group,
             stream,
             emf,
@@ -212,9 +214,7 @@ impl BatchBuilder {
             first_ms: 0,
             last_ms: 0,
             sorted: true,
-        };
-        builder.begin();
-        builder
+        }
     }
 
     /// Batches are kept compressed, if `on`.
@@ -231,11 +231,26 @@ impl BatchBuilder {
         self
     }
 
-    /// Gives back memory beyond `bytes` that the batches before needed; while there is no event.
+    /// Gives back memory beyond `bytes` that the batches before needed; while there is no event. Little is not worth keeping: small rests of
+    /// large buffers, of a thousand streams, would keep the heap from using what is between them.
     pub fn shrink_to(&mut self, bytes: usize) {
-        if self.events.is_empty() {
+        if !self.events.is_empty() {
+            return;
+        }
+        if bytes < LEAST_KEPT {
+            (self.body, self.events) = (Vec::new(), Vec::new());
+        } else {
             self.body.shrink_to(bytes);
             self.events.shrink_to(bytes / size_of::<Span>());
+        }
+    }
+
+    /// Makes room for an event: the head before the first, a comma before each other.
+    fn next_event(&mut self) {
+        if self.events.is_empty() {
+            self.begin();
+        } else {
+            self.body.push(b',');
         }
     }
 
@@ -260,7 +275,7 @@ impl BatchBuilder {
         self.events.is_empty()
     }
 
-    /// Encoded size so far: what the builder holds in memory, in bytes.
+    /// Encoded size of the events so far, in bytes; 0 without any.
     pub fn encoded_bytes(&self) -> usize {
         self.body.len()
     }
@@ -271,9 +286,7 @@ impl BatchBuilder {
     /// When the event does not fit, the events before it are closed as a batch and it becomes the first of the next.
     pub fn push_with(&mut self, timestamp_ms: i64, write: impl FnOnce(&mut Vec<u8>) -> usize) -> Option<LogBatch> {
         let before = self.body.len();
-        if before > self.head {
-            self.body.push(b',');
-        }
+        self.next_event();
         let start = self.body.len();
         self.body.extend_from_slice(b"{\"timestamp\":");
         json::integer(&mut self.body, timestamp_ms);
@@ -293,6 +306,7 @@ impl BatchBuilder {
         let event = self.body.split_off(start);
         self.body.truncate(before);
         let sealed = self.finish();
+        self.next_event();
         self.body.extend_from_slice(&event);
         self.account(timestamp_ms, self.head, counted);
         sealed
@@ -300,9 +314,7 @@ impl BatchBuilder {
 
     /// Adds an event that another batch had encoded and counted; the limits hold because they held there.
     fn append_encoded(&mut self, object: &[u8], span: Span) {
-        if self.body.len() > self.head {
-            self.body.push(b',');
-        }
+        self.next_event();
         let start = self.body.len();
         self.body.extend_from_slice(object);
         self.account(span.timestamp_ms, start, span.counted as usize);
@@ -350,10 +362,14 @@ impl BatchBuilder {
         } else {
             Body::Plain(body.into())
         };
-        let batch =
-            LogBatch { group: self.group.clone(), stream: self.stream.clone(), body, events: kept, counted: self.counted, emf: self.emf };
-        self.begin();
-        Some(batch)
+        Some(LogBatch {
+            group: self.group.clone(),
+            stream: self.stream.clone(),
+            body,
+            events: kept,
+            counted: self.counted,
+            emf: self.emf,
+        })
     }
 
     /// The two streams of a container are written by two threads, so lines can be a little out of order; the service

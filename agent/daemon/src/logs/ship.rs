@@ -178,13 +178,8 @@ impl<S: LogSink> Shared<S> {
         for attempt in 0.. {
             let result = {
                 let _place = self.places.semaphore.acquire().await.expect("the semaphore is never closed");
-                match self.sink.put(batch).await {
-                    Err(SinkError::NotFound(_)) => match self.create(batch).await {
-                        Ok(()) => self.sink.put(batch).await,
-                        Err(error) => Err(error),
-                    },
-                    other => other,
-                }
+                // A request's future has tens of kilobytes: only those that have a place hold one, however many streams wait.
+                Box::pin(self.put_once(batch)).await
             };
             let error = match result {
                 Ok(rejected) => {
@@ -202,6 +197,16 @@ impl<S: LogSink> Shared<S> {
             tokio::time::sleep(pause(&error, attempt)).await;
         }
         unreachable!("attempts do not end")
+    }
+
+    async fn put_once(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
+        match self.sink.put(batch).await {
+            Err(SinkError::NotFound(_)) => {
+                self.create(batch).await?;
+                self.sink.put(batch).await
+            }
+            other => other,
+        }
     }
 
     async fn create(&self, batch: &LogBatch) -> Result<(), SinkError> {

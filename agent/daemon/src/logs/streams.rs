@@ -227,9 +227,7 @@ impl Streams {
             if was_empty || sealed.is_some() {
                 stream.first_ms = now_ms;
             }
-            // An empty builder holds only its head, and does not count.
-            self.filling -= if was_empty { 0 } else { before };
-            self.filling += if stream.builder.is_empty() { 0 } else { stream.builder.encoded_bytes() };
+            self.filling = self.filling - before + stream.builder.encoded_bytes();
             if let Some(batch) = sealed {
                 self.sealed(id, batch);
             }
