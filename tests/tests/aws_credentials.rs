@@ -6,6 +6,8 @@ mod aws_common;
 
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use aws_common::{Bed, bed, listen};
@@ -14,6 +16,7 @@ use stanchion_core::cloud::{Ec2Api as _, LogEvent, LogSink as _};
 use stanchion_core::logs::LogBatch;
 use stanchion_lab::fake_aws::{TEST_CA_PEM, serve_credentials, serve_logs, test_acceptor};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 const GROUP: &str = "/g";
@@ -189,4 +192,52 @@ async fn tls_is_verified_and_a_bundle_makes_it_trusted() {
     assert_eq!(putter.put().await, "ok ok");
     putter.end().await;
     server.abort();
+}
+
+/// An HTTP proxy that opens tunnels and counts them.
+async fn proxy(listener: TcpListener, tunnels: Arc<AtomicU32>) {
+    while let Ok((client, _)) = listener.accept().await {
+        let tunnels = tunnels.clone();
+        tokio::spawn(async move {
+            let mut client = BufReader::new(client);
+            let (mut head, mut line) = (String::new(), String::new());
+            while client.read_line(&mut line).await? > 2 {
+                head.push_str(&std::mem::take(&mut line));
+            }
+            let asked = head.strip_prefix("CONNECT ").and_then(|rest| rest.split(' ').next());
+            let asked = asked.ok_or_else(|| std::io::Error::other(format!("no tunnel is asked for: {head}")))?;
+            let mut server = TcpStream::connect(asked).await?;
+            tunnels.fetch_add(1, Ordering::SeqCst);
+            client.get_mut().write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+            tokio::io::copy_bidirectional(&mut client, &mut server).await
+        });
+    }
+}
+
+#[tokio::test]
+async fn a_proxy_that_the_environment_names_is_gone_through() {
+    let (bed, directory) = (prepared().await, tempfile::tempdir().unwrap());
+    let (listener, at) = listen().await;
+    let server = tokio::spawn(serve_logs(listener, bed.cloud.clone(), Some(test_acceptor())));
+    let (listener, proxy_at) = listen().await;
+    let tunnels = Arc::new(AtomicU32::new(0));
+    let proxy = tokio::spawn(proxy(listener, tunnels.clone()));
+    bed.cloud.set_instance_role("node-role", Duration::from_secs(3600));
+    let bundle = directory.path().join("ca.pem");
+    std::fs::write(&bundle, TEST_CA_PEM).unwrap();
+    let mut environment = endpoints(&bed);
+    environment[0].1 = format!("https://localhost:{}", at.port());
+    environment.push(("AWS_CA_BUNDLE", bundle.display().to_string()));
+    environment.push(("HTTPS_PROXY", format!("http://{proxy_at}")));
+    let mut putter = Putter::start(&environment);
+    assert_eq!(putter.put().await, "ok ok", "IMDS and plain HTTP go without it");
+    putter.end().await;
+    assert_eq!(tunnels.load(Ordering::SeqCst), 1);
+    environment.push(("NO_PROXY", "localhost".to_owned()));
+    let mut putter = Putter::start(&environment);
+    assert_eq!(putter.put().await, "ok ok");
+    putter.end().await;
+    assert_eq!(tunnels.load(Ordering::SeqCst), 1, "what NO_PROXY names is asked directly");
+    server.abort();
+    proxy.abort();
 }

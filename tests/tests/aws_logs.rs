@@ -6,10 +6,10 @@ mod aws_common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use aws_common::{Bed, bed};
-use stanchion_core::cloud::{LogEvent, LogGroupSpec, LogSink as _, Rejected, SinkError};
+use aws_common::{Bed, bed, bed_at};
+use stanchion_core::cloud::{Ec2Api as _, LogEvent, LogGroupSpec, LogSink as _, Rejected, SinkError};
 use stanchion_core::logs::LogBatch;
-use stanchion_lab::fake_aws::{ApiError, Bucket, DirectLogs, Effect, Fault};
+use stanchion_lab::fake_aws::{ApiError, Bucket, Clock, DirectLogs, Effect, Fault};
 
 const GROUP: &str = "/aws/containerinsights/demo/application";
 const STREAM: &str = "node1-application.var.log.containers.web";
@@ -215,4 +215,21 @@ async fn a_day_of_events_in_one_batch_is_legal() {
     let (bed, now) = ready().await;
     bed.logs.put(&batch(&[(now - 24 * HOUR, "first"), (now, "last")])).await.unwrap();
     assert_eq!(bed.cloud.logs_totals().events, 2);
+}
+
+#[tokio::test]
+async fn a_node_whose_clock_is_off_signs_with_the_services_time() {
+    let here = Clock::tokio().unix_ms();
+    for minutes in [-10, 10, 60 * 24 * 400] {
+        let bed = bed_at(Bed::config(), Clock::tokio_from(here + minutes * 60_000)).await;
+        bed.cloud.add_access_key("AKIDTEST", "secret", None, None);
+        bed.cloud.add_log_group(GROUP);
+        bed.cloud.add_log_stream(GROUP, STREAM);
+        let now = bed.cloud.clock().unix_ms();
+        assert_eq!(bed.logs.put(&batch(&[(now, "x")])).await, Ok(Rejected::default()), "{minutes} minutes");
+        assert_eq!(bed.cloud.count("PutLogEvents"), 1, "what was signed at another time did not get there");
+        assert_eq!(bed.logs.put(&batch(&[(now, "y")])).await, Ok(Rejected::default()));
+        assert_eq!(messages(&bed), ["x", "y"]);
+        bed.ec2.describe_attached(&bed.instance).await.expect("what one client learned the other knows");
+    }
 }

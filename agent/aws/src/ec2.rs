@@ -45,7 +45,7 @@ impl SdkEc2 {
     fn failed<E: ProvideErrorMetadata + Error + 'static>(&self, action: Ec2Action, error: SdkError<E, HttpResponse>) -> Ec2Error {
         let failure = Failure::from(error);
         if failure.is_bad_credentials() {
-            self.client.renew(self.client.get().0);
+            self.client.refused(self.client.get().0, &failure);
         }
         match failure {
             Failure::Refused { code, message, .. } => ec2_error(action, &code, &message),

@@ -1,11 +1,13 @@
 //! An SDK error, reduced to what the product asks of it.
 
 use std::error::Error;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use aws_credential_types::provider::error::CredentialsError;
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use aws_smithy_runtime_api::client::result::SdkError;
+use aws_smithy_types::DateTime;
+use aws_smithy_types::date_time::Format;
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 
 use crate::classify::is_bad_credentials;
@@ -17,7 +19,7 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
     /// The service said no.
-    Refused { code: String, message: String, status: u16, retry_after: Option<Duration> },
+    Refused { code: String, message: String, status: u16, retry_after: Option<Duration>, date: Option<SystemTime> },
     /// No credentials to sign with.
     NoCredentials(String),
     /// It was not sent: a mistake in the request.
@@ -32,6 +34,14 @@ impl Failure {
         match self {
             Self::Refused { code, .. } => code == "AuthFailure" || is_bad_credentials(code.rsplit('#').next().unwrap_or(code)),
             _ => false,
+        }
+    }
+
+    /// The service's time, where it said it.
+    pub(crate) fn date(&self) -> Option<SystemTime> {
+        match self {
+            Self::Refused { date, .. } => *date,
+            _ => None,
         }
     }
 }
@@ -51,6 +61,7 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
                     message: meta.message().unwrap_or_default().to_owned(),
                     status,
                     retry_after: raw.headers().get("retry-after").and_then(parse_retry_after),
+                    date: raw.headers().get("date").and_then(parse_date),
                 }
             }
             SdkError::ConstructionFailure(_) if has_source::<CredentialsError>(&error) => Self::NoCredentials(chain(&error)),
@@ -62,6 +73,7 @@ impl<E: ProvideErrorMetadata + Error + 'static> From<SdkError<E, HttpResponse>> 
                 message: chain(&error),
                 status: context.raw().status().as_u16(),
                 retry_after: context.raw().headers().get("retry-after").and_then(parse_retry_after),
+                date: None,
             },
             _ => Self::NoReply(chain(&error)),
         }
@@ -100,9 +112,23 @@ fn parse_retry_after(text: &str) -> Option<Duration> {
     Some(Duration::from_secs(seconds)).filter(|pause| *pause <= MAX_RETRY_AFTER)
 }
 
+/// The form of HTTP's `Date` header (RFC 9110, IMF-fixdate).
+fn parse_date(text: &str) -> Option<SystemTime> {
+    SystemTime::try_from(DateTime::from_str(text.trim(), Format::HttpDate).ok()?).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dates_as_servers_write_them() {
+        let seconds = |text| parse_date(text)?.duration_since(SystemTime::UNIX_EPOCH).ok().map(|since| since.as_secs());
+        assert_eq!(seconds("Fri, 20 Nov 2026 10:00:13 GMT"), Some(1_795_168_813));
+        for nonsense in ["", "now", "2026-11-20T10:00:13Z"] {
+            assert_eq!(seconds(nonsense), None, "{nonsense:?}");
+        }
+    }
 
     #[test]
     fn retry_after_is_seconds_within_reason() {

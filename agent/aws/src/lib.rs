@@ -21,6 +21,7 @@
 mod addresses;
 mod classify;
 mod client;
+mod clock;
 mod convert;
 mod ec2;
 mod failure;

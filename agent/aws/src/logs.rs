@@ -43,12 +43,12 @@ impl CloudWatchSink {
         self.gzip.load(Ordering::Relaxed)
     }
 
-    /// Sends it; once more with new credentials when these were refused.
+    /// Sends it; once more, with new credentials or the service's time, when the signature was refused.
     async fn send(&self, batch: &LogBatch, body: &Bytes, gzip: bool) -> Result<Rejected, Failure> {
         let (number, client) = self.client.get();
         match self.send_once(&client, batch, body.clone(), gzip).await {
             Err(failure) if failure.is_bad_credentials() => {
-                self.client.renew(number);
+                self.client.refused(number, &failure);
                 self.send_once(&self.client.get().1, batch, body.clone(), gzip).await
             }
             reply => reply,
@@ -151,7 +151,7 @@ fn already_exists(failure: &Failure) -> bool {
 
 fn to_sink_error(failure: Failure) -> SinkError {
     match failure {
-        Failure::Refused { code, message, status, retry_after } => sink_error(&code, status, &message, retry_after),
+        Failure::Refused { code, message, status, retry_after, .. } => sink_error(&code, status, &message, retry_after),
         Failure::NoCredentials(message) => SinkError::Unauthorized(message),
         Failure::NotSent(message) => SinkError::Invalid(message),
         Failure::NoReply(message) => SinkError::Unavailable(message),

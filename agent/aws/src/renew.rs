@@ -3,6 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::clock::ServerClock;
+use crate::failure::Failure;
+
 /// An SDK client and how to make it again with an empty credential cache.
 ///
 /// The SDK keeps credentials until they say that they expire. Ones that the service refuses before (a revoked session, a
@@ -10,20 +13,29 @@ use std::sync::{Arc, PoisonError, RwLock};
 pub(crate) struct Renewable<C> {
     current: Arc<RwLock<(u64, C)>>,
     make: Arc<dyn Fn() -> C + Send + Sync>,
+    clock: ServerClock,
 }
 
 impl<C: Clone> Renewable<C> {
-    pub(crate) fn new(make: impl Fn() -> C + Send + Sync + 'static) -> Self {
-        Self { current: Arc::new(RwLock::new((0, make()))), make: Arc::new(make) }
+    /// `clock` is the one that the clients sign with.
+    pub(crate) fn new(clock: ServerClock, make: impl Fn() -> C + Send + Sync + 'static) -> Self {
+        Self { current: Arc::new(RwLock::new((0, make()))), make: Arc::new(make), clock }
     }
 
-    /// The client, and its number for [`Self::renew`].
+    /// The client, and its number for [`Self::refused`].
     pub(crate) fn get(&self) -> (u64, C) {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// A request of client `number` was not taken for its signature: the clock is wrong, or the credentials are.
+    pub(crate) fn refused(&self, number: u64, failure: &Failure) {
+        if !failure.date().is_some_and(|date| self.clock.learn(date)) {
+            self.renew(number);
+        }
+    }
+
     /// Replaces client `number`; whoever comes second finds it done.
-    pub(crate) fn renew(&self, number: u64) {
+    fn renew(&self, number: u64) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         if current.0 == number {
             *current = (number + 1, (self.make)());
@@ -33,7 +45,7 @@ impl<C: Clone> Renewable<C> {
 
 impl<C> Clone for Renewable<C> {
     fn clone(&self) -> Self {
-        Self { current: self.current.clone(), make: self.make.clone() }
+        Self { current: self.current.clone(), make: self.make.clone(), clock: self.clock.clone() }
     }
 }
 
@@ -53,7 +65,7 @@ mod tests {
     fn many_that_find_the_same_client_refused_renew_it_once() {
         let made = Arc::new(AtomicU32::new(0));
         let counter = made.clone();
-        let client = Renewable::new(move || counter.fetch_add(1, Ordering::SeqCst));
+        let client = Renewable::new(ServerClock::default(), move || counter.fetch_add(1, Ordering::SeqCst));
         let seen = client.get();
         client.renew(seen.0);
         client.clone().renew(seen.0);

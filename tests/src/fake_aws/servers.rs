@@ -28,7 +28,7 @@ const MAX_INFLATED: u64 = 16 * 1024 * 1024;
 
 /// EC2's Query API.
 pub async fn serve_ec2(listener: TcpListener, cloud: Cloud) -> Infallible {
-    http::serve(listener, None, move |parts, body| ec2(cloud.clone(), parts, body)).await
+    http::serve(listener, None, move |parts, body| dated(cloud.clone(), ec2(cloud.clone(), parts, body))).await
 }
 
 /// The metadata service as one instance sees it, IMDSv2 only.
@@ -39,7 +39,7 @@ pub async fn serve_imds(listener: TcpListener, cloud: Cloud, instance: InstanceI
 
 /// CloudWatch Logs; with an acceptor over TLS.
 pub async fn serve_logs(listener: TcpListener, cloud: Cloud, tls: Option<TlsAcceptor>) -> Infallible {
-    http::serve(listener, tls, move |parts, body| logs(cloud.clone(), parts, body)).await
+    http::serve(listener, tls, move |parts, body| dated(cloud.clone(), logs(cloud.clone(), parts, body))).await
 }
 
 /// STS's AssumeRoleWithWebIdentity (IRSA) and the EKS Pod Identity agent (`/v1/credentials`): keys that expire after
@@ -48,10 +48,20 @@ pub async fn serve_credentials(listener: TcpListener, cloud: Cloud, token: Strin
     http::serve(listener, None, move |parts, body| credentials(cloud.clone(), token.clone(), lifetime, parts, body)).await
 }
 
+/// With the cloud's time in its `Date` header.
+async fn dated(cloud: Cloud, reply: impl Future<Output = Reply>) -> Reply {
+    let mut reply = reply.await?;
+    let now = jiff::Timestamp::from_millisecond(cloud.clock().unix_ms()).unwrap_or_default();
+    if let Ok(date) = now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string().parse() {
+        reply.headers_mut().insert("date", date);
+    }
+    Ok(reply)
+}
+
 async fn ec2(cloud: Cloud, parts: Parts, body: Bytes) -> Reply {
     let denied = cloud.check_signature(&parts, &body).map_err(|denied| match denied {
         Denied::Unsigned => ApiError::bad("MissingAuthenticationToken", "Request is missing Authentication Token"),
-        Denied::Expired => ApiError::bad("RequestExpired", "Request has expired."),
+        Denied::Expired | Denied::Skewed(_) => ApiError::bad("RequestExpired", "Request has expired."),
         Denied::UnknownKey | Denied::WrongSignature => {
             ApiError::with_status(401, "AuthFailure", "AWS was not able to validate the provided access credentials")
         }
@@ -101,6 +111,10 @@ async fn logs(cloud: Cloud, parts: Parts, body: Bytes) -> Reply {
     let denied = cloud.check_signature(&parts, &body).map_err(|denied| match denied {
         Denied::Unsigned => ApiError::bad("MissingAuthenticationTokenException", "Missing Authentication Token"),
         Denied::Expired => ApiError::bad("ExpiredTokenException", "The security token included in the request is expired"),
+        Denied::Skewed(signed_ms) => {
+            let order = if signed_ms < cloud.clock().unix_ms() { "expired" } else { "not yet current" };
+            ApiError::bad("InvalidSignatureException", format!("Signature {order}: the node's clock is off"))
+        }
         Denied::UnknownKey => ApiError::bad("UnrecognizedClientException", "The security token included in the request is invalid."),
         Denied::WrongSignature => {
             ApiError::bad("InvalidSignatureException", "The request signature we calculated does not match the signature you provided.")
@@ -184,6 +198,6 @@ impl Cloud {
             let state = self.lock();
             (state.keys.clone(), state.now())
         };
-        sigv4::check(&keys, now, parts, body)
+        sigv4::check(&keys, now, self.clock().unix_ms(), parts, body)
     }
 }

@@ -18,12 +18,26 @@ pub(super) enum Denied {
     UnknownKey,
     /// The session has ended.
     Expired,
+    /// Signed at another time than this; as written.
+    Skewed(i64),
     /// The signature is not that of this request.
     WrongSignature,
 }
 
+/// A signature holds five minutes.
+const MAX_SKEW_MS: i64 = 300_000;
+
+/// `20261120T100013Z` in milliseconds since 1970.
+fn signed_at_ms(date: &str) -> Option<i64> {
+    jiff::civil::DateTime::strptime("%Y%m%dT%H%M%SZ", date)
+        .ok()?
+        .to_zoned(jiff::tz::TimeZone::UTC)
+        .ok()
+        .map(|at| at.timestamp().as_millisecond())
+}
+
 /// Checks a request against the known keys. Without any key only a signature of the right form is asked for.
-pub(super) fn check(keys: &BTreeMap<String, AccessKey>, now: Duration, parts: &Parts, body: &[u8]) -> Result<(), Denied> {
+pub(super) fn check(keys: &BTreeMap<String, AccessKey>, now: Duration, unix_ms: i64, parts: &Parts, body: &[u8]) -> Result<(), Denied> {
     let fields = header_text(parts, "authorization").strip_prefix("AWS4-HMAC-SHA256 ").ok_or(Denied::Unsigned)?;
     let field = |name: &str| fields.split(',').find_map(|field| field.trim().strip_prefix(name)?.strip_prefix('=')).ok_or(Denied::Unsigned);
     let (id, scope) = field("Credential")?.split_once('/').ok_or(Denied::Unsigned)?;
@@ -40,6 +54,10 @@ pub(super) fn check(keys: &BTreeMap<String, AccessKey>, now: Duration, parts: &P
     }
     let canonical = canonical_request(parts, signed_headers, body);
     let date = header_text(parts, "x-amz-date");
+    let signed_ms = signed_at_ms(date).ok_or(Denied::WrongSignature)?;
+    if (signed_ms - unix_ms).abs() > MAX_SKEW_MS {
+        return Err(Denied::Skewed(signed_ms));
+    }
     let to_sign = format!("AWS4-HMAC-SHA256\n{date}\n{scope}\n{}", hex(&Sha256::digest(canonical)));
     let mut signing_key = format!("AWS4{}", key.secret).into_bytes();
     for part in scope.split('/') {

@@ -40,8 +40,13 @@ impl Bed {
 }
 
 pub(crate) async fn bed_with(config: CloudConfig) -> Bed {
+    bed_at(config, Clock::tokio()).await
+}
+
+/// With the cloud's own time.
+pub(crate) async fn bed_at(config: CloudConfig, clock: Clock) -> Bed {
     let vpc = config.vpc.clone();
-    let cloud = Cloud::new(config, Clock::tokio());
+    let cloud = Cloud::new(config, clock);
     let cidr: Ipv4Net = "10.0.1.0/24".parse().expect("a range");
     let mut subnet = SubnetSpec::new(SUBNET, "eu-west-1a", cidr);
     subnet.ipv6_cidrs = vec!["2001:db8:0:1::/64".parse().expect("a range")];
