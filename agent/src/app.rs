@@ -275,6 +275,10 @@ fn start_telemetry(
             let path = settings.log_config.as_ref();
             log_settings = ship::with_file(log_settings, path).context("STANCHION_LOG_CONFIG")?;
         }
+        if let Some(journal) = &mut log_settings.journal {
+            let node = [("az", &identity.availability_zone), ("ec2_instance_id", &identity.instance.to_string())];
+            journal.node = node.map(|(name, value)| (name.to_owned(), value.clone())).into();
+        }
         let sink: Sink =
             settings.log_sink.parse().map_err(|remedy| anyhow::anyhow!("STANCHION_LOG_SINK={:?}: {remedy}", settings.log_sink))?;
         let (handle, task) = match sink {

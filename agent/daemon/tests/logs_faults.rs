@@ -304,6 +304,7 @@ async fn a_noisy_namespace_delays_only_itself() {
     until("the neighbour's line, in its turn", Duration::from_secs(6), || has("neighbour")).await;
     let read = agent.handle.counters().bytes_read;
     assert!(read < 1_700_000, "{read} bytes of two million in some ten seconds at a tenth of one");
+    assert!(agent.handle.counters().quota_waits > 0);
     until("all of it in the end", Duration::from_secs(40), || service.lines() == 2002).await;
 }
 

@@ -162,8 +162,9 @@ async fn nothing_that_is_to_be_masked_leaves_the_node() {
         let record =
             RecordOptions { layout, merge: if layout == Layout::Raw { Merge::Off } else { Merge::Top }, ..RecordOptions::default() };
         let settings = LogSettings { record, redactions: redactions.clone(), ..raw() };
-        let events = texts(dir.path(), settings).await;
-        let all = events.concat();
+        let (report, streams) = ship(dir.path(), settings, ClusterState::default()).await;
+        assert!(report.counters.redacted >= 3, "{}", report.counters.redacted);
+        let all: String = streams.into_iter().flat_map(|(_, events)| events).map(|(_, text)| text).collect();
         assert!(!all.contains("Zx9") && !all.contains("4111"), "{layout:?}");
         assert!(all.contains(&format!("{} # {}", "a".repeat(100), "b".repeat(100))), "{layout:?}");
         assert_eq!(all.matches('~').count(), 1_500_000, "{layout:?}");
@@ -224,7 +225,8 @@ async fn a_pod_names_the_parser_of_its_lines() {
         cluster.apply(Object::Pod(serde_json::from_value(pod.clone()).unwrap()));
         let record = RecordOptions { merge: Merge::Under("m".into()), keep_log: false, ..RecordOptions::default() };
         let settings = LogSettings { record, honour_parser, ..raw() };
-        let (_, streams) = ship(dir.path(), settings, cluster).await;
+        let (report, streams) = ship(dir.path(), settings, cluster).await;
+        assert_eq!(report.counters.unparsed, u64::from(honour_parser), "a line that logfmt is not for");
         let records = streams[0].1.iter().map(|(_, text)| serde_json::from_str::<serde_json::Value>(text).unwrap());
         shipped.push(records.map(|record| (record["m"].clone(), record["log"].clone())).collect::<Vec<_>>());
     }

@@ -192,6 +192,7 @@ fn report(shipped: &ShipReport) -> ExitCode {
         ("lines were cut because open lines took too much memory", counters.cut_for_memory, false),
         ("lines of excluded pods", counters.excluded, false),
         ("events are older than the service takes", counters.dropped_too_old, true),
+        ("entries of the journal cannot be read", counters.journal_unreadable, true),
         ("events were rejected for their time", counters.rejected_too_old + counters.rejected_too_new + counters.rejected_expired, true),
         ("events were refused as invalid", counters.dropped_invalid, true),
     ];

@@ -362,14 +362,7 @@ impl BatchBuilder {
         } else {
             Body::Plain(body.into())
         };
-        Some(LogBatch {
-            group: self.group.clone(),
-            stream: self.stream.clone(),
-            body,
-            events: kept,
-            counted: self.counted,
-            emf: self.emf,
-        })
+        Some(LogBatch { group: self.group.clone(), stream: self.stream.clone(), body, events: kept, counted: self.counted, emf: self.emf })
     }
 
     /// The two streams of a container are written by two threads, so lines can be a little out of order; the service

@@ -7,6 +7,7 @@ use std::time::Duration;
 use regex_lite::Regex;
 use serde::{Deserialize, Serialize};
 
+use super::journal::JournalSettings;
 use super::multiline::{Rule, UserRule};
 use super::parser::{Format, Kind, Parser};
 use super::quota::Quota;
@@ -90,6 +91,9 @@ pub struct LogFile {
     /// Log files of the node.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub host_files: Vec<HostEntry>,
+    /// The node's journal, in Container Insights' streams.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub journal: Option<JournalEntry>,
     /// Events larger than the service takes: `split` or `truncate`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oversize: Option<OversizeWord>,
@@ -215,6 +219,53 @@ pub struct HostEntry {
     pub stream: String,
 }
 
+/// The node's journal. What it does not say is as Container Insights has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct JournalEntry {
+    /// Directories of journals, instead of `/var/log/journal` and `/run/log/journal`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dirs: Option<Vec<String>>,
+    /// The streams dmesg, messages and secure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<bool>,
+    /// Units with a stream in the dataplane group, instead of docker, containerd and kubelet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub units: Option<Vec<String>>,
+    /// Where files begin that were there before the agent: `tail` unless this says `head`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_from: Option<Begin>,
+}
+
+impl JournalEntry {
+    fn settings(&self) -> Result<JournalSettings, LogFileError> {
+        let mut settings = JournalSettings::default();
+        set(&mut settings.dirs, self.dirs.clone());
+        set(&mut settings.host, self.host);
+        set(&mut settings.units, self.units.clone());
+        set(&mut settings.read_from, self.read_from.map(ReadFrom::from));
+        if let Some(dir) = settings.dirs.iter().find(|dir| !dir.starts_with('/')) {
+            return Err(value("journal, dirs", dir.clone(), "use absolute paths"));
+        }
+        if let Some(unit) = settings.units.iter().find(|unit| !unit.contains('.')) {
+            return Err(value("journal, units", unit.clone(), "name the unit whole, as kubelet.service"));
+        }
+        if !settings.host && settings.units.is_empty() {
+            return Err(value("journal", "host: false".to_owned(), "without units there is nothing to ship; leave the journal out"));
+        }
+        Ok(settings)
+    }
+}
+
+impl From<Begin> for ReadFrom {
+    fn from(begin: Begin) -> Self {
+        match begin {
+            Begin::Head => Self::Head,
+            Begin::Tail => Self::Tail,
+        }
+    }
+}
+
 fn host_group() -> String {
     "/aws/containerinsights/{cluster}/host".to_owned()
 }
@@ -311,13 +362,7 @@ impl LogFile {
         settings.group_spec.tags.extend(self.tags.clone());
         settings.include.extend(self.include.iter().cloned());
         settings.exclude.extend(self.exclude.iter().cloned());
-        set(
-            &mut settings.read_from,
-            self.read_from.map(|begin| match begin {
-                Begin::Head => ReadFrom::Head,
-                Begin::Tail => ReadFrom::Tail,
-            }),
-        );
+        set(&mut settings.read_from, self.read_from.map(ReadFrom::from));
         set(
             &mut settings.oversize,
             self.oversize.map(|word| match word {
@@ -387,6 +432,9 @@ impl LogFile {
                 Ok(Route { files: entry.files.clone(), group, stream })
             });
             settings.routes = read.collect::<Result<_, LogFileError>>()?;
+        }
+        if let Some(journal) = &self.journal {
+            settings.journal = Some(journal.settings()?);
         }
         for entry in &self.host_files {
             if !entry.path.starts_with('/')

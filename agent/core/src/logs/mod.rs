@@ -9,6 +9,7 @@
 //! | [`config`] | the settings file |
 //! | [`fluentbit`] | what of a Fluent Bit configuration has a counterpart |
 //! | [`join`] | which lines are one event: split lines, then stack traces by the rules of [`multiline`] |
+//! | [`journal`] | entries of the node's journal, and the streams that they go to |
 //! | [`json`] | escaping on the hot path |
 //! | [`batch`] | when a batch is full, and its wire form |
 //! | [`ledger`] | how far a file is acknowledged |
@@ -20,6 +21,7 @@ pub mod cri;
 pub mod enrich;
 pub mod fluentbit;
 pub mod join;
+pub mod journal;
 pub mod json;
 pub mod ledger;
 pub mod merge;

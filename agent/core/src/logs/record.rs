@@ -83,7 +83,7 @@ pub struct RecordWriter {
 }
 
 /// What one call wrote.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Written {
     /// Bytes of the message, unescaped; 0 if the layout has no message for it.
     pub message: usize,
@@ -91,6 +91,8 @@ pub struct Written {
     pub content: usize,
     /// The content's end was cut off.
     pub truncated: bool,
+    /// The pod's parser does not match the line: it is sent as text.
+    pub unparsed: bool,
 }
 
 /// A record's text as it grows inside a body: everything in it is escaped once more than the record itself needs.
@@ -179,20 +181,22 @@ impl RecordWriter {
             json::escape(out, &line[..fit]);
             let message = json::valid_len(&line[..fit]);
             if fit == line.len() {
-                return Written { message, content: fit + newline, truncated: false };
+                return Written { message, content: fit + newline, ..Written::default() };
             }
             if self.oversize == Oversize::Truncate {
                 json::escape(out, TRUNCATED.as_bytes());
-                return Written { message: message + TRUNCATED.len(), content: content.len(), truncated: true };
+                return Written { message: message + TRUNCATED.len(), content: content.len(), truncated: true, unparsed: false };
             }
-            return Written { message, content: fit, truncated: false };
+            return Written { message, content: fit, ..Written::default() };
         }
         let mark = if self.oversize == Oversize::Truncate { TRUNCATED.len() } else { 0 };
         let room = MAX_MESSAGE_BYTES - self.tail_len - fixed_len(&event.header) - 16 - mark;
         let fit = fitting(content, room, worst_escaped);
         let whole = from == 0 && fit == content.len();
         let truncated = !whole && fit < content.len() && self.oversize == Oversize::Truncate;
-        let source = if whole && self.merge != Merge::Off { self.source(event, content) } else { None };
+        let merges = whole && self.merge != Merge::Off;
+        let source = if merges { self.source(event, content) } else { None };
+        let unparsed = merges && source.is_none();
         let object = source.as_ref().and_then(|source| Some((&source[..], merge::object(source)?)));
         let mut text = Text { out, len: 0, first: true };
         text.json(b"{");
@@ -208,7 +212,7 @@ impl RecordWriter {
         let tail = if before_tail == 1 && self.has_kubernetes { &self.tail[1..] } else { &self.tail[..] };
         text.out.extend_from_slice(tail);
         text.len += self.tail_len - (self.tail.len() - tail.len());
-        Written { message: text.len, content: if truncated { content.len() } else { fit }, truncated }
+        Written { message: text.len, content: if truncated { content.len() } else { fit }, truncated, unparsed }
     }
 
     /// The text whose members are merged: the line, or what the pod's parser made of it.
@@ -371,7 +375,7 @@ mod tests {
         let mut batches = Vec::new();
         let mut from = 0;
         loop {
-            let mut part = Written { message: 0, content: 0, truncated: false };
+            let mut part = Written::default();
             batches.extend(builder.push_with(0, |out| {
                 part = writer.write(&event, from, out);
                 part.message

@@ -6,6 +6,7 @@ use std::time::Duration;
 use regex_lite::Regex;
 
 use super::join::Bounds;
+use super::journal::JournalSettings;
 use super::multiline::Rule;
 use super::parser::{Parser, built_in};
 use super::quota::Quota;
@@ -104,6 +105,8 @@ pub struct LogSettings {
     pub routes: Vec<Route>,
     /// Files of the node.
     pub host_files: Vec<HostFiles>,
+    /// The node's journal; `None` leaves it unread.
+    pub journal: Option<JournalSettings>,
     /// Events larger than the service takes.
     pub oversize: Oversize,
     /// The annotation `fluentbit.io/exclude` is followed.
@@ -156,6 +159,7 @@ impl LogSettings {
             quotas: Vec::new(),
             routes: Vec::new(),
             host_files: Vec::new(),
+            journal: None,
             oversize: Oversize::Split,
             honour_exclude: true,
             include: Vec::new(),

@@ -134,6 +134,30 @@ pub(super) struct Context<'a> {
     pub(super) wall_ms: i64,
 }
 
+impl Context<'_> {
+    /// The time to send for an event of this one, in milliseconds since 1970; `None`, counted, for one that is too old to be taken.
+    pub(super) fn time(&mut self, timestamp_ms: i64) -> Option<i64> {
+        let Some(window) = self.settings.age else { return Some(timestamp_ms) };
+        let age_ms = self.wall_ms.saturating_sub(timestamp_ms);
+        if age_ms > i64::try_from(window.past.as_millis()).unwrap_or(i64::MAX) {
+            self.counters.dropped_too_old += 1;
+            return None;
+        }
+        if age_ms < -i64::try_from(window.future.as_millis()).unwrap_or(i64::MAX) {
+            self.counters.clamped_too_new += 1;
+            return Some(self.wall_ms);
+        }
+        Some(timestamp_ms)
+    }
+
+    /// The text without what must not leave the node; `None` where there is no such thing in it.
+    pub(super) fn masked(&mut self, content: &[u8]) -> Option<String> {
+        let masked = redact(&self.settings.redactions, content);
+        self.counters.redacted += u64::from(masked.is_some());
+        masked
+    }
+}
+
 impl Container {
     /// Takes the block that begins at the generation's offset; returns how many bytes of it were used. A line that the block
     /// cuts off is left for the next read, unless it fills the whole block: then it is taken in pieces.
@@ -279,29 +303,21 @@ impl Lines<'_, '_> {
             return;
         };
         let mut event = event;
-        if let Some(window) = self.context.settings.age {
-            let age_ms = self.context.wall_ms.saturating_sub(event.timestamp_ms);
-            if age_ms > i64::try_from(window.past.as_millis()).unwrap_or(i64::MAX) {
-                self.context.counters.dropped_too_old += 1;
-                return;
-            }
-            if age_ms < -i64::try_from(window.future.as_millis()).unwrap_or(i64::MAX) {
-                self.context.counters.clamped_too_new += 1;
-                event.timestamp_ms = self.context.wall_ms;
-            }
-        }
-        let redacted = redact(&self.context.settings.redactions, event.content);
-        if let Some(redacted) = &redacted {
-            event.content = redacted.as_bytes();
+        let Some(timestamp_ms) = self.context.time(event.timestamp_ms) else { return };
+        event.timestamp_ms = timestamp_ms;
+        let masked = self.context.masked(event.content);
+        if let Some(masked) = &masked {
+            event.content = masked.as_bytes();
         }
         let Self { container, writer, generations, context, .. } = self;
-        let (parts, truncated) = context.streams.push(stream, &event, writer, *container, context.now_ms, &mut |batch, mark| {
+        let (parts, written) = context.streams.push(stream, &event, writer, *container, context.now_ms, &mut |batch, mark| {
             if let Some(generation) = generations.iter_mut().rev().find(|generation| generation.number == mark.generation) {
                 generation.ledger.pin(batch, mark.offset);
             }
         });
         context.counters.dropped_empty += u64::from(parts == 0);
-        context.counters.truncated_events += u64::from(truncated);
+        context.counters.truncated_events += u64::from(written.truncated);
+        context.counters.unparsed += u64::from(written.unparsed);
     }
 }
 

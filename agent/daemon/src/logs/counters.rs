@@ -9,6 +9,10 @@ pub struct LogCounters {
     pub lines_read: u64,
     /// Bytes of them, newlines included.
     pub bytes_read: u64,
+    /// Entries read from the node's journal.
+    pub journal_entries: u64,
+    /// Entries of it that cannot be read.
+    pub journal_unreadable: u64,
     /// Times that a container's files were looked at.
     pub looks: u64,
     /// Events acknowledged by the sink.
@@ -41,6 +45,12 @@ pub struct LogCounters {
     pub cut_for_memory: u64,
     /// Lines of pods that ask not to be read.
     pub excluded: u64,
+    /// Events in which something was masked.
+    pub redacted: u64,
+    /// Lines that the parser which their pod names does not match: sent as text.
+    pub unparsed: u64,
+    /// Looks that read nothing because the namespace had used up its rate.
+    pub quota_waits: u64,
     /// Files that became shorter than what was read.
     pub truncations: u64,
     /// Bytes given up because rotated files took more disk than allowed.

@@ -204,7 +204,7 @@ impl Streams {
     }
 
     /// Puts an event into the stream's batch, in as many parts as its size needs. `pin` hears of each batch that holds
-    /// some of it. Returns the number of parts, 0 when the layout has no message for it, and whether its end was cut off.
+    /// some of it. Returns the number of parts, 0 when the layout has no message for it, and what was written of the last one.
     pub(super) fn push(
         &mut self,
         id: StreamId,
@@ -213,13 +213,13 @@ impl Streams {
         container: u64,
         now_ms: i64,
         pin: &mut dyn FnMut(BatchId, Mark),
-    ) -> (usize, bool) {
+    ) -> (usize, Written) {
         let (mut from, mut parts) = (0, 0);
         loop {
-            let Some(stream) = self.streams.get_mut(&id) else { return (parts, false) };
+            let Some(stream) = self.streams.get_mut(&id) else { return (parts, Written::default()) };
             let before = stream.builder.encoded_bytes();
             let was_empty = stream.builder.is_empty();
-            let mut written = Written { message: 0, content: 0, truncated: false };
+            let mut written = Written::default();
             let sealed = stream.builder.push_with(event.timestamp_ms, |out| {
                 written = writer.write(event, from, out);
                 written.message
@@ -237,7 +237,7 @@ impl Streams {
             }
             from += written.content;
             if from >= event.content.len() {
-                return (parts, written.truncated);
+                return (parts, written);
             }
         }
     }

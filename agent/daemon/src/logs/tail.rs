@@ -5,6 +5,7 @@
 //! of their directory would wake once in ten seconds, so that thousands of quiet files cost nothing.
 
 mod identity;
+mod journal;
 mod reading;
 mod report;
 mod sweep;
@@ -110,6 +111,8 @@ pub struct Tailer {
     restored: HashMap<PathBuf, Vec<Position>>,
     /// How files without position are begun: [`ReadFrom::Tail`] only in the first scan of a fresh agent.
     begin: ReadFrom,
+    /// The agent never ran here, and nothing was looked at yet.
+    fresh: bool,
     block: Vec<u8>,
     held_bytes: u64,
     positions_dirty: bool,
@@ -125,12 +128,14 @@ pub struct Tailer {
     open_bytes: usize,
     decoders: Decoders,
     watches: Watches,
+    journals: journal::Journals,
 }
 
 impl Tailer {
     /// A tailer that has not looked at anything yet.
     pub fn new(parts: TailerParts, restored: Restored) -> Self {
         let mut by_path: HashMap<PathBuf, Vec<Position>> = HashMap::new();
+        let fresh = matches!(restored, Restored::Fresh);
         let begin = match restored {
             Restored::Fresh => parts.settings.read_from,
             Restored::Unusable => ReadFrom::Head,
@@ -156,6 +161,7 @@ impl Tailer {
             counters: LogCounters::default(),
             restored: by_path,
             begin,
+            fresh,
             block: vec![0; BLOCK],
             held_bytes: 0,
             positions_dirty: false,
@@ -167,6 +173,7 @@ impl Tailer {
             open_bytes: 0,
             decoders: Decoders::default(),
             watches: Watches::default(),
+            journals: journal::Journals::default(),
         }
     }
 
@@ -202,6 +209,7 @@ impl Tailer {
             progress |= self.look(entry.2, now);
         }
         self.due.extend(due);
+        progress |= self.read_journals(now);
         let flush_ms = i64::try_from(self.parts.settings.flush.as_millis()).unwrap_or(i64::MAX);
         let mut next_ms = now.mono + WATCHED_MS.0;
         // While memory is full, an acknowledgement wakes the caller.
@@ -209,6 +217,11 @@ impl Tailer {
             && let Some((due_ms, _, _)) = self.due.first()
         {
             next_ms = next_ms.min(*due_ms);
+        }
+        if !self.is_full()
+            && let Some(due_ms) = self.journals_due()
+        {
+            next_ms = next_ms.min(due_ms);
         }
         if let Some(first) = self.streams.seal_older_than(now.mono - flush_ms) {
             next_ms = next_ms.min(first + flush_ms);
@@ -222,7 +235,9 @@ impl Tailer {
         container.due = None;
         self.counters.looks += 1;
         let namespace = container.names.as_ref().map(|names| names.namespace.clone()).unwrap_or_default();
-        let ready_ms = self.identified_at(&container, now).max(self.quotas.ready_at(&namespace, now.mono));
+        let allowed_ms = self.quotas.ready_at(&namespace, now.mono);
+        self.counters.quota_waits += u64::from(allowed_ms > now.mono);
+        let ready_ms = self.identified_at(&container, now).max(allowed_ms);
         let room = self.has_room(&container);
         let mut read = false;
         if ready_ms <= now.mono && room {
@@ -348,6 +363,7 @@ impl Tailer {
 
     /// Looks at every file in the next turn, whenever its turn would be: before the end of the process.
     pub fn hurry(&mut self) {
+        self.hurry_journals();
         let ids: Vec<_> = self.containers.keys().copied().collect();
         for id in ids {
             if let Some(container) = self.containers.get_mut(&id) {
@@ -370,6 +386,9 @@ impl Tailer {
     /// The batch was taken, or given up for the reason in `error`: its bytes need not be read again.
     pub fn acknowledge(&mut self, id: BatchId, error: Option<String>, now: Now) {
         for FileId { container, generation } in self.streams.settle(id, error) {
+            if self.acknowledge_journal(container, id, now) {
+                continue;
+            }
             let Some(generation) = self.containers.get_mut(&container).and_then(|container| container.generation_mut(generation)) else {
                 continue;
             };

@@ -210,6 +210,30 @@ fn log_shipping(out: &mut Exposition, logs: &LogsSnapshot) {
     ] {
         samples.value(&[reason], count as f64);
     }
+    for (family, counts) in [
+        (&f::LOG_LEFT_OUT, &[("excluded", counters.excluded), ("empty", counters.dropped_empty)][..]),
+        (
+            &f::LOG_CHANGED,
+            &[
+                ("masked", counters.redacted),
+                ("truncated", counters.truncated_events),
+                ("time", counters.clamped_too_new),
+                ("memory", counters.cut_for_memory),
+                ("unparsed", counters.unparsed),
+            ],
+        ),
+    ] {
+        let mut samples = out.family(family);
+        for (label, count) in counts {
+            samples.value(&[label], *count as f64);
+        }
+    }
+    let mut samples = out.family(&f::LOG_JOURNAL);
+    samples.value(&["read"], counters.journal_entries as f64);
+    samples.value(&["unreadable"], counters.journal_unreadable as f64);
+    out.single(&f::LOG_QUOTA_WAITS, counters.quota_waits as f64);
+    out.single(&f::LOG_TRUNCATIONS, counters.truncations as f64);
+    out.single(&f::LOG_POSITION_ERRORS, counters.position_errors as f64);
     out.single(&f::LOG_FILES, logs.files.len() as f64);
     out.single(&f::LOG_LAG_BYTES, logs.files.iter().map(|file| file.lag_bytes).sum::<u64>() as f64);
     out.single(&f::LOG_LAG_SECONDS, logs.files.iter().map(|file| file.lag_seconds).max().unwrap_or(0) as f64);

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 pub use read::{Find, ReadError, Section, sections};
 
-use super::config::{Begin, GroupClass, HostEntry, LogFile, ParserEntry, RouteEntry, RuleEntry};
+use super::config::{Begin, GroupClass, HostEntry, JournalEntry, LogFile, ParserEntry, RouteEntry, RuleEntry};
 use super::names::glob;
 use super::record::{Layout, Merge};
 use templates::Names;
@@ -269,13 +269,46 @@ fn kubernetes(migration: &mut Migration, section: &Section) {
     }
 }
 
+/// Inputs of the journal: what they filter for says which of Container Insights' streams they are.
+fn journal(migration: &mut Migration, section: &Section) {
+    let tag = section.get("tag").unwrap_or("systemd.*");
+    let entry = migration.file.journal.get_or_insert_with(|| JournalEntry {
+        host: Some(false),
+        units: Some(Vec::new()),
+        ..JournalEntry::default()
+    });
+    let mut found = false;
+    for (_, filter) in section.properties.iter().filter(|(key, _)| key == "systemd_filter") {
+        match filter.split_once('=') {
+            Some(("_SYSTEMD_UNIT", unit)) => entry.units.get_or_insert_default().push(unit.trim().to_owned()),
+            Some(("_TRANSPORT" | "PRIORITY" | "SYSLOG_FACILITY", _)) => entry.host = Some(true),
+            _ => continue,
+        }
+        found = true;
+    }
+    if let Some(path) = section.get("path") {
+        let dirs = entry.dirs.get_or_insert_default();
+        if !dirs.iter().any(|dir| dir == path) {
+            dirs.push(path.to_owned());
+        }
+    }
+    if section.get("read_from_tail").is_none_or(|value| matches!(value.to_ascii_lowercase().as_str(), "off" | "false" | "no")) {
+        entry.read_from = Some(Begin::Head);
+    }
+    if !found {
+        entry.host = Some(true);
+        migration.miss(
+            format!("[INPUT] systemd {tag}"),
+            "it takes the whole journal; here are dmesg, messages, secure and the units that are named",
+        );
+    }
+}
+
 fn input(migration: &mut Migration, section: &Section, others: &[&str], outputs: &[Section], rules: &[Section], main: &mut bool) {
-    if section.name() != "tail" {
-        let why = match section.name() {
-            "systemd" => "the journal is not read; a node that writes files under /var/log can have host-files",
-            _ => "only log files are read",
-        };
-        return migration.miss(format!("[INPUT] {}", section.name()), why);
+    match section.name() {
+        "tail" => {}
+        "systemd" => return journal(migration, section),
+        other => return migration.miss(format!("[INPUT] {other}"), "only log files and the journal are read"),
     }
     let path = section.get("path").unwrap_or_default();
     let containers =

@@ -36,6 +36,15 @@ const CLASSIC: &str = r#"
 [INPUT]
     Name              systemd
     Tag               dataplane.systemd.*
+    Systemd_Filter    _SYSTEMD_UNIT=containerd.service
+    Systemd_Filter    _SYSTEMD_UNIT=kubelet.service
+    Path              /var/log/journal
+    Read_From_Tail    On
+[INPUT]
+    Name              systemd
+    Tag               everything
+    Path              /var/log/journal
+    Read_From_Tail    On
 [INPUT]
     Name              tail
     Tag               host.messages
@@ -121,7 +130,10 @@ fn container_insights_own_configuration() {
     assert_eq!((file.multiline_rules.as_slice(), file.multiline_flush_seconds), (&[rule][..], Some(1.0)));
     assert_eq!((file.parsers[0].name.as_str(), file.parsers[0].types["n"].as_str()), ("app", "integer"));
     let missing: Vec<&str> = migration.missing.iter().map(|(what, _)| what.as_str()).collect();
-    for what in ["[INPUT] systemd", "[FILTER] grep", "[OUTPUT] s3", "[INPUT] tail read_from_head ${READ_FROM_HEAD}"] {
+    let units = Some(vec!["containerd.service".to_owned(), "kubelet.service".to_owned()]);
+    let journal = JournalEntry { dirs: Some(vec!["/var/log/journal".into()]), host: Some(true), units, read_from: None };
+    assert_eq!(file.journal, Some(journal));
+    for what in ["[INPUT] systemd everything", "[FILTER] grep", "[OUTPUT] s3", "[INPUT] tail read_from_head ${READ_FROM_HEAD}"] {
         assert!(missing.contains(&what), "{what} in {missing:?}");
     }
 }

@@ -130,7 +130,7 @@ impl Tailer {
         if self.turn(now).progress {
             return Drain::Progress;
         }
-        if self.is_full() || !self.blocked.is_empty() {
+        if self.is_full() || !self.blocked.is_empty() || self.has_unread_journals() {
             return Drain::Waiting;
         }
         if let Some((due_ms, _, _)) = self.due.first() {

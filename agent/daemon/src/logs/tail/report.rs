@@ -27,7 +27,7 @@ impl Tailer {
             let generations = container.generations.iter().map(|generation| generation.position(&container.live));
             container.retired.iter().map(|(_, position)| position.clone()).chain(generations)
         });
-        let files = open.chain(self.restored.values().flatten().cloned()).collect();
+        let files = open.chain(self.journal_positions()).chain(self.restored.values().flatten().cloned()).collect();
         Positions { version: VERSION, node: self.parts.node.clone(), files }
     }
 
@@ -60,6 +60,7 @@ impl Tailer {
                 });
             }
         }
+        files.extend(self.journal_status(now));
         LogsSnapshot { files, counters: self.counters, memory_bytes: self.streams.bytes(), held_bytes: self.held_bytes }
     }
 }

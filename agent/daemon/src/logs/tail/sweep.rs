@@ -34,8 +34,11 @@ impl Tailer {
                 None => self.begin_container(found, &mut siblings, now),
             }
         }
+        let journal = self.parts.settings.journal.as_ref().map(|journal| journal.read_from);
+        self.scan_journals(journal.filter(|_| self.fresh));
         // What follows appears while we are here: it is read from its first byte.
         self.begin = ReadFrom::Head;
+        self.fresh = false;
         self.restored.retain(|path, _| unopened.contains(path));
         let ids: Vec<_> = self.containers.keys().copied().collect();
         for id in ids {
