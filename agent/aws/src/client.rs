@@ -10,7 +10,6 @@ use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_ec2::config::{Credentials, IdentityCache, StalledStreamProtectionConfig};
 
-use crate::clock::ServerClock;
 use crate::renew::Renewable;
 use crate::{CloudWatchSink, SdkEc2, http};
 
@@ -75,7 +74,6 @@ pub enum LoadError {
 pub struct AwsClients {
     config: SdkConfig,
     overrides: Overrides,
-    clock: ServerClock,
 }
 
 // === impl Overrides ===
@@ -108,9 +106,7 @@ impl AwsClients {
         // Every SDK has this variable but the one for Rust.
         let named = || std::env::var_os("AWS_CA_BUNDLE").filter(|path| !path.is_empty()).map(PathBuf::from);
         let ca_bundle = overrides.ca_bundle.clone().or_else(named);
-        let clock = ServerClock::default();
         let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .time_source(clock.clone())
             .http_client(http::aws_client(ca_bundle.as_deref())?)
             .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
             // For the calls that fetch credentials; the service clients below have their own.
@@ -121,7 +117,7 @@ impl AwsClients {
         if let Some((id, secret)) = &overrides.static_keys {
             loader = loader.credentials_provider(Credentials::new(id, secret, None, None, "stanchion"));
         }
-        Ok(Self { config: loader.load().await, overrides, clock })
+        Ok(Self { config: loader.load().await, overrides })
     }
 
     /// EC2. A request is sent once: whether an action is tried again is the planner's decision, and a mutation whose reply
@@ -129,7 +125,7 @@ impl AwsClients {
     pub fn ec2(&self) -> SdkEc2 {
         let (config, endpoint) = (self.config.clone(), self.overrides.ec2_endpoint.clone());
         let timeout = self.overrides.ec2_timeout.unwrap_or(EC2_TIMEOUT);
-        SdkEc2::new(Renewable::new(self.clock.clone(), move || {
+        SdkEc2::new(Renewable::new(move || {
             let mut builder = aws_sdk_ec2::config::Builder::from(&config)
                 .retry_config(RetryConfig::disabled())
                 .timeout_config(timeouts(timeout))
@@ -145,7 +141,7 @@ impl AwsClients {
     /// CloudWatch Logs. A request is sent once: back-off and order are the shipper's.
     pub fn logs(&self) -> CloudWatchSink {
         let (config, endpoint) = (self.config.clone(), self.overrides.logs_endpoint.clone());
-        CloudWatchSink::new(Renewable::new(self.clock.clone(), move || {
+        CloudWatchSink::new(Renewable::new(move || {
             let mut builder = aws_sdk_cloudwatchlogs::config::Builder::from(&config)
                 .retry_config(RetryConfig::disabled())
                 .timeout_config(timeouts(LOGS_TIMEOUT))

@@ -12,6 +12,8 @@ use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 
 use crate::classify::is_bad_credentials;
 
+/// Below it a difference is that of a slow answer, not of a clock; signatures hold five minutes.
+const TOLERATED: Duration = Duration::from_secs(240);
 /// Longest pause that a service can ask for; more is taken for nonsense.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
@@ -37,12 +39,11 @@ impl Failure {
         }
     }
 
-    /// The service's time, where it said it.
-    pub(crate) fn date(&self) -> Option<SystemTime> {
-        match self {
-            Self::Refused { date, .. } => *date,
-            _ => None,
-        }
+    /// The service's time is far from the node's, so that no signature of it holds.
+    pub(crate) fn tells_another_time(&self) -> bool {
+        let Self::Refused { date: Some(date), .. } = self else { return false };
+        let now = SystemTime::now();
+        now.duration_since(*date).or_else(|_| date.duration_since(now)).is_ok_and(|difference| difference > TOLERATED)
     }
 }
 

@@ -21,7 +21,6 @@
 mod addresses;
 mod classify;
 mod client;
-mod clock;
 mod convert;
 mod ec2;
 mod failure;

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::clock::ServerClock;
 use crate::failure::Failure;
 
 /// An SDK client and how to make it again with an empty credential cache.
@@ -13,13 +12,11 @@ use crate::failure::Failure;
 pub(crate) struct Renewable<C> {
     current: Arc<RwLock<(u64, C)>>,
     make: Arc<dyn Fn() -> C + Send + Sync>,
-    clock: ServerClock,
 }
 
 impl<C: Clone> Renewable<C> {
-    /// `clock` is the one that the clients sign with.
-    pub(crate) fn new(clock: ServerClock, make: impl Fn() -> C + Send + Sync + 'static) -> Self {
-        Self { current: Arc::new(RwLock::new((0, make()))), make: Arc::new(make), clock }
+    pub(crate) fn new(make: impl Fn() -> C + Send + Sync + 'static) -> Self {
+        Self { current: Arc::new(RwLock::new((0, make()))), make: Arc::new(make) }
     }
 
     /// The client, and its number for [`Self::refused`].
@@ -27,9 +24,10 @@ impl<C: Clone> Renewable<C> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// A request of client `number` was not taken for its signature: the clock is wrong, or the credentials are.
+    /// A request of client `number` was not taken for its signature: the credentials are wrong, or the node's clock is. The SDK's client
+    /// learns the service's time from the refusal and signs with it from then on, so that one is kept.
     pub(crate) fn refused(&self, number: u64, failure: &Failure) {
-        if !failure.date().is_some_and(|date| self.clock.learn(date)) {
+        if !failure.tells_another_time() {
             self.renew(number);
         }
     }
@@ -45,7 +43,7 @@ impl<C: Clone> Renewable<C> {
 
 impl<C> Clone for Renewable<C> {
     fn clone(&self) -> Self {
-        Self { current: self.current.clone(), make: self.make.clone(), clock: self.clock.clone() }
+        Self { current: self.current.clone(), make: self.make.clone() }
     }
 }
 
@@ -65,7 +63,7 @@ mod tests {
     fn many_that_find_the_same_client_refused_renew_it_once() {
         let made = Arc::new(AtomicU32::new(0));
         let counter = made.clone();
-        let client = Renewable::new(ServerClock::default(), move || counter.fetch_add(1, Ordering::SeqCst));
+        let client = Renewable::new(move || counter.fetch_add(1, Ordering::SeqCst));
         let seen = client.get();
         client.renew(seen.0);
         client.clone().renew(seen.0);

@@ -264,6 +264,8 @@ impl Tailer {
         file.ledger.release(batch);
         file.behind_since_ms = (!file.is_done()).then_some(now.mono);
         self.positions_dirty = true;
+        // There is room again.
+        self.journals.due_ms = self.journals.due_ms.min(now.mono);
         true
     }
 
