@@ -443,6 +443,30 @@ async fn a_node_is_taken_over_from_aws_node_without_losing_a_connection() {
     assert_eq!(seen_as(vpc.pod(1), &vpc.router.0, &format!("{INTERNET}:8080")), "10.0.0.5");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_egress_chains_of_aws_nodes_pods_go_with_their_pods() {
+    let vpc = Vpc::build().await;
+    let node = &vpc.node.0;
+    // As its egress plugin leaves them: one pod lives, the other ended while nobody looked.
+    run(node, "ip link add lives type bridge");
+    run(node, "ip link set lives up");
+    run(node, "ip route add 169.254.172.2 dev lives");
+    for (address, chain) in [("169.254.172.2", "CNI-E4-aaaa"), ("169.254.172.3", "CNI-E4-bbbb")] {
+        run(node, &format!("iptables-nft -t nat -N {chain}"));
+        run(node, &format!("iptables-nft -t nat -A {chain} -d 224.0.0.0/4 -j ACCEPT"));
+        run(node, &format!("iptables-nft -t nat -A {chain} -j SNAT --to-source 10.0.0.5 --random-fully"));
+        run(node, &format!("iptables-nft -t nat -A POSTROUTING -s {address} -m comment --comment egress -j {chain}"));
+    }
+    let host = HostNet::open_in(stanchion_netlink::Netns::open(&node.path()).unwrap()).unwrap();
+    assert_eq!(host.apply(&vpc.plan).await.unwrap().failed, []);
+    let rules = ruleset(node);
+    assert!(rules.contains("jump CNI-E4-aaaa") && !rules.contains("CNI-E4-bbbb"), "{rules}");
+    run(node, "ip link del lives");
+    assert_eq!(host.apply(&vpc.plan).await.unwrap().failed, []);
+    assert!(!ruleset(node).contains("CNI-E4"), "{}", ruleset(node));
+    assert_eq!(host.apply(&vpc.plan).await.unwrap(), HostReport::default());
+}
+
 /// What aws-node before nft wrote, and kube-proxy's beside it.
 const LEGACY: &str = "*nat
 :AWS-CONNMARK-CHAIN-0 - [0:0]

@@ -1,5 +1,6 @@
 //! The real [`HostNetwork`]: a thread that lives in one namespace and applies plans there.
 
+use std::net::IpAddr;
 use std::sync::mpsc;
 
 use stanchion_core::network::diff::{diff, missing, wanted_sysctls};
@@ -121,13 +122,15 @@ struct Memory {
 fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Result<HostReport, HostError> {
     let mut observed = observe(netlink, desired)?;
     if !memory.upstream_is_gone {
-        observed.upstream = nft::observe_upstream().map_err(|error| HostError::Observe { what: "nft chains", error })?;
+        let lives = |address: IpAddr| observed.routes.iter().any(|route| route.dst == address.into());
+        let upstream = nft::observe_upstream(lives).map_err(|error| HostError::Observe { what: "nft chains", error })?;
         match legacy::observe_upstream() {
             Ok(documents) => observed.upstream_legacy = documents,
             // Ours are put in force all the same; both translate to the same address.
             Err(error) => tracing::warn!(error, "aws-node's rules in iptables-legacy stay"),
         }
-        memory.upstream_is_gone = observed.upstream.is_empty() && observed.upstream_legacy.is_empty();
+        memory.upstream_is_gone = upstream.is_none() && observed.upstream_legacy.is_empty();
+        observed.upstream = upstream.unwrap_or_default();
     }
     memory.may_have_ipv6_table |= Ruleset::of_ipv6(desired).is_wanted();
     if memory.may_have_ipv6_table {

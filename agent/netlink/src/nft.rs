@@ -1,6 +1,7 @@
 //! The `nft` binary: one document in, one transaction; JSON out.
 
 use std::io::{self, Write as _};
+use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -38,9 +39,13 @@ pub(crate) fn observe(family: &str) -> Result<Option<NftObserved>, String> {
     if complaint.contains("No such file or directory") { Ok(None) } else { Err(complaint) }
 }
 
-/// The commands that remove what aws-node left; empty on a node that it never ran on, which costs a listing of the chains only.
-pub(crate) fn observe_upstream() -> Result<Vec<Value>, String> {
-    if takeover::is_present(&listing("chains")?) { Ok(takeover::removal(&listing("ruleset")?)) } else { Ok(Vec::new()) }
+/// The commands that remove what aws-node left and no pod needs; `None` on a node that has nothing of it (any more), which costs a
+/// listing of the chains only.
+pub(crate) fn observe_upstream(lives: impl Fn(IpAddr) -> bool) -> Result<Option<Vec<Value>>, String> {
+    if !takeover::is_present(&listing("chains")?) {
+        return Ok(None);
+    }
+    Ok(Some(takeover::removal(&listing("ruleset")?, lives)))
 }
 
 fn listing(what: &str) -> Result<Value, String> {
