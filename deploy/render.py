@@ -4,7 +4,7 @@
     python3 -m venv /tmp/helm && /tmp/helm/bin/pip install helm-python-sdk==0.2.2
     /tmp/helm/bin/python deploy/render.py [--check]
 
---check writes nothing and fails when a manifest differs from what the chart renders.
+--check writes nothing and fails when a manifest differs from what the chart renders; `cargo xtask test` runs it.
 """
 
 import pathlib

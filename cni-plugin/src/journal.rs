@@ -1,8 +1,8 @@
 //! One line a call in `pluginLogFile`: what was asked, how long each phase took, how it ended.
 
-use std::fs::OpenOptions;
-use std::io::Write as _;
-use std::path::PathBuf;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use stanchion_core::cni::config::LogLevel;
@@ -53,9 +53,18 @@ impl Journal {
         let line = format!("time={}.{:03} {} total_us={total} outcome={outcome}\n", time.as_secs(), time.subsec_millis(), self.text);
         if path.as_os_str() == "stderr" {
             eprint!("{line}");
-        } else if let Ok(mut file) = OpenOptions::new().create(true).append(true).open(&path) {
+        } else if let Ok(mut file) = open(&path) {
             // One write: lines of concurrent calls do not mix.
             let _ = file.write_all(line.as_bytes());
         }
     }
+}
+
+/// The directory of aws-node's journal is only there where aws-node was.
+fn open(path: &Path) -> io::Result<File> {
+    let append = || OpenOptions::new().create(true).append(true).open(path);
+    append().or_else(|error| match path.parent() {
+        Some(directory) if error.kind() == io::ErrorKind::NotFound => fs::create_dir_all(directory).and_then(|()| append()),
+        _ => Err(error),
+    })
 }

@@ -11,11 +11,13 @@ mod del;
 mod egress;
 mod gc;
 mod journal;
+mod loopback;
 mod sandbox;
 mod spool;
 mod status;
 
 use std::io::{Read as _, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 use stanchion_core::cni::{CniError, ErrorCode, Invocation, NetConf, Verb, Version};
@@ -25,6 +27,7 @@ use crate::journal::Journal;
 fn main() -> ExitCode {
     let mut stdin = Vec::new();
     let outcome = match std::io::stdin().lock().read_to_end(&mut stdin) {
+        Ok(_) if is_loopback() => loopback::call(&stdin),
         Ok(_) => call(&stdin),
         Err(error) => Err(CniError::new(ErrorCode::Io, format!("cannot read the network configuration from standard input: {error}"))),
     };
@@ -41,6 +44,11 @@ fn main() -> ExitCode {
         // The runtime has closed the pipe: it will call DEL.
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// Executed under the name of the plugin that brings up `lo`.
+fn is_loopback() -> bool {
+    std::env::args_os().next().is_some_and(|program| Path::new(&program).file_name() == Some(loopback::NAME.as_ref()))
 }
 
 /// Performs the call; `None`: nothing is to be printed.

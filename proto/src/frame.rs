@@ -122,6 +122,29 @@ mod tests {
         (first, &frame[HEADER..])
     }
 
+    /// The plugin on the node and the agent are a version apart while a node is upgraded: the bytes stay, and what only the
+    /// other knows is passed over.
+    #[test]
+    fn the_bytes_of_version_0_1_stay_and_later_fields_are_passed_over() {
+        let request = AddNetworkRequest {
+            sandbox: Some(Sandbox { network_name: "n".into(), container_id: "c".into(), pod_name: "a".into(), ..Sandbox::default() }),
+            plugin_version: "1".into(),
+            multi_nic: true,
+            wait_ms: 7,
+        };
+        let bytes = b"\x0a\x09\x0a\x01n\x12\x01c\x2a\x01a\x12\x011\x18\x01\x20\x07";
+        assert_eq!(&encode(Method::AddNetwork as u8, &request).unwrap()[HEADER..], bytes);
+        assert_eq!(decode::<AddNetworkRequest>(bytes).unwrap(), request);
+        // A field 15 of a later version: text.
+        assert_eq!(decode::<AddNetworkRequest>(&[bytes.as_slice(), b"\x7a\x03new"].concat()).unwrap(), request);
+
+        let attachment = Attachment { ipv4: "10.0.0.9".into(), device_index: 1, route_table: 2, ..Attachment::default() };
+        let answer = AddNetworkReply { attachments: vec![attachment], pod_mtu: 9001, veth_prefix: "eni".into(), ..Default::default() };
+        let bytes = b"\x0a\x0e\x0a\x0810.0.0.9\x18\x01\x28\x02\x28\xa9\x46\x32\x03eni";
+        assert_eq!(&encode(0, &answer).unwrap()[HEADER..], bytes);
+        assert_eq!(reply::<AddNetworkReply>(0, &[bytes.as_slice(), b"\x7a\x03new"].concat()).unwrap(), answer);
+    }
+
     #[test]
     fn requests_and_replies_come_through() {
         let request =

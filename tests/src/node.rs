@@ -191,6 +191,13 @@ impl Node {
         Agent::start(self.netns(), &start)
     }
 
+    /// What an agent on this node is told about AWS and the cluster, as NAME=VALUE.
+    pub fn agent_env(&self) -> Vec<String> {
+        let told = [("MY_NODE_NAME", self.name()), ("CLUSTER_NAME", CLUSTER_NAME)];
+        let aws = self.inner.aws_env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        aws.chain(told).map(|(name, value)| format!("{name}={value}")).collect()
+    }
+
     /// Waits until the agent says that a pod could be connected.
     pub async fn ready(&self, agent: &mut Agent, at_most: Duration) -> anyhow::Result<()> {
         let waited = wait_for(&format!("the agent of {} to be ready", self.name()), at_most, || {

@@ -275,3 +275,49 @@ async fn recorded_calls_of_containerd_1_6() {
 async fn recorded_calls_of_containerd_2_3() {
     replay("cni-containerd-2.3").await;
 }
+
+/// The journal's directory is aws-node's, which a new node does not have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_journal_is_written_where_its_directory_was_not_there() {
+    let site = Site::start().await;
+    let pod = site.pod("a");
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("aws-routed-eni/plugin.log");
+    let answer = site.call("ADD", &pod, json!({"pluginLogFile": journal, "pluginLogLevel": "debug"})).await;
+    assert!(answer.ok, "{answer:?}");
+    let text = std::fs::read_to_string(&journal).unwrap();
+    assert!(text.contains("verb=Add") && text.contains("outcome=ok"), "{text}");
+}
+
+/// A node without the CNI project's plugins: ours brings up `lo` when it is executed as `loopback`, as containerd does it.
+#[test]
+fn executed_as_loopback_it_brings_up_lo() {
+    let pod = cni_support::OwnedNetns::create("lo");
+    run(&pod.0, "ip link set lo down");
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("loopback");
+    std::os::unix::fs::symlink(cni_support::plugin(), &program).unwrap();
+    let sandbox = pod.0.path().display().to_string();
+    let call = |verb: &str| {
+        let mut command = std::process::Command::new(&program);
+        command.env_clear().envs([("CNI_COMMAND", verb), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "lo"), ("CNI_NETNS", &sandbox)]);
+        command.env("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=x;K8S_POD_NAME=a").env("CNI_PATH", directory.path());
+        command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let conf = json!({"cniVersion": "0.3.1", "name": "cni-loopback", "type": "loopback"});
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), conf.to_string().as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (ok, differs) = call("CHECK");
+    assert!(!ok && differs.contains("lo is down"), "{differs}");
+    let (ok, result) = call("ADD");
+    assert!(ok, "{result}");
+    let result: Value = serde_json::from_str(&result).unwrap();
+    assert_eq!(result["interfaces"], json!([{"name": "lo", "mac": "00:00:00:00:00:00", "sandbox": sandbox}]));
+    assert_eq!(result["ips"][0], json!({"interface": 0, "address": "127.0.0.1/8", "version": "4"}));
+    assert!(ip(&pod.0, &["link", "show", "lo"])[0]["flags"].to_string().contains("\"UP\""));
+    for verb in ["CHECK", "DEL", "DEL"] {
+        assert_eq!(call(verb), (true, String::new()), "{verb}");
+    }
+}

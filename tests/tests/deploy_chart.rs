@@ -55,6 +55,7 @@ fn the_network_container_has_the_capabilities_that_the_agent_keeps_and_no_more()
     let network = container(&daemon_set("stanchion.yaml"), "network");
     let context = &network["securityContext"];
     assert_eq!(context["privileged"], Value::Null);
+    assert_eq!(context["seccompProfile"]["type"], "RuntimeDefault");
     assert_eq!(context["capabilities"]["drop"], serde_json::json!(["ALL"]));
     let added: BTreeSet<&str> = context["capabilities"]["add"].as_array().unwrap().iter().map(|c| c.as_str().unwrap()).collect();
     let source = std::fs::read_to_string(deploy().join("../agent/src/privileges.rs")).unwrap();

@@ -168,3 +168,42 @@ async fn without_policy_only_own_pods_are_asked_for() {
     assert_eq!(world.cluster.latest().pods.keys().cloned().collect::<Vec<_>>(), [PodName::new("x", "mine")]);
     assert!(!world.kube.requests().iter().any(|r| r.contains("networkpolicies") || r.contains("/services")));
 }
+
+/// What is between may end each watch at once: then every node asks ever more slowly, and no change is missed.
+#[tokio::test]
+async fn watches_that_are_cut_at_once_are_begun_with_growing_pauses() {
+    let started = std::time::Instant::now();
+    let world = world(false, |kube| {
+        kube.put(PODS, object("Pod", "x", "a", "n1"));
+        kube.cut_watches(true);
+    })
+    .await;
+    until(&world, "the list", |s| s.synced).await;
+    // Seen by the fifth watch at the latest, whose predecessors waited at least 1.9 seconds.
+    let watches = || world.kube.requests().iter().filter(|r| r.starts_with("GET /api/v1/pods?") && r.contains("watch=true")).count();
+    stanchion_lab::wait::wait_for("the fifth watch", Duration::from_secs(30), || {
+        let count = watches();
+        async move {
+            anyhow::ensure!(count >= 5, "{count}");
+            Ok(())
+        }
+    })
+    .await
+    .unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(1875), "five watches within {:?}", started.elapsed());
+    world.kube.put(PODS, object("Pod", "x", "b", "n1"));
+    until(&world, "a change between two watches", |s| s.pods.len() == 2).await;
+}
+
+/// An API server of another age: what it does not serve is said, and the rest works.
+#[tokio::test]
+async fn a_kind_of_kubernetes_itself_that_is_not_served_is_taken_as_none_and_said() {
+    let world = world(true, |kube| {
+        kube.put(PODS, object("Pod", "x", "a", "n1"));
+        kube.withdraw(SLICES);
+    })
+    .await;
+    until(&world, "the rest", |s| s.synced && s.pods.len() == 1).await;
+    let said = world.cluster.latest().trouble.get("endpointslices").cloned();
+    assert!(said.as_ref().is_some_and(|text| text.starts_with("endpointslices of discovery.k8s.io/v1 are not served here")), "{said:?}");
+}

@@ -2,6 +2,7 @@
 
 mod bpf;
 mod build;
+mod chart;
 mod image;
 mod setup;
 mod ui;
@@ -150,6 +151,7 @@ fn test(root: &Path, filter: &[String]) -> Result<ExitCode> {
     setup::test_runner()?;
     bpf::build(root)?;
     if filter.is_empty() {
+        chart::check(root)?;
         ui::step("format", Command::new("cargo").args(["fmt", "--all", "--check"]).current_dir(root))?;
         ui::step(
             "lints",

@@ -32,6 +32,9 @@ struct Up {
     /// Pods on each node
     #[arg(long, default_value_t = 2)]
     pods: u32,
+    /// Nodes alone: agents, runtimes and pods are yours to start
+    #[arg(long, conflicts_with_all = ["pods", "settings"])]
+    bare: bool,
     /// Settings of the agents: NAME=VALUE
     #[arg(long = "env", value_parser = setting)]
     settings: Vec<(String, String)>,
@@ -39,7 +42,7 @@ struct Up {
 
 impl Default for Up {
     fn default() -> Self {
-        Self { nodes: vec!["t3.small".to_owned(), "m5.large".to_owned()], pods: 2, settings: Vec::new() }
+        Self { nodes: vec!["t3.small".to_owned(), "m5.large".to_owned()], pods: 2, bare: false, settings: Vec::new() }
     }
 }
 
@@ -81,12 +84,22 @@ async fn run(up: &Up) -> anyhow::Result<()> {
     let (mut nodes, mut agents, mut pods) = (Vec::new(), Vec::new(), Vec::new());
     for (number, instance_type) in (1..).zip(&up.nodes) {
         let name = format!("node{number}");
-        println!("{name} ({instance_type}): starting its agent ...");
+        println!("{name} ({instance_type}) ...");
         let node = vpc.node(&name, instance_type).await?;
+        if up.bare {
+            // For a runtime, a kubelet and an agent of one's own.
+            println!("  ip netns exec {} env {} bash", node.netns().name(), node.agent_env().join(" "));
+            nodes.push(node);
+            continue;
+        }
         let mut agent = node.start_agent(&settings)?;
         node.ready(&mut agent, Duration::from_secs(30)).await?;
         agents.push(agent);
         nodes.push(node);
+    }
+    if up.bare {
+        println!("\nCtrl-C ends it.");
+        return std::future::pending().await;
     }
     for (number, node) in (1..).zip(&nodes) {
         for pod in 0..up.pods {

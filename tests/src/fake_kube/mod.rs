@@ -44,6 +44,8 @@ struct Model {
     requests: Vec<String>,
     /// `Authorization` of every request.
     authorizations: Vec<String>,
+    /// Watches end when what has happened is told.
+    cuts_watches: bool,
     /// Requests are refused with this status.
     outage: Option<u16>,
     rules: Option<Rules>,
@@ -88,6 +90,11 @@ impl FakeKube {
         self.lock().collections.entry(collection.to_owned()).or_default();
     }
 
+    /// Serves a collection no longer.
+    pub fn withdraw(&self, collection: &str) {
+        self.lock().collections.remove(collection);
+    }
+
     /// Makes or changes an object of a collection.
     pub fn put(&self, collection: &str, object: Value) {
         let version = self.lock().put(collection, object);
@@ -119,6 +126,11 @@ impl FakeKube {
     /// Ends every open watch, as a restart of the server does.
     pub fn disconnect(&self) {
         self.disconnects.send_modify(|n| *n += 1);
+    }
+
+    /// Ends each watch as soon as it has told what has happened, as a proxy with a short patience does; or no longer.
+    pub fn cut_watches(&self, cuts: bool) {
+        self.lock().cuts_watches = cuts;
     }
 
     /// Forgets the history: a watch from before now is 410 Gone, as the answer to the request or as an event of the stream.
@@ -322,6 +334,9 @@ fn stream(kube: FakeKube, collection: String, wanted: impl Fn(&Value) -> bool + 
                 if lines.send(Ok(line.into())).await.is_err() {
                     return;
                 }
+            }
+            if kube.lock().cuts_watches {
+                return;
             }
             tokio::select! {
                 _ = versions.changed() => {}

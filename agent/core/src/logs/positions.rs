@@ -124,6 +124,22 @@ mod tests {
         }
     }
 
+    /// A file as version 1 was first written: every later agent reads it, so that an upgrade sends no line twice.
+    #[test]
+    fn a_file_of_version_1_is_read() {
+        let file = r#"{"version":1,"node":"n1","files":[{"path":"/var/log/pods/default_web-f4ght_fb82973a/main/0.log","dev":65024,"inode":6570906,"fingerprint":{"len":256,"hash":6238434280504828607},"offset":82187}]}"#;
+        let positions = Positions::parse(file.as_bytes(), "n1").unwrap();
+        let expected = Position {
+            path: "/var/log/pods/default_web-f4ght_fb82973a/main/0.log".into(),
+            dev: 65024,
+            inode: 6_570_906,
+            fingerprint: Fingerprint { len: 256, hash: 6_238_434_280_504_828_607 },
+            offset: 82187,
+        };
+        assert_eq!(positions.files, [expected]);
+        assert_eq!(positions.to_json(), file.as_bytes(), "what is written now is read by the agent before");
+    }
+
     #[test]
     fn another_node_and_version_are_refused() {
         let text = Positions { version: VERSION, node: "n".into(), files: Vec::new() }.to_json();

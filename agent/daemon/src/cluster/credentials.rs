@@ -16,6 +16,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::limits::Limits;
+
 /// How often files are compared with what the client was made from. A rotated certificate overlaps its predecessor by
 /// hours.
 const LOOK_EVERY: Duration = Duration::from_secs(20);
@@ -166,11 +168,13 @@ fn build(config: &kube::Config) -> anyhow::Result<Client> {
     connector.set_keepalive_retries(Some(KEEPALIVE_TRIES));
     connector.set_connect_timeout(Some(Duration::from_secs(10)));
     let connector = config.rustls_https_connector_with_connector(connector).context("the API server's CA or the client certificate")?;
-    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
-    let bounded = tower::service_fn(move |request| {
-        let answer = http.request(request);
+    let client = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
+    let limits = Limits::default();
+    let bounded = tower::service_fn(move |request: axum::http::Request<kube::client::Body>| {
+        let (client, limits) = (client.clone(), limits.clone());
         async move {
-            match tokio::time::timeout(ANSWER_WITHIN, answer).await {
+            limits.admit(request.uri()).await;
+            match tokio::time::timeout(ANSWER_WITHIN, client.request(request)).await {
                 Ok(answer) => answer.map_err(tower::BoxError::from),
                 Err(_) => Err(tower::BoxError::from(format!("no answer within {} s", ANSWER_WITHIN.as_secs()))),
             }

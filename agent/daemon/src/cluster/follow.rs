@@ -173,7 +173,15 @@ fn judge(source: &Source, error: Error, pause: &mut Duration) -> (Update, Rest) 
         error => (0, root_cause(error)),
     };
     match code {
-        404 => (Update::Absent(None), Rest::Anew(spread(ABSENT_PAUSE))),
+        404 if source.custom() => (Update::Absent(None), Rest::Anew(spread(ABSENT_PAUSE))),
+        404 => {
+            let ApiResource { plural, api_version, .. } = &source.resource;
+            let problem = format!(
+                "{plural} of {api_version} are not served here, so they are taken as none: policies do not see them; \
+                 every Kubernetes from 1.21 on serves them ({text})"
+            );
+            (Update::Absent(Some(problem)), Rest::Anew(spread(ABSENT_PAUSE)))
+        }
         // The right to read a custom resource is checked before whether it exists.
         403 if source.custom() => {
             let resource = format!("{}.{}", source.resource.plural, source.resource.group);
@@ -199,7 +207,7 @@ fn root_cause(error: &dyn std::error::Error) -> String {
 }
 
 /// Between half and one and a half of it, so that a fleet does not ask as one.
-fn spread(pause: Duration) -> Duration {
+pub(super) fn spread(pause: Duration) -> Duration {
     pause.mul_f64(rand::rng().random_range(0.5..1.5))
 }
 

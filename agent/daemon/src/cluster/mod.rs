@@ -5,6 +5,7 @@
 pub mod api_server;
 pub mod credentials;
 mod follow;
+mod limits;
 mod manifests;
 mod slim;
 pub mod tell;

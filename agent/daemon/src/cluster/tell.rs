@@ -267,7 +267,10 @@ impl Teller {
             match self.parts.writer.post(post.clone()).await {
                 Ok(()) => self.pause = PAUSE.0,
                 // An event that is gone cannot be counted on, one that is refused will be refused again.
-                Err(error) if error.is_final() => debug!(error = &error as &dyn std::error::Error, "an event is dropped"),
+                Err(error) if error.is_gone() => debug!(error = &error as &dyn std::error::Error, "an event is dropped"),
+                Err(error) if error.is_final() => {
+                    warn!(error = &error as &dyn std::error::Error, "the API server refuses an event: it is dropped");
+                }
                 Err(error) => {
                     self.queue.push_front(post);
                     self.settled::<()>("an event", Err(error));

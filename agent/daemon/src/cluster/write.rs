@@ -190,6 +190,11 @@ fn refused(error: kube::Error) -> WriteError {
 }
 
 impl WriteError {
+    /// What it is about is not there any more: a namespace, an event whose time has passed.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Refused { code: 404 | 409, .. })
+    }
+
     /// Sending the same again cannot help.
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Refused { code: 400..=499, .. }) && !matches!(self, Self::Refused { code: 401 | 403 | 408 | 429, .. })

@@ -49,7 +49,7 @@ fn tell(report: &HostReport) {
         match op {
             NetOp::Nft { .. } => warn!("healed: the nft table was changed by somebody else"),
             NetOp::Legacy { .. } => warn!("removed aws-node's rules from iptables-legacy"),
-            op => warn!(?op, "healed: the host network was changed by somebody else"),
+            op => warn!(?op, "healed: the host network was not as planned; somebody changed it, or an interface has just come"),
         }
     }
     for failed in &report.failed {

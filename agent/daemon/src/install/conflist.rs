@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::files::{self, Outcome};
+use super::loopback;
 use crate::cluster::ClusterHandle;
 use crate::ipamd::IpamHandle;
 use crate::netpol::NetpolHandle;
@@ -150,6 +151,9 @@ fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str) -> Result
         chained: &chained,
     };
     let written = files::put(path, conflist.render().as_bytes(), 0o644).map_err(words)? == Outcome::Written;
+    if written && let Err(error) = loopback::ensure(&parts.bin_dir) {
+        warn!(%error, directory = %parts.bin_dir.display(), "no plugin loopback, and none can be put there: runtimes that need it start no pod");
+    }
     if written && let Some(other) = earlier(path) {
         warn!(other, "the runtime uses the first configuration by name, which is not ours: remove it");
     }

@@ -6,4 +6,5 @@
 
 pub mod conflist;
 pub mod files;
+mod loopback;
 pub mod steps;

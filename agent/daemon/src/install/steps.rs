@@ -9,6 +9,7 @@ use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, vers
 
 use super::conflist::{earlier, present};
 use super::files::{self, Outcome};
+use super::loopback;
 
 /// How a step went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -71,11 +72,16 @@ pub fn install(places: &Places) -> Vec<Step> {
     steps.extend(["nf_tables", "nf_conntrack", "veth", "sch_ingress", "cls_bpf"].map(|name| module(places, name)));
     steps.extend(sysctls(places));
     steps.push(binary(places));
-    for (name, why) in [("loopback", "the runtime needs it for every pod"), ("portmap", "pods' hostPorts need it")] {
-        if !places.bin_dir.join(name).is_file() {
-            let remedy = format!("{why}: install the CNI plugins of the distribution into {}", places.bin_dir.display());
-            steps.push(step(name, Mark::Warning, remedy));
+    steps.push(match loopback::ensure(&places.bin_dir) {
+        Ok(false) => step(loopback::NAME, Mark::Present, "there"),
+        Ok(true) => step(loopback::NAME, Mark::Done, "was missing: our plugin stands in"),
+        Err(error) => {
+            step(loopback::NAME, Mark::Failed, format!("the runtime needs it for every pod, and it cannot be put in place: {error}"))
         }
+    });
+    if !places.bin_dir.join(Chained::Portmap.binary()).is_file() {
+        let remedy = format!("pods' hostPorts need it: install the CNI plugins of the distribution into {}", places.bin_dir.display());
+        steps.push(step(Chained::Portmap.binary(), Mark::Warning, remedy));
     }
     if let Some(directory) = &places.conf_dir {
         let failed: Vec<&str> = steps.iter().filter(|s| s.mark == Mark::Failed).map(|s| s.what.as_str()).collect();
@@ -99,6 +105,12 @@ pub fn remove(places: &Places) -> Vec<Step> {
         });
     }
     if steps.iter().all(|s| s.mark != Mark::Failed) {
+        // A loopback that is ours would point to nothing.
+        match loopback::remove(&places.bin_dir) {
+            Ok(false) => {}
+            Ok(true) => steps.push(step(loopback::NAME, Mark::Done, "removed")),
+            Err(error) => steps.push(step(loopback::NAME, Mark::Failed, error.to_string())),
+        }
         steps.push(removed(&places.bin_dir.join(PLUGIN)));
     }
     steps
@@ -351,12 +363,23 @@ mod tests {
     #[test]
     fn what_works_less_well_is_said_with_its_remedy() {
         let host = Host::new();
-        fs::remove_file(host.path("bin/loopback")).unwrap();
+        fs::remove_file(host.path("bin/portmap")).unwrap();
         host.write("net.d/05-other.conf", "{}");
         let steps = install(&host.places());
         let warnings: Vec<&Step> = steps.iter().filter(|s| s.mark == Mark::Warning).collect();
-        assert_eq!(warnings.iter().map(|s| s.what.rsplit('/').next().unwrap()).collect::<Vec<_>>(), ["loopback", "10-aws.conflist"]);
+        assert_eq!(warnings.iter().map(|s| s.what.rsplit('/').next().unwrap()).collect::<Vec<_>>(), ["portmap", "10-aws.conflist"]);
         assert!(warnings[1].text.contains("05-other.conf"));
+    }
+
+    #[test]
+    fn a_node_without_loopback_gets_ours_and_loses_it_on_the_way_back() {
+        let host = Host::new();
+        fs::remove_file(host.path("bin/loopback")).unwrap();
+        assert!(of(&install(&host.places()), Mark::Done).contains(&"loopback"));
+        assert_eq!(host.read("bin/loopback"), "binary", "our plugin answers to the name");
+        assert!(of(&install(&host.places()), Mark::Present).contains(&"loopback"));
+        assert!(of(&remove(&host.places()), Mark::Done).contains(&"loopback"));
+        assert!(!host.path("bin/loopback").exists());
     }
 
     #[test]

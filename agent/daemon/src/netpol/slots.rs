@@ -183,6 +183,27 @@ mod tests {
         }
     }
 
+    /// A file as version 1 was first written: a later agent finds every pod's slot, so that its pinned records stay in force.
+    #[test]
+    fn a_file_of_version_1_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = r#"{"version":1,"endpoints":[{"slot":55,"pod":{"namespace":"default","name":"client-rsd7n"},"pod_uid":"a2265c5e","container_id":"1abdb40a004f","interfaces":[{"name":"eni8e44dbbb1ae","index":59,"ipv4":"10.0.0.6","ipv6":null}]}]}"#;
+        fs::write(dir.path().join("endpoints.json"), file).unwrap();
+        let slots = Slots::open(dir.path()).unwrap();
+        let interface = HostInterface { name: "eni8e44dbbb1ae".into(), index: 59, ipv4: Some(Ipv4Addr::new(10, 0, 0, 6)), ipv6: None };
+        let expected = Sandbox {
+            slot: 55,
+            pod: PodName::new("default", "client-rsd7n"),
+            pod_uid: "a2265c5e".into(),
+            container_id: ContainerId::from("1abdb40a004f"),
+            interfaces: vec![interface],
+        };
+        assert_eq!(slots.of(&ContainerId::from("1abdb40a004f")), Some(&expected));
+        slots.save().unwrap();
+        let written = fs::read_to_string(dir.path().join("endpoints.json")).unwrap();
+        assert_eq!(written, file, "what is written now is read by the agent before");
+    }
+
     #[test]
     fn a_sandbox_keeps_its_slot_over_repetition_and_restart() {
         let dir = tempfile::tempdir().unwrap();
