@@ -8,6 +8,9 @@ pub mod logs;
 pub mod policy;
 pub mod pool;
 pub mod throughput;
+mod tick;
+
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -49,5 +52,21 @@ impl Row {
     /// Whether the promise holds; `None` where none was made.
     pub fn holds(&self) -> Option<bool> {
         self.target.map(|target| self.ratio.unwrap_or(self.value) <= target)
+    }
+}
+
+/// Tells on the standard error what a bench is at, so that one who waits sees that it goes on.
+#[derive(Debug)]
+pub(crate) struct Progress(Instant);
+
+impl Progress {
+    /// Counts from now.
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// What begins now.
+    pub(crate) fn at(&self, what: impl std::fmt::Display) {
+        eprintln!("  {:6.1} s  {what}", self.0.elapsed().as_secs_f64());
     }
 }

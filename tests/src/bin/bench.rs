@@ -14,7 +14,7 @@ struct Args {
     /// Smaller inputs
     #[arg(long)]
     quick: bool,
-    /// Seconds for which the idle agent is watched; 60 hold one metric tick
+    /// Seconds for which the idle agent is watched; 60 hold one metric tick (with --quick 30 at most, and three ticks)
     #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=3600))]
     window: u64,
     /// table or json
