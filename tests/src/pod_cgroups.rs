@@ -37,11 +37,28 @@ impl PodCgroups {
         Ok(out)
     }
 
+    /// As [`PodCgroups::make`], but processor time is told by the v2 tree also where v1 has its controller: every v2 cgroup has the
+    /// file for it.
+    ///
+    /// # Errors
+    /// As [`PodCgroups::make`]; also when no v2 tree is mounted.
+    pub fn make_with_v2_cpu(node: &str, pods: usize, containers: usize) -> io::Result<Self> {
+        let mut out = Self::of_trees(node, &["memory", "unified"])?;
+        for index in 0..pods {
+            out.add_pod(index, containers)?;
+        }
+        Ok(out)
+    }
+
     /// The tree, without pods.
     ///
     /// # Errors
     /// As [`PodCgroups::make`].
     pub fn empty(node: &str) -> io::Result<Self> {
+        Self::of_trees(node, &V1_TREES)
+    }
+
+    fn of_trees(node: &str, hybrid: &[&str]) -> io::Result<Self> {
         let root = tempfile::tempdir()?;
         let name =
             format!("stmetrics-{}-{}", std::process::id(), root.path().file_name().and_then(|name| name.to_str()).unwrap_or_default());
@@ -54,7 +71,7 @@ impl PodCgroups {
             std::os::unix::fs::symlink(&tree, out.root.path().join("unified"))?;
             out.trees.push(tree);
         } else {
-            for controller in V1_TREES {
+            for controller in hybrid {
                 let tree = host.join(controller).join(&name);
                 out.directory(&tree)?;
                 std::os::unix::fs::symlink(&tree, out.root.path().join(controller))?;
@@ -68,9 +85,10 @@ impl PodCgroups {
         fs::create_dir(path)?;
         self.made.push(path.to_owned());
         // v2: children get controllers only where the parent passes them on; v1 has no such file.
-        let control = path.join("cgroup.subtree_control");
-        if control.exists() {
-            fs::write(control, "+cpu +memory")?;
+        if let Ok(there) = fs::read_to_string(path.join("cgroup.controllers")) {
+            let wanted = ["cpu", "memory"].into_iter().filter(|wanted| there.split_whitespace().any(|there| there == *wanted));
+            let on: String = wanted.map(|controller| format!("+{controller} ")).collect();
+            fs::write(path.join("cgroup.subtree_control"), on.trim_end())?;
         }
         Ok(())
     }

@@ -54,12 +54,20 @@ fn process_cpu(process: u32) -> u64 {
 
 #[test]
 fn cpu_of_a_busy_container_is_what_the_scheduler_gave_it() {
-    let cgroups = PodCgroups::make("node1", 2, 1).expect("cgroups need root");
+    busy_and_idle(&PodCgroups::make("node1", 2, 1).expect("cgroups need root"));
+}
+
+#[test]
+fn cpu_of_a_busy_container_is_what_the_scheduler_gave_it_by_the_v2_tree() {
+    busy_and_idle(&PodCgroups::make_with_v2_cpu("node1", 2, 1).expect("needs root and a cgroup2 mount, /sys/fs/cgroup/unified beside v1"));
+}
+
+fn busy_and_idle(cgroups: &PodCgroups) {
     let mut load = Load::start("while :; do :; done");
     let process = load.0.id();
     cgroups.enter(0, 0, process).expect("the process moves");
     load.go();
-    let (mut collector, _cluster) = collector(&cgroups);
+    let (mut collector, _cluster) = collector(cgroups);
     let (first, used) = (Instant::now(), process_cpu(process));
     collector.collect().expect("/proc is readable");
     // Work for the scheduler to give out: until it gave some, however busy the machine is.

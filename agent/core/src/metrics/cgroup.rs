@@ -50,6 +50,25 @@ impl MemoryCounters {
     }
 }
 
+impl MemoryCounters {
+    /// With `op` on what is summed over a cgroup and those below it; what belongs to the cgroup alone (the highest use, the hits of its
+    /// limit, its own faults) stays.
+    #[must_use]
+    pub fn combined(&self, other: &Self, op: fn(u64, u64) -> u64) -> Self {
+        Self {
+            usage: op(self.usage, other.usage),
+            cache: op(self.cache, other.cache),
+            rss: op(self.rss, other.rss),
+            mapped_file: op(self.mapped_file, other.mapped_file),
+            swap: op(self.swap, other.swap),
+            inactive_file: op(self.inactive_file, other.inactive_file),
+            hierarchical_pgfault: op(self.hierarchical_pgfault, other.hierarchical_pgfault),
+            hierarchical_pgmajfault: op(self.hierarchical_pgmajfault, other.hierarchical_pgmajfault),
+            ..*self
+        }
+    }
+}
+
 /// Lines `key value`; a line of any other form is left out.
 pub fn pairs(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| {

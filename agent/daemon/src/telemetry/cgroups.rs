@@ -21,6 +21,9 @@ const MAX_CGROUPS: usize = 4096;
 const MAX_KEPT: usize = 4096;
 /// A read that gave less than this gave all: the kernel fills at least a page before it stops short.
 const SHORT: usize = 2048;
+/// Each memory.stat is read at least once in as many passes. It costs the kernel more than all the other files together, and of what
+/// a cgroup holds in which nothing ran and whose usage stayed, only the split between active and inactive pages can change.
+const READ_EVERY: usize = 5;
 
 /// A cgroup tree that carries a controller.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,6 +139,8 @@ pub(super) struct Cgroups {
     /// Directories that were listed, in the memory tree.
     listings: HashMap<PathBuf, Listing>,
     known: Vec<Known>,
+    /// Which pass this is.
+    pass: usize,
     /// Files that may still be kept open.
     room: usize,
 }
@@ -160,6 +165,9 @@ struct Known {
     files: [Kept; 6],
     /// What was read last.
     used: Option<CpuCounters>,
+    held: Option<MemoryCounters>,
+    /// Of a pod: what is not its known containers' (its sandbox, pages of containers that ended).
+    rest: Option<MemoryCounters>,
 }
 
 impl Known {
@@ -177,6 +185,7 @@ impl Cgroups {
             roots: Vec::new(),
             listings: HashMap::new(),
             known: Vec::new(),
+            pass: 0,
             room: files_to_keep(),
         }
     }
@@ -212,19 +221,48 @@ impl Cgroups {
             self.rescan();
         }
         let mut complete = true;
-        for known in &mut self.known {
-            if known.id.container.is_some() && !wanted(&known.id) {
+        self.pass = self.pass.wrapping_add(1);
+        let (pass, count) = (self.pass, self.known.len());
+        let mut left = self.known.as_mut_slice();
+        while let Some((first, others)) = left.split_first_mut() {
+            // A pod comes right before its containers.
+            let inside = others.iter().take_while(|other| other.relative.starts_with(&first.relative)).count();
+            let (inside, others) = others.split_at_mut(inside);
+            // A fifth of all at a time, so that no pass costs more than another.
+            let place = count - others.len();
+            let due = |at: usize| (place + at + pass) % READ_EVERY == 0;
+            left = others;
+            if first.id.container.is_some() && !wanted(&first.id) {
                 continue;
             }
-            let cpu = cpu(&self.cpu, known, &mut self.room, file);
+            let before = first.used;
+            let used = cpu(&self.cpu, first, &mut self.room, file);
             // The time belongs to the processor time, of which a rate is made.
             let at = since.elapsed();
-            let memory = memory(&self.memory, &known.memory, &mut known.files, &mut self.room, file);
-            if cpu.is_none() && memory.is_none() {
-                complete = false;
-                continue;
+            let before_inside = out.len();
+            let mut sum = MemoryCounters::default();
+            for (number, container) in inside.iter_mut().enumerate().filter(|(_, container)| wanted(&container.id)) {
+                let before = container.used;
+                let used = cpu(&self.cpu, container, &mut self.room, file);
+                let at = since.elapsed();
+                let keep = used.is_some() && used == before && !due(number + 1);
+                let memory = held(&self.memory, container, keep, &mut self.room, file);
+                complete &= used.is_some() || memory.is_some();
+                sum = sum.combined(&memory.unwrap_or_default(), u64::wrapping_add);
+                if used.is_some() || memory.is_some() {
+                    out.push(CgroupReading { id: Arc::clone(&container.id), at, cpu: used, memory });
+                }
             }
-            out.push(CgroupReading { id: Arc::clone(&known.id), at, cpu, memory });
+            let slept = used.is_some() && used == before;
+            let memory = if inside.is_empty() {
+                held(&self.memory, first, slept && !due(0), &mut self.room, file)
+            } else {
+                around(&self.memory, first, &sum, slept, !due(0), &mut self.room, file)
+            };
+            complete &= used.is_some() || memory.is_some();
+            if used.is_some() || memory.is_some() {
+                out.insert(before_inside, CgroupReading { id: Arc::clone(&first.id), at, cpu: used, memory });
+            }
         }
         complete
     }
@@ -258,6 +296,8 @@ impl Cgroups {
                 relative,
                 files: Default::default(),
                 used: None,
+                held: None,
+                rest: None,
             });
             self.known.push(known);
         }
@@ -370,6 +410,64 @@ fn cpu(controller: &Controller, known: &mut Known, room: &mut usize, file: &mut 
         Controller::V2(_) => Some(cgroup::cpu_stat_v2(file.read_kept(usage, room, dir, "cpu.stat")?)?),
     };
     *used
+}
+
+/// The memory of a cgroup. With `keep` nothing ran in it: while its usage is what it was, so are its faults and its parts.
+fn held(controller: &Controller, known: &mut Known, keep: bool, room: &mut usize, file: &mut KernelFile) -> Option<MemoryCounters> {
+    if let Some(last) = known.held.filter(|_| keep)
+        && usage(controller, known, room, file) == Some(last.usage)
+    {
+        return Some(last);
+    }
+    known.held = memory(controller, &known.memory, &mut known.files, room, file);
+    known.held
+}
+
+/// The memory of a pod whose known containers hold `inside`: with `keep`, and while the usage of the rest is what it was, so are the rest's parts, as
+/// nothing runs there but a process that sleeps.
+fn around(
+    controller: &Controller,
+    known: &mut Known,
+    inside: &MemoryCounters,
+    slept: bool,
+    keep: bool,
+    room: &mut usize,
+    file: &mut KernelFile,
+) -> Option<MemoryCounters> {
+    if let Some(rest) = known.rest.filter(|_| keep)
+        && let Some(usage) = usage(controller, known, room, file)
+        && usage.wrapping_sub(inside.usage) == rest.usage
+    {
+        if let Some(last) = known.held.filter(|last| slept && last.usage == usage) {
+            return Some(last);
+        }
+        let mut out = rest.combined(inside, u64::wrapping_add);
+        let Known { memory: dir, files: [_, _, _, _, max_usage, last], .. } = known;
+        match controller {
+            Controller::V1(_) => {
+                out.max_usage = file.read_kept(max_usage, room, dir, "memory.max_usage_in_bytes").and_then(cgroup::single).unwrap_or(0);
+                out.failcnt = file.read_kept(last, room, dir, "memory.failcnt").and_then(cgroup::single).unwrap_or(0);
+            }
+            Controller::V2(_) => {
+                out.max_usage = file.read_kept(max_usage, room, dir, "memory.peak").and_then(cgroup::single).unwrap_or(0);
+                (out.pgfault, out.pgmajfault) = (out.hierarchical_pgfault, out.hierarchical_pgmajfault);
+            }
+        }
+        known.held = Some(out);
+        return known.held;
+    }
+    let whole = held(controller, known, false, room, file)?;
+    known.rest = Some(whole.combined(inside, u64::wrapping_sub));
+    Some(whole)
+}
+
+fn usage(controller: &Controller, known: &mut Known, room: &mut usize, file: &mut KernelFile) -> Option<u64> {
+    let Known { memory: dir, files: [_, _, _, usage, ..], .. } = known;
+    let name = match controller {
+        Controller::V1(_) => "memory.usage_in_bytes",
+        Controller::V2(_) => "memory.current",
+    };
+    file.read_kept(usage, room, dir, name).and_then(cgroup::single)
 }
 
 fn memory(controller: &Controller, dir: &Path, files: &mut [Kept; 6], room: &mut usize, file: &mut KernelFile) -> Option<MemoryCounters> {
