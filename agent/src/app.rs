@@ -16,7 +16,7 @@ use stanchion_core::conflist::{Chained, PLUGIN};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
 use stanchion_core::logs::settings::LogSettings;
-use stanchion_core::metrics::catalog::DocType;
+use stanchion_core::metrics::catalog::{DocType, Preset};
 use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::network::Randomize;
@@ -35,7 +35,9 @@ use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::{JsonLines, LogsParts};
 use stanchion_daemon::netpol::flow_log::{self, FlowLog, FlowLogSettings};
 use stanchion_daemon::netpol::{AttachMode, EnforcingMode, FlowRecords, LoadOptions, NetpolHandle, NetpolParts};
-use stanchion_daemon::telemetry::{Extras, KubeletSettings, Roots, TelemetryParts, TelemetrySettings};
+use stanchion_daemon::telemetry::{
+    ExporterSettings, Extras, KubeletSettings, OtlpSettings, Roots, Signing, TelemetryParts, TelemetrySettings, ToSign,
+};
 use stanchion_daemon::{cni, ipamd, logs, netpol, telemetry};
 use stanchion_netlink::{HostNet, Netlink, process};
 use stanchion_proto::cni_server::CniServer;
@@ -211,10 +213,17 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
             };
             let (events, task) = tell::spawn(parts);
             tasks.push(("telling the cluster", task));
-            if let Some(metrics) = &views.telemetry {
-                // Ends with the process: the views keep the other end.
-                tokio::spawn(events.clone().follow_allowances(views.node_name.clone(), metrics.allowance_alarms()));
-            }
+            let alarms = match &views.telemetry {
+                Some(metrics) => metrics.allowance_alarms(),
+                None => {
+                    let interval = config.telemetry.metrics_interval;
+                    let (alarms, task) = telemetry::watch_allowances(args.sys_root.clone(), interval, shutdown.clone());
+                    tasks.push(("network allowances", task));
+                    alarms
+                }
+            };
+            // Ends with the process, or with the watch.
+            tokio::spawn(events.clone().follow_allowances(views.node_name.clone(), alarms));
             told = Told { events: Some(events), annotator: config.pool.annotate_pod_ip.then_some(writer) };
         }
         let strict = netpol.clone().filter(|_| settings.strict_policy);
@@ -300,7 +309,7 @@ fn start_telemetry(
             cluster: cluster.watch(),
             netpol,
             logs: logs.clone(),
-            extras: extras(settings, args.manifests.is_some())?,
+            extras: extras(settings, args.manifests.is_some(), aws, identity)?,
             roots: Roots { proc: args.proc_root.clone(), cgroup: args.cgroup_root.clone(), sys: args.sys_root.clone() },
             identity: NodeIdentity {
                 cluster: cluster_name,
@@ -308,7 +317,7 @@ fn start_telemetry(
                 instance_id: identity.instance.to_string(),
                 instance_type: identity.instance_type.clone(),
                 availability_zone: identity.availability_zone.clone(),
-                auto_scaling_group: None,
+                auto_scaling_group: identity.auto_scaling_group.clone(),
             },
             settings: TelemetrySettings {
                 interval: settings.metrics_interval,
@@ -341,7 +350,7 @@ fn start_flow_log(parts: &Start<'_>, aws: &AwsClients, records: FlowRecords, tas
 
 /// What telemetry does besides the tick. Without an API server there is no service account whose word a kubelet would take: then it is
 /// asked only where a URL says so.
-fn extras(settings: &TelemetryConfig, manifests: bool) -> Result<Extras> {
+fn extras(settings: &TelemetryConfig, manifests: bool, aws: &AwsClients, identity: &InstanceIdentity) -> Result<Extras> {
     let asked = |text: &String| (!text.is_empty()).then(|| text.clone());
     let told = settings.container_insights && !settings.selection.without_types.contains(&DocType::ContainerFS);
     let kubelet = (settings.kubelet && told && !(manifests && settings.kubelet_url.is_empty())).then(|| KubeletSettings {
@@ -358,12 +367,30 @@ fn extras(settings: &TelemetryConfig, manifests: bool) -> Result<Extras> {
     };
     let statsd = asked(&settings.statsd)
         .map(|address| address.parse().with_context(|| format!("STANCHION_STATSD_ADDRESS={address:?}: write it as 0.0.0.0:8125")));
-    Ok(Extras {
-        kubelet,
-        otlp: asked(&settings.otlp_endpoint),
-        scrape: if settings.scrape { Some(rules()?) } else { None },
-        statsd: statsd.transpose()?,
-    })
+    // Of such devices only the enhanced preset tells.
+    let device = |doc| settings.container_insights && !settings.selection.without_types.contains(&doc);
+    let exporters = ExporterSettings {
+        gpus: [DocType::NodeGPU, DocType::PodGPU, DocType::ContainerGPU].into_iter().any(device),
+        volumes: device(DocType::NodeEBS),
+    };
+    let exporters = (settings.selection.preset == Preset::Enhanced && (exporters.gpus || exporters.volumes)).then_some(exporters);
+    let otlp = asked(&settings.otlp_endpoint).map(|endpoint| {
+        let region = settings.otlp_sign.region(&endpoint, &identity.region);
+        OtlpSettings { endpoint, sign: region.and_then(|region| signing(aws, &region)) }
+    });
+    Ok(Extras { kubelet, exporters, otlp, scrape: if settings.scrape { Some(rules()?) } else { None }, statsd: statsd.transpose()? })
+}
+
+/// CloudWatch takes OTLP under the name by which its metrics are asked.
+const OTLP_SERVICE: &str = "monitoring";
+
+/// Signs with the credentials of the AWS clients.
+fn signing(aws: &AwsClients, region: &str) -> Option<Signing> {
+    let signer = aws.signer(OTLP_SERVICE, region)?;
+    Some(Signing::new(move |ToSign { url, host, body }| {
+        let signer = signer.clone();
+        async move { Ok(signer.headers(&url, &host, &body, SystemTime::now()).await?) }
+    }))
 }
 
 /// Starts policy, then addresses: a pod must not get an address before its policy can be written.

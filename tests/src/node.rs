@@ -387,4 +387,4 @@ pub(crate) fn aws_env(region: &str, ec2: &str, logs: &str) -> BTreeMap<String, S
 }
 
 /// The lab's access key: id and secret.
-pub(crate) const ACCESS_KEY: (&str, &str) = ("AKIALABLABLABLABLAB1", "lab-secret-that-opens-nothing");
+pub const ACCESS_KEY: (&str, &str) = ("AKIALABLABLABLABLAB1", "lab-secret-that-opens-nothing");

@@ -33,6 +33,7 @@ async fn an_instance_learns_itself_and_its_enis() {
     let me = bed.imds.identity().await.unwrap();
     let primary = bed.cloud.enis_of(&bed.instance)[0].clone();
     assert_eq!((me.instance, me.instance_type.as_str(), me.region.as_str()), (bed.instance.clone(), "m5.large", "eu-west-1"));
+    assert_eq!(me.auto_scaling_group, None, "most launch templates do not let IMDS tell tags");
     assert_eq!((me.availability_zone.as_str(), me.primary_mac, me.local_ipv4), ("eu-west-1a", primary.mac, primary.primary_ipv4));
     let enis = bed.imds.enis().await.unwrap();
     assert_eq!(enis.len(), 2);
@@ -49,7 +50,8 @@ async fn an_instance_learns_itself_and_its_enis() {
 #[tokio::test]
 async fn an_instance_with_ipv6_and_a_second_card_says_so() {
     let bed = bed_with(Bed::config()).await;
-    let spec = InstanceSpec { ipv6: true, ..InstanceSpec::new("i-2", "p4d.24xlarge", &SUBNET.into()) };
+    let tags = [("aws:autoscaling:groupName".to_owned(), "eks-workers-0123".to_owned())].into();
+    let spec = InstanceSpec { ipv6: true, tags, ..InstanceSpec::new("i-2", "p4d.24xlarge", &SUBNET.into()) };
     let id = spec.id.clone();
     bed.cloud.run_instance(spec);
     let request = CreateEni {
@@ -65,7 +67,8 @@ async fn an_instance_with_ipv6_and_a_second_card_says_so() {
     let (listener, at) = aws_common::listen().await;
     let server = tokio::spawn(stanchion_lab::fake_aws::serve_imds(listener, bed.cloud.clone(), id));
     let imds = SdkImds::new(Some(&format!("http://{at}"))).unwrap();
-    assert!(imds.identity().await.unwrap().ipv6.is_some());
+    let me = imds.identity().await.unwrap();
+    assert_eq!((me.ipv6.is_some(), me.auto_scaling_group.as_deref()), (true, Some("eks-workers-0123")));
     let enis = imds.enis().await.unwrap();
     assert_eq!(enis.iter().find(|e| e.id == eni.id).unwrap().network_card, 2);
     assert!(enis.iter().find(|e| e.id == eni.id).unwrap().security_groups.is_empty());

@@ -19,12 +19,15 @@ use hyper_util::service::TowerToHyperService;
 use prost::Message as _;
 use serde_json::{Value, json};
 use stanchion_core::cluster::ClusterState;
-use stanchion_core::metrics::insights::NodeIdentity;
+use stanchion_core::metrics::catalog::Preset;
+use stanchion_core::metrics::insights::{NodeIdentity, Selection};
 use stanchion_core::metrics::otlp::wire::{ExportMetricsServiceRequest, metric};
 use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::objects::Pod;
 use stanchion_daemon::cluster::ClusterHandle;
-use stanchion_daemon::telemetry::{self, Extras, KubeletSettings, Roots, TelemetryHandle, TelemetryParts, TelemetrySettings};
+use stanchion_daemon::telemetry::{
+    self, ExporterSettings, Extras, KubeletSettings, OtlpSettings, Roots, TelemetryHandle, TelemetryParts, TelemetrySettings,
+};
 use stanchion_lab::fake_aws::{Clock, Cloud, CloudConfig, DirectLogs, TEST_CA_PEM, test_acceptor};
 use stanchion_lab::pod_cgroups::PodCgroups;
 use stanchion_lab::wait::wait_for;
@@ -74,6 +77,10 @@ struct Bed {
 
 impl Bed {
     fn start(cluster: &ClusterHandle, cgroups: &Path, extras: Extras) -> Self {
+        Self::start_with(cluster, cgroups, extras, Preset::default())
+    }
+
+    fn start_with(cluster: &ClusterHandle, cgroups: &Path, extras: Extras, preset: Preset) -> Self {
         let cloud = Cloud::new(CloudConfig::default(), Clock::tokio());
         let shutdown = CancellationToken::new();
         let (handle, task) = telemetry::spawn(TelemetryParts {
@@ -86,7 +93,11 @@ impl Bed {
                 availability_zone: "eu-west-1a".into(),
                 ..Default::default()
             },
-            settings: TelemetrySettings { interval: Duration::from_millis(300), ..TelemetrySettings::default() },
+            settings: TelemetrySettings {
+                interval: Duration::from_millis(300),
+                selection: Selection { preset, ..Selection::default() },
+                ..TelemetrySettings::default()
+            },
             netpol: None,
             logs: None,
             extras,
@@ -249,7 +260,8 @@ async fn an_otlp_receiver_gets_every_tick_and_a_busy_one_is_asked_again() {
         async move { reply }
     };
     let address = serve(None, Router::new().route("/v1/metrics", post(receive))).await;
-    let bed = Bed::start(&cluster, cgroups.root.path(), Extras { otlp: Some(format!("http://{address}/")), ..Extras::default() });
+    let otlp = OtlpSettings { endpoint: format!("http://{address}/"), sign: None };
+    let bed = Bed::start(&cluster, cgroups.root.path(), Extras { otlp: Some(otlp), ..Extras::default() });
     wait_for("two requests", SOON, || async {
         ensure!(received.lock().unwrap().len() >= 2, "not yet");
         Ok(())
@@ -312,6 +324,42 @@ async fn annotated_pods_are_scraped_into_documents() {
     assert_eq!((&counter["orders_total"], &counter["pod_name"], &counter["ClusterName"]), (&json!(5), &json!("shop-1"), &json!("demo")));
     assert_eq!(counter["CloudWatchMetrics"][0]["Dimensions"], json!([["ClusterName", "Namespace", "shop"]]));
     assert!(bed.documents("prometheus").iter().any(|document| document["queue"] == 7));
+    bed.stop().await;
+}
+
+/// The CloudWatch add-on's exporter of GPUs speaks TLS on the port on which NVIDIA's speaks plainly; both are on the node's loopback
+/// here.
+#[tokio::test(flavor = "multi_thread")]
+async fn gpus_and_volumes_are_told_where_their_drivers_exporters_run() {
+    let answer = |text: &'static str| Router::new().route("/metrics", get(move || async move { text }));
+    let gpus = answer(include_str!("../../agent/core/testdata/exporters/dcgm.txt"));
+    let volumes = answer(include_str!("../../agent/core/testdata/exporters/ebs-csi-node.txt"));
+    let mut state = ClusterState { synced: true, ..ClusterState::default() };
+    for (label, address) in [("nvidia-dcgm-exporter", "127.0.0.94"), ("ebs-csi-node", "127.0.0.33")] {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": label, "namespace": "kube-system", "uid": label, "labels": {"app": label}},
+            "spec": {"nodeName": "node1", "containers": [{"name": "c"}]}, "status": {"phase": "Running", "podIP": address},
+        }))
+        .unwrap();
+        state.pods.insert(pod.full_name(), Arc::new(pod));
+    }
+    serve_at("127.0.0.94:9400", Some(test_acceptor()), gpus).await;
+    serve_at("127.0.0.33:3302", None, volumes).await;
+    let cluster = ClusterHandle::fixed(state);
+    let empty = tempfile::tempdir().unwrap();
+    let asked = Some(ExporterSettings { gpus: true, volumes: true });
+    let bed = Bed::start_with(&cluster, empty.path(), Extras { exporters: asked, ..Extras::default() }, Preset::Enhanced);
+    let of_type = |name: &str| bed.documents("performance").into_iter().filter(|document| document["Type"] == name).collect::<Vec<_>>();
+    wait_for("a GPU and a volume", SOON, || async {
+        ensure!(!of_type("NodeGPU").is_empty() && !of_type("NodeEBS").is_empty(), "not yet");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    let gpu = of_type("NodeGPU").into_iter().find(|gpu| gpu["GpuDevice"] == "nvidia0").expect("it is told");
+    assert_eq!((&gpu["node_gpu_utilization"], &gpu["node_gpu_memory_used"]), (&json!(87), &json!(12_582_912_000_u64)));
+    assert_eq!(of_type("NodeEBS")[0]["node_diskio_ebs_total_write_ops"], 0);
+    assert!(of_type("PodGPU").is_empty(), "the pod that has it is not known here");
     bed.stop().await;
 }
 

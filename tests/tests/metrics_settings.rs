@@ -3,14 +3,18 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpStream, UdpSocket};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use axum::Router;
+use axum::extract::Request;
+use axum::http::StatusCode;
 use axum::routing::{get, post};
 use serde_json::Value;
 use stanchion_lab::cluster::{Cluster, SOON};
-use stanchion_lab::node::{CLUSTER_NAME, Node};
+use stanchion_lab::fake_aws::signed_scope;
+use stanchion_lab::node::{ACCESS_KEY, CLUSTER_NAME, Node};
 use stanchion_lab::pod::PodSpec;
 use stanchion_lab::wait::wait_for;
 
@@ -83,13 +87,31 @@ async fn what_is_asked_over_http_is_asked() {
         ("STANCHION_METRICS_INTERVAL_SECONDS", "1"),
         ("STANCHION_KUBELET_URL", "http://127.0.0.1:10255"),
         ("STANCHION_OTLP_ENDPOINT", "http://127.0.0.1:4318"),
+        ("STANCHION_OTLP_SIGN", "always"),
         ("STANCHION_SCRAPE", "true"),
     ];
     let cluster = Cluster::start(&["m5.large"], &settings).await.expect("the cluster starts");
     let node = cluster.node(0);
+    // As CloudWatch: a request is taken only with a signature that the agent's own key made over this very body.
+    let scope: Arc<Mutex<String>> = Arc::default();
+    let seen = Arc::clone(&scope);
+    let receive = move |request: Request| {
+        let seen = Arc::clone(&seen);
+        async move {
+            let (parts, body) = request.into_parts();
+            let body = axum::body::to_bytes(body, 1 << 20).await.expect("a body");
+            match signed_scope(ACCESS_KEY, &parts, &body) {
+                Ok(scope) => {
+                    *seen.lock().expect("no panic") = scope;
+                    StatusCode::OK
+                }
+                Err(_) => StatusCode::FORBIDDEN,
+            }
+        }
+    };
     let router = Router::new()
         .route("/stats/summary", get(|| async { r#"{"node":{},"pods":[]}"# }))
-        .route("/v1/metrics", post(|| async { "" }))
+        .route("/v1/metrics", post(receive))
         .route("/metrics", get(|| async { "# TYPE queue gauge\nqueue 3\n" }));
     for port in [10255, 4318, 9102] {
         let listener = node.netns().tcp_listener(([127, 0, 0, 1], port).into()).expect("a free port");
@@ -115,6 +137,8 @@ async fn what_is_asked_over_http_is_asked() {
     })
     .await
     .unwrap();
+    let scope = scope.lock().expect("no panic").clone();
+    assert!(scope.ends_with("/eu-west-1/monitoring/aws4_request"), "{scope}");
     wait_for("the scraped document", SOON, || async {
         let scraped = documents(&cluster, "prometheus");
         ensure!(scraped.iter().any(|document| document["queue"] == 3 && document["pod_name"] == "scraped"), "{scraped:?}");

@@ -11,7 +11,7 @@ use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_ec2::config::{Credentials, IdentityCache, StalledStreamProtectionConfig};
 
 use crate::renew::Renewable;
-use crate::{CloudWatchSink, SdkEc2, http};
+use crate::{CloudWatchSink, SdkEc2, Signer, http};
 
 /// To a TCP and TLS connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -152,6 +152,11 @@ impl AwsClients {
             }
             aws_sdk_cloudwatchlogs::Client::from_conf(builder.build())
         }))
+    }
+
+    /// Signs requests that are sent without the SDK; `None` where there is no source of credentials at all.
+    pub fn signer(&self, service: &'static str, region: &str) -> Option<Signer> {
+        Some(Signer::new(self.config.credentials_provider()?, service, region))
     }
 
     /// The region in use, if one was found.

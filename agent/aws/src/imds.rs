@@ -156,6 +156,7 @@ impl Imds for SdkImds {
             primary_mac: self.needed("meta-data/mac").await?,
             local_ipv4: self.value("meta-data/local-ipv4").await?,
             ipv6: self.value("meta-data/ipv6").await?,
+            auto_scaling_group: self.value("meta-data/tags/instance/aws:autoscaling:groupName").await?,
         })
     }
 

@@ -1,7 +1,7 @@
 //! EC2, IMDS and CloudWatch Logs over the AWS SDK: the only crate that builds it.
 //!
 //! Spawns no task and decides nothing: a method is one request and its translation. State is the SDK's connection pool
-//! and credential cache (thrown away when a service refuses the credentials), and whether an endpoint takes gzip. Endpoints come from the SDK's own variables
+//! and credential cache (thrown away when a service refuses the credentials), the credentials of a signer, and whether an endpoint takes gzip. Endpoints come from the SDK's own variables
 //! (`AWS_ENDPOINT_URL_EC2`, `AWS_ENDPOINT_URL_CLOUDWATCH_LOGS`, `AWS_EC2_METADATA_SERVICE_ENDPOINT`), credentials from its
 //! default chain: environment, IRSA, EKS Pod Identity, IMDS.
 //!
@@ -28,6 +28,7 @@ mod http;
 mod imds;
 mod logs;
 mod renew;
+mod sign;
 
 pub use addresses::ByKind;
 pub use classify::{ec2_error, sink_error};
@@ -35,3 +36,4 @@ pub use client::{AwsClients, LoadError, Overrides};
 pub use ec2::SdkEc2;
 pub use imds::SdkImds;
 pub use logs::CloudWatchSink;
+pub use sign::{SignError, Signer};

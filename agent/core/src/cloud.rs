@@ -319,6 +319,8 @@ pub struct InstanceIdentity {
     pub local_ipv4: Option<Ipv4Addr>,
     /// The primary IPv6 address, if any.
     pub ipv6: Option<Ipv6Addr>,
+    /// Its Auto Scaling group, where IMDS tells tags (the launch template's `InstanceMetadataTags: enabled`).
+    pub auto_scaling_group: Option<String>,
 }
 
 /// An attached ENI as IMDS shows it; eventually consistent: adopt from it, never delete on its word.

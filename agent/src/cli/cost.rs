@@ -33,6 +33,15 @@ pub(crate) struct CostArgs {
     /// Disks of a node
     #[arg(long, default_value_t = 1)]
     disks_per_node: u64,
+    /// EFA devices of a node
+    #[arg(long, default_value_t = 0)]
+    efa_per_node: u64,
+    /// EBS volumes of a node that the CSI driver attached, with its metrics switched on
+    #[arg(long, default_value_t = 0)]
+    csi_volumes_per_node: u64,
+    /// GPUs of a node, with dcgm-exporter
+    #[arg(long, default_value_t = 0)]
+    gpus_per_node: u64,
     /// Seconds between ticks
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     interval: u64,
@@ -61,6 +70,9 @@ pub(super) fn run(args: &CostArgs, json: bool) -> Result<ExitCode> {
         services: args.services.unwrap_or(workloads),
         containers_per_pod: args.containers_per_pod,
         disks_per_node: args.disks_per_node,
+        efa_per_node: args.efa_per_node,
+        csi_volumes_per_node: args.csi_volumes_per_node,
+        gpus_per_node: args.gpus_per_node,
         interval_seconds: args.interval,
     };
     let bills = bills(&size, &args.without)?;
@@ -118,6 +130,9 @@ mod tests {
             services: 10,
             containers_per_pod: 1,
             disks_per_node: 1,
+            efa_per_node: 0,
+            csi_volumes_per_node: 0,
+            gpus_per_node: 0,
             interval_seconds: 60,
         };
         let bills = bills(&size, &[]).unwrap();

@@ -225,6 +225,7 @@ impl Imds for DirectImds {
                 primary_mac: primary.mac,
                 local_ipv4: primary.primary_ipv4,
                 ipv6: primary.ipv6.first().copied(),
+                auto_scaling_group: instance.tags.get("aws:autoscaling:groupName").cloned(),
             })
         })
         .await

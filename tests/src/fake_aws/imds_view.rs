@@ -42,6 +42,9 @@ impl State {
                 "privateIp": primary.primary_ipv4.map(|a| a.to_string()), "version": "2017-09-30",
             })
             .to_string(),
+            tag if tag.starts_with("meta-data/tags/instance/") => {
+                view.tags.get(tag.trim_start_matches("meta-data/tags/instance/"))?.clone()
+            }
             _ => {
                 let (mac, field) = path.strip_prefix("meta-data/network/interfaces/macs/")?.split_once('/')?;
                 let (eni, complete) = enis.iter().find(|(eni, _)| eni.mac.to_string() == mac)?;

@@ -35,5 +35,6 @@ pub use faults::{ApiError, Bucket, Chaos, Effect, Fault};
 pub use logs::{GroupView, KeepEvents, LogsCall, LogsReply, LogsTotals, StoredEvent};
 pub use model::{CloudConfig, EniEvent, InstanceSpec, InstanceView, SubnetSpec, Timing};
 pub use servers::{serve_credentials, serve_ec2, serve_imds, serve_logs};
+pub use sigv4::signed_scope;
 pub use subnet::Placement;
 pub use tls::{TEST_CA_PEM, test_acceptor};

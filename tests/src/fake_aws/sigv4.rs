@@ -66,6 +66,18 @@ pub(super) fn check(keys: &BTreeMap<String, AccessKey>, now: Duration, unix_ms: 
     if hex(&hmac(&signing_key, to_sign.as_bytes())) == signature { Ok(()) } else { Err(Denied::WrongSignature) }
 }
 
+/// The scope (`date/region/service/aws4_request`) of a request that the key's secret signed.
+///
+/// # Errors
+/// Says what is wrong with the signature.
+pub fn signed_scope(key: (&str, &str), parts: &Parts, body: &[u8]) -> Result<String, String> {
+    let access = AccessKey { secret: key.1.to_owned(), session_token: None, expires: None };
+    check(&BTreeMap::from([(key.0.to_owned(), access)]), Duration::ZERO, parts, body).map_err(|denied| format!("{denied:?}"))?;
+    let fields = header_text(parts, "authorization");
+    let scope = fields.split_once("Credential=").and_then(|(_, rest)| rest.split(',').next()?.split_once('/'));
+    scope.map(|(_, scope)| scope.to_owned()).ok_or_else(|| "no scope".to_owned())
+}
+
 fn canonical_request(parts: &Parts, signed_headers: &str, body: &[u8]) -> String {
     let mut query: Vec<&str> = parts.uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty()).collect();
     query.sort_unstable();

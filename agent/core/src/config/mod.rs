@@ -121,6 +121,35 @@ pub enum FlowLogs {
     All,
 }
 
+/// Which OTLP requests carry an AWS signature.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OtlpSign {
+    /// Those to CloudWatch's own endpoints.
+    #[default]
+    Auto,
+    /// All: the receiver stands for CloudWatch, behind an endpoint of a VPC or a proxy.
+    Always,
+    /// None.
+    Never,
+}
+
+impl OtlpSign {
+    /// The region whose key signs requests to `endpoint` from an agent in `home`; `None` if they carry no signature.
+    pub fn region(self, endpoint: &str, home: &str) -> Option<String> {
+        let host = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest).split(['/', ':', '?']).next().unwrap_or_default();
+        let host = host.to_ascii_lowercase();
+        let inner = host.strip_suffix(".amazonaws.com").or_else(|| host.strip_suffix(".amazonaws.com.cn"));
+        let named = inner.and_then(|inner| inner.strip_prefix("monitoring.").or_else(|| inner.strip_prefix("monitoring-fips.")));
+        let named = named.filter(|region| !region.is_empty() && !region.contains('.')).map(str::to_owned);
+        match self {
+            Self::Auto => named,
+            Self::Always => named.or_else(|| Some(home.to_owned())),
+            Self::Never => None,
+        }
+    }
+}
+
 /// Everything that is set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Config {
@@ -271,6 +300,8 @@ pub struct TelemetryConfig {
     pub kubelet_insecure: bool,
     /// OTLP/HTTP receiver of metrics; empty: none.
     pub otlp_endpoint: String,
+    /// Which requests to it carry an AWS signature.
+    pub otlp_sign: OtlpSign,
     /// Scrape pods that are annotated for Prometheus.
     pub scrape: bool,
     /// File of the CloudWatch agent's metric declarations for what was scraped; empty: no metrics, documents only.

@@ -1,7 +1,7 @@
 //! The environment's names, in the order in which `stanchion config` shows them.
 
 use super::reader::Reader;
-use super::{Config, ConfigError, FlowLogs, NetworkConfig, OperationsConfig, PoolConfig, RecordLayout, Setting, TelemetryConfig};
+use super::{Config, ConfigError, FlowLogs, NetworkConfig, OperationsConfig, OtlpSign, PoolConfig, RecordLayout, Setting, TelemetryConfig};
 use crate::metrics::track::Figures;
 
 impl Config {
@@ -99,6 +99,11 @@ impl Config {
             kubelet_url: r.text("STANCHION_KUBELET_URL", "", "where the kubelet answers; empty is https://<node address>:10250"),
             kubelet_insecure: r.bool("STANCHION_KUBELET_INSECURE_TLS", false, "take any certificate of the kubelet"),
             otlp_endpoint: r.text("STANCHION_OTLP_ENDPOINT", "", "OTLP/HTTP receiver of metrics; empty is none"),
+            otlp_sign: r.choice(
+                "STANCHION_OTLP_SIGN",
+                &[("auto", OtlpSign::Auto), ("always", OtlpSign::Always), ("never", OtlpSign::Never)],
+                "sign OTLP requests with the agent's AWS credentials; auto: those to CloudWatch",
+            ),
             scrape: r.bool("STANCHION_SCRAPE", false, "scrape this node's pods that carry prometheus.io annotations"),
             scrape_rules: r.text("STANCHION_SCRAPE_RULES", "", "file of metric declarations for what was scraped"),
             statsd: r.text("STANCHION_STATSD_ADDRESS", "", "UDP address of the statsd listener; empty is none"),

@@ -203,3 +203,21 @@ fn metrics_are_selected_by_preset_and_name() {
         assert_eq!(errors.iter().map(|error| error.name).collect::<Vec<_>>(), [name]);
     }
 }
+
+#[test]
+fn otlp_requests_are_signed_for_whom_it_says() {
+    let region = |sign: OtlpSign, endpoint: &str| sign.region(endpoint, "eu-west-1");
+    for (endpoint, named) in [
+        ("https://monitoring.us-east-2.amazonaws.com/v1/metrics", Some("us-east-2")),
+        ("https://MONITORING.us-east-2.amazonaws.com:443", Some("us-east-2")),
+        ("https://monitoring-fips.us-gov-west-1.amazonaws.com", Some("us-gov-west-1")),
+        ("https://monitoring.cn-north-1.amazonaws.com.cn/", Some("cn-north-1")),
+        ("http://collector.monitoring.svc:4318", None),
+        ("https://monitoring.us-east-2.amazonaws.com.example.org", None),
+        ("https://example.org/monitoring.us-east-2.amazonaws.com", None),
+    ] {
+        assert_eq!(region(OtlpSign::Auto, endpoint).as_deref(), named, "{endpoint}");
+        assert_eq!(region(OtlpSign::Always, endpoint).as_deref(), named.or(Some("eu-west-1")), "{endpoint}");
+        assert_eq!(region(OtlpSign::Never, endpoint), None);
+    }
+}

@@ -24,6 +24,10 @@ pub enum Unit {
     Count,
     /// Thousandths of a core: CloudWatch has no such unit and gets none.
     Millicores,
+    /// Seconds.
+    Seconds,
+    /// Watts, degrees: CloudWatch has no such units.
+    Plain,
 }
 
 impl Unit {
@@ -35,6 +39,8 @@ impl Unit {
             Self::BytesPerSecond => Some("Bytes/Second"),
             Self::CountPerSecond => Some("Count/Second"),
             Self::Count => Some("Count"),
+            Self::Seconds => Some("Seconds"),
+            Self::Plain => Some("None"),
             Self::Millicores => None,
         }
     }
@@ -144,6 +150,30 @@ fields! {
     WaitingCreateError "container_status_waiting_reason_create_container_error" Count,
     WaitingCreateConfigError "container_status_waiting_reason_create_container_config_error" Count,
     TerminatedOomKilled "container_status_terminated_reason_oom_killed" Count,
+    EfaRxBytes "efa_rx_bytes" BytesPerSecond,
+    EfaTxBytes "efa_tx_bytes" BytesPerSecond,
+    EfaRxDropped "efa_rx_dropped" CountPerSecond,
+    EfaRdmaReadBytes "efa_rdma_read_bytes" BytesPerSecond,
+    EfaRdmaWriteBytes "efa_rdma_write_bytes" BytesPerSecond,
+    EfaRdmaWriteRecvBytes "efa_rdma_write_recv_bytes" BytesPerSecond,
+    GpuUtilization "gpu_utilization" Percent,
+    GpuMemoryUtilization "gpu_memory_utilization" Percent,
+    GpuMemoryTotal "gpu_memory_total" Bytes,
+    GpuMemoryUsed "gpu_memory_used" Bytes,
+    GpuPowerDraw "gpu_power_draw" Plain,
+    GpuTemperature "gpu_temperature" Plain,
+    GpuTensorCoreUtilization "gpu_tensor_core_utilization" Percent,
+    EbsReadOps "diskio_ebs_total_read_ops" Count,
+    EbsWriteOps "diskio_ebs_total_write_ops" Count,
+    EbsReadBytes "diskio_ebs_total_read_bytes" Bytes,
+    EbsWriteBytes "diskio_ebs_total_write_bytes" Bytes,
+    EbsReadTime "diskio_ebs_total_read_time" Seconds,
+    EbsWriteTime "diskio_ebs_total_write_time" Seconds,
+    EbsVolumeExceededIops "diskio_ebs_volume_performance_exceeded_iops" Seconds,
+    EbsVolumeExceededThroughput "diskio_ebs_volume_performance_exceeded_tp" Seconds,
+    EbsInstanceExceededIops "diskio_ebs_ec2_instance_performance_exceeded_iops" Seconds,
+    EbsInstanceExceededThroughput "diskio_ebs_ec2_instance_performance_exceeded_tp" Seconds,
+    EbsQueueLength "diskio_ebs_volume_queue_length" Count,
 }
 
 /// The type of a document.
@@ -165,12 +195,35 @@ pub enum DocType {
     Container,
     /// A container's own files.
     ContainerFS,
+    /// An EFA device of the node.
+    NodeEFA,
+    /// An EBS volume that is attached to it.
+    NodeEBS,
+    /// A GPU of it.
+    NodeGPU,
+    /// A GPU that a pod has.
+    PodGPU,
+    /// The same by container.
+    ContainerGPU,
 }
 
 impl DocType {
     /// Every type.
-    pub const ALL: [Self; 8] =
-        [Self::Node, Self::NodeFS, Self::NodeDiskIO, Self::NodeNet, Self::Pod, Self::PodNet, Self::Container, Self::ContainerFS];
+    pub const ALL: [Self; 13] = [
+        Self::Node,
+        Self::NodeFS,
+        Self::NodeDiskIO,
+        Self::NodeNet,
+        Self::Pod,
+        Self::PodNet,
+        Self::Container,
+        Self::ContainerFS,
+        Self::NodeEFA,
+        Self::NodeEBS,
+        Self::NodeGPU,
+        Self::PodGPU,
+        Self::ContainerGPU,
+    ];
 
     /// The value of `Type`.
     pub const fn name(self) -> &'static str {
@@ -183,17 +236,22 @@ impl DocType {
             Self::PodNet => "PodNet",
             Self::Container => "Container",
             Self::ContainerFS => "ContainerFS",
+            Self::NodeEFA => "NodeEFA",
+            Self::NodeEBS => "NodeEBS",
+            Self::NodeGPU => "NodeGPU",
+            Self::PodGPU => "PodGPU",
+            Self::ContainerGPU => "ContainerGPU",
         }
     }
 
     /// What precedes a field's name; the one exception is in [`field_name`].
     const fn prefix(self) -> &'static str {
         match self {
-            Self::Node | Self::NodeFS | Self::NodeDiskIO => "node_",
+            Self::Node | Self::NodeFS | Self::NodeDiskIO | Self::NodeEFA | Self::NodeEBS | Self::NodeGPU => "node_",
             Self::NodeNet => "node_interface_",
-            Self::Pod => "pod_",
+            Self::Pod | Self::PodGPU => "pod_",
             Self::PodNet => "pod_interface_",
-            Self::Container | Self::ContainerFS => "container_",
+            Self::Container | Self::ContainerFS | Self::ContainerGPU => "container_",
         }
     }
 
@@ -203,6 +261,9 @@ impl DocType {
             Self::Node => r#"["cadvisor","/proc","pod","calculated"]"#,
             Self::NodeFS | Self::NodeNet | Self::PodNet | Self::ContainerFS => r#"["cadvisor","calculated"]"#,
             Self::NodeDiskIO => r#"["cadvisor"]"#,
+            Self::NodeEFA => r#"["/sys","calculated"]"#,
+            Self::NodeEBS => r#"["ebs-csi-node","calculated"]"#,
+            Self::NodeGPU | Self::PodGPU | Self::ContainerGPU => r#"["dcgm","pod","calculated"]"#,
             Self::Pod | Self::Container => r#"["cadvisor","pod","calculated"]"#,
         }
     }
@@ -237,6 +298,12 @@ pub enum Tag {
     Service,
     /// `ContainerName`
     ContainerName,
+    /// `InstanceType`
+    InstanceType,
+    /// `GpuDevice`: `nvidia0`
+    GpuDevice,
+    /// `VolumeId`: `vol-…`
+    VolumeId,
 }
 
 impl Tag {
@@ -251,6 +318,9 @@ impl Tag {
             Self::FullPodName => "FullPodName",
             Self::Service => "Service",
             Self::ContainerName => "ContainerName",
+            Self::InstanceType => "InstanceType",
+            Self::GpuDevice => "GpuDevice",
+            Self::VolumeId => "VolumeId",
         }
     }
 }
@@ -408,6 +478,11 @@ const POD: &[Tag] = &[Tag::FullPodName, Tag::PodName, Tag::Namespace, Tag::Clust
 const CONTAINER: &[Tag] = &[Tag::ContainerName, Tag::PodName, Tag::Namespace, Tag::ClusterName];
 const POD_CONTAINER: &[Tag] = &[Tag::ContainerName, Tag::FullPodName, Tag::PodName, Tag::Namespace, Tag::ClusterName];
 
+const NODE_VOLUME: &[Tag] = &[Tag::NodeName, Tag::InstanceId, Tag::ClusterName, Tag::VolumeId];
+const NODE_GPU: &[Tag] = &[Tag::NodeName, Tag::InstanceId, Tag::ClusterName, Tag::InstanceType, Tag::GpuDevice];
+const POD_GPU: &[Tag] = &[Tag::FullPodName, Tag::PodName, Tag::Namespace, Tag::ClusterName, Tag::GpuDevice];
+const CONTAINER_GPU: &[Tag] = &[Tag::ContainerName, Tag::FullPodName, Tag::PodName, Tag::Namespace, Tag::ClusterName, Tag::GpuDevice];
+
 const NODE_BASE: &[Field] = &[
     Field::CpuUtilization,
     Field::MemoryUtilization,
@@ -541,6 +616,11 @@ const ENHANCED: &[Directive] = &[
         fields: Fields::of(&[Field::FilesystemUsage, Field::FilesystemAvailable, Field::FilesystemUtilization]),
         dimensions: &[CLUSTER, POD_CONTAINER, CONTAINER],
     },
+    Directive { doc: DocType::NodeEFA, fields: EFA, dimensions: &[CLUSTER, NODE] },
+    Directive { doc: DocType::NodeEBS, fields: EBS, dimensions: &[CLUSTER, NODE, NODE_VOLUME] },
+    Directive { doc: DocType::NodeGPU, fields: GPU, dimensions: &[CLUSTER, NODE, NODE_GPU] },
+    Directive { doc: DocType::PodGPU, fields: GPU, dimensions: &[CLUSTER, NAMESPACE_, SERVICE, WORKLOAD, POD, POD_GPU] },
+    Directive { doc: DocType::ContainerGPU, fields: GPU, dimensions: &[CLUSTER, CONTAINER, POD_CONTAINER, CONTAINER_GPU] },
 ];
 
 /// Which fields a type of document may have.
@@ -577,6 +657,9 @@ pub const fn fields_of(doc: DocType) -> Fields {
             Field::DiskioServicedTotal,
         ]),
         DocType::NodeNet | DocType::PodNet => NET,
+        DocType::NodeEFA => EFA,
+        DocType::NodeEBS => EBS,
+        DocType::NodeGPU | DocType::PodGPU | DocType::ContainerGPU => GPU,
         DocType::Pod => Fields(
             CPU.0
                 | MEMORY.0
@@ -634,6 +717,36 @@ const NET: Fields = Fields::of(&[
     Field::NetworkTxDropped,
     Field::NetworkTxErrors,
     Field::NetworkTotalBytes,
+]);
+const EFA: Fields = Fields::of(&[
+    Field::EfaRxBytes,
+    Field::EfaTxBytes,
+    Field::EfaRxDropped,
+    Field::EfaRdmaReadBytes,
+    Field::EfaRdmaWriteBytes,
+    Field::EfaRdmaWriteRecvBytes,
+]);
+const GPU: Fields = Fields::of(&[
+    Field::GpuUtilization,
+    Field::GpuMemoryUtilization,
+    Field::GpuMemoryTotal,
+    Field::GpuMemoryUsed,
+    Field::GpuPowerDraw,
+    Field::GpuTemperature,
+    Field::GpuTensorCoreUtilization,
+]);
+const EBS: Fields = Fields::of(&[
+    Field::EbsReadOps,
+    Field::EbsWriteOps,
+    Field::EbsReadBytes,
+    Field::EbsWriteBytes,
+    Field::EbsReadTime,
+    Field::EbsWriteTime,
+    Field::EbsVolumeExceededIops,
+    Field::EbsVolumeExceededThroughput,
+    Field::EbsInstanceExceededIops,
+    Field::EbsInstanceExceededThroughput,
+    Field::EbsQueueLength,
 ]);
 const FILESYSTEM: Fields = Fields::of(&[
     Field::FilesystemUsage,
@@ -700,5 +813,8 @@ mod tests {
         assert_eq!(name(DocType::PodNet, Field::NetworkRxDropped), "pod_interface_network_rx_dropped");
         assert_eq!(name(DocType::NodeFS, Field::FilesystemUtilization), "node_filesystem_utilization");
         assert_eq!(name(DocType::Pod, Field::ContainersRunning), "pod_container_status_running");
+        assert_eq!(name(DocType::NodeEBS, Field::EbsVolumeExceededThroughput), "node_diskio_ebs_volume_performance_exceeded_tp");
+        assert_eq!(name(DocType::NodeEFA, Field::EfaRdmaWriteRecvBytes), "node_efa_rdma_write_recv_bytes");
+        assert_eq!(name(DocType::ContainerGPU, Field::GpuMemoryUsed), "container_gpu_memory_used");
     }
 }

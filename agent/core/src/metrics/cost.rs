@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::catalog::{DocType, Preset, Tag};
+use super::catalog::{DocType, Preset, Tag, fields_of};
+use super::devices::{DeviceSample, GpuOwner, GpuSample};
 use super::insights::{Encoder, NodeIdentity, Selection};
 use super::model::{
     ContainerSample, Cpu, DiskSample, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory, NodeSample, NodeStatus,
@@ -44,6 +45,12 @@ pub struct ClusterSize {
     pub containers_per_pod: u64,
     /// Disks of a node.
     pub disks_per_node: u64,
+    /// EFA devices of a node.
+    pub efa_per_node: u64,
+    /// EBS volumes of a node that the CSI driver attached.
+    pub csi_volumes_per_node: u64,
+    /// GPUs of a node.
+    pub gpus_per_node: u64,
     /// Seconds between ticks.
     pub interval_seconds: u64,
 }
@@ -70,10 +77,12 @@ pub struct Bill {
 }
 
 impl ClusterSize {
-    /// How many values a dimension set has in such a cluster.
-    fn cardinality(&self, set: &[Tag]) -> u64 {
+    /// How many values a dimension set has on documents of a type in such a cluster.
+    fn cardinality(&self, doc: DocType, set: &[Tag]) -> u64 {
         let has = |tag| set.contains(&tag);
-        if has(Tag::NodeName) {
+        let values = if has(Tag::GpuDevice) || has(Tag::VolumeId) {
+            self.documents(doc)
+        } else if has(Tag::NodeName) {
             self.nodes
         } else if has(Tag::FullPodName) {
             self.pods * if has(Tag::ContainerName) { self.containers_per_pod } else { 1 }
@@ -85,6 +94,11 @@ impl ClusterSize {
             self.namespaces
         } else {
             1
+        };
+        match doc {
+            // Not more pods have GPUs than there are GPUs.
+            DocType::PodGPU | DocType::ContainerGPU => values.min(self.documents(doc)),
+            _ => values,
         }
     }
 
@@ -95,6 +109,9 @@ impl ClusterSize {
             DocType::NodeDiskIO => self.nodes * self.disks_per_node,
             DocType::Pod | DocType::PodNet => self.pods,
             DocType::Container | DocType::ContainerFS => self.pods * self.containers_per_pod,
+            DocType::NodeEFA => self.nodes * self.efa_per_node,
+            DocType::NodeEBS => self.nodes * self.csi_volumes_per_node,
+            DocType::NodeGPU | DocType::PodGPU | DocType::ContainerGPU => self.nodes * self.gpus_per_node,
         }
     }
 }
@@ -102,9 +119,11 @@ impl ClusterSize {
 /// What a selection costs.
 pub fn bill(selection: &Selection, size: &ClusterSize) -> Bill {
     let preset = selection.preset;
-    let told = || preset.directives().iter().map(|directive| (selection.told(directive.doc, directive.fields).len() as u64, directive));
-    let metrics: u64 =
-        told().map(|(fields, directive)| fields * directive.dimensions.iter().map(|set| size.cardinality(set)).sum::<u64>()).sum();
+    let there = || preset.directives().iter().filter(|directive| size.documents(directive.doc) > 0);
+    let told = || there().map(|directive| (selection.told(directive.doc, directive.fields).len() as u64, directive));
+    let metrics: u64 = told()
+        .map(|(fields, directive)| fields * directive.dimensions.iter().map(|set| size.cardinality(directive.doc, set)).sum::<u64>())
+        .sum();
     let figures: u64 = told().map(|(fields, directive)| fields * size.documents(directive.doc)).sum();
     let ticks = (HOURS * 3600.0 / size.interval_seconds.max(1) as f64).round();
     let sizes = document_sizes(selection);
@@ -197,6 +216,7 @@ fn typical() -> Snapshot {
         kubernetes: "{\"host\":\"ip-192-168-100-200.eu-west-1.compute.internal\",\"labels\":{\"app.kubernetes.io/name\":\"checkout-service\",\"pod-template-hash\":\"6b9c4cb4dc\"},\"namespace_name\":\"production\",\"pod_id\":\"b0839fa0-6ab0-4be2-85bf-944547b6ef59\",\"pod_name\":\"checkout-service-6b9c4cb4dc-8zpz5\",\"pod_owners\":[{\"owner_kind\":\"Deployment\",\"owner_name\":\"checkout-service\"}],\"service_name\":\"checkout\"".into(),
         ..PodMeta::default()
     };
+    let figures = |doc| fields_of(doc).iter().map(|field| (field, 12_345.678_9));
     let sample = ContainerSample { index: 0, cpu_ns: None, cpu, memory: Some(memory), restarts: 0, files: Some(size) };
     Snapshot {
         wall_ms: 1_795_232_118_300,
@@ -224,6 +244,14 @@ fn typical() -> Snapshot {
         }],
         allowances: Vec::new(),
         alarms: Vec::new(),
+        efa: vec![DeviceSample { device: "rdmap0s6".into(), figures: figures(DocType::NodeEFA).collect() }],
+        volumes: vec![DeviceSample { device: "vol-0123456789abcdef0".into(), figures: figures(DocType::NodeEBS).collect() }],
+        gpus: vec![GpuSample {
+            device: "nvidia0".into(),
+            uuid: "GPU-4cf8db2d-06c0-7d70-1a51-e59b25b2c16c".into(),
+            owner: Some(GpuOwner { namespace: meta.namespace.clone(), pod: meta.name.clone(), container: "application".into() }),
+            figures: figures(DocType::NodeGPU).collect(),
+        }],
         interfaces: vec![InterfaceSample { name: "ens5".into(), traffic }],
         pods: vec![PodSample {
             meta: Arc::new(meta),
@@ -253,6 +281,9 @@ mod tests {
         services: 10,
         containers_per_pod: 1,
         disks_per_node: 1,
+        efa_per_node: 0,
+        csi_volumes_per_node: 0,
+        gpus_per_node: 0,
         interval_seconds: 60,
     };
 
@@ -296,6 +327,17 @@ mod tests {
     }
 
     #[test]
+    fn devices_cost_where_they_are() {
+        let with = ClusterSize { gpus_per_node: 2, efa_per_node: 1, csi_volumes_per_node: 4, ..SMALL };
+        let surplus = bill(&of(Preset::Enhanced), &with).metrics - bill(&of(Preset::Enhanced), &SMALL).metrics;
+        let (efa, ebs) = (6 * (1 + 3), 11 * (1 + 3 + 12));
+        // Six GPUs, so at most six pods, services and namespaces that have one.
+        let (nodes, pods, containers) = (7 * (1 + 3 + 6), 7 * (1 + 5 + 6 + 6 + 6 + 6), 7 * (1 + 6 + 6 + 6));
+        assert_eq!(surplus, efa + ebs + nodes + pods + containers);
+        assert_eq!(bill(&of(Preset::Standard), &with).metrics, bill(&of(Preset::Standard), &SMALL).metrics);
+    }
+
+    #[test]
     fn tiers() {
         assert!((tiered(10_000.0) - 3000.0).abs() < 1e-9);
         assert!((tiered(10_100.0) - 3010.0).abs() < 1e-9);
@@ -307,6 +349,7 @@ mod tests {
         let sizes = document_sizes(&of(Preset::Enhanced));
         assert_eq!(sizes.len(), DocType::ALL.len());
         assert!((2000..5000).contains(&sizes[&DocType::Pod]), "{sizes:?}");
+        assert_eq!(document_sizes(&of(Preset::Standard)).len(), DocType::ALL.len() - 5, "devices are told with the enhanced preset only");
         assert!(document_sizes(&of(Preset::LogsOnly))[&DocType::Pod] < sizes[&DocType::Pod]);
     }
 }

@@ -94,6 +94,7 @@ families! {
     TICKS "stanchion_metrics_ticks_total" Counter [] "Metric ticks that gave samples",
     TICK_ERRORS "stanchion_metrics_tick_errors_total" Counter [] "Metric ticks that could not read the kernel's figures",
     KUBELET_READS "stanchion_kubelet_summaries_total" Counter ["outcome"] "Summaries asked of the kubelet",
+    EXPORTER_READS "stanchion_exporter_reads_total" Counter ["outcome"] "Texts asked of the exporters of GPU and EBS drivers",
     OTLP_REQUESTS "stanchion_otlp_requests_total" Counter ["outcome"] "Requests to the OTLP receiver, sent or dropped",
     SCRAPES "stanchion_scrapes_total" Counter ["outcome"] "Pods asked for their Prometheus text",
     SCRAPE_DROPPED "stanchion_scrape_dropped_series_total" Counter [] "Series of pods that no document can hold: histograms, untyped, too many",

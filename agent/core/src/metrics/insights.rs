@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use serde::Serialize;
 
 use super::catalog::{DocType, Field, Fields, NAMESPACE, Preset, Tag, Tags, field_name, fields_of};
+use super::devices::{DeviceSample, GpuOwner};
 use super::model::{ContainerSample, Cpu, FilesystemSample, FilesystemSize, Memory, NodeSample, PodSample, Snapshot, Traffic};
 use super::pods::{Amounts, ContainerMeta, ContainerState};
 
@@ -135,7 +136,48 @@ impl Encoder {
         for pod in &snapshot.pods {
             self.pod_documents(snapshot, pod, &mut out);
         }
+        if self.selection.preset == Preset::Enhanced {
+            self.device_documents(snapshot, &mut out);
+        }
         out
+    }
+
+    fn device_documents(&mut self, snapshot: &Snapshot, out: &mut Vec<String>) {
+        let host = format!("{{\"host\":{}}}", json(&self.identity.node));
+        for (doc, devices) in [(DocType::NodeEFA, &snapshot.efa), (DocType::NodeEBS, &snapshot.volumes)] {
+            for DeviceSample { device, figures } in devices {
+                let Some(mut document) = self.begin(doc, snapshot.wall_ms) else { break };
+                document.raw("kubernetes", &host);
+                match doc {
+                    DocType::NodeEBS => document.tag(Tag::VolumeId, device),
+                    _ => document.text("EfaDevice", device),
+                }
+                figures.iter().for_each(|(field, value)| document.number(*field, *value));
+                out.push(self.finish(document));
+            }
+        }
+        for gpu in &snapshot.gpus {
+            let owner = gpu.owner.as_ref().and_then(|GpuOwner { namespace, pod, container }| {
+                let pod = snapshot.pods.iter().find(|sample| sample.meta.namespace == *namespace && sample.meta.name == *pod)?;
+                Some((pod, pod.meta.containers.iter().find(|meta| meta.name == *container)))
+            });
+            for doc in [DocType::NodeGPU, DocType::PodGPU, DocType::ContainerGPU] {
+                let Some(mut document) = self.begin(doc, snapshot.wall_ms) else { continue };
+                match (doc, owner) {
+                    (DocType::PodGPU, Some((pod, _))) => {
+                        self.pod_tags(&mut document, pod);
+                        document.raw_open("kubernetes", &pod.meta.kubernetes);
+                    }
+                    (DocType::ContainerGPU, Some((pod, Some(container)))) => self.container_tags(&mut document, pod, container),
+                    (DocType::NodeGPU, _) => document.raw("kubernetes", &host),
+                    _ => continue,
+                }
+                document.tag(Tag::GpuDevice, &gpu.device);
+                document.text("UUID", &gpu.uuid);
+                gpu.figures.iter().for_each(|(field, value)| document.number(*field, *value));
+                out.push(self.finish(document));
+            }
+        }
     }
 
     fn node_documents(&mut self, snapshot: &Snapshot, out: &mut Vec<String>) {
@@ -256,7 +298,7 @@ impl Encoder {
         }
         let mut text = Vec::with_capacity(3072);
         text.extend_from_slice(self.common.as_bytes());
-        let tags = Tags::of(&[Tag::ClusterName, Tag::NodeName, Tag::InstanceId]);
+        let tags = Tags::of(&[Tag::ClusterName, Tag::NodeName, Tag::InstanceId, Tag::InstanceType]);
         let mut document = Document { doc, text, fields: Fields::default(), tags };
         document.text("Type", doc.name());
         document.raw("Sources", doc.sources());

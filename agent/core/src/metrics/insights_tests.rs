@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::catalog::{DocType, Field, NAMESPACE, Preset, Unit, field_name, fields_of};
 use super::cgroup::{CpuCounters, MemoryCounters};
+use super::devices::{Driver, EfaReading, ExporterReadings};
 use super::insights::{Encoder, NodeIdentity, Selection};
 use super::model::{FilesystemSample, FilesystemSize, Snapshot};
 use super::pods::PodTable;
@@ -112,6 +113,11 @@ impl Machine {
         }
         let size = FilesystemSize { capacity: 100, available: 55, usage: 40, inodes: 10, inodes_free: 9 };
         let files = ContainerFiles::from([(web.uid.clone(), vec![("c".to_owned(), size)])]);
+        let mut exported = ExporterReadings { round: second, ..ExporterReadings::default() };
+        let dcgm = include_str!("../../testdata/exporters/dcgm.txt").replace("trainer", "c");
+        exported.add(Driver::Gpu, &dcgm.replace("namespace=\"ml\"", "namespace=\"default\"").replace("train-7d4b", &web.name));
+        exported.add(Driver::Ebs, include_str!("../../testdata/exporters/ebs-csi-node.txt"));
+        let efa = EfaReading { device: "rdmap0s6".into(), counters: [1, 2, 3, 4, 5, 6].map(|each| Some(each * second)) };
         let readings = Readings {
             at,
             wall_ms: 1_795_232_118_300 + i64::try_from(second).unwrap() * 1000,
@@ -125,12 +131,33 @@ impl Machine {
             disks: &HashMap::from([("nvme0n1".to_owned(), Some("vol-0a".to_owned())), ("nvme1n1".to_owned(), None)]),
             filesystems: vec![FilesystemSample { device: "/dev/nvme0n1p1".into(), volume: Some("vol-0a".into()), size }],
             allowances: Vec::new(),
+            efa: vec![efa],
+            exported: &exported,
             cgroups: &cgroups,
             container_files: &files,
             pod_counters: &HashMap::new(),
         };
         self.tracker.observe(&readings, &self.table)
     }
+}
+
+#[test]
+fn devices_by_hand() {
+    let documents = documents(Selection { preset: Preset::Enhanced, ..Selection::default() });
+    let [efa] = of_type(&documents, DocType::NodeEFA)[..] else { panic!("one device") };
+    assert_eq!(
+        (&efa["node_efa_rx_bytes"], &efa["node_efa_rdma_write_recv_bytes"], &efa["EfaDevice"]),
+        (&1.into(), &6.into(), &"rdmap0s6".into())
+    );
+    let volumes = of_type(&documents, DocType::NodeEBS);
+    let volume = volumes.iter().find(|volume| volume["VolumeId"] == "vol-0281cf921f3dbb69b").expect("it is told");
+    assert_eq!((&volume["node_diskio_ebs_total_read_ops"], &volume["node_diskio_ebs_volume_queue_length"]), (&0.into(), &2.into()));
+    let gpus = [DocType::NodeGPU, DocType::PodGPU, DocType::ContainerGPU].map(|doc| of_type(&documents, doc));
+    assert_eq!(gpus.each_ref().map(Vec::len), [2, 1, 1], "one GPU is nobody's");
+    assert_eq!((&gpus[1][0]["pod_gpu_utilization"], &gpus[1][0]["GpuDevice"]), (&87.into(), &"nvidia0".into()));
+    assert_eq!((&gpus[2][0]["container_gpu_memory_utilization"], &gpus[2][0]["ContainerName"]), (&80.into(), &"c".into()));
+    let sets = gpus[0][0]["CloudWatchMetrics"][0]["Dimensions"].as_array().unwrap();
+    assert!(sets.iter().any(|set| set.as_array().unwrap().iter().any(|tag| tag == "GpuDevice")), "{sets:?}");
 }
 
 fn documents(selection: Selection) -> Vec<Value> {
@@ -196,7 +223,8 @@ fn every_document_of_every_preset_obeys_the_catalog() {
     for preset in Preset::ALL {
         let documents = documents(Selection { preset, ..Selection::default() });
         let types: BTreeSet<_> = documents.iter().map(|document| document["Type"].as_str().unwrap()).collect();
-        assert_eq!(types.len(), DocType::ALL.len(), "{types:?}");
+        let devices = if preset == Preset::Enhanced { 0 } else { 5 };
+        assert_eq!(types.len(), DocType::ALL.len() - devices, "{types:?}");
         for document in &documents {
             check(document, preset);
             assert_eq!(document.get("CloudWatchMetrics").is_some(), preset.directives().iter().any(|d| document["Type"] == d.doc.name()));

@@ -12,6 +12,7 @@
 //! | [`insights`] | samples to Container Insights documents (EMF version 0) |
 //! | [`otlp`] | samples to OTLP metrics |
 //! | [`kubelet`] | what the kubelet's summary adds: containers' own files |
+//! | [`devices`] | EFA, GPUs, EBS volumes: who tells their figures, and what they are called |
 //! | [`log_meter`] | bytes of logs by pod |
 //! | [`scrape`] | pods' Prometheus text to documents, by the CloudWatch agent's rules |
 //! | [`statsd`] | statsd packets to documents |
@@ -26,6 +27,7 @@
 pub mod catalog;
 pub mod cgroup;
 pub mod cost;
+pub mod devices;
 pub mod emf;
 pub mod exposition;
 pub mod families;

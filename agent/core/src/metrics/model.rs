@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::cgroup::MemoryCounters;
+use super::devices::{DeviceSample, GpuSample};
 use super::pods::PodMeta;
 use super::proc::{Direction, MemInfo, Stat};
 
@@ -28,6 +29,12 @@ pub struct Snapshot {
     pub allowances: Vec<AllowanceSample>,
     /// Allowances that were exceeded since the tick before.
     pub alarms: Vec<AllowanceAlarm>,
+    /// Its EFA devices.
+    pub efa: Vec<DeviceSample>,
+    /// Its EBS volumes, where the EBS CSI driver tells of them.
+    pub volumes: Vec<DeviceSample>,
+    /// Its GPUs, where dcgm-exporter tells of them.
+    pub gpus: Vec<GpuSample>,
     /// Its pods, those without cgroups (pending, ended) included.
     pub pods: Vec<PodSample>,
     /// Pod cgroups that no known pod owns.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::cgroup::{CpuCounters, MemoryCounters};
+use super::devices::{DeviceTracker, EfaReading, ExporterReadings};
 use super::model::{
     AllowanceSample, ContainerSample, Cpu, DiskSample, DiskTotals, Faults, FilesystemSample, FilesystemSize, Flow, InterfaceSample, Memory,
     NodeSample, PodSample, Snapshot, Totals, Traffic,
@@ -46,6 +47,10 @@ pub struct Readings<'a> {
     pub filesystems: Vec<FilesystemSample>,
     /// What ENA interfaces tell of allowances.
     pub allowances: Vec<AllowanceSample>,
+    /// Counters of EFA devices.
+    pub efa: Vec<EfaReading>,
+    /// What the exporters of GPUs and volumes told last.
+    pub exported: &'a ExporterReadings,
     /// Cgroups of pods and containers.
     pub cgroups: &'a [CgroupReading],
     /// Containers' own files, where the kubelet told.
@@ -112,6 +117,7 @@ pub struct Tracker {
     disks: HashMap<String, Seen<[Rate; 4]>>,
     pods: HashMap<String, Seen<PodState>>,
     allowances: Vec<AllowanceSample>,
+    devices: DeviceTracker,
 }
 
 #[derive(Debug, Default)]
@@ -192,6 +198,8 @@ impl Tracker {
         let alarms = readings.allowances.iter().filter_map(|sample| Some(sample.risen_since(before(sample)?))).flatten().collect();
         self.allowances.clone_from(&readings.allowances);
         let totals = totals(readings, &wires, &interfaces, &disks);
+        let efa = self.devices.efa(readings.at, &readings.efa);
+        let (gpus, volumes) = self.devices.exported(readings.exported);
         self.forget();
         Snapshot {
             wall_ms: readings.wall_ms,
@@ -201,6 +209,9 @@ impl Tracker {
             interfaces,
             allowances: readings.allowances.clone(),
             alarms,
+            efa,
+            volumes,
+            gpus,
             pods,
             unknown_pods,
             totals,

@@ -49,6 +49,8 @@ pub(super) enum HttpError {
     TooLong { to: String, limit: usize },
     #[error("the body of {to} broke off")]
     Body { to: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("the request to {to} cannot be signed")]
+    Sign { to: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("no reply of {to} within {within:?}")]
     Late { to: String, within: Duration },
 }

@@ -5,15 +5,21 @@
 //! | tick | clock, cluster watch, kernel files | [`Snapshot`] on a watch channel, documents to the shipping task | last counters, pod table | the supervisor restarts the agent's telemetry; counters start anew |
 //! | ship | documents | PutLogEvents | documents not yet taken | as above; kept documents are lost |
 //! | kubelet | the kubelet's summary | containers' own files on a watch channel | – | as above |
+//! | exporters | GPUs and volumes, from the exporters of their drivers | their figures on a watch channel | number of the round | as above |
 //! | OTLP | snapshots | requests to a receiver | time of the last tick | as above |
 //! | scrape | annotated pods | documents to a shipping task of its own | last counters | as above; counters start anew |
 //! | statsd | packets | documents to a shipping task of its own | what came since the last tick | as above; that is lost |
 //!
-//! The last four run only where [`Extras`] ask for them.
+//! All but the first two run only where [`Extras`] ask for them.
+//!
+//! [`watch_allowances`] is a task of the network role, for a node whose telemetry is a process of its own: input the ENA counters,
+//! output alarms, owns the counters of the last look; on panic no more events of that kind.
 //!
 //! A tick that comes late is skipped, never queued: rates are over the time that passed.
 
+mod allowances;
 mod cgroups;
+mod exporters;
 mod http;
 mod kubelet;
 mod otlp;
@@ -38,6 +44,7 @@ use serde::Serialize;
 use stanchion_core::cloud::{LogEvent, LogSink};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::PodName;
+use stanchion_core::metrics::devices::ExporterReadings;
 use stanchion_core::metrics::insights::{Encoder, NodeIdentity, Selection};
 use stanchion_core::metrics::log_meter::LogMeter;
 use stanchion_core::metrics::model::{AllowanceAlarm, Snapshot};
@@ -55,8 +62,10 @@ use tracing::{debug, warn};
 use crate::logs::LogsHandle;
 use crate::netpol::{EndpointCounters, NetpolHandle};
 
+pub use allowances::watch as watch_allowances;
+pub use exporters::{ExporterCounters, ExporterSettings};
 pub use kubelet::{KubeletCounters, KubeletSettings};
-pub use otlp::OtlpCounters;
+pub use otlp::{OtlpCounters, OtlpSettings, Signing, ToSign};
 pub use prometheus::{Sources, render};
 pub use read::{ReadError, Roots};
 pub use scrape::ScrapeCounters;
@@ -103,8 +112,10 @@ impl Default for TelemetrySettings {
 pub struct Extras {
     /// Containers' own files from the kubelet; the documents of type `ContainerFS`.
     pub kubelet: Option<KubeletSettings>,
-    /// An OTLP/HTTP receiver: `http://collector:4318`.
-    pub otlp: Option<String>,
+    /// GPUs and volumes, from their drivers' exporters.
+    pub exporters: Option<ExporterSettings>,
+    /// An OTLP/HTTP receiver.
+    pub otlp: Option<OtlpSettings>,
     /// Pods with `prometheus.io` annotations, and what becomes a metric of what they tell.
     pub scrape: Option<Rules>,
     /// A statsd listener.
@@ -116,6 +127,8 @@ pub struct Extras {
 pub struct ExtraCounters {
     /// Asking the kubelet.
     pub kubelet: Arc<KubeletCounters>,
+    /// Asking the exporters of GPUs and volumes.
+    pub exporters: Arc<ExporterCounters>,
     /// Telling the OTLP receiver.
     pub otlp: Arc<OtlpCounters>,
     /// Scraping pods.
@@ -254,10 +267,17 @@ pub fn spawn<S: LogSink>(parts: TelemetryParts<S>) -> (TelemetryHandle, JoinHand
         let (cluster, interval, shutdown) = (cluster.clone(), settings.interval, shutdown.clone());
         tasks.push(Box::pin(kubelet::Kubelet { settings: kubelet, node, cluster, interval, counters, publish, shutdown }.run()));
     }
-    if let Some(endpoint) = extras.otlp {
+    if let Some(asked) = extras.exporters {
+        let (publish, exported) = watch::channel(Arc::default());
+        collector.exported = Some(exported);
+        let (node, counters) = (identity.node.clone(), Arc::clone(&counters.exporters));
+        let (cluster, interval, shutdown) = (cluster.clone(), settings.interval, shutdown.clone());
+        tasks.push(Box::pin(exporters::Exporters { settings: asked, node, cluster, interval, counters, publish, shutdown }.run()));
+    }
+    if let Some(receiver) = extras.otlp {
         let encoder = OtlpEncoder::new(&identity, env!("CARGO_PKG_VERSION"));
         let (snapshots, counters) = (snapshot.clone(), Arc::clone(&counters.otlp));
-        tasks.push(Box::pin(otlp::Otlp { endpoint, encoder, snapshots, counters, shutdown: shutdown.clone() }.run()));
+        tasks.push(Box::pin(otlp::Otlp { settings: receiver, encoder, snapshots, counters, shutdown: shutdown.clone() }.run()));
     }
     let (node, cluster_name, interval) = (identity.node, identity.cluster, settings.interval);
     if let Some((rules, documents)) = scraped {
@@ -408,6 +428,7 @@ pub struct Collector {
     veth_prefix: String,
     encoder: Encoder,
     files: Option<watch::Receiver<Arc<ContainerFiles>>>,
+    exported: Option<watch::Receiver<Arc<ExporterReadings>>>,
     pod_counters: HashMap<PodName, PodCounters>,
     encode: bool,
     fresh: bool,
@@ -424,6 +445,7 @@ impl Collector {
             veth_prefix: settings.veth_prefix.clone(),
             encoder: Encoder::new(identity, settings.selection.clone()),
             files: None,
+            exported: None,
             pod_counters: HashMap::new(),
             encode: settings.documents,
             fresh: true,
@@ -441,7 +463,8 @@ impl Collector {
             self.fresh = false;
         }
         let files = self.files.as_ref().map(|files| Arc::clone(&files.borrow())).unwrap_or_default();
-        let snapshot = self.reader.pass(&mut self.tracker, &self.table, &files, &self.pod_counters)?;
+        let exported = self.exported.as_ref().map(|exported| Arc::clone(&exported.borrow())).unwrap_or_default();
+        let snapshot = self.reader.pass(&mut self.tracker, &self.table, &files, &exported, &self.pod_counters)?;
         let documents = if self.encode { self.encoder.documents(&snapshot) } else { Vec::new() };
         debug!(pods = snapshot.pods.len(), documents = documents.len(), "metric tick");
         Ok((snapshot, documents))

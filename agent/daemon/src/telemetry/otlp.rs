@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
-use hyper::{Method, StatusCode};
+use futures_util::future::BoxFuture;
+use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::{Method, StatusCode, Uri};
 use stanchion_core::metrics::model::Snapshot;
 use stanchion_core::metrics::otlp::OtlpEncoder;
 use tokio::sync::watch;
@@ -30,10 +31,47 @@ pub struct OtlpCounters {
     pub dropped: AtomicU64,
 }
 
+/// Where requests go.
+#[derive(Debug)]
+pub struct OtlpSettings {
+    /// `http://collector:4318`, or with the whole path.
+    pub endpoint: String,
+    /// For a receiver that wants an AWS signature.
+    pub sign: Option<Signing>,
+}
+
+/// A request that is to be signed.
+#[derive(Clone, Debug)]
+pub struct ToSign {
+    /// The whole URL.
+    pub url: String,
+    /// What the header `host` says.
+    pub host: String,
+    /// As it is sent.
+    pub body: Bytes,
+}
+
+type Headers = Result<Vec<(String, String)>, Box<dyn std::error::Error + Send + Sync>>;
+
+/// Gives the headers that sign a POST: the credentials are kept where the AWS clients are made.
+pub struct Signing(Box<dyn Fn(ToSign) -> BoxFuture<'static, Headers> + Send + Sync>);
+
+impl Signing {
+    /// With this function.
+    pub fn new<F: Future<Output = Headers> + Send + 'static>(sign: impl Fn(ToSign) -> F + Send + Sync + 'static) -> Self {
+        Self(Box::new(move |request| Box::pin(sign(request))))
+    }
+}
+
+impl std::fmt::Debug for Signing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Signing")
+    }
+}
+
 /// What the task needs.
 pub(super) struct Otlp {
-    /// `http://collector:4318`, or with the whole path.
-    pub(super) endpoint: String,
+    pub(super) settings: OtlpSettings,
     pub(super) encoder: OtlpEncoder,
     pub(super) snapshots: watch::Receiver<Arc<Snapshot>>,
     pub(super) counters: Arc<OtlpCounters>,
@@ -51,7 +89,7 @@ impl Otlp {
     /// Sends until the shutdown. A tick that cannot be sent before the next one is dropped: figures of a minute ago are worth less than
     /// those of now.
     pub(super) async fn run(mut self) {
-        let base = self.endpoint.trim_end_matches('/');
+        let base = self.settings.endpoint.trim_end_matches('/');
         let url = if base.ends_with("/v1/metrics") { base.to_owned() } else { format!("{base}/v1/metrics") };
         let mut client = Client::new(Trust::System);
         loop {
@@ -95,11 +133,27 @@ impl Otlp {
     }
 
     async fn exchange(&self, client: &mut Client, url: &str, request: &Bytes) -> Result<Reply, HttpError> {
-        let headers =
+        let mut headers =
             vec![(CONTENT_TYPE, HeaderValue::from_static("application/x-protobuf")), (CONTENT_ENCODING, HeaderValue::from_static("gzip"))];
         let body = compressed(request);
+        if let Some(signing) = &self.settings.sign {
+            headers.extend(signature(signing, url, &body).await?);
+        }
         client.ask(Ask { method: Method::POST, url, headers, body, limit: MAX_REPLY, within: WITHIN }).await
     }
+}
+
+async fn signature(signing: &Signing, url: &str, body: &Bytes) -> Result<Vec<(HeaderName, HeaderValue)>, HttpError> {
+    let authority = url.parse().ok().and_then(|uri: Uri| Some(uri.authority()?.to_string()));
+    let host = authority.ok_or_else(|| HttpError::Url { url: url.to_owned() })?;
+    let failed = |source| HttpError::Sign { to: url.to_owned(), source };
+    let headers = (signing.0)(ToSign { url: url.to_owned(), host, body: body.clone() }).await.map_err(failed)?;
+    let header = |(name, value): (String, String)| {
+        let mut value = HeaderValue::try_from(value).map_err(|error| failed(error.into()))?;
+        value.set_sensitive(true);
+        Ok((HeaderName::try_from(name).map_err(|error| failed(error.into()))?, value))
+    };
+    headers.into_iter().map(header).collect()
 }
 
 /// <https://opentelemetry.io/docs/specs/otlp/#otlphttp-response>: 429, 502, 503 and 504 may be tried again, others not.

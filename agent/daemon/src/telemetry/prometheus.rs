@@ -271,9 +271,10 @@ fn ticks(out: &mut Exposition, telemetry: &TelemetryHandle) {
 
 /// What does not run counts nothing.
 fn extras(out: &mut Exposition, telemetry: &TelemetryHandle) {
-    let ExtraCounters { kubelet, otlp, scrape, statsd } = telemetry.extras();
+    let ExtraCounters { kubelet, exporters, otlp, scrape, statsd } = telemetry.extras();
     for (family, [(good, done), (bad, failed)]) in [
         (&f::KUBELET_READS, [("read", &kubelet.read), ("failed", &kubelet.failed)]),
+        (&f::EXPORTER_READS, [("read", &exporters.read), ("failed", &exporters.failed)]),
         (&f::OTLP_REQUESTS, [("sent", &otlp.sent), ("dropped", &otlp.dropped)]),
         (&f::SCRAPES, [("read", &scrape.done), ("failed", &scrape.failed)]),
         (&f::STATSD_LOST, [("malformed", &statsd.malformed), ("no_room", &statsd.dropped)]),

@@ -9,15 +9,14 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use stanchion_core::ids::PodName;
+use stanchion_core::metrics::devices::{EFA_COUNTERS, EfaReading, ExporterReadings};
 use stanchion_core::metrics::model::{AllowanceSample, FilesystemSample, FilesystemSize, Snapshot};
 use stanchion_core::metrics::pods::PodTable;
 use stanchion_core::metrics::proc;
 use stanchion_core::metrics::track::{CgroupId, CgroupReading, ContainerFiles, PodCounters, Readings, Tracker};
 
-use stanchion_netlink::ethtool;
-
 use super::cgroups::{Cgroups, KernelFile};
-use super::wall_ms;
+use super::{allowances, wall_ms};
 
 /// Where the kernel's views are mounted: the host's, which a container may see under other names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +89,7 @@ impl Reader {
         tracker: &mut Tracker,
         table: &PodTable,
         files: &ContainerFiles,
+        exported: &ExporterReadings,
         pod_counters: &HashMap<PodName, PodCounters>,
     ) -> Result<Snapshot, ReadError> {
         let proc_root = self.roots.proc.as_path();
@@ -108,6 +108,7 @@ impl Reader {
         self.learn_devices();
         let filesystems = self.filesystems();
         let allowances = self.allowances();
+        let efa = self.efa();
         let wall_ms = wall_ms();
         let readings = Readings {
             at,
@@ -122,6 +123,8 @@ impl Reader {
             disks: &self.disks,
             filesystems,
             allowances,
+            efa,
+            exported,
             cgroups: &self.readings,
             container_files: files,
             pod_counters,
@@ -135,7 +138,7 @@ impl Reader {
         self.interfaces.retain(|name, _| names.contains(name.as_str()));
         for name in names {
             if !self.interfaces.contains_key(name) {
-                let physical = self.roots.sys.join("class/net").join(name).join("device").exists();
+                let physical = allowances::is_physical(&self.roots.sys, name);
                 self.interfaces.insert(name.to_owned(), physical);
             }
         }
@@ -154,13 +157,30 @@ impl Reader {
         }
     }
 
+    /// Counters of EFA devices: other RDMA devices have none of these files.
+    fn efa(&mut self) -> Vec<EfaReading> {
+        let class = self.roots.sys.join("class/infiniband");
+        let mut devices = names(&class);
+        devices.sort_unstable();
+        let mut read = |device: String| {
+            let ports = class.join(&device).join("ports");
+            let mut reading = EfaReading { device, counters: Default::default() };
+            for port in names(&ports) {
+                let directory = ports.join(port).join("hw_counters");
+                for ((name, _), total) in EFA_COUNTERS.iter().zip(&mut reading.counters) {
+                    if let Some(count) = self.file.read(&directory, name).and_then(|text| text.trim().parse::<u64>().ok()) {
+                        *total = Some(total.unwrap_or(0) + count);
+                    }
+                }
+            }
+            reading.counters.iter().any(Option::is_some).then_some(reading)
+        };
+        devices.into_iter().filter_map(&mut read).collect()
+    }
+
     /// Allowance counters of interfaces with a device.
     fn allowances(&self) -> Vec<AllowanceSample> {
-        let read = |name: &String| {
-            let counters = ethtool::statistics(name).ok()?;
-            AllowanceSample::from_counters(name, counters.iter().map(|(name, value)| (name.as_str(), *value)))
-        };
-        self.physical.iter().filter_map(read).collect()
+        self.physical.iter().filter_map(|name| allowances::counters(name)).collect()
     }
 
     /// Sizes of the file systems on block devices, one a device.
@@ -240,6 +260,11 @@ fn mounts_changed(mountinfo: &File) -> bool {
         Ok(_) => asked[0].revents().is_none_or(|events| events.intersects(PollFlags::POLLPRI | PollFlags::POLLERR)),
         Err(_) => true,
     }
+}
+
+/// What a directory holds; nothing if it is not there.
+fn names(directory: &Path) -> Vec<String> {
+    std::fs::read_dir(directory).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
 fn device_number(device: u64) -> (u32, u32) {

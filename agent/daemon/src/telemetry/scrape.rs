@@ -89,14 +89,15 @@ impl Scrape {
 
 /// Why a pod was not scraped.
 #[derive(Debug, thiserror::Error)]
-enum FetchError {
+pub(super) enum FetchError {
     #[error("cannot ask")]
     Http(#[from] HttpError),
     #[error("it answered {0}")]
     Status(hyper::StatusCode),
 }
 
-async fn fetch(url: &str) -> Result<String, FetchError> {
+/// The text at a pod's URL.
+pub(super) async fn fetch(url: &str) -> Result<String, FetchError> {
     let mut ask = Ask::get(url, MAX_TEXT, WITHIN);
     ask.headers.push((ACCEPT, HeaderValue::from_static("text/plain;version=0.0.4")));
     // Pods' certificates are for services' names, not for addresses: whoever has the pod's address is the pod.

@@ -166,6 +166,78 @@ fn check_layout(root: &Path, container: &str) {
     }
 }
 
+/// An EFA device beside another RDMA device, which has counters of other names.
+#[test]
+fn efa_counters_are_read_from_every_port() {
+    let sys = tempfile::tempdir().unwrap();
+    let class = sys.path().join("class/infiniband");
+    let counters = |device: &str, port: &str| class.join(device).join("ports").join(port).join("hw_counters");
+    write(&counters("mlx5_0", "1"), "rx_read_requests", "7\n");
+    let settings = TelemetrySettings {
+        selection: Selection { preset: stanchion_core::metrics::catalog::Preset::Enhanced, ..Selection::default() },
+        ..TelemetrySettings::default()
+    };
+    let roots = Roots { sys: sys.path().to_owned(), ..Roots::default() };
+    let (_keep, cluster) = watch::channel(Arc::new(ClusterState::default()));
+    let mut collector = Collector::new(roots, cluster, identity(), &settings);
+    let mut told = Vec::new();
+    for pass in [1u64, 2] {
+        for port in ["1", "2"] {
+            for name in ["rx_bytes", "tx_bytes", "rx_drops"] {
+                write(&counters("rdmap0s6", port), name, &format!("{}\n", pass * 1_000_000));
+            }
+        }
+        told = collector.collect().expect("/proc is readable").1;
+    }
+    let documents: Vec<serde_json::Value> = told.iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+    let efa: Vec<_> = documents.iter().filter(|document| document["Type"] == "NodeEFA").collect();
+    let [efa] = efa[..] else { panic!("one device: {efa:?}") };
+    assert_eq!(efa["EfaDevice"], "rdmap0s6");
+    let rate = |name: &str| efa[name].as_f64().unwrap_or_else(|| panic!("{name} in {efa}"));
+    assert!(rate("node_efa_rx_bytes") > 0.0 && rate("node_efa_rx_bytes") == rate("node_efa_rx_dropped"));
+    assert!(efa["node_efa_rdma_read_bytes"].is_null(), "a file that is not there is no figure");
+}
+
+fn write_memory(dir: &Path, usage_usec: u64, anon: u64, current: u64) {
+    write(dir, "cpu.stat", &format!("usage_usec {usage_usec}\nuser_usec 1\nsystem_usec 2\n"));
+    write(dir, "memory.stat", &format!("anon {anon}\nfile 0\nfile_mapped 0\ninactive_file 0\npgfault 7\npgmajfault 0\n"));
+    write(dir, "memory.current", &format!("{current}\n"));
+}
+
+/// memory.stat is read only where it may say something new, and what it would have said is told all the same.
+#[test]
+fn memory_of_pods_and_sleepers_is_known_without_reading_it_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let pod = dir.path().join(format!("kubepods/pod{UID}"));
+    let (container, sandbox) = (pod.join(ID), pod.join("f".repeat(64)));
+    write(dir.path(), "cgroup.controllers", "cpu memory");
+    write_memory(&sandbox, 5, 500, 600);
+    write_memory(&container, 1000, 3000, 5000);
+    write_memory(&pod, 2000, 3500, 9000);
+    let mut cgroups = cgroups::Cgroups::new(dir.path());
+    let (mut file, mut out) = (cgroups::KernelFile::default(), Vec::new());
+    let mut look = || {
+        let wanted = |id: &stanchion_core::metrics::track::CgroupId| id.container.as_deref().is_none_or(|container| container == ID);
+        cgroups.read(std::time::Instant::now(), &wanted, &mut file, &mut out);
+        let told: Vec<_> = out.iter().map(|reading| reading.memory.expect("it has memory")).collect();
+        (told[0].rss, told[0].usage, told[1].rss)
+    };
+    assert_eq!(look(), (3500, 9000, 3000));
+    // Nobody is believed to sleep for ever.
+    write_memory(&pod, 2000, 3501, 9000);
+    (1..=5).find(|_| look().0 == 3501).expect("it is read in one of five passes");
+    write_memory(&pod, 2000, 3500, 9000);
+    assert_eq!(look().0, 3501, "asleep: what it said is taken as it was");
+    // The container works and grows by 1000; the pod's own file is not asked, or it would say 1.
+    write_memory(&container, 1100, 4000, 6000);
+    write_memory(&pod, 2100, 1, 10_000);
+    assert_eq!(look(), (4501, 10_000, 4000));
+    // Something else in the pod grew: only the file knows what.
+    write_memory(&pod, 2200, 4700, 10_700);
+    write_memory(&container, 1200, 4000, 6000);
+    assert_eq!(look(), (4700, 10_700, 4000));
+}
+
 /// A text as a scraper reads it: headings before samples, each family once and known, labels as declared, numbers readable.
 fn check_exposition(text: &str, format: Format) -> BTreeSet<String> {
     let known: HashMap<&str, &Family> =
