@@ -230,7 +230,7 @@ impl Cgroups {
             let (inside, others) = others.split_at_mut(inside);
             // A fifth of all at a time, so that no pass costs more than another.
             let place = count - others.len();
-            let due = |at: usize| (place + at + pass) % READ_EVERY == 0;
+            let due = |at: usize| (place + at + pass).is_multiple_of(READ_EVERY);
             left = others;
             if first.id.container.is_some() && !wanted(&first.id) {
                 continue;
