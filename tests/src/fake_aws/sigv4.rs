@@ -72,7 +72,9 @@ pub(super) fn check(keys: &BTreeMap<String, AccessKey>, now: Duration, unix_ms: 
 /// Says what is wrong with the signature.
 pub fn signed_scope(key: (&str, &str), parts: &Parts, body: &[u8]) -> Result<String, String> {
     let access = AccessKey { secret: key.1.to_owned(), session_token: None, expires: None };
-    check(&BTreeMap::from([(key.0.to_owned(), access)]), Duration::ZERO, parts, body).map_err(|denied| format!("{denied:?}"))?;
+    // The agent signs with the time of this machine.
+    let now_ms = jiff::Timestamp::now().as_millisecond();
+    check(&BTreeMap::from([(key.0.to_owned(), access)]), Duration::ZERO, now_ms, parts, body).map_err(|denied| format!("{denied:?}"))?;
     let fields = header_text(parts, "authorization");
     let scope = fields.split_once("Credential=").and_then(|(_, rest)| rest.split(',').next()?.split_once('/'));
     scope.map(|(_, scope)| scope.to_owned()).ok_or_else(|| "no scope".to_owned())
