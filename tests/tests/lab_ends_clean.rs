@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use stanchion_lab::cluster::SOON;
 use stanchion_lab::{netns, run};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Command;
@@ -23,7 +24,8 @@ async fn a_lab_ended_by(signal: Signal) {
     let mut lines = BufReader::new(lab.stdout.take().expect("its output is piped")).lines();
     // The node's agent is about to start: namespaces, interfaces and a bpffs are there.
     let mut said = Vec::new();
-    while let Some(line) = lines.next_line().await.expect("read its output") {
+    let deadline = tokio::time::Instant::now() + SOON;
+    while let Some(line) = tokio::time::timeout_at(deadline, lines.next_line()).await.expect("it gets there").expect("read its output") {
         let there = line.contains("starting its agent");
         said.push(line);
         if there {

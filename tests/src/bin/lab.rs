@@ -84,14 +84,15 @@ async fn run(up: &Up) -> anyhow::Result<()> {
     let (mut nodes, mut agents, mut pods) = (Vec::new(), Vec::new(), Vec::new());
     for (number, instance_type) in (1..).zip(&up.nodes) {
         let name = format!("node{number}");
-        println!("{name} ({instance_type}) ...");
         let node = vpc.node(&name, instance_type).await?;
         if up.bare {
+            println!("{name} ({instance_type}):");
             // For a runtime, a kubelet and an agent of one's own.
             println!("  ip netns exec {} env {} bash", node.netns().name(), node.agent_env().join(" "));
             nodes.push(node);
             continue;
         }
+        println!("{name} ({instance_type}): starting its agent ...");
         let mut agent = node.start_agent(&settings)?;
         node.ready(&mut agent, Duration::from_secs(30)).await?;
         agents.push(agent);
