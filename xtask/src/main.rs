@@ -73,6 +73,15 @@ enum Task {
         /// table or json
         #[arg(short, long, default_value = "table")]
         output: String,
+        /// Directory for bench.md, bench.json and plots of cost against scale; target/bench when all are run
+        #[arg(long)]
+        report: Option<PathBuf>,
+        /// bench.json of an earlier run: fails where a figure by its floor became worse
+        #[arg(long)]
+        compare: Option<PathBuf>,
+        /// How many times the earlier figure is still fine
+        #[arg(long)]
+        tolerance: Option<f64>,
     },
 }
 
@@ -123,15 +132,26 @@ fn run() -> Result<ExitCode> {
             prepare(&root, profile)?;
             image::build(&root, profile)?;
         }
-        Task::Bench { names, quick, window, output } => {
+        Task::Bench { names, quick, window, output, report, compare, tolerance } => {
             prepare(&root, build::Profile::Release)?;
             let mut bench = Command::new(build::binary(&root, build::Profile::Release, "bench"));
+            let all = names.is_empty() || names.iter().any(|name| name == "all");
             bench.args(names).args(["-o", &output]);
             if quick {
                 bench.arg("--quick");
             }
             if let Some(seconds) = window {
                 bench.args(["--window", &seconds.to_string()]);
+            }
+            // The bench runs in the root of the checkout.
+            let report = report.or_else(|| all.then(|| root.join("target/bench")));
+            for (flag, path) in [("--report", report), ("--compare", compare)] {
+                if let Some(path) = path {
+                    bench.arg(flag).arg(std::path::absolute(path)?);
+                }
+            }
+            if let Some(tolerance) = tolerance {
+                bench.args(["--tolerance", &tolerance.to_string()]);
             }
             return ui::become_command(bench.current_dir(&root));
         }

@@ -25,6 +25,7 @@ use stanchion_core::policy::image::{EndpointImage, MapOp};
 use stanchion_ebpf_abi::{Config, VERDICT_PREFIX_PORT, VerdictKey, VerdictValue, config_flag, direction, verdict};
 
 use super::Row;
+use super::plot::Plot;
 use crate::datapath::packet::{Packet, TCP, UDP, arp, flags};
 use crate::datapath::raw::{self, Yardstick};
 use crate::datapath::{IF_INDEX, Rig, take_events};
@@ -307,10 +308,11 @@ impl Bench<'_> {
             present = count;
             let net = self.hot(way, &frame, false)?;
             let row = name(&format!("P  denied, {count} policies,"));
-            rows.push(match one {
+            let row = match one {
                 None => self.row(row, net).target(DENIED),
                 Some(one) => Row::against(row + " of those with 1", net, "ns", one).target(FLAT),
-            });
+            };
+            rows.push(row.at(Plot::PacketCost, name("policies,"), f64::from(count)));
             one.get_or_insert(net);
         }
         self.rig.apply(&entries(1..present).map(|(key, bits)| MapOp::RemoveVerdict(key, bits)).collect::<Vec<_>>())
@@ -327,7 +329,8 @@ impl Bench<'_> {
                 present = count;
                 let frame = packet(&cast, net_of(count / 2).addr(), way, way, 4_005, tcp(flags::SYN));
                 let net = self.hot(way, &frame, false)?;
-                rows.push(self.row(name(&format!("G  denied, {count} CIDRs {kind},")), net).target(DENIED));
+                let row = self.row(name(&format!("G  denied, {count} CIDRs {kind},")), net).target(DENIED);
+                rows.push(row.at(Plot::PacketCost, name(&format!("CIDRs {kind},")), f64::from(count)));
             }
             if kind == "of one address" {
                 let frames: Vec<Vec<u8>> = (0..self.effort.flows)

@@ -10,7 +10,8 @@ use futures_util::StreamExt as _;
 use futures_util::stream;
 use serde_json::json;
 
-use super::{Progress, Row};
+use super::plot::Plot;
+use super::{Progress, Row, log_rate};
 use crate::Vpc;
 use crate::container_log::{ContainerLog, Output};
 use crate::node::Node;
@@ -33,6 +34,8 @@ const MAX_CPU_PERCENT: f64 = 0.5;
 /// A small run does not wait a minute for a tick: it has them more often, which costs more, and looks for less long.
 const QUICK_TICK: Duration = Duration::from_secs(10);
 const QUICK_WINDOW: Duration = Duration::from_secs(30);
+/// Pods at which the agent's memory is looked at, for the plot.
+const LOOKS: [usize; 5] = [0, 10, 30, 60, PODS];
 /// All ADDs; they take under ten seconds on two cores.
 const ADDS_WITHIN: Duration = Duration::from_secs(120);
 
@@ -43,10 +46,10 @@ const ADDS_WITHIN: Duration = Duration::from_secs(120);
 pub(super) fn run(quick: bool, window: Duration, progress: &Progress) -> anyhow::Result<Vec<Row>> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("start a runtime")?;
     let (window, tick) = if quick { (window.min(QUICK_WINDOW), QUICK_TICK) } else { (window, Duration::from_secs(60)) };
-    runtime.block_on(measure(window, tick, progress))
+    runtime.block_on(measure(quick, window, tick, progress))
 }
 
-async fn measure(window: Duration, tick: Duration, progress: &Progress) -> anyhow::Result<Vec<Row>> {
+async fn measure(quick: bool, window: Duration, tick: Duration, progress: &Progress) -> anyhow::Result<Vec<Row>> {
     progress.at("idle agent: a lab with one node");
     let mut vpc = Vpc::builder().start().await?;
     vpc.manifests().namespace("x", &[("ns", "x")])?;
@@ -63,18 +66,22 @@ async fn measure(window: Duration, tick: Duration, progress: &Progress) -> anyho
     progress.at(format_args!("idle agent: {PODS} pods by the plugin"));
     let specs = (0..PODS).map(|index| PodSpec::new("x", &format!("app{}-{index}", index % APPS)).ports(&[]));
     let mut adds = stream::iter(specs.map(|spec| node.add_pod(spec))).buffer_unordered(PARALLEL);
-    let mut pods = Vec::with_capacity(PODS);
+    let (mut pods, mut logs, mut memory) = (Vec::with_capacity(PODS), Vec::new(), Vec::new());
     let deadline = tokio::time::Instant::now() + ADDS_WITHIN;
-    while pods.len() < PODS {
+    loop {
+        if LOOKS.contains(&pods.len()) {
+            memory.extend(resident(&Usage::read(agent.pid())?, pods.len()));
+        }
+        if pods.len() == PODS {
+            break;
+        }
         let added = tokio::time::timeout_at(deadline, adds.next()).await;
         let added = added.with_context(|| format!("{} of {PODS} pods are connected after {ADDS_WITHIN:?}", pods.len()))?;
-        pods.push(added.context("the stream of ADDs ended")??);
+        let mut pod = added.context("the stream of ADDs ended")??;
+        run_containers(&vpc, &node, &mut cgroups, &mut pod, &mut logs)?;
+        pods.push(pod);
     }
     drop(adds);
-    let mut logs = Vec::new();
-    for pod in &mut pods {
-        run_containers(&vpc, &node, &mut cgroups, pod, &mut logs)?;
-    }
     progress.at(format_args!("idle agent: until a metric tick has every container; one comes every {} s", tick.as_secs()));
     // Its place within the interval is the node's own: up to a quarter later; and one may have begun before the last pod was there.
     wait_for("a metric tick with every container", tick * 3 + Duration::from_secs(20), || async {
@@ -101,12 +108,21 @@ async fn measure(window: Duration, tick: Duration, progress: &Progress) -> anyho
     let start = Instant::now();
     tokio::time::sleep(window).await;
     let after = Usage::read(agent.pid())?;
-    let rows = rows(&before, &after, start.elapsed(), tick);
+    let mut rows = rows(&before, &after, start.elapsed(), tick);
+    rows.extend(memory);
+    rows.extend(log_rate::run(quick, &node, agent.pid(), &mut pods, progress).await?);
     progress.at("idle agent: stopped and cleaned up");
     agent.stop(Duration::from_secs(20)).await?;
     // Namespaces and files go with the VPC.
     drop(pods);
     Ok(rows)
+}
+
+fn resident(usage: &Usage, pods: usize) -> [Row; 2] {
+    [("resident", usage.rss_kib), ("anonymous", usage.anonymous_kib)].map(|(what, kib)| {
+        let row = Row::plain(format!("agent as {pods} pods have come, {what}"), kib as f64 / 1024.0, "MiB");
+        row.at(Plot::Memory, what, pods as f64)
+    })
 }
 
 /// Writes what the kubelet and the runtime would have: the pod's status with its containers, their cgroups, their logs.

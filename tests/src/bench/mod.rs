@@ -4,15 +4,20 @@ pub mod cni;
 pub mod datapath;
 pub mod idle;
 mod idle_agent;
+mod log_rate;
 pub mod logs;
+mod plot;
 pub mod policy;
 pub mod pool;
+pub mod report;
 pub mod throughput;
 mod tick;
 
 use std::time::Instant;
 
 use serde::Serialize;
+
+use plot::{Plot, Point};
 
 /// One figure.
 #[derive(Clone, Debug, Serialize)]
@@ -25,21 +30,25 @@ pub struct Row {
     pub unit: &'static str,
     /// The floor or yardstick of the same run, in the same unit.
     pub floor: Option<f64>,
-    /// value / floor.
+    /// value / floor, where that is what is bounded.
     pub ratio: Option<f64>,
     /// What the ratio (or, without a floor, the value) may be at most.
     pub target: Option<f64>,
+    /// Where it lies in a plot.
+    #[serde(skip)]
+    point: Option<Point>,
 }
 
 impl Row {
     /// A figure by itself.
     pub fn plain(name: impl Into<String>, value: f64, unit: &'static str) -> Self {
-        Self { name: name.into(), value, unit, floor: None, ratio: None, target: None }
+        Self { name: name.into(), value, unit, floor: None, ratio: None, target: None, point: None }
     }
 
     /// A figure beside its floor.
     pub fn against(name: impl Into<String>, value: f64, unit: &'static str, floor: f64) -> Self {
-        Self { name: name.into(), value, unit, floor: Some(floor), ratio: (floor > 0.0).then_some(value / floor), target: None }
+        let ratio = (floor > 0.0).then_some(value / floor);
+        Self { ratio, floor: Some(floor), ..Self::plain(name, value, unit) }
     }
 
     /// With the bound that the specification promises.
@@ -47,6 +56,25 @@ impl Row {
     pub fn target(mut self, target: f64) -> Self {
         self.target = Some(target);
         self
+    }
+
+    /// With a floor beside it, where the figure itself is what is bounded.
+    #[must_use]
+    pub fn beside(mut self, floor: f64) -> Self {
+        self.floor = Some(floor);
+        self
+    }
+
+    /// As a point of a plot.
+    #[must_use]
+    fn at(mut self, plot: Plot, series: impl Into<String>, x: f64) -> Self {
+        self.point = Some(Point { plot, series: series.into(), x });
+        self
+    }
+
+    /// value / floor, whatever is bounded.
+    fn of_floor(&self) -> Option<f64> {
+        self.floor.filter(|floor| *floor > 0.0).map(|floor| self.value / floor)
     }
 
     /// Whether the promise holds; `None` where none was made.

@@ -13,10 +13,13 @@ use stanchion_core::metrics::insights::{NodeIdentity, Selection};
 use stanchion_daemon::cluster::ClusterHandle;
 use stanchion_daemon::telemetry::{Collector, Roots, TelemetrySettings};
 
+use super::plot::Plot;
 use super::{Progress, Row};
 use crate::pod_cgroups::PodCgroups;
 
 const PODS: usize = 110;
+/// Smaller nodes, for the plot.
+const FEWER: [usize; 2] = [10, 50];
 const CONTAINERS: usize = 2;
 /// What a tick may cost: milliseconds of one core, each minute.
 const MAX_MS: f64 = 5.0;
@@ -42,35 +45,75 @@ fn thread_cpu() -> Duration {
 /// # Errors
 /// When cgroups or processes cannot be made.
 pub(super) fn run(quick: bool, progress: &Progress) -> anyhow::Result<Vec<Row>> {
-    progress.at(format_args!("metric tick: cgroups of {PODS} pods, {} containers, a process in each", PODS * CONTAINERS));
-    let cgroups = PodCgroups::make("node1", PODS, CONTAINERS).context("make cgroups (needs root)")?;
-    let mut workers = Vec::with_capacity(PODS * CONTAINERS);
-    for pod in 0..PODS {
-        for container in 0..CONTAINERS {
-            let worker = Worker::start()?;
-            cgroups.enter(pod, container, worker.0.id()).context("move a process into its cgroups")?;
-            workers.push(worker);
-        }
-    }
     let rounds = if quick { 20 } else { 200 };
     let mut rows = Vec::new();
+    for pods in FEWER {
+        progress.at(format_args!("metric tick: {pods} pods"));
+        let mut node = Node::start(pods)?;
+        rows.extend(node.measure(Preset::Standard, rounds)?.rows(pods, Preset::Standard));
+    }
+    progress.at(format_args!("metric tick: {PODS} pods, a process in each of {} containers", PODS * CONTAINERS));
+    let mut node = Node::start(PODS)?;
+    let floor = node.floor(rounds)?;
     for preset in [Preset::Standard, Preset::Enhanced] {
         progress.at(format_args!("metric tick: {rounds} ticks, {}", preset.name()));
-        let busy = ticks(&cgroups, preset, rounds, || workers.iter_mut().try_for_each(Worker::work))?;
+        let cost = node.measure(preset, rounds)?;
+        // The bound is on the figure; what it takes to read the same files, and nothing else, stands beside it.
+        rows.extend(cost.rows(PODS, preset).map(|row| row.target(MAX_MS).beside(floor)));
         let name = preset.name();
-        rows.push(Row::plain(format!("metric tick, CPU, {PODS} pods, all containers at work, {name}"), busy.ms, "ms").target(MAX_MS));
-        let idle = ticks(&cgroups, preset, rounds, || Ok(()))?;
-        rows.push(Row::plain(format!("metric tick, CPU, {PODS} pods, all containers asleep, {name}"), idle.ms, "ms").target(MAX_MS));
-        rows.push(Row::plain(format!("documents of a tick, {name}"), busy.documents as f64, "documents"));
-        rows.push(Row::plain(format!("bytes of a tick, {name}"), busy.bytes as f64 / 1e3, "kB"));
-    }
-    progress.at("metric tick: the same files, read and nothing else");
-    let floor = floor(&cgroups, rounds, || workers.iter_mut().try_for_each(Worker::work))?;
-    for row in rows.iter_mut().filter(|row| row.unit == "ms") {
-        // The bound is on the figure; the floor stands beside it.
-        row.floor = Some(floor);
+        rows.push(Row::plain(format!("documents of a tick, {name}"), cost.busy.documents as f64, "documents"));
+        rows.push(Row::plain(format!("bytes of a tick, {name}"), cost.busy.bytes as f64 / 1e3, "kB"));
     }
     Ok(rows)
+}
+
+/// Cgroups of a node's pods, with a process in each container. The processes go first: a cgroup in use cannot be removed.
+struct Node {
+    workers: Vec<Worker>,
+    cgroups: PodCgroups,
+}
+
+/// A tick over containers that all work, and over the same containers asleep.
+struct Cost {
+    busy: Ticks,
+    idle: Ticks,
+}
+
+impl Cost {
+    fn rows(&self, pods: usize, preset: Preset) -> impl Iterator<Item = Row> {
+        let name = preset.name();
+        let row = move |state: &str, ms| {
+            let row = Row::plain(format!("metric tick, CPU, {pods} pods, all containers {state}, {name}"), ms, "ms");
+            row.at(Plot::Tick, format!("{state}, {name}"), pods as f64)
+        };
+        [row("at work", self.busy.ms), row("asleep", self.idle.ms)].into_iter()
+    }
+}
+
+impl Node {
+    fn start(pods: usize) -> anyhow::Result<Self> {
+        let cgroups = PodCgroups::make("node1", pods, CONTAINERS).context("make cgroups (needs root)")?;
+        let mut node = Self { workers: Vec::with_capacity(pods * CONTAINERS), cgroups };
+        for pod in 0..pods {
+            for container in 0..CONTAINERS {
+                let worker = Worker::start()?;
+                node.cgroups.enter(pod, container, worker.0.id()).context("move a process into its cgroups")?;
+                node.workers.push(worker);
+            }
+        }
+        Ok(node)
+    }
+
+    fn measure(&mut self, preset: Preset, rounds: usize) -> anyhow::Result<Cost> {
+        let Self { workers, cgroups } = self;
+        let busy = ticks(cgroups, preset, rounds, || workers.iter_mut().try_for_each(Worker::work))?;
+        Ok(Cost { busy, idle: ticks(cgroups, preset, rounds, || Ok(()))? })
+    }
+
+    fn floor(&mut self, rounds: usize) -> anyhow::Result<f64> {
+        let Self { workers, cgroups } = self;
+        floor(cgroups, rounds, || workers.iter_mut().try_for_each(Worker::work))
+    }
 }
 
 /// A process that does a little whenever it is told to.
@@ -121,7 +164,8 @@ fn ticks(cgroups: &PodCgroups, preset: Preset, rounds: usize, mut between: impl 
         let (snapshot, messages) = collector.collect()?;
         spent.push(thread_cpu().saturating_sub(before));
         let seen = snapshot.pods.iter().map(|pod| pod.containers.len()).sum::<usize>();
-        anyhow::ensure!(seen == PODS * CONTAINERS, "{seen} containers seen instead of {}", PODS * CONTAINERS);
+        let there = cgroups.pods.len() * CONTAINERS;
+        anyhow::ensure!(seen == there, "{seen} containers seen instead of {there}");
         (out.documents, out.bytes) = (messages.len(), messages.iter().map(String::len).sum());
     }
     out.ms = median_ms(spent);
@@ -136,7 +180,7 @@ fn median_ms(mut spent: Vec<Duration>) -> f64 {
 /// The same files of cgroups, kept open and read, and nothing else.
 fn floor(cgroups: &PodCgroups, rounds: usize, mut between: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     let mut files = Vec::new();
-    for pod in 0..PODS {
+    for pod in 0..cgroups.pods.len() {
         for container in 0..CONTAINERS {
             for directory in cgroups.container(pod, container) {
                 let parent = (container == 0).then(|| directory.parent().map(Path::to_owned)).flatten();

@@ -1,11 +1,13 @@
-//! `cargo xtask bench [NAMES] [--quick] [-o table|json]`: figures beside their floors.
+//! `cargo xtask bench [NAMES] [--quick] [-o table|json] [--report DIR] [--compare FILE]`: figures beside their floors.
 
 use std::io::IsTerminal as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Parser;
-use stanchion_lab::bench::Row;
+use stanchion_lab::bench::{Row, report};
 
 #[derive(Parser)]
 struct Args {
@@ -20,6 +22,15 @@ struct Args {
     /// table or json
     #[arg(short, long, default_value = "table")]
     output: String,
+    /// Directory for bench.md, bench.json and plots of cost against scale
+    #[arg(long)]
+    report: Option<PathBuf>,
+    /// bench.json of an earlier run: fails where a figure by its floor became worse
+    #[arg(long)]
+    compare: Option<PathBuf>,
+    /// How many times the earlier figure is still fine
+    #[arg(long, default_value_t = 1.3)]
+    tolerance: f64,
 }
 
 type Bench = fn(&Args) -> anyhow::Result<Vec<Row>>;
@@ -44,14 +55,16 @@ fn main() -> ExitCode {
     }
     let all = args.names.is_empty() || args.names.iter().any(|n| n == "all");
     let mut failed = false;
-    let mut json = serde_json::Map::new();
+    let mut done = report::Benches::new();
     for (name, bench) in BENCHES.iter().filter(|(name, _)| all || args.names.iter().any(|n| n == name)) {
         eprintln!("bench {name} ...");
         match bench(&args) {
-            Ok(rows) if args.output == "json" => {
-                json.insert((*name).to_owned(), serde_json::json!(rows));
+            Ok(rows) => {
+                if args.output != "json" {
+                    print_table(name, &rows);
+                }
+                done.push(((*name).to_owned(), rows));
             }
-            Ok(rows) => print_table(name, &rows),
             Err(error) => {
                 eprintln!("bench {name}: {error:#}");
                 failed = true;
@@ -59,9 +72,33 @@ fn main() -> ExitCode {
         }
     }
     if args.output == "json" {
-        println!("{}", serde_json::Value::Object(json));
+        println!("{}", report::json(&done));
+    }
+    if let Err(error) = conclude(&args, &done) {
+        eprintln!("bench: {error:#}");
+        failed = true;
     }
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// Writes the report, then holds the figures against an earlier run's.
+fn conclude(args: &Args, done: &report::Benches) -> anyhow::Result<()> {
+    let before = args.compare.as_ref().map(|path| -> anyhow::Result<_> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        let before: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("{} is no bench.json", path.display()))?;
+        Ok((path, before))
+    });
+    // Read before the report is written: it may take the place of what is compared with.
+    let before = before.transpose();
+    if let Some(directory) = &args.report {
+        report::write(directory, done)?;
+        eprintln!("tables and plots are in {}", directory.display());
+    }
+    let Some((path, before)) = before? else { return Ok(()) };
+    let worse = report::worse(&before, done, args.tolerance).with_context(|| format!("compare with {}", path.display()))?;
+    anyhow::ensure!(worse.is_empty(), "worse than {} x what {} has:\n  {}", args.tolerance, path.display(), worse.join("\n  "));
+    eprintln!("no figure is worse than {} x what {} has", args.tolerance, path.display());
+    Ok(())
 }
 
 fn print_table(name: &str, rows: &[Row]) {

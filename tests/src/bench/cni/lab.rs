@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::runtime::Runtime;
 
-use super::{Calls, Owned, at_once, floor, phases, pod_netns, verdicts};
+use super::{Calls, Owned, at_once, floor, in_plot, phases, pod_netns, verdicts};
 use crate::bench::Row;
 use crate::cluster::{Cluster, SOON};
 use crate::manifests::PodManifest;
@@ -54,14 +54,14 @@ pub(super) fn run(runtime: &Runtime, rounds: usize, bursts: &[usize], one_by_one
         calls.add.push(add(pod)?);
         calls.del.push(del(pod)?);
     }
-    let mut rows = verdicts("agent, one by one", &calls, one_by_one, None, None);
+    let mut rows = in_plot("agent", 1, verdicts("agent, one by one", &calls, one_by_one, None, None));
     rows.extend(phases(&node.plugin_log(), &calls)?);
     for count in bursts {
         runtime.block_on(filled(&node, *count))?;
         let pods = &pods[..*count];
         let calls = Calls { add: at_once(pods, |_, pod| add(pod))?, del: at_once(pods, |_, pod| del(pod))? };
         let floor = floor::burst(node.netns(), *count)?;
-        rows.extend(verdicts(&format!("agent, burst of {count}"), &calls, &floor, None, Some(1000.0)));
+        rows.extend(in_plot("agent", *count, verdicts(&format!("agent, burst of {count}"), &calls, &floor, None, Some(1000.0))));
         rows.extend(phases(&node.plugin_log(), &calls)?);
     }
     let report = cluster.agent(0)?.ended()?;

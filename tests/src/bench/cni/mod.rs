@@ -26,6 +26,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 
 use self::stub::AtOnce;
 use super::Row;
+use super::plot::Plot;
 use crate::netns::Netns;
 
 /// Pods that a burst starts at once: a Deployment's, and all that a node of a common size holds.
@@ -83,14 +84,14 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     let floor = floor::one_by_one(&site.node.0, rounds)?;
     let log = site.dir.path().join("plugin.log");
     let calls = one_by_one(&site, rounds)?;
-    rows.extend(verdicts("one by one", &calls, &floor, Some(1.5), None));
+    rows.extend(in_plot("stub", 1, verdicts("one by one", &calls, &floor, Some(1.5), None)));
     rows.extend(phases(&log, &calls)?);
     let start = version_calls(&site, rounds)?;
     rows.push(Row::plain("VERSION, p50: a process that reads, parses and prints", percentile(&start, 0.5), "ms"));
     for pods in bursts {
         let floor = floor::burst(&site.node.0, *pods)?;
         let calls = burst(&site, *pods)?;
-        rows.extend(verdicts(&format!("burst of {pods}"), &calls, &floor, None, Some(1000.0)));
+        rows.extend(in_plot("stub", *pods, verdicts(&format!("burst of {pods}"), &calls, &floor, None, Some(1000.0))));
         rows.extend(phases(&log, &calls)?);
     }
     drop(site);
@@ -115,6 +116,18 @@ fn verdicts(what: &str, calls: &Calls, floor: &Calls, ratio: Option<f64>, limit:
         }
     }
     rows
+}
+
+/// The rows of ADD as points: what it takes against how many are asked for at once.
+fn in_plot(who: &str, pods: usize, rows: Vec<Row>) -> Vec<Row> {
+    let place = |row: Row| match row.name.rsplit_once(", ") {
+        Some((what, part)) if what.starts_with("ADD") && row.floor.is_some() => {
+            let series = format!("{who}, {part}");
+            row.at(Plot::AddLatency, series, pods as f64)
+        }
+        _ => row,
+    };
+    rows.into_iter().map(place).collect()
 }
 
 /// The plugin of the smallest profile if it was built, else the one beside this binary.
