@@ -46,7 +46,6 @@ pub(super) async fn run(quick: bool, node: &Node, agent: u32, pods: &mut [Pod], 
     let (rates, seconds) = if quick { (&RATES[..QUICK], 5) } else { (&RATES[..], 15) };
     let window = Duration::from_secs(seconds);
     let mut rows = Vec::new();
-    let mut idle = None;
     for rate in rates {
         progress.at(format_args!("log lines: {rate} a second for {seconds} s"));
         let (before, start) = (shipped(node)?, cpu(agent)?);
@@ -60,7 +59,7 @@ pub(super) async fn run(quick: bool, node: &Node, agent: u32, pods: &mut [Pod], 
         let spent = (cpu(agent)? - start).as_secs_f64();
         let percent = spent / window.as_secs_f64() * 100.0;
         let row = Row::plain(format!("agent at {rate} log lines a second, CPU of one core"), percent, "%");
-        rows.push(row.at(Plot::LogRate, "agent", f64::from(*rate)).beside(*idle.get_or_insert(percent)));
+        rows.push(row.at(Plot::LogRate, "agent", f64::from(*rate)));
     }
     Ok(rows)
 }
