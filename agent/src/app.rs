@@ -60,6 +60,9 @@ const OPEN_FILES: u64 = 524_288;
 const GRACE: Duration = Duration::from_secs(12);
 /// Of it, until log shipping saves how far it came and ends.
 const LOG_GRACE: Duration = Duration::from_secs(10);
+/// What is needed to know the instance.
+const IMDS_REMEDY: &str = "run on an EC2 instance with IMDSv2 enabled, in the host's network (or with a hop limit of 2); \
+                           AWS_EC2_METADATA_SERVICE_ENDPOINT names another address of IMDS";
 /// How long a pod's ADD waits for the cluster's state after a start.
 const POLICY_SYNC_WAIT: Duration = Duration::from_secs(10);
 
@@ -127,6 +130,8 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     let has = |role| args.roles.contains(&role);
     end_on_signal(shutdown.clone())?;
 
+    // First what only a person can put right.
+    let (cluster, clients) = cluster(&args, &config, &node_name, &shutdown).await?;
     let imds = SdkImds::new(None).context("build the IMDS client")?;
     let Some(identity) = identity(&imds, &shutdown).await else { return Ok(()) };
     info!(instance = %identity.instance, r#type = identity.instance_type, zone = identity.availability_zone, "this is");
@@ -138,7 +143,6 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     };
     let egress = egress_family(&config, &identity);
     let aws = AwsClients::load(overrides).await.context("build the AWS clients")?;
-    let (cluster, clients) = cluster(&args, &config, &node_name, &shutdown).await?;
 
     let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();
     let failed = Arc::new(AtomicBool::new(false));
@@ -554,10 +558,17 @@ async fn cluster(
 /// Who this instance is; asked until IMDS answers. `None` when the agent is told to end before.
 async fn identity(imds: &SdkImds, shutdown: &CancellationToken) -> Option<InstanceIdentity> {
     let mut pause = Duration::from_millis(200);
+    let mut said = String::new();
     loop {
         match imds.identity().await {
             Ok(identity) => return Some(identity),
-            Err(error) => warn!(%error, ?pause, "this instance is not known yet; IMDS is asked again"),
+            Err(error) => {
+                let error = error.to_string();
+                if error != said {
+                    warn!(error, remedy = IMDS_REMEDY, "this instance is not known yet; IMDS is asked until it answers");
+                    said = error;
+                }
+            }
         }
         tokio::select! {
             () = shutdown.cancelled() => return None,

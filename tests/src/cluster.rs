@@ -1,6 +1,7 @@
 //! A whole cluster in one call: a VPC, nodes, and a ready agent on each.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -63,9 +64,15 @@ impl Cluster {
 
     /// Starts the agent of a node and waits until it is ready.
     pub async fn start_agent(&mut self, index: usize) -> anyhow::Result<()> {
+        let program = self.nodes[index].binaries().stanchion.clone();
+        self.start_other_agent(index, &program).await
+    }
+
+    /// As [`Cluster::start_agent`], with the binary of another build.
+    pub async fn start_other_agent(&mut self, index: usize, program: &Path) -> anyhow::Result<()> {
         let node = &self.nodes[index];
         let settings: Vec<(&str, &str)> = self.settings.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-        let mut agent = node.start_agent(&settings)?;
+        let mut agent = node.start_other_agent(program, &settings)?;
         node.ready(&mut agent, SOON).await?;
         self.agents.insert(node.name().to_owned(), agent);
         Ok(())

@@ -165,6 +165,22 @@ impl Node {
 
     /// As [`Node::start_agent_with`], with another source of the cluster's state: `--kubeconfig FILE`.
     pub fn start_agent_of(&self, source: (&str, &str), settings: &[(&str, &str)], flags: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        self.start_build(&self.binaries().stanchion, source, settings, flags)
+    }
+
+    /// As [`Node::start_agent`], with the binary of another build.
+    pub fn start_other_agent(&self, program: &Path, settings: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        let manifests = self.inner.manifests.dir().display().to_string();
+        self.start_build(program, ("--manifests", &manifests), settings, &[])
+    }
+
+    fn start_build(
+        &self,
+        program: &Path,
+        source: (&str, &str),
+        settings: &[(&str, &str)],
+        flags: &[(&str, &str)],
+    ) -> anyhow::Result<Agent> {
         std::fs::create_dir_all(self.var_log().join("containers"))?;
         let path = |path: PathBuf| path.display().to_string();
         let mut args = vec![
@@ -183,7 +199,7 @@ impl Node {
         env.insert("AWS_VPC_K8S_CNI_BACKING_STORE".to_owned(), path(self.checkpoint()));
         env.extend(settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
         let start = Start {
-            program: self.binaries().stanchion.clone(),
+            program: program.to_owned(),
             args: std::iter::once("agent".to_owned()).chain(args.into_iter().flat_map(|(k, v)| [k.to_owned(), v])).collect(),
             env,
             output: self.agent_output(),

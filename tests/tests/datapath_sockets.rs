@@ -7,21 +7,18 @@ mod datapath_support;
 use datapath_support::*;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use aya::programs::loaded_programs;
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::flow_log::{self, FlowLogSettings};
 use stanchion_daemon::netpol::{ActivateError, AttachMode, FlowRecord, FlowVerdict};
 use stanchion_ebpf_abi::LAYOUT_VERSION;
+use stanchion_lab::datapath::layout::move_filters;
 use stanchion_lab::datapath::packet::{Packet, flags};
 use stanchion_lab::fake_aws::{Clock, Cloud, CloudConfig, DirectLogs};
-use stanchion_lab::netns::{Netns, ip_batch};
-use stanchion_netlink::Netlink;
-use stanchion_netlink::tc::{TcHook, TcProgram};
+use stanchion_lab::netns::ip_batch;
 use tokio_util::sync::CancellationToken;
 
 #[test]
@@ -284,7 +281,7 @@ fn an_agent_of_another_layout_takes_over_without_a_gap() {
         let (present, other) = (world.pin_root.join(format!("v{LAYOUT_VERSION}")), world.pin_root.join(format!("v{layout}")));
         std::fs::rename(&present, &other).unwrap();
         if mode == AttachMode::Clsact {
-            world.pods.iter().for_each(|pod| move_filters(&world.node, &pod.host_if.host_if_name, layout));
+            world.pods.iter().for_each(|pod| move_filters(&world.node, &pod.host_if.host_if_name, layout).unwrap());
         }
         // From outside a pod and from inside, without a pause, while one takes over from the other.
         let stop = Arc::new(AtomicBool::new(false));
@@ -306,25 +303,6 @@ fn an_agent_of_another_layout_takes_over_without_a_gap() {
         // Only its own programs are left: they follow policy alone.
         world.apply("");
         world.works("y/a", "x/a", 80);
-    }
-}
-
-/// Makes an interface's filters those of another layout: the same programs under that layout's handle.
-fn move_filters(node: &Netns, interface: &str, layout: u16) {
-    for (direction, hook) in [("ingress", TcHook::Ingress), ("egress", TcHook::Egress)] {
-        let shown = node.output(std::process::Command::new("tc").args(["-j", "filter", "show", "dev", interface, direction])).unwrap();
-        let filters: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
-        let filter = filters.as_array().unwrap().iter().find_map(|filter| filter.pointer("/options/prog/id")?.as_u64());
-        let id = u32::try_from(filter.unwrap_or_else(|| panic!("no filter at {interface}'s {direction}: {filters}"))).unwrap();
-        let program = loaded_programs().filter_map(Result::ok).find(|program| program.id() == id).unwrap().fd().unwrap();
-        node.run(|| {
-            let mut netlink = Netlink::open().unwrap();
-            let index = netlink.link_index(interface).unwrap();
-            let moved = [TcProgram { hook, program: program.as_fd(), name: direction }];
-            assert!(netlink.attach_programs(index, layout, &moved).unwrap());
-            assert!(netlink.detach_program(index, hook, u16::try_from(LAYOUT_VERSION).unwrap()).unwrap());
-        })
-        .unwrap();
     }
 }
 

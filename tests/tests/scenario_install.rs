@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
@@ -12,6 +13,7 @@ use stanchion_lab::Vpc;
 use stanchion_lab::cluster::SOON;
 use stanchion_lab::fake_kube::tls::TlsListener;
 use stanchion_lab::fake_kube::{FakeKube, Rules};
+use stanchion_lab::node::Node;
 use stanchion_lab::wait::wait_for;
 
 const PODS: &str = "/api/v1/pods";
@@ -26,6 +28,15 @@ fn node(name: &str) -> Value {
         "spec": {"taints": [{"key": TAINT, "effect": "NoSchedule"}, {"key": "other", "effect": "NoSchedule"}]},
         "status": {"capacity": {"pods": "29"}, "nodeInfo": {"containerRuntimeVersion": "containerd://2.3.4"}},
     })
+}
+
+/// Puts a portmap into the node's plugins, or another in its place, that says it speaks these versions.
+fn portmap_that_speaks(node: &Node, versions: &[&str]) {
+    fs::create_dir_all(node.cni_bin_dir()).unwrap();
+    let (path, new) = (node.cni_bin_dir().join("portmap"), node.cni_bin_dir().join(".portmap.new"));
+    fs::write(&new, format!("#!/bin/sh\necho '{}'\n", json!({"cniVersion": "1.0.0", "supportedVersions": versions}))).unwrap();
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(new, path).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -68,6 +79,9 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     let old = fs::File::options().write(true).open(&conflist).unwrap();
     old.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).unwrap();
 
+    // A distribution's portmap is older than the runtime.
+    portmap_that_speaks(&node1, &["0.4.0", "1.0.0"]);
+
     let settings = [("STANCHION_STARTUP_TAINT", TAINT), ("ANNOTATE_POD_IP", "true")];
     let mut agent = node1.start_agent_of(("--kubeconfig", &kubeconfig.display().to_string()), &settings, &[]).unwrap();
     // The moment of readiness and the moment of the file.
@@ -94,7 +108,7 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     .await
     .unwrap_or_else(|error| panic!("{error:#}\n{}", agent.tail()));
     assert!(ready.elapsed() < Duration::from_secs(1), "it came {:?} after the agent was ready", ready.elapsed());
-    assert_eq!(document["cniVersion"], "1.1.0", "STATUS for containerd 2");
+    assert_eq!((document["cniVersion"].as_str(), document["plugins"][1]["type"].as_str()), (Some("1.0.0"), Some("portmap")));
     assert_eq!(document["plugins"][0]["socket"], node1.socket().display().to_string());
     let plugin = node1.cni_bin_dir().join("stanchion-cni");
     assert_eq!(fs::read(&plugin).unwrap(), fs::read(&node1.binaries().plugin).unwrap(), "the plugin is in place before it");
@@ -104,6 +118,18 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     wait_for("the conflist to come back", Duration::from_secs(15), || {
         let there = read().is_some();
         async move { there.then_some(()).ok_or_else(|| anyhow::anyhow!("not there")) }
+    })
+    .await
+    .unwrap();
+
+    // A newer portmap: STATUS for containerd 2.
+    portmap_that_speaks(&node1, &["0.4.0", "1.0.0", "1.1.0"]);
+    wait_for("the newer version", Duration::from_secs(15), || {
+        let version = read().map(|document| document["cniVersion"].clone());
+        async move {
+            anyhow::ensure!(version == Some(json!("1.1.0")), "{version:?}");
+            Ok(())
+        }
     })
     .await
     .unwrap();

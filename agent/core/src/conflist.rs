@@ -79,12 +79,43 @@ impl Conflist<'_> {
     }
 }
 
-/// The version of the specification for a runtime as the Node object names it (`containerd://2.3.4`). 1.1.0 brings STATUS,
-/// from which containerd 2 makes the node's readiness; older runtimes refuse a version that they do not know.
-pub fn version_for(runtime: &str) -> &'static str {
+/// Versions of the specification that a configuration may have, newest first. 1.1.0 brings STATUS, from which containerd 2
+/// makes the node's readiness.
+const VERSIONS: [&str; 3] = ["1.1.0", "1.0.0", "0.4.0"];
+/// What a chained plugin is taken to speak that does not say: the CNI project's plugins of the years before 1.1.0.
+const UNSAID: [&str; 2] = ["1.0.0", "0.4.0"];
+
+/// The newest version that the runtime, as the Node object names it (`containerd://2.3.4`), and every chained plugin speak.
+/// All plugins of a list are called with the list's version, and one that does not know it fails every pod. `chained` has
+/// each plugin's versions, `None` where it did not say.
+///
+/// # Errors
+/// The first plugin that speaks none of ours, by its place.
+pub fn version_for(runtime: &str, chained: &[Option<Vec<String>>]) -> Result<&'static str, usize> {
     let major =
         runtime.strip_prefix("containerd://").and_then(|version| version.trim_start_matches('v').split('.').next()?.parse::<u32>().ok());
-    if major.is_some_and(|major| major >= 2) { "1.1.0" } else { "1.0.0" }
+    // Older runtimes refuse a version that they do not know.
+    let mut spoken: Vec<&str> = VERSIONS.into_iter().skip(usize::from(major.is_none_or(|major| major < 2))).collect();
+    for (index, plugin) in chained.iter().enumerate() {
+        match plugin {
+            Some(versions) => spoken.retain(|version| versions.iter().any(|v| v == version)),
+            None => spoken.retain(|version| UNSAID.contains(version)),
+        }
+        if spoken.is_empty() {
+            return Err(index);
+        }
+    }
+    // There is at least one: the oldest is never skipped for a runtime.
+    VERSIONS.into_iter().find(|version| spoken.contains(version)).ok_or(0)
+}
+
+/// What a plugin is told when it is asked for its versions, after `CNI_COMMAND=VERSION`.
+pub const VERSION_QUESTION: &str = r#"{"cniVersion":"1.0.0"}"#;
+
+/// The versions of a plugin's answer; `None` if it is none.
+pub fn spoken(answer: &[u8]) -> Option<Vec<String>> {
+    let answer: Value = serde_json::from_slice(answer).ok()?;
+    Some(answer.get("supportedVersions")?.as_array()?.iter().filter_map(Value::as_str).map(str::to_owned).collect())
 }
 
 /// Whose configuration a file holds.
@@ -146,16 +177,26 @@ mod tests {
     }
 
     #[test]
-    fn versions_by_runtime() {
-        for (runtime, version) in [
-            ("containerd://2.3.4", "1.1.0"),
-            ("containerd://v2.0.1", "1.1.0"),
-            ("containerd://1.6.20~ds1", "1.0.0"),
-            ("cri-o://1.35.0", "1.0.0"),
-            ("", "1.0.0"),
+    fn versions_by_runtime_and_chained_plugins() {
+        let of_1_0 = || spoken(br#"{"cniVersion":"1.0.0","supportedVersions":["0.1.0","0.3.1","0.4.0","1.0.0"]}"#);
+        let of_1_1 = || spoken(br#"{"cniVersion":"1.0.0","supportedVersions":["0.4.0","1.0.0","1.1.0"]}"#);
+        let of_0_4 = || Some(vec!["0.4.0".to_owned()]);
+        for (runtime, chained, version) in [
+            ("containerd://2.3.4", vec![], Ok("1.1.0")),
+            ("containerd://v2.0.1", vec![], Ok("1.1.0")),
+            ("containerd://1.6.20~ds1", vec![], Ok("1.0.0")),
+            ("cri-o://1.35.0", vec![], Ok("1.0.0")),
+            ("", vec![], Ok("1.0.0")),
+            ("containerd://2.1.9", vec![of_1_1()], Ok("1.1.0")),
+            ("containerd://2.1.9", vec![of_1_1(), of_1_0()], Ok("1.0.0")),
+            ("containerd://2.1.9", vec![None], Ok("1.0.0")),
+            ("containerd://1.6.20", vec![of_1_1()], Ok("1.0.0")),
+            ("containerd://2.1.9", vec![of_1_1(), of_0_4()], Ok("0.4.0")),
+            ("containerd://2.1.9", vec![of_1_0(), Some(vec!["0.2.0".to_owned()])], Err(1)),
         ] {
-            assert_eq!(version_for(runtime), version, "{runtime}");
+            assert_eq!(version_for(runtime, &chained), version, "{runtime} {chained:?}");
         }
+        assert_eq!(spoken(b"exec format error"), None);
     }
 
     #[test]

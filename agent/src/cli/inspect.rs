@@ -340,8 +340,9 @@ fn status(document: &Value) -> String {
         ));
     }
     if let Some(Value::Object(logs)) = document.pointer("/logs") {
-        let parts: Vec<String> = logs.iter().map(|(name, value)| format!("{} {}", text(value), name.replace('_', " "))).collect();
-        lines.push(format!("  logs       {}", parts.join(", ")));
+        let counted = logs.iter().filter(|(_, value)| value.as_u64() != Some(0));
+        let parts: Vec<String> = counted.map(|(name, value)| format!("{} {}", text(value), name.replace('_', " "))).collect();
+        lines.push(format!("  logs       {}", if parts.is_empty() { "nothing read yet".to_owned() } else { parts.join(", ") }));
     }
     if let Some(Value::Object(telemetry)) = document.pointer("/telemetry") {
         let parts: Vec<String> = telemetry.iter().map(|(name, value)| format!("{} {}", name.replace('_', " "), text(value))).collect();
@@ -353,6 +354,10 @@ fn status(document: &Value) -> String {
         at(document, "/cluster/pods"),
         at(document, "/cluster/namespaces")
     ));
+    let is = |pointer: &str, value: bool| document.pointer(pointer).and_then(Value::as_bool) == Some(value);
+    if is("/cluster/synced", true) && is("/cluster/node_known", false) {
+        lines.push(format!("             no node {} there: if it does not come, MY_NODE_NAME is not its name", at(document, "/node")));
+    }
     lines.join("\n") + "\n"
 }
 

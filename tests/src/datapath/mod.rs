@@ -1,5 +1,6 @@
 //! The programs without a network: loaded under pins of their own, fed with frames by `BPF_PROG_TEST_RUN`.
 
+pub mod layout;
 pub mod packet;
 pub mod raw;
 

@@ -74,7 +74,7 @@ impl Views {
         json!({
             "version": self.version, "node": self.node_name, "roles": self.roles, "started_ms": self.started_ms,
             "cluster": {
-                "synced": cluster.synced, "pods": cluster.pods.len(), "namespaces": cluster.namespaces.len(),
+                "synced": cluster.synced, "node_known": cluster.nodes.contains_key(&self.node_name), "pods": cluster.pods.len(), "namespaces": cluster.namespaces.len(),
                 "network_policies": cluster.network_policies.len(), "trouble": cluster.trouble,
             },
             "ipam": ipam, "policy": netpol, "flow_log": self.flow_log.as_ref().map(|log| value(log.counters())),

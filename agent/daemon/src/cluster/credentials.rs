@@ -113,6 +113,7 @@ async fn from_kubeconfig(path: &Path, endpoint: &str) -> anyhow::Result<(Client,
     let shown = path.display();
     let file = Kubeconfig::read_from(path).with_context(|| format!("read the kubeconfig {shown}"))?;
     refuse_programs(&file, path)?;
+    refuse_proxies(&file, path)?;
     let mut files = vec![path.to_owned()];
     for named in &file.auth_infos {
         let auth = named.auth_info.iter();
@@ -147,6 +148,19 @@ fn refuse_programs(file: &Kubeconfig, path: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Requests would go past it unseen.
+fn refuse_proxies(file: &Kubeconfig, path: &Path) -> anyhow::Result<()> {
+    let with_proxy = |named: &&kube::config::NamedCluster| named.cluster.as_ref().is_some_and(|cluster| cluster.proxy_url.is_some());
+    match file.clusters.iter().find(with_proxy) {
+        None => Ok(()),
+        Some(named) => bail!(
+            "{}: cluster {:?} is reached by a proxy (proxy-url), which the agent does not do: take it out, or name an address that nodes reach",
+            path.display(),
+            named.name
+        ),
+    }
 }
 
 fn point_at(config: &mut kube::Config, endpoint: &str) -> anyhow::Result<()> {
@@ -209,6 +223,15 @@ mod tests {
         assert!(error.contains("tokenFile"), "{error}");
         assert!(refuse_programs(&kubeconfig(r#"{"auth-provider":{"name":"gcp","config":{}}}"#), Path::new("/k")).is_err());
         assert!(refuse_programs(&kubeconfig(r#"{"token":"t"}"#), Path::new("/k")).is_ok());
+    }
+
+    #[test]
+    fn a_proxy_is_refused_rather_than_passed_by() {
+        let mut file = kubeconfig(r#"{"token":"t"}"#);
+        assert!(refuse_proxies(&file, Path::new("/k")).is_ok());
+        file.clusters[0].cluster.as_mut().unwrap().proxy_url = Some("http://proxy:3128".to_owned());
+        let error = refuse_proxies(&file, Path::new("/k")).unwrap_err().to_string();
+        assert!(error.starts_with("/k: cluster \"k\" is reached by a proxy"), "{error}");
     }
 
     #[test]

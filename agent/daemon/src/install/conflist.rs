@@ -8,11 +8,12 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
-use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, boot_time, owner, version_for};
+use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, boot_time, owner};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::chained::{Spoken, version};
 use super::files::{self, Outcome};
 use super::loopback;
 use crate::cluster::ClusterHandle;
@@ -73,26 +74,39 @@ async fn keep(parts: ConflistParts) {
     remove_stale(&parts, &path);
     let mut complaint = String::new();
     let mut ready_since = None;
+    let mut spoken = Spoken::default();
     loop {
         let mut pause = LOOK_EVERY;
-        if ready(&parts) && parts.directory.is_dir() {
+        let ready = ready(&parts);
+        if ready && !parts.directory.is_dir() {
+            let problem = format!(
+                "{} is not there: a runtime makes it; where yours looks elsewhere, say so in HOST_CNI_CONFDIR_PATH",
+                parts.directory.display()
+            );
+            complain(&mut complaint, problem);
+        } else if ready {
             let since = *ready_since.get_or_insert_with(tokio::time::Instant::now);
             let runtime = runtime(&parts);
             if runtime.is_some() || since.elapsed() >= RUNTIME_WITHIN {
-                match place(&parts, &path, runtime.as_deref().unwrap_or_default()) {
+                // Asking a plugin runs it: this worker's other tasks go on.
+                let placed = tokio::task::block_in_place(|| place(&parts, &path, runtime.as_deref().unwrap_or_default(), &mut spoken));
+                match placed {
                     Ok(true) => info!(path = %path.display(), runtime, "network configuration written: the node can take pods"),
                     Ok(false) => complaint.clear(),
-                    Err(problem) => {
-                        if problem != complaint {
-                            warn!(problem, "the network configuration is not in place; tried again");
-                            complaint = problem;
-                        }
-                    }
+                    Err(problem) => complain(&mut complaint, problem),
                 }
                 pause = KEEP_EVERY;
             }
         }
         tokio::time::sleep(pause).await;
+    }
+}
+
+/// Says once what keeps the file away.
+fn complain(said: &mut String, problem: String) {
+    if problem != *said {
+        warn!(problem, "the network configuration is not in place; tried again");
+        *said = problem;
     }
 }
 
@@ -123,7 +137,7 @@ fn remove_stale(parts: &ConflistParts, path: &std::path::Path) {
 }
 
 /// Binary first, configuration last. True when the configuration was written.
-fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str) -> Result<bool, String> {
+fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str, spoken: &mut Spoken) -> Result<bool, String> {
     let words = |error: files::FileError| format!("{error}: {}", error.source);
     let installed = parts.bin_dir.join(PLUGIN);
     if let Some(plugin) = &parts.plugin {
@@ -144,7 +158,7 @@ fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str) -> Result
     let portmap = parts.bin_dir.join(Chained::Portmap.binary()).is_file().then_some(Chained::Portmap);
     let chained: Vec<Chained> = portmap.into_iter().chain(parts.chained.iter().copied()).collect();
     let conflist = Conflist {
-        version: version_for(runtime),
+        version: version(&parts.bin_dir, &chained, runtime, spoken)?,
         socket: &parts.socket,
         log_file: &parts.log.0,
         log_level: &parts.log.1,

@@ -4,6 +4,7 @@
 //! |---|---|---|---|---|
 //! | conflist | readiness of addresses and policy, the runtime's version | `10-aws.conflist` | that file | the file stays as it is; pods keep their network |
 
+mod chained;
 pub mod conflist;
 pub mod files;
 mod loopback;

@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, version_for};
+use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN};
 
+use super::chained::{Spoken, version};
 use super::conflist::{earlier, present};
 use super::files::{self, Outcome};
 use super::loopback;
@@ -237,14 +238,13 @@ fn configuration(places: &Places, directory: &Path) -> Step {
         return step(FILE_NAME, Mark::Failed, format!("make {}: {error}", directory.display()));
     }
     let path = directory.join(FILE_NAME);
-    let conflist = Conflist {
-        // The runtime is not known here; the agent writes its version when it has read the Node.
-        version: version_for(""),
-        socket: &places.socket,
-        log_file: "",
-        log_level: "",
-        chained: if places.bin_dir.join(Chained::Portmap.binary()).is_file() { &[Chained::Portmap] } else { &[] },
+    let chained = if places.bin_dir.join(Chained::Portmap.binary()).is_file() { &[Chained::Portmap][..] } else { &[] };
+    // The runtime is not known here; the agent writes its version when it has read the Node.
+    let version = match version(&places.bin_dir, chained, "", &mut Spoken::default()) {
+        Ok(version) => version,
+        Err(problem) => return step(FILE_NAME, Mark::Failed, problem),
     };
+    let conflist = Conflist { version, socket: &places.socket, log_file: "", log_level: "", chained };
     match files::put(&path, conflist.render().as_bytes(), 0o644) {
         Err(error) => step(path.display().to_string(), Mark::Failed, format!("{error}: {}", error.source)),
         Ok(outcome) => {
