@@ -3,11 +3,13 @@
 #![expect(clippy::unwrap_used, reason = "a failure here is the test's, and names its line")]
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use stanchion_core::policy::image::{EndpointImage, MapOp};
+use stanchion_daemon::netpol::{LoadOptions, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
-    Config, FlowKey4, VERDICT_PREFIX_ANY, VERDICT_PREFIX_PORT, VERDICT_PREFIX_PROTOCOL, VerdictKey, VerdictValue, config_flag, direction,
-    event_verdict, ipv4_word, reason, verdict,
+    Config, FlowKey4, LAYOUT_VERSION, VERDICT_PREFIX_ANY, VERDICT_PREFIX_PORT, VERDICT_PREFIX_PROTOCOL, VerdictKey, VerdictValue,
+    config_flag, direction, event_verdict, ipv4_word, map_name, reason, verdict,
 };
 use stanchion_lab::datapath::packet::{Fragment, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, arp, flags};
 use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry, key4, take_events};
@@ -431,6 +433,29 @@ fn the_node_and_the_pod_itself_always_pass() {
     }
 }
 
+/// A pod that reaches itself through a service: its packets come back with the node's address where kube-proxy masquerades, with
+/// its own where not.
+#[test]
+fn a_pod_reaches_itself_through_a_service_unless_a_rule_denies_it() {
+    const ITSELF: u32 = 30;
+    let mut rig = rig("hairpin");
+    let deny = VerdictKey { policy: SET, identity: ITSELF, direction: IN, protocol: TCP, port: 8_080u16.to_be_bytes() };
+    let value = |rule| VerdictValue { rule, verdict: verdict::DENY, reserved: [0; 3] };
+    for cast in casts() {
+        rig.apply(&[MapOp::SetAddress(cast.pod, ITSELF)]).unwrap();
+        for source in [cast.node, cast.pod] {
+            let frame = Packet::tcp((source, 4_000), (cast.pod, 8_080), flags::SYN).frame();
+            assert!(rig.passes_back(&frame).unwrap(), "isolation does not speak of it: {source}");
+            rig.apply(&[MapOp::SetVerdict(deny, VERDICT_PREFIX_PORT, value(0))]).unwrap();
+            assert!(rig.passes_back(&frame).unwrap(), "nor does it as an entry: {source}");
+            rig.apply(&[MapOp::SetVerdict(deny, VERDICT_PREFIX_PORT, value(RULE))]).unwrap();
+            assert!(!rig.passes_back(&frame).unwrap(), "a rule denies: {source}");
+            assert!(rig.passes(IN, &frame).unwrap(), "the node's own probe: {source}");
+            rig.apply(&[MapOp::RemoveVerdict(deny, VERDICT_PREFIX_PORT)]).unwrap();
+        }
+    }
+}
+
 #[test]
 fn a_specific_identity_decides_before_any_and_a_longer_prefix_before_a_shorter() {
     let mut rig = rig("verdicts");
@@ -534,6 +559,27 @@ fn events_say_who_what_and_why() {
     assert_eq!((first.local[0], first.remote[0]), (ipv4_word([10, 0, 0, 10]), ipv4_word([10, 0, 0, 30])));
     assert_eq!((first.rule, first.identity, first.length), (0, 0, 64));
     assert_eq!((second.verdict, second.rule, second.identity), (event_verdict::ALLOWED, RULE, FRIEND));
+}
+
+/// The kernel verifies an object once: who comes later takes what is pinned, unless it works on other maps than those pinned.
+#[test]
+fn programs_that_are_pinned_are_taken_as_long_as_the_maps_are_theirs() {
+    let pin_root = PathBuf::from(format!("/sys/fs/bpf/stdp-again-{}", std::process::id()));
+    let programs = || {
+        let mut loaded = load(&LoadOptions { pin_root: pin_root.clone(), flow_entries: 1_024 }).unwrap();
+        [POD_EGRESS, POD_INGRESS].map(|name| loaded.program(name).unwrap().info().unwrap().id())
+    };
+    let first = programs();
+    assert_eq!(programs(), first);
+    let layout = pin_root.join(format!("v{LAYOUT_VERSION}"));
+    std::fs::remove_file(layout.join(map_name::FLOWS6)).unwrap();
+    let second = programs();
+    assert!(first.iter().all(|id| !second.contains(id)), "{first:?} {second:?}");
+    assert_eq!(programs(), second);
+    let object = std::fs::read_dir(layout.join("programs")).unwrap().next().unwrap().unwrap();
+    std::fs::remove_file(object.path().join(POD_INGRESS)).unwrap();
+    assert_ne!(programs(), second, "one is missing");
+    std::fs::remove_dir_all(pin_root).unwrap();
 }
 
 #[test]

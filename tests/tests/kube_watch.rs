@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 const PODS: &str = "/api/v1/pods";
 const NODES: &str = "/api/v1/nodes";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
-const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
+const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies";
+const EARLIER_CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
 const AWS_CLUSTER_POLICIES: &str = "/apis/networking.k8s.aws/v1alpha1/clusternetworkpolicies";
 
 fn object(kind: &str, namespace: &str, name: &str, node: &str) -> Value {
@@ -129,7 +130,7 @@ async fn an_object_that_cannot_be_read_hides_no_other() {
 #[tokio::test]
 async fn cluster_policies_of_both_groups_are_kept_apart_and_nodes_are_read_when_they_speak_of_them() {
     let policy = |name: &str, group: &str, egress: Value| json!({"apiVersion": group, "kind": "ClusterNetworkPolicy", "metadata": {"name": name}, "spec": {"tier": "Admin", "egress": egress}});
-    let (kubernetes, aws) = ("policy.networking.k8s.io/v1alpha2", "networking.k8s.aws/v1alpha1");
+    let (kubernetes, aws) = ("policy.networking.k8s.io/v1beta1", "networking.k8s.aws/v1alpha1");
     let world = world(true, |kube| {
         kube.serve_collection(CLUSTER_POLICIES);
         kube.put(AWS_CLUSTER_POLICIES, policy("a", aws, json!([])));
@@ -144,6 +145,19 @@ async fn cluster_policies_of_both_groups_are_kept_apart_and_nodes_are_read_when_
     until(&world, "one", |s| s.cluster_network_policies.keys().collect::<Vec<_>>() == ["networking.k8s.aws/a"]).await;
     world.kube.put(CLUSTER_POLICIES, policy("b", kubernetes, json!([{"action": "Deny", "to": [{"nodes": {}}]}])));
     until(&world, "all nodes", |s| s.nodes.len() == 2).await;
+}
+
+/// A server with a CRD from before v1beta1.
+#[tokio::test]
+async fn cluster_policies_are_read_in_the_version_that_is_served() {
+    let policy = |name: &str, version: &str| {
+        let api_version = format!("policy.networking.k8s.io/{version}");
+        json!({"apiVersion": api_version, "kind": "ClusterNetworkPolicy", "metadata": {"name": name}, "spec": {"tier": "Admin"}})
+    };
+    let world = world(true, |kube| kube.put(EARLIER_CLUSTER_POLICIES, policy("old", "v1alpha2"))).await;
+    until(&world, "the earlier version", |s| s.synced && s.cluster_network_policies.contains_key("old")).await;
+    world.kube.put(EARLIER_CLUSTER_POLICIES, policy("second", "v1alpha2"));
+    until(&world, "a change", |s| s.cluster_network_policies.contains_key("second") && s.trouble.is_empty()).await;
 }
 
 #[tokio::test]

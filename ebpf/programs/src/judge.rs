@@ -33,7 +33,7 @@ pub struct Subject<'a> {
     pub direction: u8,
 }
 
-/// What a policy set says of opening the flow of the packet in hand; the rule and the identity are put to the packet.
+/// What a policy set says of opening the flow of the packet in hand with `peer`; the rule and the identity are put to the packet.
 pub mod judged {
     pub const DENIED: i32 = 0;
     pub const ALLOWED: i32 = 1;
@@ -42,12 +42,12 @@ pub mod judged {
 }
 
 #[inline(always)]
-pub fn judge<F: Family>(opener: u8, set: u32) -> i32 {
+pub fn judge<F: Family>(opener: u8, set: u32, peer: F::Address) -> i32 {
     let Some(packet) = F::in_hand() else { return judged::DENIED };
     // SAFETY: this CPU's own place.
     let packet = unsafe { &mut *packet };
     let flow = packet.flow;
-    let identity = identity::<F>(flow.remote);
+    let identity = identity::<F>(peer);
     if identity == NODE {
         return judged::EXEMPT;
     }
@@ -312,7 +312,19 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &mut Packet<F::Address>,
         let remote = packet.flow.remote;
         let is_own = remote == F::own(interface)
             || (interface.flags & interface_flag::MORE_ADDRESSES != 0 && is_own::<F>(interface, remote));
-        result = if is_own { judged::EXEMPT } else { judge::<F>(opener, set) };
+        // Back on the veth that it came from: the pod reaches itself through a service. Who sent it cannot be told from its source,
+        // which is the node's where kube-proxy masquerades.
+        // SAFETY: fields of the context.
+        let is_hairpin = direction == direction::INGRESS && unsafe { (**skb).ingress_ifindex == (**skb).ifindex };
+        result = if is_own && !is_hairpin {
+            judged::EXEMPT
+        } else {
+            judge::<F>(opener, set, if is_hairpin { F::own(interface) } else { remote })
+        };
+        // Only rules that deny speak of a pod and itself, and those are cluster policies'; isolation does not.
+        if is_hairpin && (result != judged::DENIED || packet.rule == 0) {
+            result = judged::EXEMPT;
+        }
     }
     let mut told = event_verdict::DENIED;
     if result != judged::DENIED {

@@ -109,6 +109,16 @@ impl Rig {
         }
     }
 
+    /// Gives the pod a frame that it sent itself and that comes back on the same interface; true if it passes.
+    ///
+    /// # Errors
+    /// See [`Self::passes`].
+    pub fn passes_back(&mut self, frame: &[u8]) -> anyhow::Result<bool> {
+        let result = raw::run_back(self.program(direction::INGRESS)?, frame, IF_INDEX)?;
+        anyhow::ensure!(matches!(result, -1 | 2), "the program answers {result}");
+        Ok(result == -1)
+    }
+
     /// The program of a direction.
     ///
     /// # Errors

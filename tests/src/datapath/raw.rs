@@ -79,16 +79,31 @@ pub fn run(program: BorrowedFd<'_>, frame: &[u8], if_index: u32) -> io::Result<i
     repeat(program, frame, if_index, 1).map(|(result, _)| result)
 }
 
+/// The same for a frame that came into the machine through that very interface.
+///
+/// # Errors
+/// See [`run`].
+pub fn run_back(program: BorrowedFd<'_>, frame: &[u8], if_index: u32) -> io::Result<i32> {
+    attempt(program, frame, [if_index; 2], 1).map(|(result, _)| result)
+}
+
 /// Runs a classifier `times` times on one frame; its last return value and the kernel's mean duration.
 ///
 /// # Errors
 /// See [`run`].
 pub fn repeat(program: BorrowedFd<'_>, frame: &[u8], if_index: u32, times: u32) -> io::Result<(i32, Duration)> {
+    attempt(program, frame, [0, if_index], times)
+}
+
+/// `interfaces`: where the frame came in, and where it is.
+fn attempt(program: BorrowedFd<'_>, frame: &[u8], interfaces: [u32; 2], times: u32) -> io::Result<(i32, Duration)> {
     const PROG_TEST_RUN: libc::c_int = 10;
-    /// Offset of `ifindex` in `__sk_buff`.
-    const IF_INDEX: usize = 40;
+    /// Offset of `ingress_ifindex` in `__sk_buff`; `ifindex` follows.
+    const INTERFACES: usize = 36;
     let mut context = [0u8; 192];
-    context[IF_INDEX..IF_INDEX + 4].copy_from_slice(&if_index.to_ne_bytes());
+    let [came_in, is_at] = interfaces.map(u32::to_ne_bytes);
+    context[INTERFACES..INTERFACES + 4].copy_from_slice(&came_in);
+    context[INTERFACES + 4..INTERFACES + 8].copy_from_slice(&is_at);
     let mut attribute = TestRun {
         program: number(program),
         data_size_in: u32::try_from(frame.len()).expect("frames are small"),

@@ -18,8 +18,8 @@ fn null_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deseri
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// A ClusterNetworkPolicy: `policy.networking.k8s.io/v1alpha2`, or AWS's kind of the same name in
-/// `networking.k8s.aws/v1alpha1`.
+/// A ClusterNetworkPolicy: `policy.networking.k8s.io/v1beta1` or `v1alpha2`, which are the same in all fields, or AWS's kind of
+/// the same name in `networking.k8s.aws/v1alpha1`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ClusterNetworkPolicy {

@@ -231,10 +231,13 @@ impl<'a> Evaluator<'a> {
         let mut sides = [None, None];
         for (address, target) in &service.backends {
             let backend = Party { address: *address, pod: self.owners.get(address).map(|pod| &***pod) };
-            let both = [
+            let mut both = [
                 self.judge(Direction::Egress, source, backend, protocol, *target),
                 self.judge(Direction::Ingress, backend, source, protocol, *target),
             ];
+            if *address == source.address && both[1].decided.is_none() {
+                both[1] = SideVerdict::plain(true, "a pod reaches itself through a service, unless a ClusterNetworkPolicy denies it");
+            }
             for (side, verdict) in sides.iter_mut().zip(both) {
                 if side.as_ref().is_none_or(|kept: &SideVerdict| kept.allowed && !verdict.allowed) {
                     let reason = format!("service {}, backend {address} port {target}: {}", service.service, verdict.reason);
@@ -254,7 +257,7 @@ impl<'a> Evaluator<'a> {
         self.judge(direction, local, remote, protocol, port)
     }
 
-    /// What the policies of `local` say of `remote`. A pod that reaches itself through a service is judged as anyone.
+    /// What the policies of `local` say of `remote`.
     fn judge(&self, direction: Direction, local: Party<'a>, remote: Party<'a>, protocol: PacketProtocol, port: u16) -> SideVerdict {
         let Some(pod) = local.pod else {
             return SideVerdict::plain(true, format!("{} is no pod that policies can select", local.address));

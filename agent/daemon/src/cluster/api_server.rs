@@ -56,10 +56,10 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
         watches.all::<EndpointSlice>(Kind::EndpointSlice, slices, None);
         let policies = resource("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies");
         watches.all::<NetworkPolicy>(Kind::NetworkPolicy, policies, None);
-        for (group, version) in [("policy.networking.k8s.io", "v1alpha2"), (AWS_GROUP, "v1alpha1")] {
-            let policies = resource(group, version, "ClusterNetworkPolicy", "clusternetworkpolicies");
-            watches.all::<ClusterNetworkPolicy>(Kind::ClusterNetworkPolicy, policies, None);
-        }
+        let policies = |group, version| resource(group, version, "ClusterNetworkPolicy", "clusternetworkpolicies");
+        let [latest, earlier] = ["v1beta1", "v1alpha2"].map(|version| policies("policy.networking.k8s.io", version));
+        watches.either::<ClusterNetworkPolicy>(Kind::ClusterNetworkPolicy, latest, earlier);
+        watches.all::<ClusterNetworkPolicy>(Kind::ClusterNetworkPolicy, policies(AWS_GROUP, "v1alpha1"), None);
     }
     if scope.policy_endpoints {
         let endpoints = resource(AWS_GROUP, "v1alpha1", "PolicyEndpoint", "policyendpoints");
@@ -100,6 +100,11 @@ impl Watches {
         self.add::<T>(kind, None, resource, watch::channel(fields).1);
     }
 
+    /// Every object of a cluster-wide list, in the first of two versions that is served.
+    fn either<T: Slim>(&mut self, kind: Kind, latest: ApiResource, earlier: ApiResource) {
+        self.follow::<T>(Source { kind, resource: latest, earlier: Some(earlier), namespace: None }, watch::channel(None).1);
+    }
+
     fn add<T: Slim>(
         &mut self,
         kind: Kind,
@@ -107,7 +112,10 @@ impl Watches {
         resource: ApiResource,
         selector: watch::Receiver<Option<String>>,
     ) {
-        let source = Source { kind, resource, namespace };
+        self.follow::<T>(Source { kind, resource, earlier: None, namespace }, selector);
+    }
+
+    fn follow<T: Slim>(&mut self, source: Source, selector: watch::Receiver<Option<String>>) {
         let index = self.sources.len();
         self.sources.push(source.clone());
         let (clients, updates, shutdown) = (self.clients.clone(), self.updates.clone(), self.shutdown.clone());

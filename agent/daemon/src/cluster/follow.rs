@@ -52,6 +52,8 @@ pub(super) enum Update {
 pub(super) struct Source {
     pub(super) kind: Kind,
     pub(super) resource: ApiResource,
+    /// The same in an earlier version of its API, for servers that do not know that one. The fields that are read are the same.
+    pub(super) earlier: Option<ApiResource>,
     /// Only this namespace.
     pub(super) namespace: Option<&'static str>,
 }
@@ -82,13 +84,15 @@ impl Source {
 /// Passes one source's events to the owner. A new client or another selector begins with a new list.
 pub(super) async fn follow<T: Slim>(
     index: usize,
-    source: Source,
+    mut source: Source,
     mut clients: Clients,
     mut selector: watch::Receiver<Option<String>>,
     updates: mpsc::Sender<(usize, Update)>,
 ) {
     let mut pause = PAUSE.0;
     let mut complaint = String::new();
+    // One version was not there: the other is asked for before the kind counts as absent.
+    let mut one_absent = false;
     loop {
         let client = clients.borrow_and_update().clone();
         let fields = selector.borrow_and_update().clone();
@@ -113,12 +117,25 @@ pub(super) async fn follow<T: Slim>(
             let Some(event) = event else { break };
             let (update, rest) = match event {
                 Ok(event) => {
-                    pause = PAUSE.0;
+                    // A list begins before the server has answered.
+                    if !matches!(event, Event::Init) {
+                        pause = PAUSE.0;
+                        one_absent = false;
+                    }
                     complaint.clear();
                     (read(&source, event), Rest::Go)
                 }
                 Err(error) => judge(&source, error, &mut pause),
             };
+            if let Update::Absent(None) = &update
+                && let Some(earlier) = &mut source.earlier
+            {
+                std::mem::swap(&mut source.resource, earlier);
+                one_absent = !one_absent;
+                if one_absent {
+                    break;
+                }
+            }
             // The same complaint is made once, until something succeeds.
             if let Update::Failed(problem) | Update::Absent(Some(problem)) = &update
                 && *problem != complaint

@@ -1,15 +1,19 @@
-//! The eBPF object: embedded, loaded once, its maps pinned so that they outlive the agent.
+//! The eBPF object: embedded, loaded once, its maps and programs pinned so that they outlive the agent. An agent with the same
+//! object takes what is pinned: the kernel verifies an object once a boot.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Map, MapError};
+use aya::maps::{Map, MapData, MapError, MapInfo};
+use aya::pin::PinError;
 use aya::programs::{ProgramError, SchedClassifier};
-use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
-use stanchion_ebpf_abi::{LAYOUT_VERSION, MapData, map_name};
+use aya::{EbpfError, EbpfLoader, include_bytes_aligned};
+use stanchion_ebpf_abi::{self as abi, LAYOUT_VERSION, map_name};
 
 use super::clock::Clock;
 
@@ -49,10 +53,10 @@ const PINNED: [&str; 20] = [
 /// The bytes of an ABI type, as aya wants them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
-pub(super) struct Raw<T: MapData>(pub(super) T);
+pub(super) struct Raw<T: abi::MapData>(pub(super) T);
 
 // SAFETY: the contract of `MapData` is that of `Pod`.
-unsafe impl<T: MapData> aya::Pod for Raw<T> {}
+unsafe impl<T: abi::MapData> aya::Pod for Raw<T> {}
 
 /// How to load.
 #[derive(Clone, Debug)]
@@ -108,6 +112,15 @@ pub enum LoadError {
         #[source]
         source: ProgramError,
     },
+    /// A program cannot be pinned.
+    #[error("cannot pin program {name}")]
+    Pin {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        #[source]
+        source: PinError,
+    },
     /// The ring of DNS answers cannot be waited for.
     #[error("cannot wait for DNS answers")]
     Poll(#[source] io::Error),
@@ -125,7 +138,9 @@ pub enum LoadError {
 /// The loaded object.
 #[derive(Debug)]
 pub struct Loaded {
-    pub(super) ebpf: Ebpf,
+    /// The maps that nobody has taken yet.
+    maps: HashMap<&'static str, Map>,
+    programs: [(&'static str, SchedClassifier); 2],
     /// The versioned pin directory.
     pub(super) pins: PathBuf,
     /// The flow table's clock.
@@ -136,14 +151,14 @@ impl Loaded {
     /// Takes a map out of the object.
     pub(super) fn map<T: TryFrom<Map, Error = MapError>>(&mut self, name: &'static str) -> Result<T, LoadError> {
         let missing = || LoadError::Map { name, source: MapError::InvalidName { name: name.to_owned() } };
-        let map = self.ebpf.take_map(name).ok_or_else(missing)?;
+        let map = self.maps.remove(name).ok_or_else(missing)?;
         T::try_from(map).map_err(|source| LoadError::Map { name, source })
     }
 
     /// A descriptor of a hash map or ring of the object, before it is taken out.
     pub(super) fn map_fd(&self, name: &'static str) -> Result<OwnedFd, LoadError> {
         let failed = |source| LoadError::Map { name, source };
-        let Some(Map::HashMap(map) | Map::RingBuf(map)) = self.ebpf.map(name) else {
+        let Some(Map::HashMap(map) | Map::RingBuf(map)) = self.maps.get(name) else {
             return Err(failed(MapError::InvalidName { name: name.to_owned() }));
         };
         map.fd().as_fd().try_clone_to_owned().map_err(|source| failed(MapError::IoError(source)))
@@ -167,8 +182,8 @@ impl Loaded {
     /// A program by its name in the object.
     pub fn program(&mut self, name: &'static str) -> Result<&mut SchedClassifier, LoadError> {
         let unknown = || EbpfError::MapError(MapError::InvalidName { name: name.to_owned() });
-        let program = self.ebpf.program_mut(name).ok_or_else(unknown)?;
-        program.try_into().map_err(|source| LoadError::Program { name, source })
+        let found = self.programs.iter_mut().find(|(known, _)| *known == name);
+        Ok(found.map(|(_, program)| program).ok_or_else(unknown)?)
     }
 }
 
@@ -177,8 +192,9 @@ pub const POD_EGRESS: &str = "pod_egress";
 /// tc egress of the host veth.
 pub const POD_INGRESS: &str = "pod_ingress";
 
-/// Loads the object: mounts bpffs if need be, uses the pinned maps that exist, makes and pins the others, verifies both
-/// programs. Attaches nothing.
+/// The object in the kernel: mounts bpffs if need be, and takes the pinned maps and programs of an earlier agent with the same
+/// object. Of another object only the maps are taken; its programs stay where they are attached until they are replaced.
+/// Attaches nothing.
 ///
 /// # Errors
 /// See [`LoadError`].
@@ -190,7 +206,49 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     let pins = options.pin_root.join(format!("v{LAYOUT_VERSION}"));
     fs::create_dir_all(pins.join("links")).map_err(|source| LoadError::Directory { path: pins.clone(), source })?;
     let clock = Clock::new().map_err(LoadError::Clock)?;
-    let tick_shift = clock.shift();
+    let programs = pins.join("programs");
+    let home = programs.join(object_hash());
+    if !are_whole(&pins, &home) {
+        let failed = |path: &Path, source| LoadError::Directory { path: path.to_owned(), source };
+        if programs.exists() {
+            fs::remove_dir_all(&programs).map_err(|source| failed(&programs, source))?;
+        }
+        fs::create_dir_all(&home).map_err(|source| failed(&home, source))?;
+        verify(options, &pins, &home, clock.shift())?;
+    }
+    let program = |name| {
+        let program = SchedClassifier::from_pin(home.join(name)).map_err(|source| LoadError::Program { name, source })?;
+        Ok::<_, LoadError>((name, program))
+    };
+    let programs = [program(POD_EGRESS)?, program(POD_INGRESS)?];
+    let mut maps = HashMap::with_capacity(PINNED.len());
+    for name in PINNED {
+        let map = MapData::from_pin(pins.join(name)).and_then(Map::from_map_data);
+        maps.insert(name, map.map_err(|source| LoadError::Map { name, source })?);
+    }
+    Ok(Loaded { maps, programs, pins, clock })
+}
+
+/// Tells objects apart. That another build of the agent may hash differently costs one verification.
+fn object_hash() -> String {
+    let mut hasher = DefaultHasher::new();
+    OBJECT.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}
+
+/// Whether both programs are pinned in `home`, and work on the maps that are pinned in `pins` and on no others.
+fn are_whole(pins: &Path, home: &Path) -> bool {
+    let mut used = HashSet::new();
+    for name in [POD_EGRESS, POD_INGRESS] {
+        let info = SchedClassifier::from_pin(home.join(name)).and_then(|program| program.info());
+        let Ok(Some(maps)) = info.and_then(|info| info.map_ids()) else { return false };
+        used.extend(maps);
+    }
+    PINNED.iter().all(|name| MapInfo::from_pin(pins.join(name)).is_ok_and(|map| used.contains(&map.id())))
+}
+
+/// Makes the maps that are not pinned yet, has the kernel verify the programs and pins them in `home`.
+fn verify(options: &LoadOptions, pins: &Path, home: &Path, tick_shift: u32) -> Result<(), LoadError> {
     let mut loader = EbpfLoader::new();
     loader.override_global("TICK_SHIFT", &tick_shift, true);
     for name in PINNED {
@@ -199,11 +257,15 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     for name in [map_name::FLOWS4, map_name::FLOWS6] {
         loader.map_max_entries(name, options.flow_entries);
     }
-    let mut loaded = Loaded { ebpf: loader.load(OBJECT)?, pins, clock };
+    let mut ebpf = loader.load(OBJECT)?;
     for name in [POD_EGRESS, POD_INGRESS] {
-        loaded.program(name)?.load().map_err(|source| LoadError::Program { name, source })?;
+        let unknown = || EbpfError::MapError(MapError::InvalidName { name: name.to_owned() });
+        let program: &mut SchedClassifier =
+            ebpf.program_mut(name).ok_or_else(unknown)?.try_into().map_err(|source| LoadError::Program { name, source })?;
+        program.load().map_err(|source| LoadError::Program { name, source })?;
+        program.pin(home.join(name)).map_err(|source| LoadError::Pin { name, source })?;
     }
-    Ok(loaded)
+    Ok(())
 }
 
 /// Mounts bpffs where the pins are to be, if that is below [`BPFFS`] and nothing is mounted there.
