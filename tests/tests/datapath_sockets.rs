@@ -5,7 +5,7 @@
 mod datapath_support;
 
 use datapath_support::*;
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -393,23 +393,49 @@ fn serve_dns(pod: &Pod, address: Ipv4Addr) {
     std::thread::spawn(move || {
         let mut buffer = [0u8; 512];
         while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
-            let mut answer = buffer[..length].to_vec();
-            answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1]);
-            // The name asked for, type A, class IN, for 300 s.
-            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 44, 0, 4]);
-            answer.extend(address.octets());
-            let _unreachable = socket.send_to(&answer, peer);
+            let _unreachable = socket.send_to(&answered(&buffer[..length], address), peer);
         }
     });
+}
+
+/// The same over TCP, to one client: the answer comes in two pieces.
+fn serve_dns_by_tcp(pod: &Pod, address: Ipv4Addr) {
+    let listener = pod.netns.run(|| TcpListener::bind(("0.0.0.0", 53))).unwrap().unwrap();
+    std::thread::spawn(move || {
+        let (mut client, _) = listener.accept().unwrap();
+        let mut question = vec![0; 2];
+        client.read_exact(&mut question).unwrap();
+        question.resize(usize::from(u16::from_be_bytes([question[0], question[1]])), 0);
+        client.read_exact(&mut question).unwrap();
+        let answer = answered(&question, address);
+        let whole = [&u16::try_from(answer.len()).unwrap().to_be_bytes()[..], &answer].concat();
+        client.set_nodelay(true).unwrap();
+        client.write_all(&whole[..30]).unwrap();
+        client.write_all(&whole[30..]).unwrap();
+        // Until the client has gone.
+        let _end = client.read(&mut [0]);
+    });
+}
+
+/// The question with an address of type A, class IN, for 300 s.
+fn answered(question: &[u8], address: Ipv4Addr) -> Vec<u8> {
+    let mut answer = question.to_vec();
+    answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1]);
+    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 44, 0, 4]);
+    answer.extend(address.octets());
+    answer
+}
+
+fn question(name: &str) -> Vec<u8> {
+    let labels = name.split('.').flat_map(|label| [&[u8::try_from(label.len()).unwrap()], label.as_bytes()].concat());
+    [0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0].into_iter().chain(labels).chain([0, 0, 1, 0, 1]).collect()
 }
 
 /// Asks for a name, and waits for the answer.
 fn resolve(pod: &Pod, server: SocketAddr, name: &str) {
     let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
     socket.set_read_timeout(Some(WORKS)).unwrap();
-    let labels = name.split('.').flat_map(|label| [&[u8::try_from(label.len()).unwrap()], label.as_bytes()].concat());
-    let question: Vec<u8> = [0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0].into_iter().chain(labels).chain([0, 0, 1, 0, 1]).collect();
-    socket.send_to(&question, server).unwrap();
+    socket.send_to(&question(name), server).unwrap();
     socket.recv(&mut [0u8; 512]).unwrap();
 }
 
@@ -450,4 +476,41 @@ fn a_name_that_policy_allows_means_the_addresses_in_the_pods_dns_answers() {
         let snapshot = world.runtime.block_on(world.agent().clone().snapshot());
         assert_eq!((snapshot.map_writes, snapshot.problems.len()), (0, 0), "{snapshot:?}");
     }
+}
+
+/// A datagram is sent once: it arrives although it left before the agent can have read the answer.
+#[test]
+fn what_a_pod_sends_in_the_instant_of_a_dns_answer_is_not_lost() {
+    let mut world = World::new(MODES[0]);
+    let allow = "apiVersion: policy.networking.k8s.io/v1beta1\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec:\n  tier: Admin\n  priority: 1\n  \
+                 subject: {pods: {namespaceSelector: {matchLabels: {ns: \"x\"}}, podSelector: {matchLabels: {pod: a}}}}\n  egress:\n  \
+                 - {action: Accept, to: [{pods: {podSelector: {matchLabels: {pod: a}}}}]}\n  \
+                 - {action: Accept, to: [{domainNames: [\"*.example.com\"]}]}\n  \
+                 - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
+    world.apply(&format!("---\n{allow}"));
+    world.activate_all();
+    serve_dns(world.pod("y/a"), world.pod("y/b").address);
+    serve_dns_by_tcp(world.pod("y/a"), world.pod("x/b").address);
+    let server = SocketAddr::from((world.pod("y/a").address, 53));
+    let client = world.pod("x/a");
+    let hears = |name: &str| {
+        let socket = world.pod(name).netns.run(|| UdpSocket::bind(("0.0.0.0", 7_000))).unwrap().unwrap();
+        socket.set_read_timeout(Some(WORKS)).unwrap();
+        socket
+    };
+    world.blocked("x/a", "y/b", 80);
+    world.blocked("x/a", "x/b", 80);
+    let (first, second) = (hears("y/b"), hears("x/b"));
+    let socket = client.netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
+    resolve(client, server, "one.example.com");
+    socket.send_to(b"at once", (world.pod("y/b").address, 7_000)).unwrap();
+    let (length, from) = first.recv_from(&mut [0; 16]).unwrap();
+    assert_eq!((length, from.ip()), (7, client.address.into()));
+
+    let mut connection = client.netns.run(|| TcpStream::connect(server)).unwrap().unwrap();
+    let question = question("two.example.com");
+    connection.write_all(&[&u16::try_from(question.len()).unwrap().to_be_bytes()[..], &question].concat()).unwrap();
+    connection.read_exact(&mut vec![0; 2 + question.len() + 16]).unwrap();
+    socket.send_to(b"at once", (world.pod("x/b").address, 7_000)).unwrap();
+    assert_eq!(second.recv(&mut [0; 16]).unwrap(), 7);
 }

@@ -64,19 +64,36 @@ pub mod reason {
     pub const EXEMPT: u8 = 6;
 }
 
-/// Bytes of a DNS answer that are copied; answers over UDP are shorter (RFC 9715 asks for at most 1,400).
-pub const DNS_BYTES: usize = 2_044;
+/// Bytes of a frame that are copied at most: one less than a power of two. DNS answers over UDP are shorter (RFC 9715 asks for at
+/// most 1,400), and so is a segment of one over TCP, unless several were put together on the way; then the connection teaches
+/// nothing more.
+pub const FRAME_BYTES: usize = 8_191;
 
-/// The UDP payload of a DNS answer that a pod got.
+/// A frame that the programs copy for the agent; a record ends with the frame's last byte that was copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct DnsMessage {
+pub struct PodFrame {
     /// The pod.
     pub slot: u16,
-    /// Bytes of `payload` that are the message, at most [`DNS_BYTES`].
+    /// Bytes of `frame` that were copied.
     pub length: u16,
-    /// The message; what follows it is arbitrary.
-    pub payload: [u8; DNS_BYTES],
+    /// [`frame_kind`].
+    pub kind: u8,
+    /// Zero.
+    pub reserved: [u8; 3],
+    /// The frame from its Ethernet header on.
+    pub frame: [u8; FRAME_BYTES + 1],
 }
 
-map_data!(Event = 56, DnsMessage = 2_048);
+/// Bytes of [`PodFrame`] in front of the frame.
+pub const FRAME_HEAD: usize = 8;
+
+/// Why a [`PodFrame`] was copied.
+pub mod frame_kind {
+    /// The pod got it from port 53, and rules of the pod speak of DNS names.
+    pub const ANSWER: u8 = 0;
+    /// The pod sent it, and it was dropped while answers waited for the agent: it may have been allowed by one of them.
+    pub const EARLY: u8 = 1;
+}
+
+map_data!(Event = 56, PodFrame = 8_200);

@@ -8,7 +8,7 @@ mod event;
 mod flow;
 mod maps;
 
-pub use event::{DNS_BYTES, DnsMessage, Event, event_verdict, reason};
+pub use event::{Event, FRAME_BYTES, FRAME_HEAD, PodFrame, event_verdict, frame_kind, reason};
 pub use flow::{FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, flow_head, flow_state, timeout};
 pub use maps::{
     AddressValue, Config, Counter, Counters, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, INTERFACE_PLACES, Interface, OwnKey, address_flag,
@@ -34,7 +34,7 @@ macro_rules! map_data {
 pub(crate) use map_data;
 
 /// Version of everything in this crate; maps are pinned under `…/stanchion/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Direction of a packet as the pod sees it.
 pub mod direction {

@@ -42,7 +42,7 @@ pub mod map_name {
     pub const CONFIG: &str = "CONFIG";
     /// RINGBUF of [`crate::Event`].
     pub const EVENTS: &str = "EVENTS";
-    /// RINGBUF of [`crate::DnsMessage`].
+    /// RINGBUF of [`crate::PodFrame`].
     pub const NAMES: &str = "NAMES";
 }
 
@@ -117,7 +117,8 @@ pub mod endpoint_flag {
     pub const AUDIT: u32 = 4;
     /// The slot is in use.
     pub const READY: u32 = 8;
-    /// Egress rules speak of DNS names: copies of the DNS answers that the pod gets go to [`super::map_name::NAMES`].
+    /// Egress rules speak of DNS names: copies of the DNS answers that the pod gets go to [`super::map_name::NAMES`], and of what it
+    /// sends too early.
     pub const BY_NAME: u32 = 16;
 }
 

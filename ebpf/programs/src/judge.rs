@@ -3,7 +3,7 @@
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_jiffies64};
 use stanchion_ebpf_abi::{
     EndpointPolicy, Event, FlowEntry, FragmentPorts, IDENTITY_UNKNOWN, Interface, OwnKey, VERDICT_PREFIX_PORT, VerdictKey, address_flag,
-    direction, endpoint_flag, event_verdict, flow_state, interface_flag, reason, stat, timeout, verdict,
+    direction, endpoint_flag, event_verdict, flow_state, frame_kind, interface_flag, reason, stat, timeout, verdict,
 };
 
 use crate::{
@@ -347,6 +347,8 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &mut Packet<F::Address>,
         remember_fragment::<F>(packet, direction, interface.slot);
     } else if policy.flags & endpoint_flag::AUDIT != 0 {
         told = event_verdict::AUDITED;
+    } else if direction == direction::EGRESS && opener == direction::EGRESS && policy.flags & endpoint_flag::BY_NAME != 0 {
+        crate::copy_frame(*skb, slot, u32::from(frame_kind::EARLY));
     }
     let passes = told != event_verdict::DENIED;
     count(slot, direction, passes as u8, length);

@@ -14,7 +14,7 @@ mod packet;
 
 use aya_ebpf::bindings::__sk_buff;
 use stanchion_ebpf_abi::{
-    EndpointPolicy, Event, IDENTITY_UNKNOWN, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, reason, stat, verdict,
+    EndpointPolicy, Event, IDENTITY_UNKNOWN, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason, stat, verdict,
 };
 
 use crate::{
@@ -100,7 +100,7 @@ fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, policy: &Endpo
         let key = F::key(key_start(F::head(interface), flow.protocol, flow.local_port, flow.remote_port), flow.remote);
         known = match F::entry(&key) {
             Some(entry) => {
-                let is_answer = direction == direction::INGRESS && flow.protocol == UDP && flow.remote_port == DNS;
+                let is_answer = direction == direction::INGRESS && flow.remote_port == DNS;
                 if !(is_answer && policy.flags & endpoint_flag::BY_NAME != 0) && goes_on(entry, policy, direction) {
                     // SAFETY: a field of the context.
                     count(u32::from(interface.slot), direction, verdict::ALLOW, unsafe { (*skb).len });
@@ -153,10 +153,10 @@ fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, policy: &Endpo
     if result == PASS
         && direction == direction::INGRESS
         && policy.flags & endpoint_flag::BY_NAME != 0
-        && packet.flow.protocol == UDP
+        && matches!(packet.flow.protocol, TCP | UDP)
         && packet.flow.remote_port == DNS
     {
-        copy_names(skb, u32::from(interface.slot), u32::from(F::NUMBER));
+        copy_frame(skb, u32::from(interface.slot), u32::from(frame_kind::ANSWER));
     }
     result
 }
@@ -296,8 +296,8 @@ extern "C" fn remember6(role: u32) -> i32 {
 /// See [`names::copy`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn copy_names(skb: *mut __sk_buff, slot: u32, family: u32) -> i32 {
-    names::copy(skb, slot as u16, family as u8);
+extern "C" fn copy_frame(skb: *mut __sk_buff, slot: u32, kind: u32) -> i32 {
+    names::copy(skb, slot as u16, kind as u8);
     0
 }
 

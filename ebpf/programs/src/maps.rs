@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use stanchion_ebpf_abi::{
     AddressValue, Config, Counters, ENDPOINT_SLOTS, Endpoint, Event, FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, INTERFACE_PLACES,
-    Interface, OwnKey, VerdictKey, VerdictValue, config_flag, event_verdict, stat,
+    Interface, OwnKey, PodFrame, VerdictKey, VerdictValue, config_flag, event_verdict, stat,
 };
 
 use crate::{
@@ -63,7 +63,14 @@ pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(524_288, 0);
 #[map]
-pub static NAMES: RingBuf = RingBuf::with_byte_size(262_144, 0);
+pub static NAMES: RingBuf = RingBuf::with_byte_size(NAMES_BYTES, 0);
+
+/// Room for copied frames.
+pub const NAMES_BYTES: u32 = 262_144;
+
+/// Where a frame is copied to before its length is known to the ring.
+#[map]
+pub static FRAME: PerCpuArray<PodFrame> = PerCpuArray::with_max_entries(1, 0);
 
 /// The packet in hand. In a map and not on the stack, so that the verifier forgets by which way each field was read: it then
 /// follows the judgement once, not once for every way.

@@ -1,57 +1,47 @@
-//! Copies of DNS answers for the agent, which learns from them what names mean.
+//! Copies of frames for the agent: DNS answers, from which it learns what names mean, and what pods sent before it had.
 
-use core::ptr::addr_of_mut;
+use core::ptr::{self, addr_of_mut};
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use stanchion_ebpf_abi::{DNS_BYTES, DnsMessage, stat};
+use stanchion_ebpf_abi::{FRAME_BYTES, FRAME_HEAD, frame_kind, stat};
 
-use crate::{
-    maps::{NAMES, count_stat},
-    packet::{ETHERNET, UDP},
-};
+use crate::maps::{FRAME, NAMES, NAMES_BYTES, count_stat};
 
-/// Shortest message: its header.
-const LEAST: u32 = 12;
+/// Shortest frame worth a copy: headers of Ethernet, IPv4 and UDP.
+const LEAST: u32 = 42;
 
-/// Copies the UDP payload of a packet without extension headers; the agent is woken.
+/// `BPF_RB_AVAIL_DATA`.
+const UNREAD: u64 = 0;
+
+/// Copies a frame; the agent is woken. One that was dropped is copied only while the agent has not read all answers, as only
+/// then it can have come too early; and half of the room is the answers'.
 #[inline(always)]
-pub fn copy(skb: *mut __sk_buff, slot: u16, family: u8) {
+pub fn copy(skb: *mut __sk_buff, slot: u16, kind: u8) {
     const WAKE_UP: u64 = 2;
-    let Some(offset) = payload(skb, family) else { return };
+    if kind == frame_kind::EARLY {
+        let unread = NAMES.query(UNREAD);
+        if unread == 0 || unread > u64::from(NAMES_BYTES / 2) {
+            return;
+        }
+    }
+    let Some(place) = FRAME.get_ptr_mut(0) else { return };
     // SAFETY: a field of the context.
-    let length = unsafe { (*skb).len }.wrapping_sub(offset).min(DNS_BYTES as u32) & 0x7ff;
+    let length = unsafe { (*skb).len }.min(FRAME_BYTES as u32) & FRAME_BYTES as u32;
     if length < LEAST {
         return;
     }
-    let Some(mut entry) = NAMES.reserve::<DnsMessage>(0) else {
+    // SAFETY: this CPU's own place, in which the helper writes `length` bytes, at most as many as there are.
+    let record = unsafe {
+        (*place).slot = slot;
+        (*place).length = length as u16;
+        (*place).kind = kind;
+        (*place).reserved = [0; 3];
+        if bpf_skb_load_bytes(skb.cast(), 0, addr_of_mut!((*place).frame).cast(), length) != 0 {
+            return;
+        }
+        &*ptr::slice_from_raw_parts(place.cast::<u8>(), FRAME_HEAD + length as usize)
+    };
+    if NAMES.output::<[u8]>(record, WAKE_UP).is_err() {
         count_stat(stat::NAMES_LOST);
-        return;
-    };
-    // SAFETY: the record is ours until it is submitted; the helper writes `length` bytes, at most the payload's size.
-    let copied = unsafe {
-        let message = entry.as_mut_ptr();
-        (*message).slot = slot;
-        (*message).length = length as u16;
-        bpf_skb_load_bytes(skb.cast(), offset, addr_of_mut!((*message).payload).cast(), length)
-    };
-    if copied == 0 {
-        entry.submit(WAKE_UP);
-    } else {
-        entry.discard(0);
     }
-}
-
-/// Where the payload begins.
-#[inline(always)]
-fn payload(skb: *mut __sk_buff, family: u8) -> Option<u32> {
-    let mut byte = [0u8; 1];
-    let mut load = |offset: usize| {
-        // SAFETY: one byte into a byte.
-        let result = unsafe { bpf_skb_load_bytes(skb.cast(), offset as u32, byte.as_mut_ptr().cast(), 1) };
-        (result == 0).then_some(byte[0])
-    };
-    if family == 4 {
-        return Some((ETHERNET + usize::from(load(ETHERNET)? & 15) * 4 + 8) as u32);
-    }
-    (load(ETHERNET + 6)? == UDP).then_some((ETHERNET + 40 + 8) as u32)
 }

@@ -3,6 +3,7 @@
 mod classes;
 pub mod dns;
 pub mod engine;
+pub mod frames;
 pub mod image;
 mod intern;
 pub mod maps;

@@ -194,6 +194,7 @@ impl Views {
         let sources = Sources {
             ipam: ipam.as_deref(),
             netpol: netpol.as_deref(),
+            flow_log: self.flow_log.as_ref().map(FlowLog::counters),
             logs: logs.as_ref(),
             telemetry: self.telemetry.as_ref(),
             version: self.version,

@@ -12,9 +12,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::ContainerId;
 use stanchion_core::policy::engine::{Engine, Settings, Source, UnknownPod};
+use stanchion_core::policy::frames::{Datagram, Messages};
 use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Slot};
+use stanchion_core::policy::maps::image_allows;
+use stanchion_core::policy::model::Direction;
 use stanchion_core::policy::{RuleName, dns};
-use stanchion_ebpf_abi::{Config, FlowEntry, flow_state};
+use stanchion_ebpf_abi::{Config, FlowEntry, flow_state, frame_kind};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -32,8 +35,9 @@ use super::handle::{
 };
 use super::interfaces::{Interfaces, exists, node_addresses};
 use super::maps::KernelMaps;
-use super::names::{self, DnsAnswers};
+use super::names::{self, PodFrames};
 use super::object::{LoadError, Loaded};
+use super::raw::Resender;
 use super::slots::{Sandbox, Slots};
 use crate::cluster::ClusterHandle;
 
@@ -102,7 +106,8 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     let maps = KernelMaps::new(&mut loaded)?;
     let flows = Flows::new(&mut loaded, Config { flags: 0, pod_flows })?;
     let events = Events::new(&mut loaded)?;
-    let answers = DnsAnswers::new(&mut loaded)?;
+    let frames = PodFrames::new(&mut loaded)?;
+    let resender = Resender::new().map_err(LoadError::Clock)?;
     let interfaces = Interfaces::new(&mut loaded)?;
     let kernel = maps.read().map_err(SpawnError::Maps)?;
     let isolated = kernel.endpoints.iter().filter(|(_, e)| is_isolated(e)).map(|(slot, _)| *slot).collect();
@@ -133,7 +138,8 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         interfaces,
         flows,
         events,
-        answers,
+        messages: Messages::default(),
+        resender,
         names_due: None,
         problems: Vec::new(),
         state_dir,
@@ -160,7 +166,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     };
     actor.take_over();
     let handle = NetpolHandle { mailbox, flows: records, listeners: Arc::new(listeners), ready: is_ready };
-    Ok((handle, tokio::spawn(actor.run(inbox, shutdown))))
+    Ok((handle, tokio::spawn(actor.run(inbox, frames, shutdown))))
 }
 
 fn is_isolated(endpoint: &EndpointImage) -> bool {
@@ -189,7 +195,8 @@ struct Actor {
     interfaces: Interfaces,
     flows: Flows,
     events: Events,
-    answers: DnsAnswers,
+    messages: Messages,
+    resender: Resender,
     /// When what the engine knows of names is put on disk; `None`: the file has it.
     names_due: Option<Instant>,
     /// What is wrong in the policies, as last told.
@@ -223,7 +230,7 @@ struct Actor {
 }
 
 impl Actor {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Message>, shutdown: CancellationToken) {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Message>, mut frames: PodFrames, shutdown: CancellationToken) {
         let mut sweep = interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.follow();
@@ -242,7 +249,10 @@ impl Actor {
                     Some(message) => self.answer(message),
                     None => return,
                 },
-                () = self.answers.wait() => self.learn(),
+                () = frames.wait() => frames.take(|slot, kind, frame| match kind {
+                    frame_kind::EARLY => self.send_again(slot, frame),
+                    _ => self.learn(slot, frame),
+                }),
                 // The senders live in the handles, without which nothing comes any more.
                 Ok(()) = self.listening.changed() => self.listen(),
                 () = self.events.wait() => self.tell(),
@@ -661,10 +671,10 @@ impl Actor {
         }
     }
 
-    /// Takes DNS answers to heart: what they name is in the maps when this returns.
-    fn learn(&mut self) {
+    /// Takes a DNS answer to heart: what it names is in the maps when this returns.
+    fn learn(&mut self, slot: Slot, frame: &[u8]) {
         let now = unix_seconds();
-        for (slot, message) in self.answers.take() {
+        for message in self.messages.of(slot, frame) {
             // What is no answer says nothing.
             let Ok(answers) = dns::answers(&message) else { continue };
             let (ops, result) = self.rules.learn(slot, &answers, now);
@@ -673,6 +683,23 @@ impl Actor {
             if let Err(cause) = result {
                 self.fail("cannot learn a name", &cause);
             }
+        }
+    }
+
+    /// A pod may use an answer before the agent has read it: what was dropped then is sent once more on its behalf, and is judged
+    /// anew on its way.
+    fn send_again(&self, slot: Slot, frame: &[u8]) {
+        let (Some(sandbox), Some(datagram)) = (self.slots.get(slot), Datagram::read(frame)) else { return };
+        let Datagram { source, destination, protocol, destination_port, .. } = datagram;
+        let from = sandbox.interfaces.iter().find(|interface| interface.addresses().any(|address| address == source));
+        let is_allowed = || image_allows(self.rules.image(), slot, Direction::Egress, destination, protocol, destination_port);
+        // What is still denied would come back here.
+        if let Some(from) = from
+            && self.backlog.is_empty()
+            && is_allowed()
+            && let Err(cause) = self.resender.send(&datagram.with_checksum(frame), from.index)
+        {
+            debug!(cause = %cause, interface = from.name, "a packet that came before its DNS answer was known is lost");
         }
     }
 

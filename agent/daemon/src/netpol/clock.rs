@@ -1,88 +1,22 @@
 //! The clock of the flow table: the kernel's jiffies, asked of a program of three instructions.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
-/// `bpf_attr` of BPF_PROG_LOAD, as far as used; the kernel takes the rest as zero.
-#[derive(Default)]
-#[repr(C)]
-struct Load {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buffer: u64,
-    kernel_version: u32,
-    flags: u32,
-}
-
-/// `bpf_attr` of BPF_PROG_TEST_RUN.
-#[derive(Default)]
-#[repr(C)]
-struct TestRun {
-    program: u32,
-    return_value: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    context_size_in: u32,
-    context_size_out: u32,
-    context_in: u64,
-    context_out: u64,
-    flags: u32,
-    cpu: u32,
-}
-
-fn bpf<T>(command: libc::c_int, attribute: &mut T) -> io::Result<i64> {
-    let size = u32::try_from(size_of::<T>()).expect("attributes are small");
-    // SAFETY: `attribute` is a bpf_attr of `size` bytes for this command; the pointers in it outlive the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attribute), size) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
+use super::raw::Program;
 
 /// Answers `(bpf_jiffies64() >> shift) as u32`.
 #[derive(Debug)]
-struct Counter(OwnedFd);
+struct Counter(Program);
 
 impl Counter {
     fn load(shift: u32) -> io::Result<Self> {
-        const PROG_LOAD: libc::c_int = 5;
-        const SCHED_CLS: u32 = 3;
         const JIFFIES64: u64 = 118;
         // call bpf_jiffies64; r0 >>= shift; exit
-        let instructions: [u64; 3] = [0x85 | JIFFIES64 << 32, 0x77 | u64::from(shift) << 32, 0x95];
-        let license = c"GPL";
-        let mut attribute = Load {
-            program_type: SCHED_CLS,
-            instruction_count: 3,
-            instructions: instructions.as_ptr().addr() as u64,
-            license: license.as_ptr().addr() as u64,
-            ..Load::default()
-        };
-        let fd = bpf(PROG_LOAD, &mut attribute)?;
-        let fd = i32::try_from(fd).expect("file descriptors fit");
-        // SAFETY: the call gave us this descriptor.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Program::load(&[0x85 | JIFFIES64 << 32, 0x77 | u64::from(shift) << 32, 0x95]).map(Self)
     }
 
     fn read(&self) -> io::Result<u32> {
-        const PROG_TEST_RUN: libc::c_int = 10;
-        // The kernel wants a frame at least as long as an Ethernet header.
-        let frame = [0u8; 64];
-        let mut attribute = TestRun {
-            program: u32::try_from(self.0.as_raw_fd()).expect("file descriptors are not negative"),
-            data_size_in: 64,
-            data_in: frame.as_ptr().addr() as u64,
-            repeat: 1,
-            ..TestRun::default()
-        };
-        bpf(PROG_TEST_RUN, &mut attribute)?;
-        Ok(attribute.return_value)
+        self.0.run(&[0u8; 64], 0)
     }
 }
 

@@ -32,6 +32,7 @@ mod interfaces;
 mod maps;
 mod names;
 mod object;
+mod raw;
 mod ring;
 mod slots;
 

@@ -1,4 +1,4 @@
-//! DNS answers that pods with rules about names got, and the file in which what they said outlives the agent.
+//! Frames of pods with rules about names: the DNS answers they got and what they sent too early; and the file in which what they said outlives the agent.
 
 use std::fs;
 use std::io;
@@ -8,21 +8,21 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use stanchion_core::policy::image::Slot;
 use stanchion_core::policy::names::Names;
-use stanchion_ebpf_abi::{DNS_BYTES, DnsMessage, map_name};
+use stanchion_ebpf_abi::map_name;
 
 use super::object::{LoadError, Loaded};
 use super::ring::Ring;
 
-/// Messages read in one go, so that a flood cannot keep the actor from its mailbox; the ring holds 127.
-const BATCH: usize = 127;
+/// Frames read in one go, so that a flood cannot keep the actor from its mailbox.
+const BATCH: usize = 128;
 
 /// Bumped when the file's meaning changes; another version is passed over.
 const VERSION: u32 = 1;
 
 /// The ring's reader.
-pub(super) struct DnsAnswers(Ring);
+pub(super) struct PodFrames(Ring);
 
-impl DnsAnswers {
+impl PodFrames {
     /// Must be called in the runtime that will wait.
     pub(super) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
         Ok(Self(Ring::new(loaded, map_name::NAMES)?))
@@ -33,16 +33,16 @@ impl DnsAnswers {
         self.0.wait().await;
     }
 
-    /// Takes what is there, up to a batch: the pod and the message it got.
-    pub(super) fn take(&mut self) -> Vec<(Slot, Vec<u8>)> {
-        let mut messages = Vec::new();
-        self.0.take(BATCH, |item| {
-            if item.len() == size_of::<DnsMessage>() {
-                let length = usize::from(u16::from_ne_bytes([item[2], item[3]])).min(DNS_BYTES);
-                messages.push((Slot(u16::from_ne_bytes([item[0], item[1]])), item[4..4 + length].to_vec()));
+    /// Hands over what is there, up to a batch: the pod, the [`stanchion_ebpf_abi::frame_kind`] and the frame. The programs see a
+    /// frame as unread until `each` returns.
+    pub(super) fn take(&mut self, mut each: impl FnMut(Slot, u8, &[u8])) {
+        self.0.take(BATCH, |record| {
+            if let [s0, s1, l0, l1, kind, _, _, _, frame @ ..] = record
+                && let Some(frame) = frame.get(..usize::from(u16::from_ne_bytes([*l0, *l1])))
+            {
+                each(Slot(u16::from_ne_bytes([*s0, *s1])), *kind, frame);
             }
         });
-        messages
     }
 }
 

@@ -207,7 +207,7 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     fs::create_dir_all(pins.join("links")).map_err(|source| LoadError::Directory { path: pins.clone(), source })?;
     let clock = Clock::new().map_err(LoadError::Clock)?;
     let programs = pins.join("programs");
-    let home = programs.join(object_hash());
+    let home = programs.join(object_hash(clock.shift()));
     if !are_whole(&pins, &home) {
         let failed = |path: &Path, source| LoadError::Directory { path: path.to_owned(), source };
         if programs.exists() {
@@ -229,10 +229,10 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
     Ok(Loaded { maps, programs, pins, clock })
 }
 
-/// Tells objects apart. That another build of the agent may hash differently costs one verification.
-fn object_hash() -> String {
+/// Tells objects and their constants apart. That another build of the agent may hash differently costs one verification.
+fn object_hash(tick_shift: u32) -> String {
     let mut hasher = DefaultHasher::new();
-    OBJECT.hash(&mut hasher);
+    (OBJECT, tick_shift).hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }
 

@@ -13,6 +13,7 @@ use super::{ExtraCounters, TelemetryHandle};
 use crate::ipamd::IpamSnapshot;
 use crate::logs::LogsSnapshot;
 use crate::netpol::NetpolSnapshot;
+use crate::netpol::flow_log::FlowLogCounters;
 
 /// What is known at a scrape; a part whose role does not run here is absent, and so are its families.
 #[derive(Clone, Copy, Debug, Default)]
@@ -21,6 +22,8 @@ pub struct Sources<'a> {
     pub ipam: Option<&'a IpamSnapshot>,
     /// Policy.
     pub netpol: Option<&'a NetpolSnapshot>,
+    /// The log of judged flows.
+    pub flow_log: Option<FlowLogCounters>,
     /// Log shipping.
     pub logs: Option<&'a LogsSnapshot>,
     /// Metric ticks.
@@ -41,6 +44,11 @@ pub fn render(sources: &Sources<'_>, format: Format) -> String {
     }
     if let Some(netpol) = sources.netpol {
         policy(&mut out, netpol);
+    }
+    if let Some(flow_log) = sources.flow_log {
+        out.single(&f::FLOW_LOG_SENT, flow_log.lines_sent as f64);
+        out.single(&f::FLOW_LOG_DROPPED, flow_log.lines_dropped as f64);
+        out.single(&f::FLOW_LOG_LOST, flow_log.records_lost as f64);
     }
     if let Some(logs) = sources.logs {
         log_shipping(&mut out, logs);
@@ -173,6 +181,7 @@ fn policy(out: &mut Exposition, netpol: &NetpolSnapshot) {
     out.single(&f::POLICY_TABLE_FULL, netpol.alarms.flow_table_full as f64);
     out.single(&f::POLICY_POD_CAP, netpol.alarms.pod_flow_cap as f64);
     out.single(&f::POLICY_NO_ENDPOINT, netpol.alarms.no_endpoint as f64);
+    out.single(&f::POLICY_NAMES_LOST, netpol.alarms.names_lost as f64);
     for (family, bytes) in [(&f::POLICY_PACKETS, false), (&f::POLICY_BYTES, true)] {
         let mut samples = out.family(family);
         for endpoint in netpol.endpoints.iter().filter(|e| e.ingress_isolated || e.egress_isolated) {

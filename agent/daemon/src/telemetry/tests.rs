@@ -303,7 +303,8 @@ fn a_scrape_of_a_busy_node_is_valid_and_bounded() {
         netpol.endpoints.push(endpoint);
     }
     let logs = crate::logs::LogsSnapshot::default();
-    let sources = Sources { ipam: Some(&ipam), netpol: Some(&netpol), logs: Some(&logs), version: "0.1.0", ..Default::default() };
+    let flow_log = Some(crate::netpol::flow_log::FlowLogCounters { lines_sent: 7, lines_dropped: 2, records_lost: 1 });
+    let sources = Sources { ipam: Some(&ipam), netpol: Some(&netpol), flow_log, logs: Some(&logs), version: "0.1.0", ..Default::default() };
     for format in [Format::Prometheus, Format::OpenMetrics] {
         let text = render(&sources, format);
         let seen = check_exposition(&text, format);
@@ -323,6 +324,7 @@ fn a_scrape_of_a_busy_node_is_valid_and_bounded() {
         assert!(text.contains("awscni_aws_api_error_count{api=\"CreateNetworkInterface\",error=\"Other \\\"x\\\"\"} 1\n"));
         // 300 policed pods have 1,200 series a family: 1,000 are told, the rest is counted.
         assert!(text.contains("stanchion_metrics_capped_samples 400\n"));
+        assert!(text.contains("stanchion_flow_log_lines_sent_total 7\n") && text.contains("stanchion_flow_log_lines_dropped_total 2\n"));
     }
 }
 
