@@ -28,6 +28,16 @@ pub const MAX_SPAN_MS: i64 = 24 * 3600 * 1000;
 /// Encoded size at which a batch is closed though the service would count less: keeps buffers of lines full of control
 /// characters (six bytes each when escaped) from growing to 6 MiB.
 const MAX_ENCODED_BYTES: usize = 1_900_000;
+/// What closes a batch besides its span.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    counted: usize,
+    encoded: usize,
+    events: usize,
+}
+
+const LIMITS: Limits = Limits { counted: MAX_BATCH_BYTES, encoded: MAX_ENCODED_BYTES, events: MAX_BATCH_EVENTS };
+
 /// Smaller buffers are not kept for the next batch; in bytes.
 const LEAST_KEPT: usize = 64 << 10;
 /// Level 1: 5:1 to 30:1 on container logs at a tenth of level 6's CPU.
@@ -187,6 +197,7 @@ pub struct BatchBuilder {
     stream: Arc<str>,
     emf: bool,
     compress: bool,
+    limits: Limits,
     max_span_ms: i64,
     /// The request's head, then events separated by commas; nothing at all before the first event.
     body: Vec<u8>,
@@ -206,6 +217,7 @@ impl BatchBuilder {
             stream,
             emf,
             compress: false,
+            limits: LIMITS,
             max_span_ms: MAX_SPAN_MS,
             body: Vec::new(),
             head: 0,
@@ -322,9 +334,9 @@ impl BatchBuilder {
 
     fn fits(&self, timestamp_ms: i64, counted: usize) -> bool {
         self.events.is_empty()
-            || (self.events.len() < MAX_BATCH_EVENTS
-                && self.counted + counted <= MAX_BATCH_BYTES
-                && self.body.len() <= MAX_ENCODED_BYTES
+            || (self.events.len() < self.limits.events
+                && self.counted + counted <= self.limits.counted
+                && self.body.len() <= self.limits.encoded
                 && self.last_ms.max(timestamp_ms).saturating_sub(self.first_ms.min(timestamp_ms)) <= self.max_span_ms)
     }
 
@@ -402,12 +414,15 @@ mod tests {
 
     use super::*;
 
-    fn legal(batch: &LogBatch) {
+    /// A thousandth of the service's, so that cases near each limit are many and small.
+    const SMALL: Limits = Limits { counted: 1000, encoded: 1900, events: 20 };
+
+    fn legal(batch: &LogBatch, limits: Limits) {
         let events: Vec<_> = batch.events().collect();
-        assert!((1..=MAX_BATCH_EVENTS).contains(&events.len()));
+        assert!((1..=limits.events).contains(&events.len()));
         let counted: usize = events.iter().map(|event| event.message.len() + EVENT_OVERHEAD).sum();
         assert_eq!(counted, batch.counted_bytes());
-        assert!(counted <= MAX_BATCH_BYTES);
+        assert!(counted <= limits.counted);
         assert!(events.is_sorted_by_key(|event| event.timestamp_ms));
         assert!(events[events.len() - 1].timestamp_ms - events[0].timestamp_ms <= MAX_SPAN_MS);
         assert!(events.iter().all(|event| !event.message.is_empty()));
@@ -418,11 +433,12 @@ mod tests {
     }
 
     fn batches(events: &[(i64, String)]) -> Vec<LogBatch> {
-        batches_of(events, false)
+        batches_of(events, false, LIMITS)
     }
 
-    fn batches_of(events: &[(i64, String)], compress: bool) -> Vec<LogBatch> {
+    fn batches_of(events: &[(i64, String)], compress: bool, limits: Limits) -> Vec<LogBatch> {
         let mut builder = BatchBuilder::new("g".into(), "s \"quoted\"".into(), false).compressing(compress);
+        builder.limits = limits;
         let mut batches = Vec::new();
         for (timestamp, message) in events {
             batches.extend(builder.push_with(*timestamp, |out| {
@@ -435,21 +451,22 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
         fn every_batch_is_legal_and_no_event_is_lost(
+            times in prop_oneof![Just(3 * MAX_SPAN_MS), Just(1000_i64)],
             events in proptest::collection::vec(
-                (0_i64..3 * MAX_SPAN_MS, prop_oneof![
-                    8 => "\\PC{0,30}",
-                    1 => (100_000_usize..MAX_MESSAGE_BYTES).prop_map(|len| "x".repeat(len)),
-                    1 => (1_usize..100_000).prop_map(|len| "\u{1}".repeat(len)),
+                (0.0..1.0, prop_oneof![
+                    8 => "\\PC{0,12}",
+                    1 => (500..=SMALL.counted - EVENT_OVERHEAD).prop_map(|len| "x".repeat(len)),
+                    1 => (1_usize..400).prop_map(|len| "\u{1}".repeat(len)),
                 ]),
                 0..60,
             ),
         ) {
-            let batches = batches(&events);
-            batches.iter().for_each(legal);
-            let compressed = batches_of(&events, true);
+            let events: Vec<(i64, String)> = events.into_iter().map(|(part, text)| ((part * times as f64) as i64, text)).collect();
+            let batches = batches_of(&events, false, SMALL);
+            batches.iter().for_each(|batch| legal(batch, SMALL));
+            let compressed = batches_of(&events, true, SMALL);
             prop_assert_eq!(compressed.len(), batches.len());
             for (compressed, plain) in compressed.iter().zip(&batches) {
                 prop_assert_eq!(compressed.body(), plain.body());
@@ -467,12 +484,12 @@ mod tests {
         fn halves_of_a_batch_are_the_batch(times in proptest::collection::vec(0_i64..1000, 2..40)) {
             let events: Vec<_> = times.iter().map(|time| (*time, format!("m{time}"))).collect();
             for compress in [false, true] {
-            let whole = &batches_of(&events, compress)[0];
-            let (left, right) = whole.bisect().unwrap();
-            prop_assert_eq!(left.gzip().is_some(), compress);
-            legal(&left);
-            legal(&right);
-            prop_assert_eq!(left.events().chain(right.events()).collect::<Vec<_>>(), whole.events().collect::<Vec<_>>());
+                let whole = &batches_of(&events, compress, LIMITS)[0];
+                let (left, right) = whole.bisect().unwrap();
+                prop_assert_eq!(left.gzip().is_some(), compress);
+                legal(&left, LIMITS);
+                legal(&right, LIMITS);
+                prop_assert_eq!(left.events().chain(right.events()).collect::<Vec<_>>(), whole.events().collect::<Vec<_>>());
             }
         }
     }
@@ -503,6 +520,13 @@ mod tests {
     }
 
     #[test]
+    fn control_characters_close_a_batch_before_its_buffer_is_six_times_as_large() {
+        let events: Vec<_> = (0..4).map(|time| (time, "\u{1}".repeat(250_000))).collect();
+        let lengths: Vec<_> = batches(&events).iter().map(LogBatch::len).collect();
+        assert_eq!(lengths, [1, 1, 1, 1], "two of them are under a mebibyte, but 3 MB encoded");
+    }
+
+    #[test]
     fn a_mebibyte_is_filled_to_the_last_byte() {
         let events: Vec<_> = (0..17).map(|time| (time, "x".repeat(MAX_BATCH_BYTES / 16 - EVENT_OVERHEAD))).collect();
         let counts: Vec<_> = batches(&events).iter().map(LogBatch::counted_bytes).collect();
@@ -516,7 +540,7 @@ mod tests {
             LogEvent { timestamp_ms: 1, message: "first".to_owned() },
         ];
         let batches = LogBatch::from_events("g", "s \"quoted\"", true, events);
-        batches.iter().for_each(legal);
+        batches.iter().for_each(|batch| legal(batch, LIMITS));
         assert_eq!(batches.len(), 2);
         assert!(batches[0].is_emf());
         assert_eq!(batches[0].events().next().unwrap().message, "first");

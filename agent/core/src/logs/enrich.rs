@@ -56,7 +56,7 @@ impl Identity {
             labels: pod.metadata.labels.clone(),
             annotations: pod.metadata.annotations.clone(),
             absent: pod.metadata.absent,
-            image_hash: text(status.map(|status| &status.image_id)),
+            image_hash: status.map(|status| image_hash(&status.image_id)).unwrap_or_default(),
             image: text(status.map(|status| &status.image)),
         };
         Self { names, pod: Some(known) }
@@ -97,12 +97,12 @@ impl Identity {
         format!("{{{}}}", text.join(","))
     }
 
-    /// The annotation `fluentbit.io/<name>`, by Fluent Bit's precedence: `<name>_<output>-<container>`, `<name>_<output>`,
-    /// `<name>-<container>`, `<name>`.
+    /// The annotation `fluentbit.io/<name>`, by Fluent Bit's precedence: `<name>_<output>-<container>`, `<name>-<container>`, `<name>`,
+    /// `<name>_<output>`. It takes the first of those that name no container in the order of the names, as the API serves them.
     pub fn fluent_bit_annotation(&self, name: &str, output: Output) -> Option<&str> {
         let annotations = &self.pod.as_ref()?.annotations;
         let (output, container) = (output.name(), &self.names.container);
-        [format!("{name}_{output}-{container}"), format!("{name}_{output}"), format!("{name}-{container}"), name.to_owned()]
+        [format!("{name}_{output}-{container}"), format!("{name}-{container}"), name.to_owned(), format!("{name}_{output}")]
             .iter()
             .find_map(|key| annotations.get(&format!("fluentbit.io/{key}")))
             .map(String::as_str)
@@ -132,6 +132,12 @@ fn container_id(text: &str) -> String {
     text.rsplit_once("://").map_or(text, |(_, id)| id).to_owned()
 }
 
+/// `docker-pullable://repo@sha256:…` without the scheme. Nothing where there is no digest at all, as with Fluent Bit.
+fn image_hash(image_id: &str) -> String {
+    let without_scheme = image_id.split_once("://").filter(|(scheme, _)| !scheme.contains(':')).map(|(_, rest)| rest);
+    without_scheme.or(image_id.contains(':').then_some(image_id)).unwrap_or_default().to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,6 +154,40 @@ mod tests {
             let pod: Pod = serde_json::from_str(&format!("{{\"metadata\":{metadata}}}")).unwrap();
             let record: Value = serde_json::from_str(&Identity::new(&names, Some(&pod)).to_json(true, true)).unwrap();
             assert_eq!((record.get("labels").is_some(), record.get("annotations").is_some()), (labels, annotations), "{metadata}");
+        }
+    }
+
+    #[test]
+    fn the_image_is_told_by_its_digest_alone() {
+        for (image_id, hash) in [
+            ("docker-pullable://repo/web@sha256:ab", "repo/web@sha256:ab"),
+            ("public.ecr.aws/x/web@sha256:ab", "public.ecr.aws/x/web@sha256:ab"),
+            ("registry:5000/web@sha256:ab", "registry:5000/web@sha256:ab"),
+            ("sha256:ab", "sha256:ab"),
+            ("0123abcd", ""),
+            ("", ""),
+        ] {
+            assert_eq!(image_hash(image_id), hash, "{image_id}");
+        }
+    }
+
+    #[test]
+    fn which_annotation_counts() {
+        let names = parse_flat(&format!("web_shop_app-{:064x}.log", 7)).unwrap();
+        for (annotations, stdout, stderr) in [
+            (r#"{"fluentbit.io/exclude":"true"}"#, true, true),
+            (r#"{"fluentbit.io/exclude_stderr":"On"}"#, false, true),
+            (r#"{"fluentbit.io/exclude":"false","fluentbit.io/exclude_stderr":"true"}"#, false, false),
+            (r#"{"fluentbit.io/exclude":"true","fluentbit.io/exclude-app":"false"}"#, false, false),
+            (r#"{"fluentbit.io/exclude-app":"false","fluentbit.io/exclude_stdout-app":"yes"}"#, true, false),
+            (r#"{"fluentbit.io/exclude-other":"true","fluentbit.io/exclude_stdout-other":"true"}"#, false, false),
+            (r#"{"fluentbit.io/exclude":"1"}"#, false, false),
+        ] {
+            let pod: Pod =
+                serde_json::from_str(&format!(r#"{{"metadata":{{"name":"web","namespace":"shop","annotations":{annotations}}}}}"#))
+                    .unwrap();
+            let identity = Identity::new(&names, Some(&pod));
+            assert_eq!((identity.is_excluded(Output::Stdout), identity.is_excluded(Output::Stderr)), (stdout, stderr), "{annotations}");
         }
     }
 }

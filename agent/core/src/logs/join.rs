@@ -255,6 +255,10 @@ impl Joiner {
             content: &line.content,
             marks: &[mark],
         };
+        // Where something is masked the rest of an open line has to stay with its beginning.
+        if matches!(line.header, Header::None) && self.redactions.is_empty() {
+            self.close_partials(now_ms, emit);
+        }
         let OutputState { partial, group, memory } = &mut self.outputs[line.output as usize];
         let mut grouper = Grouper { rules: &self.rules, bounds: self.bounds, group, memory, now_ms };
         let joins = matches!(event.header, Header::Cri { .. } | Header::Docker { .. });
@@ -278,6 +282,18 @@ impl Joiner {
             partial.close();
         } else if partial.content.len() >= self.bounds.bytes {
             grouper.take_part(partial, line.output, &self.redactions, emit);
+        }
+    }
+
+    /// A line of no runtime's form: what was open before it stays without its end, as with Fluent Bit.
+    fn close_partials(&mut self, now_ms: i64, emit: &mut impl FnMut(Event<'_>)) {
+        for (output, state) in [Output::Stdout, Output::Stderr].into_iter().zip(&mut self.outputs) {
+            let OutputState { partial, group, memory } = state;
+            // A line of no form that is being read in pieces is not parted from its rest.
+            if partial.is_open() && !matches!(partial.kind, Kind::None) {
+                Grouper { rules: &self.rules, bounds: self.bounds, group, memory, now_ms }.take(partial.event(output), emit);
+                partial.close();
+            }
         }
     }
 
@@ -477,6 +493,23 @@ mod tests {
         let texts: Vec<_> = seen.iter().map(|event| event.2.as_str()).collect();
         assert_eq!(texts, ["other", "x.YException: a\n\tat z", "b"]);
         assert_eq!(seen[1].3, [Mark { generation: 0, offset: 0 }]);
+    }
+
+    #[test]
+    fn a_line_of_no_form_ends_what_is_open() {
+        let lines: Vec<String> = [
+            "2026-11-20T10:00:01Z stdout P out ",
+            "2026-11-20T10:00:02Z stderr P err ",
+            "torn",
+            "2026-11-20T10:00:03Z stdout F put",
+            "2026-11-20T10:00:04Z stderr F or",
+        ]
+        .map(String::from)
+        .into();
+        let texts = |joiner: &mut Joiner| run(joiner, &lines).into_iter().map(|event| event.2).collect::<Vec<_>>();
+        assert_eq!(texts(&mut plain(1 << 20)), ["out ", "err ", "torn", "put", "or"]);
+        let rule = Redaction { pattern: regex_lite::Regex::new("x").unwrap(), replacement: "#".to_owned() };
+        assert_eq!(texts(&mut plain(1 << 20).sparing([rule].into())), ["torn", "out put", "err or"], "no mask is evaded by it");
     }
 
     #[test]

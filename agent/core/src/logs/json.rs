@@ -9,20 +9,38 @@ const HEX: &[u8; 16] = b"0123456789abcdef";
 
 /// Width of the block that the scan tests at once; LLVM turns the loop over it into vector compares.
 const BLOCK: usize = 32;
+/// Width of what is looked at inside a block that holds a special byte.
+const WORD: usize = size_of::<u64>();
+/// Longest form of one byte: `\\u001f`.
+const LONGEST: usize = 7;
+
+/// What a special byte becomes: up to [`LONGEST`] bytes, and how many in the last place. A fixed width is one store.
+type Form = [u8; LONGEST + 1];
+/// By byte; only those that [`is_special`] have one.
+type Forms = [Form; b'\\' as usize + 1];
+
+/// Inside a JSON string.
+static ONCE: Forms = forms(1);
+/// Inside a JSON string inside a JSON string.
+static TWICE: Forms = forms(2);
 
 /// Appends `bytes` as the inside of a JSON string.
 pub fn escape(out: &mut Vec<u8>, bytes: &[u8]) {
-    each_valid(bytes, |text| each_run(text, out, once));
+    each_valid(bytes, |text| {
+        escape_valid(out, text.as_bytes(), &ONCE);
+    });
+}
+
+/// As [`escape`], for what is known to be text.
+pub fn escape_text(out: &mut Vec<u8>, text: &str) {
+    escape_valid(out, text.as_bytes(), &ONCE);
 }
 
 /// Appends `bytes` as the inside of a JSON string that is itself inside a JSON string, and returns how long the inner form
 /// is: the bytes that CloudWatch Logs counts.
 pub fn escape_twice(out: &mut Vec<u8>, bytes: &[u8]) -> usize {
     let mut inner = 0;
-    each_valid(bytes, |text| {
-        inner += text.len();
-        each_run(text, out, |out, byte| inner += twice(out, byte) - 1);
-    });
+    each_valid(bytes, |text| inner += text.len() + escape_valid(out, text.as_bytes(), &TWICE));
     inner
 }
 
@@ -34,48 +52,112 @@ pub fn valid_len(bytes: &[u8]) -> usize {
 }
 
 /// Calls `piece` with the valid parts and a replacement for each invalid one.
-fn each_valid(bytes: &[u8], mut piece: impl FnMut(&[u8])) {
+fn each_valid(bytes: &[u8], mut piece: impl FnMut(&str)) {
     // The check of the whole is several times faster than walking chunks, and nearly every line passes it.
-    if std::str::from_utf8(bytes).is_ok() {
-        return piece(bytes);
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        return piece(text);
     }
     for chunk in bytes.utf8_chunks() {
-        piece(chunk.valid().as_bytes());
+        piece(chunk.valid());
         if !chunk.invalid().is_empty() {
-            piece(REPLACEMENT.as_bytes());
+            piece(REPLACEMENT);
         }
     }
 }
 
-/// Copies runs that need no escape and calls `special` for each byte between them.
-fn each_run(mut text: &[u8], out: &mut Vec<u8>, mut special: impl FnMut(&mut Vec<u8>, u8)) {
+/// Copies blocks that need no escape as they are, and the others word by word. Returns by how much one escape makes the text longer.
+fn escape_valid(out: &mut Vec<u8>, mut text: &[u8], forms: &Forms) -> usize {
+    let mut grown = 0;
     loop {
-        let run = plain_prefix(text);
-        out.extend_from_slice(&text[..run]);
-        let Some(&byte) = text.get(run) else { return };
-        special(out, byte);
-        text = &text[run + 1..];
+        let plain = plain_blocks(text);
+        out.extend_from_slice(&text[..plain]);
+        text = &text[plain..];
+        if text.is_empty() {
+            return grown;
+        }
+        let (block, rest) = text.split_at(text.len().min(BLOCK));
+        grown += escape_block(out, block, forms);
+        text = rest;
     }
 }
 
-fn is_special(byte: u8) -> bool {
+/// At most [`BLOCK`] bytes. What is written goes through a buffer that is always long enough, in stores of one word each of which only the
+/// beginning counts: the next one overwrites the rest.
+fn escape_block(out: &mut Vec<u8>, block: &[u8], forms: &Forms) -> usize {
+    let mut written = [0; BLOCK * LONGEST + WORD];
+    let (mut at, mut grown) = (0, 0);
+    for bytes in block.chunks(WORD) {
+        let mut word = [b' '; WORD];
+        word[..bytes.len()].copy_from_slice(bytes);
+        let value = u64::from_le_bytes(word);
+        let mut special = special_bytes(value);
+        let mut from = 0;
+        while special != 0 {
+            let place = special.trailing_zeros() as usize / 8;
+            written[at..at + WORD].copy_from_slice(&(value >> (8 * from)).to_le_bytes());
+            at += place - from;
+            let form = &forms[usize::from(word[place])];
+            written[at..at + WORD].copy_from_slice(form);
+            at += usize::from(form[LONGEST]);
+            // One backslash more, or `\\u00` and one digit.
+            grown += if form[LONGEST] > 4 { 5 } else { 1 };
+            from = place + 1;
+            special &= special - 1;
+        }
+        if from < bytes.len() {
+            written[at..at + WORD].copy_from_slice(&(value >> (8 * from)).to_le_bytes());
+            at += bytes.len() - from;
+        }
+    }
+    out.extend_from_slice(&written[..at]);
+    grown
+}
+
+const fn is_special(byte: u8) -> bool {
     byte < 0x20 || byte == b'"' || byte == b'\\'
+}
+
+/// The highest bit of each byte that [`is_special`], exactly: no byte's sum reaches the next.
+const fn special_bytes(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 0xff;
+    const LOW: u64 = ONES * 0x7f;
+    const HIGH: u64 = ONES * 0x80;
+    const fn is_zero(word: u64) -> u64 {
+        !(((word & LOW) + LOW) | word)
+    }
+    let control = !((word & LOW) + ONES * 0x60) & !word;
+    (control | is_zero(word ^ (ONES * b'"' as u64)) | is_zero(word ^ (ONES * b'\\' as u64))) & HIGH
+}
+
+/// How many leading bytes, in whole blocks, need no escape.
+fn plain_blocks(text: &[u8]) -> usize {
+    let mut at = 0;
+    // No early exit inside the block: that is what lets it be one vector compare.
+    while text.get(at..at + BLOCK).is_some_and(|block| !block.iter().fold(false, |hit, &byte| hit | is_special(byte))) {
+        at += BLOCK;
+    }
+    at
 }
 
 /// How many leading bytes need no escape.
 pub fn plain_prefix(text: &[u8]) -> usize {
-    let mut at = 0;
-    while let Some(block) = text.get(at..at + BLOCK) {
-        // No early exit inside the block: that is what lets it be one vector compare.
-        if block.iter().fold(false, |hit, &byte| hit | is_special(byte)) {
-            break;
+    // Most strings of an object are short.
+    let first = text.first_chunk().map_or(0, |word| special_bytes(u64::from_le_bytes(*word)));
+    if first != 0 {
+        return first.trailing_zeros() as usize / 8;
+    }
+    let mut at = plain_blocks(text);
+    while let Some(word) = text[at..].first_chunk() {
+        let special = special_bytes(u64::from_le_bytes(*word));
+        if special != 0 {
+            return at + special.trailing_zeros() as usize / 8;
         }
-        at += BLOCK;
+        at += WORD;
     }
     at + text[at..].iter().position(|&byte| is_special(byte)).unwrap_or(text.len() - at)
 }
 
-fn short_escape(byte: u8) -> Option<u8> {
+const fn short_escape(byte: u8) -> Option<u8> {
     match byte {
         b'"' | b'\\' => Some(byte),
         b'\n' => Some(b'n'),
@@ -87,38 +169,32 @@ fn short_escape(byte: u8) -> Option<u8> {
     }
 }
 
-fn hex(byte: u8) -> [u8; 4] {
-    [b'0', b'0', HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]
-}
-
-fn once(out: &mut Vec<u8>, byte: u8) {
-    out.push(b'\\');
-    match short_escape(byte) {
-        Some(short) => out.push(short),
-        None => {
-            out.push(b'u');
-            out.extend_from_slice(&hex(byte));
+/// The forms of a byte escaped `times`, 1 or 2.
+const fn forms(times: usize) -> Forms {
+    let mut forms = [[0; LONGEST + 1]; b'\\' as usize + 1];
+    let mut byte = 0;
+    while byte <= b'\\' {
+        if is_special(byte) {
+            let inner = match short_escape(byte) {
+                Some(short) => [b'\\', short, 0, 0, 0, 0],
+                None => [b'\\', b'u', b'0', b'0', HEX[(byte >> 4) as usize], HEX[(byte & 15) as usize]],
+            };
+            let (mut form, mut len, mut at) = ([0; LONGEST + 1], 0, 0);
+            while at < inner.len() && inner[at] != 0 {
+                if times == 2 && is_special(inner[at]) {
+                    form[len] = b'\\';
+                    len += 1;
+                }
+                form[len] = inner[at];
+                len += 1;
+                at += 1;
+            }
+            form[LONGEST] = len as u8;
+            forms[byte as usize] = form;
         }
+        byte += 1;
     }
-}
-
-/// Returns the length of the inner escape.
-fn twice(out: &mut Vec<u8>, byte: u8) -> usize {
-    match short_escape(byte) {
-        Some(short @ (b'"' | b'\\')) => {
-            out.extend_from_slice(&[b'\\', b'\\', b'\\', short]);
-            2
-        }
-        Some(short) => {
-            out.extend_from_slice(&[b'\\', b'\\', short]);
-            2
-        }
-        None => {
-            out.extend_from_slice(b"\\\\u");
-            out.extend_from_slice(&hex(byte));
-            6
-        }
-    }
+    forms
 }
 
 /// Appends a decimal number.
@@ -161,7 +237,7 @@ mod tests {
         }
 
         #[test]
-        fn twice_is_serde_json_applied_twice(text in "\\PC{0,80}|[\\x00-\\x7f]{0,80}") {
+        fn twice_is_serde_json_applied_twice(text in "\\PC{0,80}|[\\x00-\\x7f]{0,80}|([a-z]{0,12}[\"\\\\]){0,12}") {
             let mut out = vec![b'"'];
             out.extend_from_slice(b"\\\"");
             let inner = escape_twice(&mut out, text.as_bytes());
@@ -179,7 +255,7 @@ mod tests {
         }
 
         #[test]
-        fn plain_prefix_stops_at_the_first_special_byte(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn plain_prefix_stops_at_the_first_special_byte(bytes in proptest::collection::vec(prop_oneof![20 => 0x20_u8..=0xff, 1 => any::<u8>()], 0..200)) {
             let expected = bytes.iter().position(|&byte| is_special(byte)).unwrap_or(bytes.len());
             prop_assert_eq!(plain_prefix(&bytes), expected);
         }

@@ -1,19 +1,25 @@
 //! Finds the JSON object at the start of a log line, without building a value.
 //!
 //! Strict JSON (RFC 8259) but for what follows the object, which is ignored as Fluent Bit ignores it, unless that is JSON too: a line of
-//! two values is no object. Nor is one that a strict reader of the record would refuse later (lone surrogates, raw control
-//! characters, numbers beyond a double).
+//! two values is no object. Nor is one with a number beyond a double, or one that is nested deeper than Fluent Bit's reader of records
+//! goes.
 //!
-//! Two things are not taken as they stand, because Fluent Bit's readers know them otherwise: line ends at the end of a member's string go
-//! (`Merge_Log_Trim`), and a number of more digits than a double holds is written with the 16 that it has.
+//! What Fluent Bit's readers know otherwise is not taken as it stands: line ends at the end of a member's string go (`Merge_Log_Trim`), a
+//! number of more digits than a double holds is written with the 16 that it has, and half a surrogate pair and a raw control character
+//! in a string are U+FFFD.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use serde_json::Value;
+use smallvec::SmallVec;
 
-/// Deeper nesting is not followed; readers of the record have limits too.
-const MAX_DEPTH: usize = 100;
+/// Objects and arrays within each other, the line's own included: what Fluent Bit's reader of records (msgpack-c) follows.
+const MAX_DEPTH: usize = 32;
+/// Members of most objects.
+const FEW: usize = 16;
+/// What half a surrogate pair and a raw control character become.
+const REPLACEMENT: &str = "\u{FFFD}";
 
 /// A member of the object: places in the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +45,7 @@ pub struct Object {
 
 impl Object {
     /// The text of `range` with its edits, in pieces.
-    pub fn pieces<'a>(&'a self, text: &'a [u8], range: Range<usize>) -> impl Iterator<Item = &'a [u8]> {
+    pub fn pieces<'a>(&'a self, text: &'a str, range: Range<usize>) -> impl Iterator<Item = &'a str> {
         let first = self.edits.partition_point(|(place, _)| place.start < range.start);
         let inside = self.edits[first..].iter().take_while({
             let end = range.end;
@@ -47,26 +53,25 @@ impl Object {
         });
         let ends = inside.clone().map(|(place, _)| place.start).chain([range.end]);
         let starts = [range.start].into_iter().chain(inside.clone().map(|(place, _)| place.end));
-        let edited = inside.map(|(_, edit)| edit.as_bytes()).chain([&b""[..]]);
+        let edited = inside.map(|(_, edit)| edit.as_str()).chain([""]);
         starts.zip(ends).zip(edited).flat_map(move |((start, end), edit)| [&text[start..end], edit])
     }
 }
 
 /// Reads the object that `text` begins with, after blanks.
-pub fn object(text: &[u8]) -> Option<Object> {
-    let mut scan = Scan { text, at: 0, edits: Vec::new() };
+pub fn object(text: &str) -> Option<Object> {
+    let mut scan = Scan { text: text.as_bytes(), at: 0, edits: Vec::new() };
     scan.blanks();
     let start = scan.at;
     if scan.peek() != Some(b'{') {
         return None;
     }
-    let mut members = Vec::new();
-    scan.members(0, &mut |key, value| members.push(Member { key, value }))?;
+    let mut members = Vec::with_capacity(FEW);
+    scan.members(1, &mut |key, value| members.push(Member { key, value }))?;
     let end = scan.at;
-    std::str::from_utf8(&text[start..end]).ok()?;
     let mut edits = std::mem::take(&mut scan.edits);
     scan.blanks();
-    if scan.peek().is_some() && scan.value(0).is_some() {
+    if scan.peek().is_some() && scan.value(1).is_some() {
         return None;
     }
     edits.extend(members.iter().filter_map(|member| Some((member.value.clone(), trimmed(&text[member.value.clone()])?))));
@@ -77,13 +82,13 @@ pub fn object(text: &[u8]) -> Option<Object> {
 
 /// A string without the line ends at its end, if it has any: newlines, and the letters `\n` and `\r` that a writer escaped once too
 /// often. The first character stays in any case.
-fn trimmed(value: &[u8]) -> Option<String> {
-    let inner = value.strip_prefix(b"\"")?.strip_suffix(b"\"")?;
-    let ends = [&b"\\n"[..], b"\\r", b"\\u000a", b"\\u000A"];
+fn trimmed(value: &str) -> Option<String> {
+    let inner = value.strip_prefix('"')?.strip_suffix('"')?;
+    let ends = ["\\n", "\\r", "\\u000a", "\\u000A"];
     if !ends.iter().any(|end| inner.ends_with(end)) {
         return None;
     }
-    let whole: String = serde_json::from_slice(value).ok()?;
+    let whole: String = serde_json::from_str(value).ok()?;
     let mut text = whole.as_str();
     while text.len() > 1 {
         let shorter = text.strip_suffix('\n').or_else(|| text.strip_suffix("\\n")).or_else(|| text.strip_suffix("\\r"));
@@ -111,8 +116,14 @@ fn reduced(text: &str) -> Option<Option<String>> {
     if !value.is_finite() {
         return Some(None);
     }
-    (whole || digits > 15).then(|| Some(sixteen_digits(value)))
+    // A double without a fraction is written in full as long as an integer of 64 bits holds it.
+    let full = value.fract() == 0.0 && (-TWO_TO_63..TWO_TO_63).contains(&value);
+    let text = if full { format!("{value:.1}") } else { sixteen_digits(value) };
+    (whole || digits > 15).then_some(Some(text))
 }
+
+/// 2^63, which a double holds.
+const TWO_TO_63: f64 = 9_223_372_036_854_775_808.0;
 
 /// As C's `%.16g`: a number that JSON has too.
 fn sixteen_digits(value: f64) -> String {
@@ -120,31 +131,27 @@ fn sixteen_digits(value: f64) -> String {
 }
 
 /// The name without quotes and escapes.
-pub fn key_text<'a>(text: &'a [u8], key: &Range<usize>) -> Cow<'a, [u8]> {
+pub fn key_text<'a>(text: &'a str, key: &Range<usize>) -> Cow<'a, str> {
     let quoted = &text[key.clone()];
     let inner = &quoted[1..quoted.len() - 1];
-    if inner.contains(&b'\\') {
-        serde_json::from_slice::<String>(quoted).map_or(Cow::Borrowed(inner), |name| Cow::Owned(name.into_bytes()))
-    } else {
-        Cow::Borrowed(inner)
-    }
+    if inner.contains('\\') { serde_json::from_str(quoted).map_or(Cow::Borrowed(inner), Cow::Owned) } else { Cow::Borrowed(inner) }
 }
 
-fn remove_repeated(text: &[u8], members: &mut Vec<Member>) -> bool {
-    let before = members.len();
-    let names: Vec<_> = members.iter().map(|member| key_text(text, &member.key)).collect();
-    let mut order: Vec<usize> = (0..before).collect();
-    order.sort_by(|&a, &b| names[a].cmp(&names[b]).then(a.cmp(&b)));
-    let superseded: Vec<usize> = order.windows(2).filter(|pair| names[pair[0]] == names[pair[1]]).map(|pair| pair[0]).collect();
-    if superseded.is_empty() {
+fn remove_repeated(text: &str, members: &mut Vec<Member>) -> bool {
+    let names: SmallVec<[_; FEW]> = members.iter().map(|member| key_text(text, &member.key)).collect();
+    // Few names are compared with each other faster than they are sorted.
+    if names.len() <= FEW && !names.iter().enumerate().any(|(index, name)| names[..index].contains(name)) {
         return false;
     }
+    let mut order: Vec<usize> = (0..names.len()).collect();
+    order.sort_by(|&a, &b| names[a].cmp(&names[b]).then(a.cmp(&b)));
+    let superseded: Vec<usize> = order.windows(2).filter(|pair| names[pair[0]] == names[pair[1]]).map(|pair| pair[0]).collect();
     let mut index = 0;
     members.retain(|_| {
         index += 1;
         !superseded.contains(&(index - 1))
     });
-    true
+    !superseded.is_empty()
 }
 
 struct Scan<'a> {
@@ -169,7 +176,7 @@ impl Scan<'_> {
         (self.peek() == Some(byte)).then(|| self.at += 1)
     }
 
-    /// From `{` to behind `}`.
+    /// From `{` to behind `}`; `depth` counts this object.
     fn members(&mut self, depth: usize, each: &mut dyn FnMut(Range<usize>, Range<usize>)) -> Option<()> {
         self.take(b'{')?;
         self.blanks();
@@ -199,11 +206,10 @@ impl Scan<'_> {
         }
     }
 
+    /// `depth` is that of an object or array, if it is one.
     fn value(&mut self, depth: usize) -> Option<()> {
-        if depth > MAX_DEPTH {
-            return None;
-        }
         match self.peek()? {
+            b'{' | b'[' if depth > MAX_DEPTH => None,
             b'{' => self.members(depth, &mut |_, _| {}),
             b'[' => self.array(depth),
             b'"' => self.string(),
@@ -253,10 +259,10 @@ impl Scan<'_> {
         if self.peek() == Some(b'-') {
             self.at += 1;
         }
-        if self.peek() == Some(b'0') {
-            self.at += 1;
-        } else {
-            self.digits()?;
+        let first = self.at;
+        self.digits()?;
+        if self.text[first] == b'0' && self.at - first > 1 {
+            return None;
         }
         if self.peek() == Some(b'.') {
             self.at += 1;
@@ -270,6 +276,9 @@ impl Scan<'_> {
             self.digits()?;
         }
         let text = std::str::from_utf8(&self.text[start..self.at]).ok()?;
+        if text == "-0" {
+            self.edits.push((start..self.at, "0".to_owned()));
+        }
         // Nearly all numbers are short integers.
         if (text.len() > 15 || text.contains(['e', 'E']))
             && let Some(reduced) = reduced(text)
@@ -292,27 +301,40 @@ impl Scan<'_> {
                     return Some(());
                 }
                 b'\\' => self.escape()?,
-                _ => return None,
+                _ => {
+                    self.edits.push((self.at..self.at + 1, REPLACEMENT.to_owned()));
+                    self.at += 1;
+                }
             }
         }
     }
 
     fn escape(&mut self) -> Option<()> {
+        let start = self.at;
         let kind = *self.text.get(self.at + 1)?;
         self.at += 2;
         if kind != b'u' {
             return matches!(kind, b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't').then_some(());
         }
         let unit = self.unit()?;
-        match unit {
+        let end = self.at;
+        let alone = match unit {
             0xd800..=0xdbff => {
-                self.text[self.at..].starts_with(b"\\u").then_some(())?;
-                self.at += 2;
-                matches!(self.unit()?, 0xdc00..=0xdfff).then_some(())
+                let next = self.text[self.at..].starts_with(b"\\u").then(|| {
+                    self.at += 2;
+                    self.unit()
+                });
+                !matches!(next, Some(Some(0xdc00..=0xdfff)))
             }
-            0xdc00..=0xdfff => None,
-            _ => Some(()),
+            0xdc00..=0xdfff => true,
+            _ => false,
+        };
+        if alone {
+            // What follows it stands for itself.
+            self.at = end;
+            self.edits.push((start..end, REPLACEMENT.to_owned()));
         }
+        Some(())
     }
 
     fn unit(&mut self) -> Option<u16> {
@@ -364,8 +386,8 @@ mod tests {
     }
 
     fn edited(text: &str) -> Option<String> {
-        let object = object(text.as_bytes())?;
-        Some(String::from_utf8(object.pieces(text.as_bytes(), object.text.clone()).collect::<Vec<_>>().concat()).unwrap())
+        let object = object(text)?;
+        Some(object.pieces(text, object.text.clone()).collect())
     }
 
     #[test]
@@ -386,25 +408,56 @@ mod tests {
             ("0.30000000000000004", "0.3"),
             ("1e3", "1e3"),
             ("[1,{\"x\":3.14159265358979312}]", "[1,{\"x\":3.141592653589793}]"),
+            ("1795168809.123456789", "1795168809.123457"),
+            ("123456789012345678.0", "123456789012345680.0"),
+            ("-9223372036854775809", "-9223372036854775808.0"),
+            ("-0", "0"),
         ] {
             let text = edited(&format!("{{\"n\":{number}}}")).unwrap();
             let read: Value = serde_json::from_str(&text).unwrap();
             assert_eq!(read["n"], serde_json::from_str::<Value>(written).unwrap(), "{number}: {text}");
         }
-        assert_eq!(object(br#"{"n":1e400}"#), None);
-        assert_eq!(object(br#"{"n":[-1e999]}"#), None);
+        assert_eq!(object(r#"{"n":1e400}"#), None);
+        assert_eq!(object(r#"{"n":[-1e999]}"#), None);
     }
 
     #[test]
     fn two_values_in_a_line_are_no_object() {
         for text in [r#"{"a":1}{"b":2}"#, r#"{"a":1} 42"#, r#"{"a":1} true"#, r#"{"a":1} [1]"#] {
-            assert_eq!(object(text.as_bytes()), None, "{text}");
+            assert_eq!(object(text), None, "{text}");
         }
-        for text in [r#"{"a":1} trailing"#, r#"{"a":1},"#, "{\"a\":1}\n", r#"{"a":1} {"broken":"#] {
-            assert!(object(text.as_bytes()).is_some(), "{text}");
+        for text in [
+            r#"{"a":1} trailing"#,
+            r#"{"a":1},"#,
+            "{\"a\":1}\n",
+            r#"{"a":1} {"broken":"#,
+            "{\"a\":1} \u{fffd}",
+            r#"{"a":1} 01:02"#,
+            r#"{"a":1} -"#,
+        ] {
+            assert!(object(text).is_some(), "{text}");
         }
-        assert!(object(b"{\"a\":1} \xff").is_some());
-        assert_eq!(object(b"{\"a\":\"\xff\"}"), None);
+    }
+
+    #[test]
+    fn what_no_string_can_hold_is_replaced() {
+        for (text, expected) in [
+            (r#"{"high":"a\ud800b"}"#, "{\"high\":\"a\u{fffd}b\"}"),
+            (r#"{"low":"\udc00"}"#, "{\"low\":\"\u{fffd}\"}"),
+            (r#"{"two":"\ud83d\ud83d\ude00"}"#, "{\"two\":\"\u{fffd}\\ud83d\\ude00\"}"),
+            (r#"{"other":"\ud83d\u0041"}"#, "{\"other\":\"\u{fffd}\\u0041\"}"),
+            (r#"{"k\udfff":1}"#, "{\"k\u{fffd}\":1}"),
+            ("{\"tab\":\"a\tb\"}", "{\"tab\":\"a\u{fffd}b\"}"),
+        ] {
+            assert_eq!(edited(text).as_deref(), Some(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn thirty_two_levels_are_followed() {
+        let nested = |levels: usize| format!("{{\"a\":{}1{}}}", "[".repeat(levels - 1), "]".repeat(levels - 1));
+        assert!(object(&nested(32)).is_some());
+        assert_eq!(object(&nested(33)), None);
     }
 
     proptest! {
@@ -413,17 +466,16 @@ mod tests {
             let Value::Object(expected) = value else { return Ok(()) };
             // `null`, `true` and `false` would be a second value.
             let text = format!("{before}{} x{after}", serde_json::to_string(&expected).unwrap());
-            let bytes = text.as_bytes();
-            let object = object(bytes).unwrap();
+            let object = object(&text).unwrap();
             let members: Map<String, Value> = object
                 .members
                 .iter()
                 .map(|member| {
-                    let key = String::from_utf8(key_text(bytes, &member.key).into_owned()).unwrap();
-                    (key, serde_json::from_slice(&object.pieces(bytes, member.value.clone()).collect::<Vec<_>>().concat()).unwrap())
+                    let key = key_text(&text, &member.key).into_owned();
+                    (key, serde_json::from_str(&object.pieces(&text, member.value.clone()).collect::<String>()).unwrap())
                 })
                 .collect();
-            let whole: Map<String, Value> = serde_json::from_slice(&object.pieces(bytes, object.text.clone()).collect::<Vec<_>>().concat()).unwrap();
+            let whole: Map<String, Value> = serde_json::from_str(&object.pieces(&text, object.text.clone()).collect::<String>()).unwrap();
             prop_assert_eq!(&whole, &members);
             let expected: Map<String, Value> = expected.into_iter().map(|(key, value)| (key, trimmed_by_the_rule(value))).collect();
             prop_assert_eq!(members, expected);
@@ -431,31 +483,42 @@ mod tests {
         }
 
         #[test]
-        fn nothing_is_accepted_that_serde_json_refuses(text in "[{}\\[\\]\",:0-9a-eu.\\\\ -]{0,30}") {
-            if let Some(object) = object(text.as_bytes()) {
-                let slice = &text.as_bytes()[object.text];
-                prop_assert!(serde_json::from_slice::<Value>(slice).is_ok(), "{}", text);
+        fn nothing_is_written_that_serde_json_refuses(text in "[{}\\[\\]\",:0-9a-eu.\\\\ -]{0,30}|\\{\"k\":\"(\\\\u[d][89abcdef]00|[\\x00-\\x20]|\\\\n|x){0,6}\"\\}") {
+            if let Some(object) = object(&text) {
+                let written: String = object.pieces(&text, object.text.clone()).collect();
+                prop_assert!(serde_json::from_str::<Value>(&written).is_ok(), "{}", text);
             }
         }
     }
 
     #[test]
     fn of_a_repeated_name_the_last_counts() {
-        let text = br#"{"a":1,"b":2,"\u0061":3,"a":4}"#;
+        let text = r#"{"a":1,"b":2,"\u0061":3,"a":4}"#;
         let object = object(text).unwrap();
         assert!(object.repeated);
         let values: Vec<_> = object.members.iter().map(|member| &text[member.value.clone()]).collect();
-        assert_eq!(values, [b"2", b"4"]);
+        assert_eq!(values, ["2", "4"]);
     }
 
     #[test]
     fn what_is_no_object() {
         let deep = "{\"a\":".repeat(200);
-        for text in
-            ["", "[1]", "\"x\"", "42", "{\"broken\": ", "{\"a\":01}", "{\"a\":\"\\ud800\"}", "{\"a\":\"\t\"}", "{a:1}", "{\"a\":1,}", &deep]
-        {
-            assert_eq!(object(text.as_bytes()), None, "{text}");
+        for text in [
+            "",
+            "[1]",
+            "\"x\"",
+            "42",
+            "{\"broken\": ",
+            "{\"a\":01}",
+            "{\"a\":\"\\ud8\"}",
+            "{\"a\":\"\\x41\"}",
+            "{\"a\":NaN}",
+            "{a:1}",
+            "{\"a\":1,}",
+            &deep,
+        ] {
+            assert_eq!(object(text), None, "{text}");
         }
-        assert!(object(b"  {} trailing").is_some_and(|object| object.members.is_empty()));
+        assert!(object("  {} trailing").is_some_and(|object| object.members.is_empty()));
     }
 }

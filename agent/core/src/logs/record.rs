@@ -104,8 +104,8 @@ struct Text<'a> {
 
 impl Text<'_> {
     /// Text that needs no escape in a record, but may in the body.
-    fn json(&mut self, text: &[u8]) {
-        json::escape(self.out, text);
+    fn json(&mut self, text: &str) {
+        json::escape_text(self.out, text);
         self.len += text.len();
     }
 
@@ -197,9 +197,9 @@ impl RecordWriter {
         let merges = whole && self.merge != Merge::Off;
         let source = if merges { self.source(event, content) } else { None };
         let unparsed = merges && source.is_none();
-        let object = source.as_ref().and_then(|source| Some((&source[..], merge::object(source)?)));
+        let object = source.as_deref().and_then(|source| Some((source, merge::object(source)?)));
         let mut text = Text { out, len: 0, first: true };
-        text.json(b"{");
+        text.json("{");
         match object {
             Some((source, object)) => self.merged(event, content, source, &object, &mut text),
             None => {
@@ -215,12 +215,13 @@ impl RecordWriter {
         Written { message: text.len, content: if truncated { content.len() } else { fit }, truncated, unparsed }
     }
 
-    /// The text whose members are merged: the line, or what the pod's parser made of it.
-    fn source<'a>(&self, event: &Event<'_>, content: &'a [u8]) -> Option<Cow<'a, [u8]>> {
+    /// The text whose members are merged: the line, or what the pod's parser made of it. Of a line whose output is not known no parser is.
+    fn source<'a>(&self, event: &Event<'_>, content: &'a [u8]) -> Option<Cow<'a, str>> {
         match &self.parsers[event.output as usize] {
-            None => Some(Cow::Borrowed(content)),
-            Some(parser) if matches!(parser.format, Format::Json) => Some(Cow::Borrowed(content)),
-            Some(parser) => parser.object(content).map(|text| Cow::Owned(text.into_bytes())),
+            Some(parser) if !matches!(parser.format, Format::Json) && !matches!(event.header, Header::None) => {
+                parser.object(content).map(Cow::Owned)
+            }
+            _ => Some(String::from_utf8_lossy(content)),
         }
     }
 
@@ -256,7 +257,7 @@ impl RecordWriter {
     }
 
     /// `object` is of `source`.
-    fn merged(&self, event: &Event<'_>, content: &[u8], source: &[u8], object: &merge::Object, text: &mut Text<'_>) {
+    fn merged(&self, event: &Event<'_>, content: &[u8], source: &str, object: &merge::Object, text: &mut Text<'_>) {
         let fits = |text: &Text<'_>| object.text.len() * 2 + text.len + self.tail_len + 256 < MAX_MESSAGE_BYTES;
         match &self.merge {
             Merge::Under(key) => {
@@ -275,9 +276,9 @@ impl RecordWriter {
                 }
             }
             Merge::Off | Merge::Top => {
-                let kubernetes = |member: &merge::Member| self.has_kubernetes && *merge::key_text(source, &member.key) == *b"kubernetes";
+                let kubernetes = |member: &merge::Member| self.has_kubernetes && *merge::key_text(source, &member.key) == *"kubernetes";
                 let names: Vec<_> = object.members.iter().map(|member| merge::key_text(source, &member.key)).collect();
-                let replaced = |name: &[u8]| names.iter().any(|key| **key == *name);
+                let replaced = |name: &[u8]| names.iter().any(|key| key.as_bytes() == name);
                 if (content.len() + source.len()) * 6 >= MAX_MESSAGE_BYTES / 2 {
                     self.header(event, text, &|_| false);
                     return self.log(content, "", text);
@@ -288,28 +289,28 @@ impl RecordWriter {
                 }
                 for member in object.members.iter().filter(|member| !kubernetes(member)) {
                     text.comma();
-                    text.json(&source[member.key.start..member.key.end]);
-                    text.json(b":");
+                    object.pieces(source, member.key.clone()).for_each(|piece| text.json(piece));
+                    text.json(":");
                     object.pieces(source, member.value.clone()).for_each(|piece| text.json(piece));
                 }
             }
         }
     }
 
-    fn object(&self, source: &[u8], object: &merge::Object, text: &mut Text<'_>) {
+    fn object(&self, source: &str, object: &merge::Object, text: &mut Text<'_>) {
         if !object.repeated {
             return object.pieces(source, object.text.clone()).for_each(|piece| text.json(piece));
         }
-        text.json(b"{");
+        text.json("{");
         for (index, member) in object.members.iter().enumerate() {
             if index > 0 {
-                text.json(b",");
+                text.json(",");
             }
-            text.json(&source[member.key.clone()]);
-            text.json(b":");
+            object.pieces(source, member.key.clone()).for_each(|piece| text.json(piece));
+            text.json(":");
             object.pieces(source, member.value.clone()).for_each(|piece| text.json(piece));
         }
-        text.json(b"}");
+        text.json("}");
     }
 }
 
@@ -412,6 +413,19 @@ mod tests {
         assert_eq!(written(&writer, b"a=1 b=x"), [format!(r#"{head}"m":{{"a":"1","b":"x"}}}}"#)]);
         assert_eq!(written(&writer, b"plain"), [format!(r#"{head}"log":"plain"}}"#)]);
         assert_eq!(written(&writer, br#"{"j":1}"#), [format!(r#"{head}"log":"{{\"j\":1}}"}}"#)], "JSON is not tried then");
+    }
+
+    #[test]
+    fn bytes_that_are_not_text_do_not_keep_an_object_from_being_merged() {
+        for (merge, expected) in [
+            (Merge::Top, "{\"time\":\"2026-11-20T10:00:01Z\",\"stream\":\"stdout\",\"_p\":\"F\",\"a\":\"x\u{fffd}y\"}"),
+            (
+                Merge::Under("m".into()),
+                "{\"time\":\"2026-11-20T10:00:01Z\",\"stream\":\"stdout\",\"_p\":\"F\",\"m\":{\"a\":\"x\u{fffd}y\"}}",
+            ),
+        ] {
+            assert_eq!(written(&RecordWriter::new(&options(merge, false), None), b"{\"a\":\"x\xffy\"} \xfe"), [expected]);
+        }
     }
 
     #[test]
