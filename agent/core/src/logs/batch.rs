@@ -1,17 +1,15 @@
 //! Batches for PutLogEvents, legal by construction and already in the form that goes on the wire.
 //!
 //! Limits: <https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutLogEvents.html>. A batch owns one
-//! buffer, the complete JSON 1.1 request, that events are written into directly; nothing is copied per event afterwards.
+//! buffer, the complete JSON 1.1 request, that events are written into directly; nothing is copied per event afterwards. Where
+//! batches are compressed, that happens while they are filled: see [`super::gzip`].
 
-use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use flate2::Compression;
-use flate2::read::GzDecoder;
-use flate2::write::GzEncoder;
 use serde::Deserialize;
 
+use super::gzip::{Compressor, Member, inflate};
 use super::json;
 use crate::cloud::LogEvent;
 
@@ -40,8 +38,6 @@ const LIMITS: Limits = Limits { counted: MAX_BATCH_BYTES, encoded: MAX_ENCODED_B
 
 /// Smaller buffers are not kept for the next batch; in bytes.
 const LEAST_KEPT: usize = 64 << 10;
-/// Level 1: 5:1 to 30:1 on container logs at a tenth of level 6's CPU.
-const GZIP_LEVEL: u32 = 1;
 
 /// A closed batch: 1 to 10,000 events of one stream in time order.
 ///
@@ -95,11 +91,7 @@ impl LogBatch {
     pub fn body(&self) -> Bytes {
         match &self.body {
             Body::Plain(body) => body.clone(),
-            Body::Gzip(gzip) => {
-                let mut body = Vec::new();
-                GzDecoder::new(&gzip[..]).read_to_end(&mut body).expect("the builder compressed it");
-                body.into()
-            }
+            Body::Gzip(gzip) => inflate(gzip).into(),
         }
     }
 
@@ -164,7 +156,8 @@ impl LogBatch {
     }
 
     fn part(&self, body: &[u8], spans: &[Span]) -> Self {
-        let mut builder = BatchBuilder::new(self.group.clone(), self.stream.clone(), self.emf).compressing(self.gzip().is_some());
+        let compressor = self.gzip().map(|_| Compressor::default());
+        let mut builder = BatchBuilder::new(self.group.clone(), self.stream.clone(), self.emf).compressing(compressor);
         for span in spans {
             builder.append_encoded(&body[span.start as usize..span.end as usize], *span);
         }
@@ -175,7 +168,7 @@ impl LogBatch {
     /// over [`MAX_MESSAGE_BYTES`] is cut at a character.
     pub fn from_events(group: &str, stream: &str, emf: bool, mut events: Vec<LogEvent>) -> Vec<Self> {
         events.sort_by_key(|event| event.timestamp_ms);
-        let mut builder = BatchBuilder::new(group.into(), stream.into(), emf).compressing(true);
+        let mut builder = BatchBuilder::new(group.into(), stream.into(), emf).compressing(Some(Compressor::default()));
         let mut batches = Vec::new();
         for event in &events {
             let message = &event.message[..event.message.floor_char_boundary(MAX_MESSAGE_BYTES)];
@@ -196,11 +189,13 @@ pub struct BatchBuilder {
     group: Arc<str>,
     stream: Arc<str>,
     emf: bool,
-    compress: bool,
+    compressor: Option<Compressor>,
     limits: Limits,
     max_span_ms: i64,
-    /// The request's head, then events separated by commas; nothing at all before the first event.
+    /// The request's head, then events separated by commas; nothing at all before the first event. Without what is in `member`.
     body: Vec<u8>,
+    /// The beginning of the body, compressed already.
+    member: Member,
     head: usize,
     events: Vec<Span>,
     counted: usize,
@@ -216,10 +211,11 @@ impl BatchBuilder {
             group,
             stream,
             emf,
-            compress: false,
+            compressor: None,
             limits: LIMITS,
             max_span_ms: MAX_SPAN_MS,
             body: Vec::new(),
+            member: Member::default(),
             head: 0,
             events: Vec::new(),
             counted: 0,
@@ -229,10 +225,10 @@ impl BatchBuilder {
         }
     }
 
-    /// Batches are kept compressed, if `on`.
+    /// Batches are compressed with it while they are filled.
     #[must_use]
-    pub fn compressing(mut self, on: bool) -> Self {
-        self.compress = on;
+    pub fn compressing(mut self, compressor: Option<Compressor>) -> Self {
+        self.compressor = compressor;
         self
     }
 
@@ -287,9 +283,14 @@ impl BatchBuilder {
         self.events.is_empty()
     }
 
-    /// Encoded size of the events so far, in bytes; 0 without any.
-    pub fn encoded_bytes(&self) -> usize {
-        self.body.len()
+    /// Bytes of memory that the events so far take; 0 without any.
+    pub fn held_bytes(&self) -> usize {
+        self.body.len() + self.member.compressed_bytes() + self.events.len() * size_of::<Span>()
+    }
+
+    /// Length of the body so far, before compression.
+    fn encoded_bytes(&self) -> usize {
+        self.member.plain_bytes() + self.body.len()
     }
 
     /// Adds an event: `write` appends the message, escaped for a JSON string, and returns its unescaped length, which must
@@ -312,7 +313,8 @@ impl BatchBuilder {
         debug_assert!(message <= MAX_MESSAGE_BYTES, "the caller cuts messages");
         let counted = message + EVENT_OVERHEAD;
         if self.fits(timestamp_ms, counted) {
-            self.account(timestamp_ms, start, counted);
+            self.account(timestamp_ms, self.member.plain_bytes() + start, counted);
+            self.compress_some();
             return None;
         }
         let event = self.body.split_off(start);
@@ -324,19 +326,30 @@ impl BatchBuilder {
         sealed
     }
 
+    /// Compresses what is written, if that is enough to be worth it.
+    fn compress_some(&mut self) {
+        if let Some(compressor) = &self.compressor
+            && self.body.len() >= Member::PART
+        {
+            compressor.append(&mut self.member, &self.body);
+            self.body.clear();
+        }
+    }
+
     /// Adds an event that another batch had encoded and counted; the limits hold because they held there.
     fn append_encoded(&mut self, object: &[u8], span: Span) {
         self.next_event();
-        let start = self.body.len();
+        let start = self.encoded_bytes();
         self.body.extend_from_slice(object);
         self.account(span.timestamp_ms, start, span.counted as usize);
+        self.compress_some();
     }
 
     fn fits(&self, timestamp_ms: i64, counted: usize) -> bool {
         self.events.is_empty()
             || (self.events.len() < self.limits.events
                 && self.counted + counted <= self.limits.counted
-                && self.body.len() <= self.limits.encoded
+                && self.encoded_bytes() <= self.limits.encoded
                 && self.last_ms.max(timestamp_ms).saturating_sub(self.first_ms.min(timestamp_ms)) <= self.max_span_ms)
     }
 
@@ -349,7 +362,7 @@ impl BatchBuilder {
             self.last_ms = self.last_ms.max(timestamp_ms);
         }
         self.counted += counted;
-        self.events.push(Span { timestamp_ms, start: narrow(start), end: narrow(self.body.len()), counted: narrow(counted) });
+        self.events.push(Span { timestamp_ms, start: narrow(start), end: narrow(self.encoded_bytes()), counted: narrow(counted) });
     }
 
     /// Closes what is there; `None` when there is nothing. The builder is empty afterwards.
@@ -359,18 +372,25 @@ impl BatchBuilder {
         }
         let mut events = std::mem::take(&mut self.events);
         let mut body = std::mem::take(&mut self.body);
+        let mut member = std::mem::take(&mut self.member);
         if !self.sorted {
+            // All of it is needed at once: rare enough to begin again.
+            if let Some(compressor) = &self.compressor {
+                let whole = compressor.finish(std::mem::take(&mut member), &body);
+                body = inflate(&whole);
+            }
             body = self.in_time_order(&body, &mut events);
         }
         body.extend_from_slice(b"]}");
         let kept: Arc<[Span]> = events.as_slice().into();
-        let body = if self.compress {
-            let gzip = compress(&body);
-            // Both buffers serve the next batch.
+        let body = if let Some(compressor) = &self.compressor {
+            let gzip = compressor.finish(member, &body);
+            // Both buffers serve the next batch, but not with room for a whole body or a huge event.
             body.clear();
+            body.shrink_to(2 * Member::PART);
             events.clear();
             (self.body, self.events) = (body, events);
-            Body::Gzip(gzip)
+            Body::Gzip(gzip.into())
         } else {
             Body::Plain(body.into())
         };
@@ -393,14 +413,6 @@ impl BatchBuilder {
         }
         sorted
     }
-}
-
-fn compress(body: &[u8]) -> Bytes {
-    let mut encoder = GzEncoder::new(Vec::with_capacity(body.len() / 8), Compression::new(GZIP_LEVEL));
-    encoder.write_all(body).expect("a Vec takes every write");
-    let mut gzip = encoder.finish().expect("a Vec takes every write");
-    gzip.shrink_to_fit();
-    gzip.into()
 }
 
 /// Offsets in a body: one event is at most six times a mebibyte when escaped.
@@ -437,7 +449,7 @@ mod tests {
     }
 
     fn batches_of(events: &[(i64, String)], compress: bool, limits: Limits) -> Vec<LogBatch> {
-        let mut builder = BatchBuilder::new("g".into(), "s \"quoted\"".into(), false).compressing(compress);
+        let mut builder = BatchBuilder::new("g".into(), "s \"quoted\"".into(), false).compressing(compress.then(Compressor::default));
         builder.limits = limits;
         let mut batches = Vec::new();
         for (timestamp, message) in events {
@@ -531,6 +543,19 @@ mod tests {
         let events: Vec<_> = (0..17).map(|time| (time, "x".repeat(MAX_BATCH_BYTES / 16 - EVENT_OVERHEAD))).collect();
         let counts: Vec<_> = batches(&events).iter().map(LogBatch::counted_bytes).collect();
         assert_eq!(counts, [MAX_BATCH_BYTES, MAX_BATCH_BYTES / 16]);
+    }
+
+    #[test]
+    fn a_batch_of_several_parts_is_one_body_in_the_order_of_time() {
+        for step in [1, -1] {
+            let events: Vec<_> =
+                (0..6000).map(|number| (1_000_000 + step * number, format!("event {number} {}", "x".repeat(120)))).collect();
+            let (plain, compressed) = (batches(&events), batches_of(&events, true, LIMITS));
+            assert!(plain.len() == 1 && plain[0].body().len() > 3 * Member::PART);
+            assert_eq!(plain[0].body(), compressed[0].body());
+            assert!(plain[0].events().eq(compressed[0].events()));
+            legal(&compressed[0], LIMITS);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use stanchion_core::logs::gzip::Compressor;
 use stanchion_core::logs::join::{Event, Mark};
 use stanchion_core::logs::ledger::BatchId;
 use stanchion_core::logs::record::{RecordWriter, Written};
@@ -43,7 +44,7 @@ pub(super) struct Stream {
     pub(super) last_pin: Option<(FileId, u64)>,
     /// When the first event came, in milliseconds of the monotonic clock.
     pub(super) first_ms: i64,
-    /// Encoded bytes sealed and not acknowledged.
+    /// Bytes sealed and not acknowledged.
     pub(super) in_flight: usize,
     pub(super) last_error: Option<String>,
     /// Container outputs that write here.
@@ -59,7 +60,8 @@ struct Flight {
 
 /// All streams.
 pub(super) struct Streams {
-    compress: bool,
+    /// One for all, as each body is compressed in parts.
+    compressor: Option<Compressor>,
     /// Batches hold to the service's 24 hours.
     bounded_span: bool,
     /// What all batches being filled may take together.
@@ -77,7 +79,7 @@ impl Streams {
     /// Without any; batches being filled share half of the settings' memory.
     pub(super) fn new(settings: &LogSettings) -> Self {
         Self {
-            compress: settings.compress,
+            compressor: settings.compress.then(Compressor::default),
             bounded_span: settings.age.is_some(),
             budget: settings.memory_bytes / 2,
             by_name: HashMap::new(),
@@ -101,7 +103,7 @@ impl Streams {
         let id = StreamId(self.number());
         let batch = BatchId(self.number());
         let (group, name) = key.clone();
-        let builder = BatchBuilder::new(group.clone(), name.clone(), emf).compressing(self.compress);
+        let builder = BatchBuilder::new(group.clone(), name.clone(), emf).compressing(self.compressor.clone());
         let builder = if self.bounded_span { builder } else { builder.of_any_span() };
         let stream = Stream {
             group,
@@ -160,7 +162,7 @@ impl Streams {
     /// Closes the batch being filled, if it has events.
     pub(super) fn seal(&mut self, id: StreamId) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let filled = stream.builder.encoded_bytes();
+        let filled = stream.builder.held_bytes();
         if let Some(batch) = stream.builder.finish() {
             self.filling -= filled;
             self.sealed(id, batch);
@@ -198,7 +200,7 @@ impl Streams {
         self.flights.len()
     }
 
-    /// Encoded bytes in memory: being filled, and unacknowledged.
+    /// Bytes in memory: being filled, and unacknowledged.
     pub(super) fn bytes(&self) -> usize {
         self.in_flight + self.filling
     }
@@ -217,7 +219,7 @@ impl Streams {
         let (mut from, mut parts) = (0, 0);
         loop {
             let Some(stream) = self.streams.get_mut(&id) else { return (parts, Written::default()) };
-            let before = stream.builder.encoded_bytes();
+            let before = stream.builder.held_bytes();
             let was_empty = stream.builder.is_empty();
             let mut written = Written::default();
             let sealed = stream.builder.push_with(event.timestamp_ms, |out| {
@@ -227,7 +229,7 @@ impl Streams {
             if was_empty || sealed.is_some() {
                 stream.first_ms = now_ms;
             }
-            self.filling = self.filling - before + stream.builder.encoded_bytes();
+            self.filling = self.filling - before + stream.builder.held_bytes();
             if let Some(batch) = sealed {
                 self.sealed(id, batch);
             }
