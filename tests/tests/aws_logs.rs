@@ -135,6 +135,21 @@ async fn each_error_is_what_the_shipper_takes_it_for() {
 }
 
 #[tokio::test]
+async fn what_is_created_is_asked_for_again_when_the_credentials_are_refused() {
+    let bed = bed().await;
+    for action in ["CreateLogGroup", "PutRetentionPolicy", "CreateLogStream"] {
+        let expired = ApiError::bad("ExpiredTokenException", "The security token included in the request is expired");
+        bed.cloud.inject(Fault::once(action, Effect::Error(expired)));
+    }
+    bed.logs.create_group(GROUP, &LogGroupSpec { retention_days: Some(7), ..LogGroupSpec::default() }).await.unwrap();
+    bed.logs.create_stream(GROUP, STREAM).await.unwrap();
+    assert_eq!(bed.cloud.log_group(GROUP).unwrap().retention_days, Some(7));
+    for action in ["CreateLogGroup", "PutRetentionPolicy", "CreateLogStream"] {
+        assert_eq!(bed.cloud.count(action), 2, "{action}");
+    }
+}
+
+#[tokio::test]
 async fn no_reply_is_unavailable_and_the_batch_can_be_sent_again() {
     let (bed, now) = ready().await;
     let one = batch(&[(now, "x")]);

@@ -45,11 +45,16 @@ impl CloudWatchSink {
 
     /// Sends it; once more, with new credentials or the service's time, when the signature was refused.
     async fn send(&self, batch: &LogBatch, body: &Bytes, gzip: bool) -> Result<Rejected, Failure> {
+        self.signed(|client| async move { self.send_once(&client, batch, body.clone(), gzip).await }).await
+    }
+
+    /// A request; once more, with new credentials or the service's time, when its signature was refused.
+    async fn signed<T, F: Future<Output = Result<T, Failure>>>(&self, request: impl Fn(Client) -> F) -> Result<T, Failure> {
         let (number, client) = self.client.get();
-        match self.send_once(&client, batch, body.clone(), gzip).await {
+        match request(client).await {
             Err(failure) if failure.is_bad_credentials() => {
                 self.client.refused(number, &failure);
-                self.send_once(&self.client.get().1, batch, body.clone(), gzip).await
+                request(self.client.get().1).await
             }
             reply => reply,
         }
@@ -103,32 +108,38 @@ impl LogSink for CloudWatchSink {
     }
 
     async fn create_group(&self, group: &str, spec: &LogGroupSpec) -> Result<(), SinkError> {
-        let client = self.client.get().1;
-        let mut call = client.create_log_group().log_group_name(group);
-        if !spec.class.is_empty() {
-            call = call.log_group_class(LogGroupClass::from(spec.class.as_str()));
-        }
-        if !spec.tags.is_empty() {
-            call = call.set_tags(Some(spec.tags.clone().into_iter().collect()));
-        }
-        match call.send().await.map_err(Failure::from) {
+        let create = |client: Client| async move {
+            let mut call = client.create_log_group().log_group_name(group);
+            if !spec.class.is_empty() {
+                call = call.log_group_class(LogGroupClass::from(spec.class.as_str()));
+            }
+            if !spec.tags.is_empty() {
+                call = call.set_tags(Some(spec.tags.clone().into_iter().collect()));
+            }
+            call.send().await.map(drop).map_err(Failure::from)
+        };
+        match self.signed(create).await {
             // Whoever made it has set its retention.
             Err(failure) if already_exists(&failure) => return Ok(()),
             reply => reply.map_err(to_sink_error)?,
-        };
+        }
         if let Some(days) = spec.retention_days {
             let days = i32::try_from(days).map_err(|_| SinkError::Invalid(format!("a retention of {days} days")))?;
-            let call = client.put_retention_policy().log_group_name(group).retention_in_days(days);
-            call.send().await.map_err(|error| to_sink_error(Failure::from(error)))?;
+            let retain = |client: Client| async move {
+                client.put_retention_policy().log_group_name(group).retention_in_days(days).send().await.map(drop).map_err(Failure::from)
+            };
+            self.signed(retain).await.map_err(to_sink_error)?;
         }
         Ok(())
     }
 
     async fn create_stream(&self, group: &str, stream: &str) -> Result<(), SinkError> {
-        let call = self.client.get().1.create_log_stream().log_group_name(group).log_stream_name(stream);
-        match call.send().await.map_err(Failure::from) {
+        let create = |client: Client| async move {
+            client.create_log_stream().log_group_name(group).log_stream_name(stream).send().await.map(drop).map_err(Failure::from)
+        };
+        match self.signed(create).await {
             Err(failure) if already_exists(&failure) => Ok(()),
-            reply => reply.map(|_| ()).map_err(to_sink_error),
+            reply => reply.map_err(to_sink_error),
         }
     }
 }

@@ -235,7 +235,12 @@ impl RecordWriter {
             if !replaced(name.as_bytes()) {
                 text.comma();
                 text.ready(escaped_name, name.len() + 4);
-                text.string(value);
+                match value {
+                    b"F" => text.ready("F", 1),
+                    b"stdout" => text.ready("stdout", 6),
+                    b"stderr" => text.ready("stderr", 6),
+                    _ => text.string(value),
+                }
                 text.quote();
             }
         };

@@ -51,6 +51,23 @@ pub(super) struct Stream {
     users: usize,
 }
 
+impl Stream {
+    /// Remembers which bytes of which files the batch being filled has.
+    fn pin(&mut self, event: &Event<'_>, container: u64, pin: &mut dyn FnMut(BatchId, Mark)) {
+        for mark in event.marks {
+            let file = FileId { container, generation: mark.generation };
+            if self.last_pin.is_some_and(|(last, offset)| last == file && offset <= mark.offset) {
+                continue;
+            }
+            self.last_pin = Some((file, mark.offset));
+            if !self.files.contains(&file) {
+                self.files.push(file);
+            }
+            pin(self.batch, *mark);
+        }
+    }
+}
+
 /// What an unacknowledged batch holds.
 struct Flight {
     stream: StreamId,
@@ -230,32 +247,24 @@ impl Streams {
                 stream.first_ms = now_ms;
             }
             self.filling = self.filling - before + stream.builder.held_bytes();
-            if let Some(batch) = sealed {
-                self.sealed(id, batch);
-            }
-            if written.message > 0 {
+            // Nearly every event goes into the batch that is open: its stream is found once.
+            let stream = match sealed {
+                None => Some(stream),
+                Some(batch) => {
+                    self.sealed(id, batch);
+                    self.streams.get_mut(&id)
+                }
+            };
+            if written.message > 0
+                && let Some(stream) = stream
+            {
                 parts += 1;
-                self.pin(id, event, container, pin);
+                stream.pin(event, container, pin);
             }
             from += written.content;
             if from >= event.content.len() {
                 return (parts, written);
             }
-        }
-    }
-
-    fn pin(&mut self, id: StreamId, event: &Event<'_>, container: u64, pin: &mut dyn FnMut(BatchId, Mark)) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
-        for mark in event.marks {
-            let file = FileId { container, generation: mark.generation };
-            if stream.last_pin.is_some_and(|(last, offset)| last == file && offset <= mark.offset) {
-                continue;
-            }
-            stream.last_pin = Some((file, mark.offset));
-            if !stream.files.contains(&file) {
-                stream.files.push(file);
-            }
-            pin(stream.batch, *mark);
         }
     }
 
