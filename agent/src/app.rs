@@ -292,6 +292,9 @@ fn start_telemetry(
             let node = [("az", &identity.availability_zone), ("ec2_instance_id", &identity.instance.to_string())];
             journal.node = node.map(|(name, value)| (name.to_owned(), value.clone())).into();
         }
+        if let Some(instance) = &mut log_settings.entity {
+            *instance = identity.instance.to_string();
+        }
         let sink: Sink =
             settings.log_sink.parse().map_err(|remedy| anyhow::anyhow!("STANCHION_LOG_SINK={:?}: {remedy}", settings.log_sink))?;
         let (handle, task) = match sink {

@@ -8,7 +8,11 @@ use std::time::Duration;
 
 use aws_common::{Bed, bed, bed_at};
 use stanchion_core::cloud::{LogEvent, LogGroupSpec, LogSink as _, Rejected, SinkError};
+use stanchion_core::cluster::{ClusterState, Object};
 use stanchion_core::logs::LogBatch;
+use stanchion_core::logs::record::Layout;
+use stanchion_core::logs::settings::LogSettings;
+use stanchion_daemon::logs::{TailerParts, ship_once};
 use stanchion_lab::fake_aws::{ApiError, Bucket, Clock, DirectLogs, Effect, Fault};
 
 const GROUP: &str = "/aws/containerinsights/demo/application";
@@ -178,6 +182,43 @@ async fn a_throttled_account_is_told_so_without_a_retry() {
     }
     assert!(matches!(bed.logs.put(&one).await, Err(SinkError::Throttled { .. })));
     assert_eq!(bed.cloud.count("PutLogEvents"), 4);
+}
+
+/// The whole way: a pod's file, the tailer, the batch, the service's limits.
+#[tokio::test]
+async fn a_stream_of_one_workload_says_whose_it_is() {
+    let bed = bed().await;
+    let dir = tempfile::tempdir().unwrap();
+    let at = jiff::Timestamp::from_millisecond(bed.cloud.clock().unix_ms()).unwrap();
+    let file = |pod: &str| format!("{pod}_shop_app-{}.log", "5".repeat(64));
+    let mut cluster = ClusterState::default();
+    for pod in ["web-6b9c4cb4dc-8zpz5", "cart-6b9c4cb4dc-bcdfg"] {
+        std::fs::write(dir.path().join(file(pod)), format!("{at} stdout F hello\n")).unwrap();
+        let (set, _) = pod.rsplit_once('-').unwrap();
+        let pod = serde_json::json!({"metadata": {"name": pod, "namespace": "shop", "uid": pod,
+            "ownerReferences": [{"kind": "ReplicaSet", "name": set, "controller": true}]}});
+        cluster.apply(Object::Pod(serde_json::from_value(pod).unwrap()));
+    }
+    for (entity, stream, expected) in [(Some("i-1"), "{pod}", Some("web")), (Some("i-1"), "{namespace}", None), (None, "{pod}.quiet", None)]
+    {
+        let settings = LogSettings {
+            entity: entity.map(str::to_owned),
+            stream: stream.to_owned().try_into().unwrap(),
+            age: None,
+            ..LogSettings::new(Layout::FluentBit)
+        };
+        let parts = TailerParts { settings, log_dir: dir.path().to_owned(), node: "n".to_owned(), cluster_name: "c".to_owned() };
+        ship_once(parts, std::sync::Arc::new(cluster.clone()), bed.logs.clone(), std::time::SystemTime::now).await.unwrap();
+        let name = stream.replace("{pod}", "web-6b9c4cb4dc-8zpz5").replace("{namespace}", "shop");
+        let group = "/aws/containerinsights/c/application";
+        assert!(!bed.cloud.events(group, &name).is_empty(), "{stream}");
+        let entity = bed.cloud.log_entity(group, &name);
+        assert_eq!(entity.as_ref().map(|entity| entity.key_attributes["Name"].as_str()), expected, "{stream}");
+        if let Some(entity) = entity {
+            assert_eq!(entity.key_attributes["Environment"], "eks:c/shop");
+            assert_eq!(entity.attributes["EC2.InstanceId"], "i-1");
+        }
+    }
 }
 
 #[tokio::test]

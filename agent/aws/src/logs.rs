@@ -23,11 +23,13 @@ pub struct CloudWatchSink {
     client: Renewable<Client>,
     /// Batches that are kept compressed go so; the first endpoint that does not take them turns it off for good.
     gzip: Arc<AtomicBool>,
+    /// It was told that the service does not take the entities.
+    told: Arc<AtomicBool>,
 }
 
 impl CloudWatchSink {
     pub(crate) fn new(client: Renewable<Client>) -> Self {
-        Self { client, gzip: Arc::new(AtomicBool::new(true)) }
+        Self { client, gzip: Arc::new(AtomicBool::new(true)), told: Arc::default() }
     }
 
     /// Whether compressed bodies go as they are: less network, and less to hash and encrypt. The service bills the bytes before compression
@@ -82,6 +84,12 @@ impl CloudWatchSink {
             })
             .send()
             .await?;
+        // The events were taken all the same.
+        if let Some(info) = reply.rejected_entity_info()
+            && !self.told.swap(true, Ordering::Relaxed)
+        {
+            warn_of_entity(batch, info.error_type().as_str());
+        }
         let index = |index: Option<i32>| index.and_then(|index| usize::try_from(index).ok());
         Ok(reply.rejected_log_events_info().map_or_else(Rejected::default, |info| Rejected {
             too_new_from: index(info.too_new_log_event_start_index()),
@@ -142,6 +150,10 @@ impl LogSink for CloudWatchSink {
             reply => reply.map_err(to_sink_error),
         }
     }
+}
+
+fn warn_of_entity(batch: &LogBatch, error: &str) {
+    tracing::warn!(group = batch.group(), stream = batch.stream(), error, "the service does not take the entity of a stream; told once");
 }
 
 /// What an endpoint says that reads a compressed body as it is.

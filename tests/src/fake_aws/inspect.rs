@@ -9,6 +9,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::clock::Clock;
 use super::cloud::{Cloud, LoggedCall, attached_to, cidrs_of};
 use super::logs::{GroupView, KeepEvents, LogsTotals, StoredEvent};
+use super::logs_wire::Entity;
 use super::model::{EniEvent, InstanceView};
 use super::subnet::SubnetState;
 
@@ -162,6 +163,11 @@ impl Cloud {
     /// Removes a group with its streams, as a person would.
     pub fn delete_log_group(&self, group: &str) {
         self.lock().logs.delete_group(group);
+    }
+
+    /// What the latest put to a stream said that it is about.
+    pub fn log_entity(&self, group: &str, stream: &str) -> Option<Entity> {
+        self.lock().logs.entity(group, stream)
     }
 
     /// Counters over all streams.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::faults::ApiError;
+use super::logs_wire::Entity;
 
 /// Bytes of a batch: Σ (UTF-8 bytes + 26) (PutLogEvents API reference).
 const BATCH_BYTES: usize = 1_048_576;
@@ -63,7 +64,7 @@ pub struct LogsTotals {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are the parameters of the action of that name")]
 pub enum LogsCall {
-    PutLogEvents { group: String, stream: String, events: Vec<(i64, String)>, emf: bool },
+    PutLogEvents { group: String, stream: String, events: Vec<(i64, String)>, emf: bool, entity: Option<Entity> },
     CreateLogGroup { group: String, class: String, tags: BTreeMap<String, String> },
     CreateLogStream { group: String, stream: String },
     PutRetentionPolicy { group: String, days: u32 },
@@ -113,6 +114,8 @@ pub(super) struct LogsState {
     pub(super) keep: KeepEvents,
     groups: BTreeMap<String, Group>,
     totals: LogsTotals,
+    /// Of the latest put to each stream.
+    entities: BTreeMap<(String, String), Option<Entity>>,
 }
 
 #[derive(Debug, Default)]
@@ -139,8 +142,10 @@ impl LogsCall {
 impl LogsState {
     pub(super) fn call(&mut self, call: LogsCall, now_ms: i64) -> Result<LogsReply, ApiError> {
         match call {
-            LogsCall::PutLogEvents { group, stream, events, emf } => {
+            LogsCall::PutLogEvents { group, stream, events, emf, entity } => {
+                entity.as_ref().map_or(Ok(()), check_entity)?;
                 let reply = self.put(&group, &stream, events, now_ms)?;
+                self.entities.insert((group, stream), entity);
                 self.totals.emf_puts += u64::from(emf);
                 Ok(reply)
             }
@@ -263,9 +268,28 @@ impl LogsState {
         self.groups.get(group).map(|g| g.view.clone())
     }
 
+    pub(super) fn entity(&self, group: &str, stream: &str) -> Option<Entity> {
+        self.entities.get(&(group.to_owned(), stream.to_owned())).cloned().flatten()
+    }
+
     pub(super) fn totals(&self) -> LogsTotals {
         self.totals
     }
+}
+
+/// The limits of an entity (PutLogEvents API reference, `Entity`).
+fn check_entity(entity: &Entity) -> Result<(), ApiError> {
+    const KEYS: [&str; 5] = ["Type", "ResourceType", "Identifier", "Name", "Environment"];
+    let fits = |text: &str, most: usize| (1..=most).contains(&text.chars().count());
+    let keys = &entity.key_attributes;
+    if !(2..=4).contains(&keys.len()) || !keys.iter().all(|(key, value)| KEYS.contains(&key.as_str()) && fits(value, 512)) {
+        return Err(invalid(format!("keyAttributes {keys:?} failed to satisfy constraint")));
+    }
+    let attributes = &entity.attributes;
+    if attributes.len() > 10 || !attributes.iter().all(|(key, value)| fits(key, 256) && fits(value, 512)) {
+        return Err(invalid(format!("attributes {attributes:?} failed to satisfy constraint")));
+    }
+    Ok(())
 }
 
 /// The rules that refuse a whole batch.
@@ -346,7 +370,7 @@ mod tests {
     }
 
     fn put(state: &mut LogsState, events: Vec<(i64, String)>) -> Result<LogsReply, ApiError> {
-        state.call(LogsCall::PutLogEvents { group: "/g".into(), stream: "s".into(), events, emf: false }, NOW)
+        state.call(LogsCall::PutLogEvents { group: "/g".into(), stream: "s".into(), events, emf: false, entity: None }, NOW)
     }
 
     #[test]
@@ -402,11 +426,28 @@ mod tests {
         for bad in ["", "aws/x", "with space", "colon:"] {
             assert_eq!(group(bad).as_deref(), Some("InvalidParameterException"), "{bad:?}");
         }
-        let missing = LogsCall::PutLogEvents { group: "/none".into(), stream: "s".into(), events: vec![(NOW, "x".into())], emf: false };
+        let missing =
+            LogsCall::PutLogEvents { group: "/none".into(), stream: "s".into(), events: vec![(NOW, "x".into())], emf: false, entity: None };
         assert!(state.call(missing, NOW).unwrap_err().message.contains("log group"));
-        let missing = LogsCall::PutLogEvents { group: "/g".into(), stream: "none".into(), events: vec![(NOW, "x".into())], emf: false };
+        let missing =
+            LogsCall::PutLogEvents { group: "/g".into(), stream: "none".into(), events: vec![(NOW, "x".into())], emf: false, entity: None };
         assert!(state.call(missing, NOW).unwrap_err().message.contains("log stream"));
         let retention = LogsCall::PutRetentionPolicy { group: "/g".into(), days: 2 };
         assert_eq!(state.call(retention, NOW).unwrap_err().code, "InvalidParameterException");
+    }
+
+    #[test]
+    fn an_entity_beyond_its_limits_is_refused() {
+        let entity = |keys: &[(&str, &str)], attributes: usize| Entity {
+            key_attributes: keys.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+            attributes: (0..attributes).map(|number| (number.to_string(), "v".to_owned())).collect(),
+        };
+        let good = [("Type", "Service"), ("Name", "n")];
+        assert_eq!(check_entity(&entity(&good, 10)), Ok(()));
+        for (keys, attributes) in
+            [(&good[..1], 0), (&good[..], 11), (&[("Type", "Service"), ("Name", "")], 0), (&[("Type", "Service"), ("name", "n")], 0)]
+        {
+            assert!(check_entity(&entity(keys, attributes)).is_err(), "{keys:?} {attributes}");
+        }
     }
 }

@@ -20,7 +20,18 @@ struct PutLogEvents {
     #[serde(default, rename = "sequenceToken")]
     _ignored_by_the_service: Option<String>,
     #[serde(default)]
-    entity: Option<serde_json::Value>,
+    entity: Option<Entity>,
+}
+
+/// What the events are about.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Entity {
+    /// Which it is.
+    pub key_attributes: BTreeMap<String, String>,
+    /// What else is known of it.
+    #[serde(default)]
+    pub attributes: BTreeMap<String, String>,
 }
 
 #[derive(Deserialize)]
@@ -84,10 +95,8 @@ pub(super) fn parse(target: &str, emf: bool, body: &[u8]) -> Result<LogsCall, Ap
     Ok(match operation {
         "PutLogEvents" => {
             let PutLogEvents { log_group_name: group, log_stream_name: stream, log_events, entity, .. } = from_json(body)?;
-            if entity.is_some_and(|entity| !entity.is_object()) {
-                return Err(ApiError::bad("SerializationException", "entity is not an object"));
-            }
-            LogsCall::PutLogEvents { group, stream, events: log_events.into_iter().map(|e| (e.timestamp, e.message)).collect(), emf }
+            let events = log_events.into_iter().map(|e| (e.timestamp, e.message)).collect();
+            LogsCall::PutLogEvents { group, stream, events, emf, entity }
         }
         "CreateLogGroup" => {
             let CreateLogGroup { log_group_name: group, log_group_class: class, tags } = from_json(body)?;

@@ -51,6 +51,7 @@ pub struct LogBatch {
     events: Arc<[Span]>,
     counted: usize,
     emf: bool,
+    entity: Option<Arc<str>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,6 +159,7 @@ impl LogBatch {
     fn part(&self, body: &[u8], spans: &[Span]) -> Self {
         let compressor = self.gzip().map(|_| Compressor::default());
         let mut builder = BatchBuilder::new(self.group.clone(), self.stream.clone(), self.emf).compressing(compressor);
+        builder.set_entity(self.entity.clone());
         for span in spans {
             builder.append_encoded(&body[span.start as usize..span.end as usize], *span);
         }
@@ -189,6 +191,9 @@ pub struct BatchBuilder {
     group: Arc<str>,
     stream: Arc<str>,
     emf: bool,
+    /// What the batch being filled is about, and what the next will be.
+    entity: Option<Arc<str>>,
+    next_entity: Option<Arc<str>>,
     compressor: Option<Compressor>,
     limits: Limits,
     max_span_ms: i64,
@@ -211,6 +216,8 @@ impl BatchBuilder {
             group,
             stream,
             emf,
+            entity: None,
+            next_entity: None,
             compressor: None,
             limits: LIMITS,
             max_span_ms: MAX_SPAN_MS,
@@ -230,6 +237,11 @@ impl BatchBuilder {
     pub fn compressing(mut self, compressor: Option<Compressor>) -> Self {
         self.compressor = compressor;
         self
+    }
+
+    /// Batches that begin from now on say that they are about this entity: the member's value, as JSON.
+    pub fn set_entity(&mut self, entity: Option<Arc<str>>) {
+        self.next_entity = entity;
     }
 
     /// Batches may span any time: for a sink that is not the service.
@@ -267,7 +279,13 @@ impl BatchBuilder {
         json::escape(&mut self.body, self.group.as_bytes());
         self.body.extend_from_slice(b"\",\"logStreamName\":\"");
         json::escape(&mut self.body, self.stream.as_bytes());
-        self.body.extend_from_slice(b"\",\"logEvents\":[");
+        self.body.push(b'"');
+        self.entity.clone_from(&self.next_entity);
+        if let Some(entity) = &self.entity {
+            self.body.extend_from_slice(b",\"entity\":");
+            self.body.extend_from_slice(entity.as_bytes());
+        }
+        self.body.extend_from_slice(b",\"logEvents\":[");
         self.head = self.body.len();
         self.counted = 0;
         self.sorted = true;
@@ -394,7 +412,8 @@ impl BatchBuilder {
         } else {
             Body::Plain(body.into())
         };
-        Some(LogBatch { group: self.group.clone(), stream: self.stream.clone(), body, events: kept, counted: self.counted, emf: self.emf })
+        let (group, stream, entity) = (self.group.clone(), self.stream.clone(), self.entity.take());
+        Some(LogBatch { group, stream, body, events: kept, counted: self.counted, emf: self.emf, entity })
     }
 
     /// The two streams of a container are written by two threads, so lines can be a little out of order; the service
@@ -522,6 +541,29 @@ mod tests {
         let mut builder = BatchBuilder::new("g".into(), "s".into(), false);
         assert!(push(&mut builder, events[0]).is_none());
         assert_eq!(push(&mut builder, events[1]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_batch_and_its_halves_name_their_entity() {
+        let mut builder = BatchBuilder::new("g".into(), "s".into(), false);
+        let push = |builder: &mut BatchBuilder| {
+            for time in 0..2 {
+                builder.push_with(time, |out| {
+                    out.push(b'x');
+                    1
+                });
+            }
+        };
+        let entity = |batch: &LogBatch| serde_json::from_slice::<serde_json::Value>(&batch.body()).unwrap().get("entity").cloned();
+        push(&mut builder);
+        builder.set_entity(Some(r#"{"keyAttributes":{}}"#.into()));
+        assert_eq!(entity(&builder.finish().unwrap()), None, "it had begun before");
+        push(&mut builder);
+        let batch = builder.finish().unwrap();
+        let named = Some(serde_json::json!({"keyAttributes": {}}));
+        assert_eq!(entity(&batch), named);
+        let (left, right) = batch.bisect().unwrap();
+        assert_eq!((entity(&left), entity(&right)), (named.clone(), named));
     }
 
     #[test]

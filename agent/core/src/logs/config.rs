@@ -40,6 +40,9 @@ pub struct LogFile {
     /// Follow `fluentbit.io/parser`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub honour_parser: Option<bool>,
+    /// Tell CloudWatch which workload a stream is of (Fluent Bit's `add_entity`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entity: Option<bool>,
     /// Template of the group.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
@@ -347,6 +350,7 @@ impl LogFile {
         }
         set(&mut settings.honour_exclude, self.honour_exclude);
         set(&mut settings.honour_parser, self.honour_parser);
+        set(&mut settings.entity, self.entity.map(|on| on.then(String::new)));
         set(&mut settings.emf, self.emf);
         set(&mut settings.compress, self.gzip);
         set(&mut settings.group, template("group", self.group.as_deref())?);
@@ -514,6 +518,7 @@ labels: true
 annotations: true
 honour-exclude: false
 honour-parser: false
+entity: true
 group: "/x/{namespace}"
 stream: "{pod}"
 retention-days: 7
@@ -541,6 +546,7 @@ held-mib: 5
         assert_eq!(settings.record.merge, Merge::Under("log_processed".into()));
         assert_eq!((settings.record.keep_log, settings.record.labels, settings.record.annotations), (false, true, true));
         assert_eq!((settings.honour_exclude, settings.honour_parser, settings.emf, settings.compress), (false, false, true, false));
+        assert_eq!(settings.entity.as_deref(), Some(""), "the agent fills in its instance");
         assert_eq!((String::from(settings.group), String::from(settings.stream)), ("/x/{namespace}".into(), "{pod}".into()));
         assert_eq!((settings.group_spec.retention_days, settings.group_spec.class.as_str()), (Some(7), "INFREQUENT_ACCESS"));
         assert_eq!(settings.group_spec.tags["team"], "a");

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::cri::Output;
 use super::names::ContainerRef;
+use crate::metrics::pods::workload;
 use crate::objects::{Absent, ContainerStatus, Labels, Pod};
 
 /// What is known of a container instance.
@@ -25,6 +26,8 @@ pub struct PodIdentity {
     pub host: String,
     /// The pod's address.
     pub ip: String,
+    /// Name of what made it: its Deployment, DaemonSet, …; its own where nothing did.
+    pub workload: String,
     /// Labels.
     pub labels: Labels,
     /// Annotations.
@@ -53,6 +56,7 @@ impl Identity {
             uid: pod.metadata.uid.clone(),
             host: pod.spec.node_name.clone(),
             ip: pod.status.pod_ip.map(|ip| ip.to_string()).unwrap_or_default(),
+            workload: workload(pod),
             labels: pod.metadata.labels.clone(),
             annotations: pod.metadata.annotations.clone(),
             absent: pod.metadata.absent,

@@ -12,6 +12,7 @@
 //! | [`journal`] | entries of the node's journal, and the streams that they go to |
 //! | [`json`] | escaping on the hot path |
 //! | [`batch`] | when a batch is full, and its wire form |
+//! | [`entity`] | what CloudWatch is told a stream is about |
 //! | [`gzip`] | how a body is compressed while it is written |
 //! | [`ledger`] | how far a file is acknowledged |
 //! | [`positions`] | what of that survives a restart |
@@ -20,6 +21,7 @@ pub mod batch;
 pub mod config;
 pub mod cri;
 pub mod enrich;
+pub mod entity;
 pub mod fluentbit;
 pub mod gzip;
 pub mod join;

@@ -137,9 +137,14 @@ pub struct LogSettings {
     pub parallel_puts: usize,
     /// Of these, of one stream while it has batches waiting. The service orders events by their times, other sinks do not.
     pub stream_puts: usize,
+    /// Batches say which workload they are of, and on which instance it runs; `None` where they say nothing.
+    pub entity: Option<InstanceId>,
     /// Batches are kept and sent compressed.
     pub compress: bool,
 }
+
+/// The node's EC2 instance; empty where it is not known.
+pub type InstanceId = String;
 
 impl LogSettings {
     /// Defaults for a layout: Container Insights' names for Fluent Bit's record and raw lines, names that say everything
@@ -175,6 +180,7 @@ impl LogSettings {
             held_bytes: 1 << 30,
             parallel_puts: 4,
             stream_puts: 3,
+            entity: None,
             compress: true,
         }
     }

@@ -200,11 +200,7 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veth_prefix: &str)
                 && LabelSelector { match_labels: wanted.clone(), ..Default::default() }.matches(&meta.labels)
         })
         .map(|service| service.metadata.name.clone());
-    let workload = match &owner {
-        Some((_, name)) => name.clone(),
-        None if meta.namespace == "kube-system" && meta.name.starts_with("kube-proxy-") => "kube-proxy".to_owned(),
-        None => meta.name.clone(),
-    };
+    let workload = workload(pod);
     let mut out = PodMeta {
         namespace: meta.namespace.clone(),
         name: meta.name.clone(),
@@ -289,6 +285,16 @@ fn sum_of_set(containers: &[ContainerMeta], of: impl Fn(&ContainerMeta) -> Optio
 
 fn sum_of_all(containers: &[ContainerMeta], of: impl Fn(&ContainerMeta) -> Option<f64>) -> Option<f64> {
     containers.iter().map(of).reduce(|a, b| Some(a? + b?)).flatten()
+}
+
+/// Name of the workload that made a pod; the pod's own where none did.
+pub fn workload(pod: &Pod) -> String {
+    let meta = &pod.metadata;
+    match owner(pod) {
+        Some((_, name)) => name,
+        None if meta.namespace == "kube-system" && meta.name.starts_with("kube-proxy-") => "kube-proxy".to_owned(),
+        None => meta.name.clone(),
+    }
 }
 
 /// Kind and name of the workload that made a pod.

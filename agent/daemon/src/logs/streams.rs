@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use stanchion_core::logs::entity::Entity;
 use stanchion_core::logs::gzip::Compressor;
 use stanchion_core::logs::join::{Event, Mark};
 use stanchion_core::logs::ledger::BatchId;
@@ -47,6 +48,8 @@ pub(super) struct Stream {
     /// Bytes sealed and not acknowledged.
     pub(super) in_flight: usize,
     pub(super) last_error: Option<String>,
+    /// What it is about.
+    entity: Entity,
     /// Container outputs that write here.
     users: usize,
 }
@@ -110,12 +113,19 @@ impl Streams {
     }
 
     /// The stream of that name; each call needs a [`Self::leave`].
-    pub(super) fn join(&mut self, group: &str, name: &str, emf: bool) -> StreamId {
+    pub(super) fn join(&mut self, group: &str, name: &str, emf: bool, entity: Option<Arc<str>>) -> StreamId {
+        let id = self.find(group, name, emf);
+        let stream = self.streams.get_mut(&id).expect("it was just found");
+        stream.users += 1;
+        stream.entity.join(entity);
+        stream.builder.set_entity(stream.entity.one().cloned());
+        id
+    }
+
+    fn find(&mut self, group: &str, name: &str, emf: bool) -> StreamId {
         let key = (Arc::from(group), Arc::from(name));
         if let Some(id) = self.by_name.get(&key) {
-            let id = *id;
-            self.streams.get_mut(&id).expect("named streams exist").users += 1;
-            return id;
+            return *id;
         }
         let id = StreamId(self.number());
         let batch = BatchId(self.number());
@@ -132,7 +142,8 @@ impl Streams {
             first_ms: 0,
             in_flight: 0,
             last_error: None,
-            users: 1,
+            users: 0,
+            entity: Entity::default(),
         };
         self.streams.insert(id, stream);
         self.by_name.insert(key, id);

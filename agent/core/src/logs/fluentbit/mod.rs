@@ -404,12 +404,13 @@ fn output(migration: &mut Migration, section: &Section) {
                 file.record = Some(Layout::Raw);
                 (file.merge, file.keep_log, file.labels, file.annotations) = (None, None, None, None);
             }
+            "add_entity" => migration.file.entity = Some(value.eq_ignore_ascii_case("true") || value.eq_ignore_ascii_case("on")),
             "log_format" if value == "json/emf" => migration.file.emf = Some(true),
             "profile" => drop(migration.environment.insert("AWS_PROFILE".into(), value.clone())),
             "role_arn" | "external_id" | "sts_endpoint" => {
                 migration.miss(format!("[OUTPUT] {key} {value}"), "give the agent's service account the role (IRSA or Pod Identity)");
             }
-            "log_key" | "log_format" | "metric_namespace" | "metric_dimensions" | "add_entity" | "port" => {
+            "log_key" | "log_format" | "metric_namespace" | "metric_dimensions" | "port" => {
                 migration.miss(format!("[OUTPUT] {key} {value}"), "no such setting");
             }
             key => migration.needless.push((format!("[OUTPUT] {key}"), "batches are sent in parallel and tried until they are taken")),

@@ -6,6 +6,7 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::PodName;
 use stanchion_core::logs::cri::Output;
 use stanchion_core::logs::enrich::Identity;
+use stanchion_core::logs::entity;
 use stanchion_core::logs::names::glob;
 use stanchion_core::logs::parser::Parser;
 use stanchion_core::logs::record::{Merge, RecordWriter};
@@ -55,13 +56,17 @@ impl Tailer {
                 route.map_or((&settings.group, &settings.stream), |route| (&route.group, &route.stream))
             }
         };
+        let instance = settings.entity.as_deref().filter(|_| container.host.is_none());
+        let entity = instance
+            .zip(identity.as_ref())
+            .and_then(|(instance, identity)| entity::of(identity, entity::Place { cluster: place.cluster, node: place.node, instance }));
         let before = container.streams;
         container.streams = [Output::Stdout, Output::Stderr].map(|output| {
             let excluded = settings.honour_exclude && identity.as_ref().is_some_and(|identity| identity.is_excluded(output));
             (!excluded).then(|| {
                 let group = group.group(place, identity.as_ref(), output);
                 let stream = stream.stream(place, identity.as_ref(), output);
-                self.streams.join(&group, &stream, settings.emf)
+                self.streams.join(&group, &stream, settings.emf, entity.clone())
             })
         });
         before.into_iter().flatten().for_each(|stream| self.streams.leave(stream));

@@ -241,7 +241,7 @@ impl Tailer {
             .oversize(self.parts.settings.oversize);
         for place in fields.streams(settings) {
             let (group, stream) = place.names(&self.parts.cluster_name, &self.parts.node);
-            let stream = *file.streams.entry(stream).or_insert_with_key(|stream| self.streams.join(&group, stream, false));
+            let stream = *file.streams.entry(stream).or_insert_with_key(|stream| self.streams.join(&group, stream, false, None));
             let mut context = self.context(now);
             let Some(timestamp_ms) = context.time(at.1) else { continue };
             let record = fields.record(&place, settings, |message| context.masked(message));
