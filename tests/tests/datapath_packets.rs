@@ -523,6 +523,26 @@ fn what_an_address_means_changes_with_the_next_packet() {
     }
 }
 
+/// Each CPU remembers verdicts; a change of one is seen by the next packet, and by a flow that the same batch revokes.
+#[test]
+fn a_verdict_changes_with_the_next_packet() {
+    let mut rig = rig("changes");
+    let cast = casts()[0];
+    let key = VerdictKey { policy: SET, identity: FRIEND, direction: IN, protocol: TCP, port: 80u16.to_be_bytes() };
+    let syn = |port| Packet::tcp((cast.friend, port), (cast.pod, 80), flags::SYN);
+    let allowed = allow(SET, FRIEND, IN, TCP, 80, VERDICT_PREFIX_PORT);
+    for round in 0..3 {
+        check(&mut rig, IN, &syn(4_000 + round), true, "allowed");
+        let revoked = EndpointImage { revision: 10 + u32::from(round), ..isolated() };
+        rig.apply(&[MapOp::RemoveVerdict(key, VERDICT_PREFIX_PORT), MapOp::SetEndpoint(SLOT, revoked)]).unwrap();
+        check(&mut rig, IN, &syn(4_000 + round), false, "the flow is revoked");
+        check(&mut rig, IN, &syn(5_000 + round), false, "a new one is denied");
+        rig.apply(std::slice::from_ref(&allowed)).unwrap();
+        check(&mut rig, IN, &syn(5_000 + round), true, "allowed again");
+        rig.forget_flows().unwrap();
+    }
+}
+
 #[test]
 fn audit_tells_and_lets_pass() {
     let mut rig = rig("audit");

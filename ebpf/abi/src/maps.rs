@@ -36,7 +36,7 @@ pub mod map_name {
     pub const COUNTERS: &str = "COUNTERS";
     /// PERCPU_ARRAY of u64 by [`super::stat`].
     pub const STATS: &str = "STATS";
-    /// ARRAY with one u32 that grows whenever what an address means has changed, after the change.
+    /// ARRAY with one u32 that grows whenever what an address means or a verdict has changed, after the change.
     pub const GENERATION: &str = "GENERATION";
     /// ARRAY with one [`super::Config`].
     pub const CONFIG: &str = "CONFIG";

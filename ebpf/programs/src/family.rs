@@ -10,7 +10,7 @@ use stanchion_ebpf_abi::{AddressValue, FlowEntry, FlowKey4, FlowKey6, Interface}
 
 use crate::{
     judge::Cached,
-    maps::{ADDRESSES4, ADDRESSES6, CACHE4, CACHE6, CACHED, CIDRS4, CIDRS6, FLOWS4, FLOWS6, PACKET4, PACKET6},
+    maps::{ADDRESSES4, ADDRESSES6, CACHE4, CACHE6, CIDRS4, CIDRS6, FLOWS4, FLOWS6, PACKET4, PACKET6, cached},
     packet::{Packet, Plain, ipv4_plain, ipv6_plain},
 };
 
@@ -38,6 +38,8 @@ pub trait Family: 'static {
     /// [`crate::judge::open`] and [`crate::judge::remember`] of the packet in hand, as calls.
     fn open(head: u32, revision: u32, direction: u32, over: u32) -> i32;
     fn remember(role: u32) -> i32;
+    /// [`crate::judge::judge`], as a call.
+    fn judge(opener: u32, set: u32, peer: Self::Address) -> i32;
     fn head(interface: &Interface) -> u32;
     /// From the first eight bytes and the peer.
     fn key(start: u64, remote: Self::Address) -> Self::Key;
@@ -93,7 +95,7 @@ pub struct V6;
 /// An IPv6 address in two words as they lie in memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
-pub struct Address6(u64, u64);
+pub struct Address6(pub u64, pub u64);
 
 impl Address6 {
     /// The address at `OFFSET` and `NEXT` (eight bytes later) from a pointer. In assembly, because the compiler reads what is not
@@ -151,6 +153,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn judge(opener: u32, set: u32, peer: u32) -> i32 {
+        crate::judge4(opener, set, peer)
+    }
+
+    #[inline(always)]
     fn entry(key: &Key4) -> Option<*mut FlowEntry> {
         FLOWS4.get_ptr_mut(key.as_abi())
     }
@@ -172,7 +179,7 @@ impl Family for V4 {
 
     #[inline(always)]
     fn cached(address: u32) -> Option<*mut Cached<u32>> {
-        CACHE4.get_ptr_mut(address.wrapping_mul(SPREAD) >> 16 & (CACHED - 1))
+        cached(&CACHE4, address.wrapping_mul(SPREAD) >> 16)
     }
 
     #[inline(always)]
@@ -228,6 +235,11 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn judge(opener: u32, set: u32, Address6(first, second): Address6) -> i32 {
+        crate::judge6(opener, set, first, second)
+    }
+
+    #[inline(always)]
     fn entry(key: &Key6) -> Option<*mut FlowEntry> {
         FLOWS6.get_ptr_mut(key.as_abi())
     }
@@ -250,7 +262,7 @@ impl Family for V6 {
     #[inline(always)]
     fn cached(address: Address6) -> Option<*mut Cached<Address6>> {
         let folded = address.0 ^ address.1.rotate_left(21);
-        CACHE6.get_ptr_mut(((folded ^ folded >> 32) as u32).wrapping_mul(SPREAD) >> 16 & (CACHED - 1))
+        cached(&CACHE6, ((folded ^ folded >> 32) as u32).wrapping_mul(SPREAD) >> 16)
     }
 
     #[inline(always)]
@@ -277,7 +289,7 @@ impl Family for V6 {
 }
 
 /// Spreads neighbouring addresses: 2^32 by the golden ratio.
-const SPREAD: u32 = 0x9e37_79b1;
+pub const SPREAD: u32 = 0x9e37_79b1;
 
 /// The first eight bytes of a flow key.
 #[inline(always)]

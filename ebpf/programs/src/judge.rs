@@ -7,12 +7,18 @@ use stanchion_ebpf_abi::{
 };
 
 use crate::{
-    family::{Family, Flow, key_start},
-    maps::{CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICTS, count, count_stat, is_told, tell},
+    family::{Family, Flow, SPREAD, key_start},
+    maps::{
+        CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICT_CACHE, VERDICTS, cached, count, count_stat,
+        is_told, tell,
+    },
     packet::{ACK, FIN, Kind, NOT_FIRST, Packet, RST, SCTP, SYN, TCP, UDP, fragment_key},
 };
 use aya_ebpf::maps::lpm_trie::Key;
-use core::{arch::asm, ptr};
+use core::{
+    arch::asm,
+    ptr::{self, addr_of},
+};
 
 /// The packet goes on to the next program, if any: `TCX_NEXT`, `TC_ACT_UNSPEC`.
 pub const PASS: i32 = -1;
@@ -47,7 +53,8 @@ pub fn judge<F: Family>(opener: u8, set: u32, peer: F::Address) -> i32 {
     // SAFETY: this CPU's own place.
     let packet = unsafe { &mut *packet };
     let flow = packet.flow;
-    let identity = identity::<F>(peer);
+    let generation = generation();
+    let identity = identity::<F>(peer, generation);
     if identity == NODE {
         return judged::EXEMPT;
     }
@@ -57,18 +64,56 @@ pub fn judge<F: Family>(opener: u8, set: u32, peer: F::Address) -> i32 {
         TCP | UDP | SCTP => flow.remote_port,
         _ => [0; 2],
     };
-    let mut key = Key::new(VERDICT_PREFIX_PORT, VerdictKey { policy: set, identity, direction: opener, protocol: flow.protocol, port });
-    let mut value = None;
-    if identity != IDENTITY_UNKNOWN {
-        value = VERDICTS.get(&key);
+    let what = u32::from(opener) | u32::from(flow.protocol) << 8 | u32::from(u16::from_ne_bytes(port)) << 16;
+    let spread = (set ^ identity.rotate_left(11) ^ what.rotate_left(22)).wrapping_mul(SPREAD) >> 16;
+    let Some(cached) = cached(&VERDICT_CACHE, spread) else { return judged::DENIED };
+    // SAFETY: this CPU's own place.
+    let is_known = unsafe {
+        (*cached).generation == generation && (*cached).policy == set && (*cached).identity == identity && (*cached).what == what
+    };
+    if !is_known {
+        let mut key = Key::new(VERDICT_PREFIX_PORT, VerdictKey { policy: set, identity, direction: opener, protocol: flow.protocol, port });
+        let mut value = None;
+        if identity != IDENTITY_UNKNOWN {
+            value = VERDICTS.get(&key);
+        }
+        if value.is_none() {
+            key.data.identity = IDENTITY_UNKNOWN;
+            value = VERDICTS.get(&key);
+        }
+        let (rule, verdict) = value.map_or((0, verdict::DENY), |value| (value.rule, value.verdict));
+        // SAFETY: as above.
+        unsafe { *cached = CachedVerdict { policy: set, identity, what, generation, rule, verdict: u32::from(verdict) } };
     }
-    if value.is_none() {
-        key.data.identity = IDENTITY_UNKNOWN;
-        value = VERDICTS.get(&key);
+    // SAFETY: as above. From memory on every way, as in `identity`.
+    unsafe {
+        packet.rule = addr_of!((*cached).rule).read_volatile();
+        if addr_of!((*cached).verdict).read_volatile() == u32::from(verdict::ALLOW) { judged::ALLOWED } else { judged::DENIED }
     }
-    let Some(value) = value else { return judged::DENIED };
-    packet.rule = value.rule;
-    if value.verdict == verdict::ALLOW { judged::ALLOWED } else { judged::DENIED }
+}
+
+/// A question to the verdict trie that this CPU has asked. The trie grows deeper with the number of policies; this does not. All
+/// zero: none, as no generation is 0.
+#[repr(C)]
+pub struct CachedVerdict {
+    policy: u32,
+    identity: u32,
+    /// Direction, protocol and port.
+    what: u32,
+    generation: u32,
+    rule: u32,
+    verdict: u32,
+}
+
+/// What the tables say may be kept as long as this stays the same. To be read before them: what is changed in them meanwhile
+/// makes an entry worthless, not wrong.
+#[inline(always)]
+fn generation() -> u32 {
+    match GENERATION.get(0) {
+        // SAFETY: a word of an array; volatile, so that it is read now.
+        Some(generation) => unsafe { ptr::read_volatile(generation) }.wrapping_add(1),
+        None => 0,
+    }
 }
 
 /// Stands for the node's addresses among identities.
@@ -85,29 +130,22 @@ pub struct Cached<A> {
 /// What an address is to policies. The tables cost two lookups, of which one grows with the number of CIDRs; so this CPU keeps what
 /// they said, as long as the agent changes nothing in them.
 #[inline(always)]
-fn identity<F: Family>(address: F::Address) -> u32 {
-    // Before the tables: what is changed in them meanwhile makes this entry worthless, not wrong.
-    let generation = match GENERATION.get(0) {
-        // SAFETY: a word of an array; volatile, so that it is read now.
-        Some(generation) => unsafe { ptr::read_volatile(generation) }.wrapping_add(1),
-        None => 0,
-    };
+fn identity<F: Family>(address: F::Address, generation: u32) -> u32 {
     let Some(cached) = F::cached(address) else { return IDENTITY_UNKNOWN };
     // SAFETY: this CPU's own place.
     unsafe {
-        if (*cached).generation == generation && (*cached).address == address {
-            return (*cached).identity;
+        if (*cached).generation != generation || (*cached).address != address {
+            // Read once; an entry replaced meanwhile gives the old or the new identity.
+            let identity = match F::addresses().get(address) {
+                Some(value) if value.flags & address_flag::NODE != 0 => NODE,
+                Some(value) if value.flags & (address_flag::ADDRESS | address_flag::HOST_CIDR) != 0 => value.identity,
+                _ => F::cidr(address).unwrap_or(IDENTITY_UNKNOWN),
+            };
+            *cached = Cached { address, generation, identity };
         }
+        // From memory on every way: the verifier then follows what comes once.
+        addr_of!((*cached).identity).read_volatile()
     }
-    // SAFETY: read once; an entry replaced meanwhile gives the old or the new identity.
-    let identity = match unsafe { F::addresses().get(address) } {
-        Some(value) if value.flags & address_flag::NODE != 0 => NODE,
-        Some(value) if value.flags & (address_flag::ADDRESS | address_flag::HOST_CIDR) != 0 => value.identity,
-        _ => F::cidr(address).unwrap_or(IDENTITY_UNKNOWN),
-    };
-    // SAFETY: as above.
-    unsafe { *cached = Cached { address, generation, identity } };
-    identity
 }
 
 /// True if the address is one of the pod's.
@@ -208,8 +246,14 @@ pub fn open<F: Family>(head: u32, revision: u32, direction: u8, over: bool) {
     }
     let opened = if direction == direction::EGRESS { flow_state::OPENED_BY_POD } else { 0 };
     let state = next_state(opened, packet.flow.protocol, packet.flags, direction);
-    let entry =
-        FlowEntry { revision, seen: ticks(), rule: packet.rule, timeout: timeout(F::ICMP, packet.flow.protocol, state), state, reserved: 0 };
+    let entry = FlowEntry {
+        revision,
+        seen: ticks(),
+        rule: packet.rule,
+        timeout: timeout(F::ICMP, packet.flow.protocol, state),
+        state,
+        reserved: 0,
+    };
     let Flow { protocol, local_port, remote_port, remote } = packet.flow;
     let key = F::key(key_start(head, protocol, local_port, remote_port), remote);
     if over {
@@ -310,8 +354,8 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &mut Packet<F::Address>,
         // Not by index: the policy was copied to the stack, which the verifier lets nobody index by a variable.
         let set = if opener == direction::EGRESS { policy.policy[1] } else { policy.policy[0] };
         let remote = packet.flow.remote;
-        let is_own = remote == F::own(interface)
-            || (interface.flags & interface_flag::MORE_ADDRESSES != 0 && is_own::<F>(interface, remote));
+        let is_own =
+            remote == F::own(interface) || (interface.flags & interface_flag::MORE_ADDRESSES != 0 && is_own::<F>(interface, remote));
         // Back on the veth that it came from: the pod reaches itself through a service. Who sent it cannot be told from its source,
         // which is the node's where kube-proxy masquerades.
         // SAFETY: fields of the context.
@@ -319,7 +363,7 @@ pub fn police<F: Family>(subject: &Subject<'_>, packet: &mut Packet<F::Address>,
         result = if is_own && !is_hairpin {
             judged::EXEMPT
         } else {
-            judge::<F>(opener, set, if is_hairpin { F::own(interface) } else { remote })
+            F::judge(u32::from(opener), set, if is_hairpin { F::own(interface) } else { remote })
         };
         // Only rules that deny speak of a pod and itself, and those are cluster policies'; isolation does not.
         if is_hairpin && (result != judged::DENIED || packet.rule == 0) {

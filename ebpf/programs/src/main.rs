@@ -14,13 +14,14 @@ mod packet;
 
 use aya_ebpf::bindings::__sk_buff;
 use stanchion_ebpf_abi::{
-    EndpointPolicy, Event, IDENTITY_UNKNOWN, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason, stat, verdict,
+    EndpointPolicy, Event, IDENTITY_UNKNOWN, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason,
+    stat, verdict,
 };
 
 use crate::{
     family::{Address6, Family, V4, V6, key_start},
     judge::{DROP, Known, PASS, Subject, event, goes_on, is_own, outcome, police, role},
-    maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, PACKET4, PACKET6, count, count_stat, is_told, tell},
+    maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, PACKET4, PACKET6, WALK, count, count_stat, is_told, tell},
     packet::{ETHERNET, FIN, Ipv4Header, Kind, NOT_FIRST, Packet, RST, SYN, TCP, UDP, ipv4_general, ipv6_general},
 };
 
@@ -252,7 +253,8 @@ extern "C" fn refused(skb: *mut __sk_buff, slot: u32, direction: u32, why: u32, 
 #[unsafe(no_mangle)]
 extern "C" fn read4(skb: *mut __sk_buff, direction: u32, slot: u32) -> i32 {
     // SAFETY: this CPU's own place.
-    let refusal = PACKET4.get_ptr_mut(0).map_or(reason::MALFORMED, |place| ipv4_general(skb, direction as u8, slot as u16, unsafe { &mut *place }));
+    let refusal =
+        PACKET4.get_ptr_mut(0).map_or(reason::MALFORMED, |place| ipv4_general(skb, direction as u8, slot as u16, unsafe { &mut *place }));
     i32::from(refusal)
 }
 
@@ -261,7 +263,8 @@ extern "C" fn read4(skb: *mut __sk_buff, direction: u32, slot: u32) -> i32 {
 #[unsafe(no_mangle)]
 extern "C" fn read6(skb: *mut __sk_buff, direction: u32, slot: u32) -> i32 {
     // SAFETY: this CPU's own place.
-    let refusal = PACKET6.get_ptr_mut(0).map_or(reason::MALFORMED, |place| ipv6_general(skb, direction as u8, slot as u16, unsafe { &mut *place }));
+    let refusal =
+        PACKET6.get_ptr_mut(0).map_or(reason::MALFORMED, |place| ipv6_general(skb, direction as u8, slot as u16, unsafe { &mut *place }));
     i32::from(refusal)
 }
 
@@ -291,6 +294,26 @@ extern "C" fn open6(head: u32, revision: u32, direction: u32, over: u32) -> i32 
 extern "C" fn remember6(role: u32) -> i32 {
     judge::remember::<V6>(role);
     0
+}
+
+/// See [`packet::extensions`], from behind the fixed header.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn walk6(skb: *mut __sk_buff, protocol: u32) -> i32 {
+    // SAFETY: this CPU's own place.
+    WALK.get_ptr_mut(0).map_or(i32::from(reason::MALFORMED), |walk| i32::from(packet::extensions(skb, walk, ETHERNET + 40, protocol as u8)))
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn judge4(opener: u32, set: u32, peer: u32) -> i32 {
+    judge::judge::<V4>(opener as u8, set, peer)
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn judge6(opener: u32, set: u32, first: u64, second: u64) -> i32 {
+    judge::judge::<V6>(opener as u8, set, Address6(first, second))
 }
 
 /// See [`names::copy`].

@@ -6,13 +6,13 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
 };
 use stanchion_ebpf_abi::{
-    AddressValue, Config, Counters, ENDPOINT_SLOTS, Endpoint, Event, FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, INTERFACE_PLACES,
-    Interface, OwnKey, PodFrame, VerdictKey, VerdictValue, config_flag, event_verdict, stat,
+    AddressValue, Config, Counters, ENDPOINT_SLOTS, Endpoint, Event, FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts,
+    INTERFACE_PLACES, Interface, OwnKey, PodFrame, VerdictKey, VerdictValue, config_flag, event_verdict, stat,
 };
 
 use crate::{
     family::Address6,
-    judge::Cached,
+    judge::{Cached, CachedVerdict},
     packet::{Packet, Walk},
 };
 
@@ -83,12 +83,27 @@ pub static WALK: PerCpuArray<Walk> = PerCpuArray::with_max_entries(1, 0);
 
 /// Identities by a hash of the address, see [`Cached`].
 #[map]
-pub static CACHE4: PerCpuArray<Cached<u32>> = PerCpuArray::with_max_entries(CACHED, 0);
+pub static CACHE4: PerCpuArray<Cache<Cached<u32>>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
-pub static CACHE6: PerCpuArray<Cached<Address6>> = PerCpuArray::with_max_entries(CACHED, 0);
+pub static CACHE6: PerCpuArray<Cache<Cached<Address6>>> = PerCpuArray::with_max_entries(1, 0);
 
-/// Entries of each of these; a power of two.
+/// Verdicts by a hash of the question.
+#[map]
+pub static VERDICT_CACHE: PerCpuArray<Cache<CachedVerdict>> = PerCpuArray::with_max_entries(1, 0);
+
+/// One value of many entries: the kernel takes its time for each value of a per-CPU map.
+pub type Cache<T> = [T; CACHED as usize];
+
+/// Entries of each of these; a power of two. A per-CPU value has at most 32 KiB.
 pub const CACHED: u32 = 1_024;
+
+/// The place for a hash.
+#[inline(always)]
+pub fn cached<T>(cache: &PerCpuArray<Cache<T>>, hash: u32) -> Option<*mut T> {
+    let first = cache.get_ptr_mut(0)?.cast::<T>();
+    // SAFETY: within the value.
+    Some(unsafe { first.add((hash & (CACHED - 1)) as usize) })
+}
 
 /// Adds one to a [`stat`].
 #[inline(always)]

@@ -197,7 +197,13 @@ fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, direction: u8, packe
         let Ok(ports) = load::<Ports>(skb, offset) else { return reason::MALFORMED };
         (packet.flow.local_port, packet.flow.remote_port) = ends(direction, ports.source, ports.destination);
         // The last byte of the header, and of TCP the flags too, must be there.
-        let last = if protocol == TCP { 12 } else if protocol == UDP { 4 } else { 8 };
+        let last = if protocol == TCP {
+            12
+        } else if protocol == UDP {
+            4
+        } else {
+            8
+        };
         let Ok(rest) = load::<[u8; 4]>(skb, offset + last) else { return reason::MALFORMED };
         if protocol == TCP {
             packet.flags = rest[1];
@@ -366,7 +372,7 @@ pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<Address6>>
 
 /// Walks extension headers; stops at the transport header or at a fragment that is not the first.
 #[inline(always)]
-fn extensions(skb: *mut __sk_buff, walk: *mut Walk, offset: usize, protocol: u8) -> Refusal {
+pub fn extensions(skb: *mut __sk_buff, walk: *mut Walk, offset: usize, protocol: u8) -> Refusal {
     // SAFETY: this CPU's own place. Volatile, so that the compiler does not carry over from one turn to the next what the
     // verifier is to forget.
     unsafe {
@@ -406,7 +412,7 @@ fn extensions(skb: *mut __sk_buff, walk: *mut Walk, offset: usize, protocol: u8)
 #[inline(always)]
 pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut Packet<Address6>) -> Refusal {
     let (Ok(ip), Some(walk)) = (load::<Ipv6Header>(skb, ETHERNET), WALK.get_ptr_mut(0)) else { return reason::MALFORMED };
-    if ip.version_class[0] >> 4 != 6 || extensions(skb, walk, ETHERNET + 40, ip.next) != 0 {
+    if ip.version_class[0] >> 4 != 6 || crate::walk6(skb, u32::from(ip.next)) != 0 {
         return reason::MALFORMED;
     }
     // SAFETY: this CPU's own place.
@@ -502,7 +508,7 @@ pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<(Address6, bool)
         return None;
     }
     let walk = WALK.get_ptr_mut(0)?;
-    if extensions(skb, walk, ETHERNET + 40, ip.next) != 0 {
+    if crate::walk6(skb, u32::from(ip.next)) != 0 {
         return Some((Address6::of(ip.source), false));
     }
     // SAFETY: this CPU's own place.

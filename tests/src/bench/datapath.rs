@@ -198,6 +198,9 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     let start = cpu();
     let mut rig = Rig::new("bench", FLOWS)?;
     rows.push(Row::plain("load the object and make the maps, CPU", (cpu() - start).as_secs_f64() * 1e3, "ms"));
+    let start = cpu();
+    rig.load_again()?;
+    rows.push(Row::plain("take what is pinned, CPU", (cpu() - start).as_secs_f64() * 1e3, "ms"));
     rig.apply(&policies())?;
     for cast in CASTS {
         for way in [direction::INGRESS, direction::EGRESS] {

@@ -47,6 +47,15 @@ impl Rig {
         Ok(rig)
     }
 
+    /// What a later agent with the same object does.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn load_again(&self) -> anyhow::Result<()> {
+        load(&LoadOptions { pin_root: self.pin_root.clone(), flow_entries: 0 })?;
+        Ok(())
+    }
+
     fn pin(&self, name: &str) -> anyhow::Result<MapData> {
         MapData::from_pin(self.pin_root.join(format!("v{LAYOUT_VERSION}")).join(name)).with_context(|| format!("open the pin of {name}"))
     }

@@ -32,9 +32,16 @@ pub struct KernelMaps {
     /// Each slot's addresses in [`map_name::OWN`].
     owned: BTreeMap<u32, Vec<(OwnKey, u32)>>,
     generation: Array<AyaMap, u32>,
-    /// What an address means was changed since the programs were told.
-    moved: bool,
+    /// What was changed since the programs were told.
+    changed: Option<Remembered>,
     writes: u64,
+}
+
+/// What each CPU remembers of the tables, see [`map_name::GENERATION`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remembered {
+    Address,
+    Verdict,
 }
 
 impl KernelMaps {
@@ -53,7 +60,7 @@ impl KernelMaps {
             verdicts: loaded.map(map_name::VERDICTS)?,
             generation: loaded.map(map_name::GENERATION)?,
             owned: BTreeMap::new(),
-            moved: false,
+            changed: None,
             writes: 0,
         };
         for item in maps.own.iter() {
@@ -68,27 +75,32 @@ impl KernelMaps {
         self.writes
     }
 
-    /// Programs remember what addresses mean: before a change of another kind they must have heard of those so far, or packets
-    /// would see the two in the wrong order.
+    /// Programs remember what addresses and verdicts are: before a change of another kind they must have heard of those so far, or
+    /// packets would see the two in the wrong order.
     fn in_order(&mut self, op: &MapOp) -> Result<(), MapError> {
-        match op {
+        let kind = match op {
             MapOp::SetAddress(..)
             | MapOp::RemoveAddress(_)
             | MapOp::SetCidr(..)
             | MapOp::RemoveCidr(_)
             | MapOp::SetNodeAddress(_)
-            | MapOp::RemoveNodeAddress(_) => self.moved = true,
-            MapOp::SetVerdict(..) | MapOp::RemoveVerdict(..) | MapOp::SetEndpoint(..) | MapOp::RemoveEndpoint(_) => self.settle()?,
+            | MapOp::RemoveNodeAddress(_) => Some(Remembered::Address),
+            MapOp::SetVerdict(..) | MapOp::RemoveVerdict(..) => Some(Remembered::Verdict),
+            MapOp::SetEndpoint(..) | MapOp::RemoveEndpoint(_) => None,
+        };
+        if kind != self.changed {
+            self.settle()?;
         }
+        self.changed = kind;
         self.one(op)
     }
 
-    /// Makes the programs forget what they remember of addresses, if any has changed.
+    /// Makes the programs forget what they remember, if any of it has changed.
     fn settle(&mut self) -> Result<(), MapError> {
-        if self.moved {
+        if self.changed.is_some() {
             let present = refused(map_name::GENERATION, &"read", self.generation.get(&0, 0))?;
             refused(map_name::GENERATION, &"next", self.generation.set(0, present.wrapping_add(1), 0))?;
-            self.moved = false;
+            self.changed = None;
         }
         Ok(())
     }
