@@ -59,6 +59,8 @@ async fn measure(quick: bool, window: Duration, tick: Duration, progress: &Progr
     let node = vpc.node("node1", INSTANCE_TYPE).await?;
     let mut cgroups = PodCgroups::empty(node.name()).context("make cgroups (needs root)")?;
     let cgroup_root = cgroups.root.path().display().to_string();
+    // A runtime has made it before the agent comes.
+    fs::create_dir_all(node.cni_conf_dir()).context("make the directory of network configurations")?;
     let seconds = tick.as_secs().to_string();
     let settings = [("WARM_IP_TARGET", "5"), ("STANCHION_METRICS_INTERVAL_SECONDS", &seconds)];
     let mut agent = node.start_agent_with(&settings, &[("--cgroup-root", &cgroup_root)])?;

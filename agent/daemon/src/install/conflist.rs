@@ -20,8 +20,10 @@ use crate::cluster::ClusterHandle;
 use crate::ipamd::IpamHandle;
 use crate::netpol::NetpolHandle;
 
-/// How often readiness is looked at until the file is written. A kubelet hears of the file by inotify.
+/// How often a ready agent asks whether the Node object has come. A kubelet hears of the file by inotify.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often a ready agent looks for a directory that the runtime has yet to make.
+const DIRECTORY_EVERY: Duration = Duration::from_secs(1);
 /// How often the file is looked at afterwards.
 const KEEP_EVERY: Duration = Duration::from_secs(5);
 /// How long a ready agent waits for the Node object, which names the runtime, before it writes the version that every
@@ -76,15 +78,10 @@ async fn keep(parts: ConflistParts) {
     let mut ready_since = None;
     let mut spoken = Spoken::default();
     loop {
-        let mut pause = LOOK_EVERY;
-        let ready = ready(&parts);
-        if ready && !parts.directory.is_dir() {
-            let problem = format!(
-                "{} is not there: a runtime makes it; where yours looks elsewhere, say so in HOST_CNI_CONFDIR_PATH",
-                parts.directory.display()
-            );
-            complain(&mut complaint, problem);
-        } else if ready {
+        until_ready(&parts).await;
+        let mut pause = DIRECTORY_EVERY;
+        if parts.directory.is_dir() {
+            pause = LOOK_EVERY;
             let since = *ready_since.get_or_insert_with(tokio::time::Instant::now);
             let runtime = runtime(&parts);
             if runtime.is_some() || since.elapsed() >= RUNTIME_WITHIN {
@@ -97,6 +94,12 @@ async fn keep(parts: ConflistParts) {
                 }
                 pause = KEEP_EVERY;
             }
+        } else {
+            let problem = format!(
+                "{} is not there: a runtime makes it; where yours looks elsewhere, say so in HOST_CNI_CONFDIR_PATH",
+                parts.directory.display()
+            );
+            complain(&mut complaint, problem);
         }
         tokio::time::sleep(pause).await;
     }
@@ -110,9 +113,17 @@ fn complain(said: &mut String, problem: String) {
     }
 }
 
-/// The same that STATUS answers to the runtime.
-fn ready(parts: &ConflistParts) -> bool {
-    parts.ipam.status().ready && parts.strict_policy.as_ref().is_none_or(|netpol| *netpol.ready().borrow())
+/// Returns when STATUS would tell the runtime that pods can start; never once the agent's parts are gone.
+async fn until_ready(parts: &ConflistParts) {
+    let policy = async {
+        match &parts.strict_policy {
+            Some(netpol) => netpol.ready().wait_for(|ready| *ready).await.is_ok(),
+            None => true,
+        }
+    };
+    if !(parts.ipam.ready().await.is_ok() && policy.await) {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// `containerd://2.3.4`; `None` while the Node is not known.
