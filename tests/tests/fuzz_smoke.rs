@@ -44,6 +44,9 @@ const TOKENS: [&[u8]; 24] = [
     b"true",
 ];
 
+/// A commit is judged by the same inputs wherever it is tested; other seeds are for long runs.
+const SEED: u64 = 20_261_121;
+
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
 }
@@ -93,7 +96,7 @@ fn run(name: &str, seed: u64, input: &[u8], target: targets::Target) {
 
 #[test]
 fn no_target_fails_on_what_its_corpus_breeds() {
-    let seed = setting("STANCHION_FUZZ_SEED", rand::random());
+    let seed = setting("STANCHION_FUZZ_SEED", SEED);
     let inputs = setting("STANCHION_FUZZ_INPUTS", 2_000);
     println!("STANCHION_FUZZ_SEED={seed} STANCHION_FUZZ_INPUTS={inputs}");
     for (name, target) in TARGETS {

@@ -118,10 +118,18 @@ fn truth(text: &str) -> bool {
     matches!(text.to_ascii_lowercase().as_str(), "on" | "true" | "yes")
 }
 
+/// A number of which `a_second` make a second, as the nearest that our settings take; `None` for what is no finite number.
+fn seconds(text: &str, a_second: f64) -> Option<f64> {
+    text.parse::<f64>().ok().filter(|number| number.is_finite()).map(|number| (number / a_second).clamp(0.05, 3600.0))
+}
+
 fn service(migration: &mut Migration, service: &Section) {
     for (key, value) in &service.properties {
         match key.as_str() {
-            "flush" => migration.file.flush_seconds = value.parse().ok(),
+            "flush" => match seconds(value, 1.0) {
+                Some(flush) => migration.file.flush_seconds = Some(flush),
+                None => migration.miss(format!("[SERVICE] flush {value}"), "not a number of seconds"),
+            },
             "grace" => migration
                 .needless
                 .push((format!("[SERVICE] grace {value}"), "last lines are sent for ten seconds; what is left is read at the next start")),
@@ -210,8 +218,8 @@ fn user_rule(migration: &mut Migration, section: &Section) {
     if next.len() > 1 {
         migration.miss(format!("[MULTILINE_PARSER] {name}"), "look at it: its states are joined into one pattern for all following lines");
     }
-    if let Some(ms) = section.get("flush_timeout").and_then(|text| text.parse::<f64>().ok()) {
-        migration.file.multiline_flush_seconds = Some((ms / 1000.0).clamp(0.05, 3600.0));
+    if let Some(flush) = section.get("flush_timeout").and_then(|text| seconds(text, 1000.0)) {
+        migration.file.multiline_flush_seconds = Some(flush);
     }
     if !migration.file.multiline_rules.iter().any(|known| known.name == name) {
         let next = (!next.is_empty()).then(|| joined(next));

@@ -235,3 +235,12 @@ fn control_characters_end_no_comment() {
     );
     assert!(migration.to_yaml().contains("do\u{fffd}cker"), "{}", migration.to_yaml());
 }
+
+#[test]
+fn a_flush_that_is_no_time_is_named_and_never_written() {
+    for (text, expected) in [("5", Some(5.0)), ("0.001", Some(0.05)), ("1e9", Some(3600.0)), ("inf", None), ("nan", None), ("soon", None)] {
+        let migration = migrated(&format!("[SERVICE]\n    Flush {text}\n"));
+        assert_eq!(migration.file.flush_seconds, expected, "{text}");
+        assert_eq!(migration.missing.iter().any(|(what, _)| what.contains("flush")), expected.is_none(), "{text}");
+    }
+}
