@@ -66,6 +66,9 @@ const IMDS_REMEDY: &str = "run on an EC2 instance with IMDSv2 enabled, in the ho
 /// How long a pod's ADD waits for the cluster's state after a start.
 const POLICY_SYNC_WAIT: Duration = Duration::from_secs(10);
 
+/// How often freed memory goes back to the kernel.
+const GIVE_BACK_EVERY: Duration = Duration::from_secs(20);
+
 /// Runs the daemon until SIGTERM or SIGINT. Stopping removes nothing: pods keep network and policy.
 pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
     process::bound_heaps();
@@ -95,6 +98,7 @@ pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
     // Two runtimes, so that a log storm cannot delay an ADD.
     let network = runtime("network", 2)?;
     let telemetry = runtime("telemetry", 2)?;
+    let _until_the_end = telemetry.spawn(give_back_freed_memory());
     let outcome = network.block_on(serve(args, config, set_log_filter, &telemetry));
     telemetry.shutdown_timeout(Duration::from_secs(1));
     network.shutdown_timeout(Duration::from_secs(1));
@@ -108,6 +112,16 @@ fn raise_open_files() {
         && soft < hard
     {
         let _kept = setrlimit(Resource::RLIMIT_NOFILE, hard.min(OPEN_FILES), hard);
+    }
+}
+
+/// Looks after the process's memory for as long as its runtime lives.
+async fn give_back_freed_memory() {
+    let mut looks = tokio::time::interval(GIVE_BACK_EVERY);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        looks.tick().await;
+        process::give_back_freed_memory();
     }
 }
 

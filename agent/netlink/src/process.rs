@@ -18,6 +18,19 @@ pub fn bound_heaps() {
     }
 }
 
+/// Gives pages that hold nothing but freed memory back to the kernel.
+///
+/// glibc does so by itself only at the end of a heap: what a metric tick or a burst of pods had asked for stayed, 7 MiB of an agent's 44
+/// with 110 pods. Takes a millisecond or two of the calling thread, in which other threads may wait for a heap.
+pub fn give_back_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: `malloc_trim` works on the allocator's own books under its own locks; it takes no pointers. Its answer says whether there
+    // was something to give back.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// A reader that goes away (`| head`) ends the process as it ends other programs, instead of a failed write in the middle of a table.
 /// Not for a daemon, which must outlive its clients.
 pub fn end_when_the_reader_goes() {

@@ -101,10 +101,12 @@ async fn serve<T: Cni>(mut stream: UnixStream, service: &T) -> io::Result<()> {
         };
         let mut body = vec![0; length];
         tokio::time::timeout(SILENCE, stream.read_exact(&mut body)).await??;
-        // Nobody waits for an address any more: it must not be kept.
+        // Nobody waits for an address any more: it must not be kept. Looked at first, as the DEL that follows a killed ADD may have been
+        // served already.
         let reply = tokio::select! {
-            reply = answer(service, method, &body) => reply,
+            biased;
             () = hung_up(&stream) => return Ok(()),
+            reply = answer(service, method, &body) => reply,
         };
         stream.write_all(&reply.unwrap_or_else(|status| frame::encode_error(&status))).await?;
     }
@@ -124,4 +126,79 @@ async fn answer<T: Cni>(service: &T, method: u8, body: &[u8]) -> Result<Vec<u8>,
 
 fn encode<M: Message>(reply: Result<Response<M>, Status>) -> Result<Vec<u8>, Status> {
     frame::encode(0, &reply?.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use stanchion_proto as wire;
+
+    use super::*;
+
+    /// Counts the ADDs that it was asked for; nothing else is asked here.
+    #[derive(Default)]
+    struct Counter(AtomicUsize);
+
+    fn unasked<T>() -> Result<Response<T>, Status> {
+        Err(Status::unimplemented("only ADD is asked for"))
+    }
+
+    #[tonic::async_trait]
+    impl Cni for Counter {
+        async fn add_network(&self, _: Request<wire::AddNetworkRequest>) -> Result<Response<wire::AddNetworkReply>, Status> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(Response::new(wire::AddNetworkReply::default()))
+        }
+
+        async fn activate_endpoint(
+            &self,
+            _: Request<wire::ActivateEndpointRequest>,
+        ) -> Result<Response<wire::ActivateEndpointReply>, Status> {
+            unasked()
+        }
+
+        async fn del_network(&self, _: Request<wire::DelNetworkRequest>) -> Result<Response<wire::DelNetworkReply>, Status> {
+            unasked()
+        }
+
+        async fn check_network(&self, _: Request<wire::CheckNetworkRequest>) -> Result<Response<wire::CheckNetworkReply>, Status> {
+            unasked()
+        }
+
+        async fn collect_garbage(&self, _: Request<wire::CollectGarbageRequest>) -> Result<Response<wire::CollectGarbageReply>, Status> {
+            unasked()
+        }
+
+        async fn status(&self, _: Request<wire::StatusRequest>) -> Result<Response<wire::StatusReply>, Status> {
+            unasked()
+        }
+    }
+
+    /// Serves one connection on which an ADD was asked for, by a plugin that stays or is dead by then. Returns how many were answered.
+    async fn adds_served(plugin_lives: bool) -> usize {
+        let (mut plugin, agent) = UnixStream::pair().unwrap();
+        let request = frame::encode(Method::AddNetwork as u8, &wire::AddNetworkRequest::default()).unwrap();
+        plugin.write_all(&[&MAGIC[..], &request].concat()).await.unwrap();
+        let service = Counter::default();
+        let live = async {
+            if plugin_lives {
+                let mut header = [0; HEADER];
+                plugin.read_exact(&mut header).await.unwrap();
+            }
+            drop(plugin);
+        };
+        let ((), served) = tokio::join!(live, serve(agent, &service));
+        served.unwrap();
+        service.0.into_inner()
+    }
+
+    /// Its DEL may have come and gone before the agent read what it had asked: an address given now would be nobody's.
+    #[tokio::test]
+    async fn what_a_dead_plugin_asked_is_not_done() {
+        assert_eq!(adds_served(true).await, 1);
+        for _ in 0..64 {
+            assert_eq!(adds_served(false).await, 0);
+        }
+    }
 }

@@ -71,12 +71,19 @@ pub fn spawn(parts: ConflistParts) -> JoinHandle<()> {
     })
 }
 
+/// What need not be found out again while its files stay as they are.
+#[derive(Default)]
+struct Known {
+    spoken: Spoken,
+    plugin: Option<[files::Stamp; 2]>,
+}
+
 async fn keep(parts: ConflistParts) {
     let path = parts.directory.join(FILE_NAME);
     remove_stale(&parts, &path);
     let mut complaint = String::new();
     let mut ready_since = None;
-    let mut spoken = Spoken::default();
+    let mut known = Known::default();
     loop {
         until_ready(&parts).await;
         let mut pause = DIRECTORY_EVERY;
@@ -86,7 +93,7 @@ async fn keep(parts: ConflistParts) {
             let runtime = runtime(&parts);
             if runtime.is_some() || since.elapsed() >= RUNTIME_WITHIN {
                 // Asking a plugin runs it: this worker's other tasks go on.
-                let placed = tokio::task::block_in_place(|| place(&parts, &path, runtime.as_deref().unwrap_or_default(), &mut spoken));
+                let placed = tokio::task::block_in_place(|| place(&parts, &path, runtime.as_deref().unwrap_or_default(), &mut known));
                 match placed {
                     Ok(true) => info!(path = %path.display(), runtime, "network configuration written: the node can take pods"),
                     Ok(false) => complaint.clear(),
@@ -148,28 +155,15 @@ fn remove_stale(parts: &ConflistParts, path: &std::path::Path) {
 }
 
 /// Binary first, configuration last. True when the configuration was written.
-fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str, spoken: &mut Spoken) -> Result<bool, String> {
-    let words = |error: files::FileError| format!("{error}: {}", error.source);
-    let installed = parts.bin_dir.join(PLUGIN);
-    if let Some(plugin) = &parts.plugin {
-        let content = fs::read(plugin).map_err(|error| format!("read {}: {error}", plugin.display()))?;
-        // A mount that cannot be written but holds the same binary is good enough.
-        let same = fs::read(&installed).is_ok_and(|old| old == content);
-        if !same {
-            fs::create_dir_all(&parts.bin_dir).map_err(|error| format!("make {}: {error}", parts.bin_dir.display()))?;
-            files::put(&installed, &content, 0o755).map_err(words)?;
-            info!(path = %installed.display(), "plugin installed");
-        }
-    } else if !installed.is_file() {
-        return Err(format!("{} is not there: `stanchion install` puts it there", installed.display()));
-    }
+fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str, known: &mut Known) -> Result<bool, String> {
+    place_plugin(parts, &mut known.plugin)?;
     if let Some(missing) = parts.chained.iter().find(|plugin| !parts.bin_dir.join(plugin.binary()).is_file()) {
         return Err(format!("the settings chain {0}, and {0} is not in {1}", missing.binary(), parts.bin_dir.display()));
     }
     let portmap = parts.bin_dir.join(Chained::Portmap.binary()).is_file().then_some(Chained::Portmap);
     let chained: Vec<Chained> = portmap.into_iter().chain(parts.chained.iter().copied()).collect();
     let conflist = Conflist {
-        version: version(&parts.bin_dir, &chained, runtime, spoken)?,
+        version: version(&parts.bin_dir, &chained, runtime, &mut known.spoken)?,
         socket: &parts.socket,
         log_file: &parts.log.0,
         log_level: &parts.log.1,
@@ -183,6 +177,32 @@ fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str, spoken: &
         warn!(other, "the runtime uses the first configuration by name, which is not ours: remove it");
     }
     Ok(written)
+}
+
+/// Puts our plugin where the runtime looks for it, or says that it is not there. `same` are the two files that were found alike.
+fn place_plugin(parts: &ConflistParts, same: &mut Option<[files::Stamp; 2]>) -> Result<(), String> {
+    let installed = parts.bin_dir.join(PLUGIN);
+    let Some(plugin) = &parts.plugin else {
+        let missing = || format!("{} is not there: `stanchion install` puts it there", installed.display());
+        return installed.is_file().then_some(()).ok_or_else(missing);
+    };
+    let now = || files::stamp(plugin).zip(files::stamp(&installed)).map(<[_; 2]>::from);
+    if same.is_some() && *same == now() {
+        return Ok(());
+    }
+    let content = fs::read(plugin).map_err(|error| format!("read {}: {error}", plugin.display()))?;
+    // A mount that cannot be written but holds the same binary is good enough.
+    if !fs::read(&installed).is_ok_and(|old| old == content) {
+        fs::create_dir_all(&parts.bin_dir).map_err(|error| format!("make {}: {error}", parts.bin_dir.display()))?;
+        files::put(&installed, &content, 0o755).map_err(words)?;
+        info!(path = %installed.display(), "plugin installed");
+    }
+    *same = now();
+    Ok(())
+}
+
+fn words(error: files::FileError) -> String {
+    format!("{error}: {}", error.source)
 }
 
 /// A configuration that the runtime would take before ours.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// What became of a file.
@@ -57,6 +57,14 @@ pub fn put(path: &Path, content: &[u8], mode: u32) -> Result<Outcome, FileError>
     }
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(fail("fsync the directory of", path))?;
     Ok(Outcome::Written)
+}
+
+/// What differs whenever a file is another or was written: device, inode, length, and its last change in seconds and nanoseconds.
+pub(super) type Stamp = (u64, u64, u64, i64, i64);
+
+/// `None` where there is no file.
+pub(super) fn stamp(path: &Path) -> Option<Stamp> {
+    fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
 }
 
 /// Removes a file; true if it was there.
