@@ -10,8 +10,9 @@ use anyhow::{Context as _, Result};
 use futures_util::StreamExt as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stanchion_aws::{AwsClients, Overrides, SdkImds};
+use stanchion_core::branch::VethNames;
 use stanchion_core::cloud::{Imds as _, InstanceIdentity};
-use stanchion_core::config::{Config, FlowLogs, PolicyMode, RecordLayout, TelemetryConfig};
+use stanchion_core::config::{BranchMode, Config, FlowLogs, PolicyMode, RecordLayout, TelemetryConfig};
 use stanchion_core::conflist::{Chained, PLUGIN};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
@@ -29,7 +30,7 @@ use stanchion_daemon::cluster::credentials::{self, Clients};
 use stanchion_daemon::cluster::tell::{self, TellParts};
 use stanchion_daemon::cluster::write::Writer;
 use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server};
-use stanchion_daemon::cni::{CniSettings, Told};
+use stanchion_daemon::cni::{Branches, CniSettings, Told};
 use stanchion_daemon::install::conflist::{self, ConflistParts};
 use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::{JsonLines, LogsParts};
@@ -246,7 +247,12 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
         }
         let strict = netpol.clone().filter(|_| settings.strict_policy);
         tasks.push(("conflist", conflist::spawn(conflist_parts(&args, &config, &views, ipam.clone(), strict, &shutdown))));
-        cni::CniService::new(ipam, netpol, settings, told)
+        let branches = config.pool.pod_eni.then(|| Branches {
+            cluster: views.cluster.watch(),
+            ipv6: config.pool.ipv6,
+            strict: strict_branches(&config),
+        });
+        cni::CniService::new(ipam, netpol, branches, settings, told)
     });
     let connections = match &cni {
         Some(service) => cni::take_plugins(socket::root_connections(listener), service.clone()).boxed(),
@@ -345,7 +351,7 @@ fn start_telemetry(
                 documents: settings.container_insights,
                 selection: settings.selection.clone(),
                 figures: settings.figures,
-                veth_prefix: config.network.veth_prefix.clone(),
+                veths: VethNames { prefix: config.network.veth_prefix.clone(), strict_branches: strict_branches(config) },
             },
             shutdown: (*shutdown).clone(),
         });
@@ -446,7 +452,13 @@ async fn start_network(
     };
     let host = HostNet::open().context("open the host's network")?;
     tasks.push(("network healer", cni::spawn_heal(host.clone(), (*shutdown).clone()).context("watch the host's network")?));
-    let interfaces = Netlink::open().context("open netlink")?.links().context("list the host's links")?;
+    let mut netlink = Netlink::open().context("open netlink")?;
+    if config.pool.pod_eni && !netlink.has_vlans().context("ask for VLAN interfaces")? {
+        warn!(
+            "ENABLE_POD_ENI=true, but this kernel has no VLAN interfaces: pods with security groups of their own cannot start here; load its module 8021q"
+        );
+    }
+    let interfaces = netlink.links().context("list the host's links")?;
     let (ipam, task) = ipamd::spawn(IpamdParts {
         config: Arc::clone(config),
         ec2: aws.ec2(),
@@ -478,6 +490,11 @@ fn egress_family(config: &Config, identity: &InstanceIdentity) -> Option<EgressF
         warn!("ENABLE_V6_EGRESS=true, but the primary ENI has no IPv6 address: pods get no IPv6 egress; give the instance one");
     }
     wanted.map(|egress| EgressFamily::of(egress.to))
+}
+
+/// Pods with security groups of their own are in strict mode.
+fn strict_branches(config: &Config) -> bool {
+    config.pool.pod_eni && config.pool.branch_mode == BranchMode::Strict
 }
 
 /// What every part gets.

@@ -7,7 +7,7 @@ use serde_json::Value;
 use stanchion_core::cni::{CniError, CniResult, ErrorCode, Interface, Invocation, IpConfig, NetConf};
 use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::host::DEFAULT_MTU;
-use stanchion_core::network::names::{MAIN_TABLE, check_veth_prefix, host_veth_name, pod_if_name, veth_macs};
+use stanchion_core::network::names::{MAIN_TABLE, STRICT_BRANCH_PREFIX, check_veth_prefix, host_veth_name, pod_if_name, veth_macs};
 use stanchion_core::network::{NetOp, PodPlan};
 use stanchion_netlink::veth::{VethEnd, VethIndices};
 use stanchion_netlink::{Netlink, NetlinkError, Netns, sysctl};
@@ -16,7 +16,7 @@ use stanchion_proto::{ActivateEndpointReply, ActivateEndpointRequest, AddNetwork
 
 use crate::agent::{self, Agent};
 use crate::journal::Journal;
-use crate::{egress, sandbox, spool};
+use crate::{branch, egress, sandbox, spool};
 
 /// For everything. A burst of pods on a cold node waits for an ENI (up to 10 s, then EC2's pace); the kubelet's own limit is two minutes.
 const PATIENCE: Duration = Duration::from_secs(45);
@@ -83,15 +83,13 @@ impl<'a> Site<'a> {
 /// What the agent's reply means for this pod.
 fn plans(reply: &AddNetworkReply, invocation: &Invocation, conf: &NetConf) -> Result<Vec<PodPlan>, CniError> {
     let unusable = |text: String| CniError::new(ErrorCode::Decode, format!("the agent's reply cannot be used: {text}"));
-    if reply.branch.is_some() {
-        let text = "security groups for pods need a VLAN interface, which this plugin does not set up";
-        return Err(CniError::new(ErrorCode::UnsupportedField, text));
-    }
     if reply.attachments.is_empty() {
         return Err(unusable("it has no address".to_owned()));
     }
     let (prefix, mtu) = prefix_and_mtu(reply, conf);
     check_veth_prefix(prefix).map_err(|error| unusable(error.to_string()))?;
+    let branch = branch::of_reply(reply).map_err(unusable)?;
+    let prefix = if branch.as_ref().is_some_and(|branch| branch.strict) { STRICT_BRANCH_PREFIX } else { prefix };
     let plan = |(index, attachment): (usize, &stanchion_proto::Attachment)| {
         let pod_if = pod_if_name(&invocation.if_name, index);
         let (host_mac, pod_mac) = veth_macs(&invocation.container_id, &pod_if);
@@ -105,6 +103,7 @@ fn plans(reply: &AddNetworkReply, invocation: &Invocation, conf: &NetConf) -> Re
             ipv6: address(&attachment.ipv6).map_err(|text| unusable(text.to_owned()))?,
             mtu,
             table: attachment.route_table,
+            branch: branch.clone(),
         })
     };
     let plans = reply.attachments.iter().enumerate().map(plan).collect::<Result<Vec<_>, _>>()?;
@@ -137,6 +136,7 @@ fn egress_plan(reply: &AddNetworkReply, invocation: &Invocation, conf: &NetConf)
         ipv6,
         mtu,
         table: MAIN_TABLE,
+        branch: None,
     }))
 }
 
@@ -176,6 +176,7 @@ fn set_up(
         journal.phase("policy");
     }
     dressed?;
+    plans.iter().try_for_each(|plan| branch::connect(&mut site.host, plan))?;
     // Only now can a packet pass.
     let mut ops = Vec::new();
     for (plan, index) in plans.iter().zip(&indices) {
@@ -262,6 +263,9 @@ fn take_down(site: &mut Site<'_>, plans: &[PodPlan], invocation: &Invocation, er
     if let Err(error) = sandbox::remove_veths(site.netns, &invocation.if_name) {
         problems.push(error.msg);
     }
+    for link in plans.iter().filter_map(|plan| plan.branch.as_ref()) {
+        problems.extend(branch::remove(&mut site.host, link.vlan_id).err().map(|error| error.msg));
+    }
     if problems.is_empty() { error } else { error.with_details(format!("while undoing: {}", problems.join("; "))) }
 }
 
@@ -295,6 +299,10 @@ fn describe(plans: &[PodPlan], netns: &std::path::Path) -> CniResult {
         let sandbox = Some(netns.display().to_string());
         result.interfaces.push(Interface { name: plan.pod_if.clone(), mac: plan.pod_mac, mtu: plan.mtu, sandbox });
         result.ips.extend(plan.addresses().map(|(address, gateway)| IpConfig { interface: pod_end, address: address.into(), gateway }));
+    }
+    // After the pairs: it has no end in the pod.
+    for (plan, link) in plans.iter().filter_map(|plan| Some((plan, plan.branch.as_ref()?))) {
+        result.interfaces.push(Interface { name: link.if_name(), mac: link.mac, mtu: plan.mtu, sandbox: None });
     }
     result
 }

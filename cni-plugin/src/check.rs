@@ -7,8 +7,9 @@ use std::time::Duration;
 use stanchion_core::cni::result::PrevResult;
 use stanchion_core::cni::{CniError, ErrorCode, Invocation, NetConf};
 use stanchion_core::network::Rule;
-use stanchion_core::network::host::PRIORITY_TO_POD;
-use stanchion_core::network::names::MAIN_TABLE;
+use stanchion_core::network::branch::{PRIORITY_BRANCH, vlan_of_if};
+use stanchion_core::network::host::{PRIORITY_FROM_POD, PRIORITY_TO_POD};
+use stanchion_core::network::names::{MAIN_TABLE, STRICT_BRANCH_PREFIX, branch_route_table};
 use stanchion_netlink::{Netlink, NetlinkError, Netns};
 use stanchion_proto::frame::Method;
 use stanchion_proto::{CheckNetworkReply, CheckNetworkRequest, Endpoint};
@@ -42,6 +43,12 @@ fn compare(netns: &Netns, prev: &PrevResult) -> Result<(Vec<Endpoint>, Vec<Strin
         .run(Netlink::open)
         .map_err(|error| NetlinkError::Socket { op: "open it in the pod", source: std::io::Error::other(error) })??;
     let (rules, routes) = (host.rules()?, host.routes()?);
+    let vlan = prev.interfaces.iter().find_map(|interface| Some((&interface.name, vlan_of_if(&interface.name)?)));
+    if let Some((name, _)) = vlan
+        && !host.link(name)?.is_some_and(|facts| facts.link.up)
+    {
+        differences.push(format!("the node has no interface {name} that is up"));
+    }
     let pod_addresses = pod.addresses()?;
     for ip in &prev.ips {
         let address = ip.address;
@@ -68,7 +75,8 @@ fn compare(netns: &Netns, prev: &PrevResult) -> Result<(Vec<Endpoint>, Vec<Strin
                 if pod_facts.is_some_and(|pod| pod.peer_index != Some(facts.link.index)) {
                     differences.push(format!("{} is not the other end of the pod's {}", outside.name, inside.name));
                 }
-                if !routes.iter().any(|r| r.dst == address.into() && r.table == MAIN_TABLE && r.index == facts.link.index) {
+                let table = table_of(vlan, &outside.name);
+                if !routes.iter().any(|r| r.dst == address.into() && r.table == table && r.index == facts.link.index) {
                     differences.push(format!("the node has no route to {address} by {}", outside.name));
                 }
                 let endpoint = endpoints.entry(pod_end).or_default();
@@ -80,9 +88,34 @@ fn compare(netns: &Netns, prev: &PrevResult) -> Result<(Vec<Endpoint>, Vec<Strin
                 }
             }
         }
-        if !rules.contains(&Rule::to_host(PRIORITY_TO_POD, address, MAIN_TABLE)) {
-            differences.push(format!("the node has no rule {PRIORITY_TO_POD} to {address}"));
+        match (vlan, table_of(vlan, &outside.name)) {
+            (_, MAIN_TABLE) => {
+                if !rules.contains(&Rule::to_host(PRIORITY_TO_POD, address, MAIN_TABLE)) {
+                    differences.push(format!("the node has no rule {PRIORITY_TO_POD} to {address}"));
+                }
+                if let Some((name, id)) = vlan
+                    && !rules.contains(&Rule::from_host(PRIORITY_FROM_POD, address, branch_route_table(id)))
+                {
+                    differences.push(format!("the node has no rule {PRIORITY_FROM_POD} from {address} to the table of {name}"));
+                }
+            }
+            (vlan, table) => {
+                for iif in vlan.map(|(name, _)| name).into_iter().chain([&outside.name]) {
+                    let rule = Rule { iif: Some(iif.clone()), ..Rule::new(address.is_ipv6(), PRIORITY_BRANCH, table) };
+                    if !rules.contains(&rule) {
+                        differences.push(format!("the node has no rule {PRIORITY_BRANCH} for what comes in by {iif}"));
+                    }
+                }
+            }
         }
     }
     Ok((endpoints.into_values().collect(), differences))
+}
+
+/// The host's table with the route to a pod behind `host_if`: main but for pods with a branch ENI in strict mode, whose host end's name tells.
+fn table_of(vlan: Option<(&String, u16)>, host_if: &str) -> u32 {
+    match vlan {
+        Some((_, id)) if host_if.starts_with(STRICT_BRANCH_PREFIX) => branch_route_table(id),
+        _ => MAIN_TABLE,
+    }
 }

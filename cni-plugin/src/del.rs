@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use stanchion_core::cni::{CniError, ErrorCode, Invocation, NetConf};
 use stanchion_core::network::egress::EgressFamily;
-use stanchion_core::network::names::host_veth_name;
+use stanchion_core::network::names::{STRICT_BRANCH_PREFIX, host_veth_name};
 use stanchion_netlink::Netlink;
 use stanchion_proto::DelNetworkReply;
 
 use crate::agent::{self, Agent};
 use crate::journal::Journal;
-use crate::{egress, sandbox, spool};
+use crate::{branch, egress, sandbox, spool};
 
 /// For the agent's part.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -28,11 +28,7 @@ pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal
     let mut own_names: Vec<String> = prev.interfaces.iter().map(|interface| interface.name.clone()).collect();
     own_names.extend((0..ATTACHMENTS).map(|index| host_veth_name(&conf.veth_prefix, &invocation.pod, index)));
     own_names.extend(EgressFamily::ALL.map(|family| family.host_if(&conf.veth_prefix, &invocation.pod)));
-
-    if let Some(upstream) = prev.upstream(&invocation.pod).filter(|upstream| upstream.vlan_id != 0) {
-        let host_ifs: Vec<String> = upstream.attachments.into_iter().map(|attachment| attachment.host_if).collect();
-        sandbox::remove_branch(&mut host, upstream.vlan_id, &host_ifs)?;
-    }
+    own_names.push(host_veth_name(STRICT_BRANCH_PREFIX, &invocation.pod, 0));
     let netns = invocation.netns.as_deref().map(|path| sandbox::open_netns(path, invocation.netns_override));
     match netns {
         Some(Ok(netns)) => addresses.extend(sandbox::remove_veths(&netns, &invocation.if_name)?),
@@ -45,7 +41,14 @@ pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal
     }
     addresses.sort_unstable();
     addresses.dedup();
-    sandbox::remove_rules(&mut host, &addresses, &own_names)?;
+    let mut branches = branch::of_result(&prev, invocation);
+    if prev.interfaces.is_empty() {
+        branches.extend(branch::of_rules(&mut host, &own_names, &addresses)?);
+    }
+    // Our own ends are gone by now, whatever has their names is a newer sandbox's. Those of aws-node may live as long as the kernel likes.
+    let lingering: &[String] = if prev.upstream(&invocation.pod).is_some() { &own_names } else { &[] };
+    sandbox::remove_rules(&mut host, &addresses, lingering)?;
+    branches.iter().try_for_each(|vlan_id| branch::remove(&mut host, *vlan_id))?;
     egress::release(&conf.name, &invocation.container_id)?;
     journal.phase("kernel");
 
@@ -58,7 +61,11 @@ pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal
         Ok(reply) => {
             // What the agent knew and we did not: no earlier result, no namespace.
             let unknown: Vec<IpAddr> = held(&reply).filter(|address| !addresses.contains(address)).collect();
-            sandbox::remove_rules(&mut host, &unknown, &own_names)
+            sandbox::remove_rules(&mut host, &unknown, lingering)?;
+            match u16::try_from(reply.vlan_id) {
+                Ok(vlan_id) if vlan_id != 0 && !branches.contains(&vlan_id) => branch::remove(&mut host, vlan_id),
+                _ => Ok(()),
+            }
         }
         Err(error) => {
             journal.note(&error.msg);

@@ -6,6 +6,7 @@
 
 mod add;
 mod agent;
+mod branch;
 mod check;
 mod del;
 mod egress;

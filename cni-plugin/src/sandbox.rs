@@ -6,7 +6,7 @@ use std::path::Path;
 use stanchion_core::cni::{CniError, ErrorCode, Invocation};
 use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::host::{PRIORITY_FROM_POD, PRIORITY_TO_POD};
-use stanchion_core::network::names::{branch_route_table, host_veth_name, pod_if_name, veth_macs};
+use stanchion_core::network::names::{STRICT_BRANCH_PREFIX, host_veth_name, pod_if_name, veth_macs};
 use stanchion_core::network::{NetOp, Rule};
 use stanchion_netlink::netns::NetnsError;
 use stanchion_netlink::veth::LinkFacts;
@@ -76,10 +76,11 @@ pub(crate) fn remove_host_ends(host: &mut Netlink, invocation: &Invocation, pref
     let egress = EgressFamily::ALL.map(|family| (family.host_if(prefix, &invocation.pod), family.pod_if().to_owned()));
     let attachments =
         (0..MAX_ATTACHMENTS).map(|index| (host_veth_name(prefix, &invocation.pod, index), pod_if_name(&invocation.if_name, index)));
-    for (number, (host_if, pod_if)) in egress.into_iter().chain(attachments).enumerate() {
+    let strict = (host_veth_name(STRICT_BRANCH_PREFIX, &invocation.pod, 0), invocation.if_name.clone());
+    for (number, (host_if, pod_if)) in egress.into_iter().chain([strict]).chain(attachments).enumerate() {
         let Some(LinkFacts { link, .. }) = host.link(&host_if).map_err(failed)? else {
             // Attachments have consecutive numbers.
-            if number > EgressFamily::ALL.len() { break } else { continue }
+            if number > EgressFamily::ALL.len() + 1 { break } else { continue }
         };
         if link.kind == "veth" && link.mac == Some(veth_macs(&invocation.container_id, &pod_if).0) {
             host.delete_link_by_index(link.index).map_err(failed)?;
@@ -122,22 +123,6 @@ fn belongs_to_another(host: &mut Netlink, address: IpAddr, own_names: &[String])
 /// Whether the route is the address's own one and not the node's default route, which in a test may leave by a veth too.
 fn has_host_route(host: &mut Netlink, address: IpAddr, index: u32) -> Result<bool, NetlinkError> {
     Ok(host.routes()?.iter().any(|route| route.index == index && route.dst == address.into()))
-}
-
-/// What aws-node made of a pod's branch ENI: its VLAN interface, which takes the table's routes with it, and the rules by interface.
-pub(crate) fn remove_branch(host: &mut Netlink, vlan_id: u16, host_ifs: &[String]) -> Result<(), CniError> {
-    /// `iif vlan.eth.<id>` and `iif vlan<hash>`, both to the branch's table (aws-node's strict mode).
-    const PRIORITY_BRANCH: u32 = 10;
-    let failed = |error: NetlinkError| kernel_error(&error);
-    let link = format!("vlan.eth.{vlan_id}");
-    let table = branch_route_table(vlan_id);
-    for rule in host.rules().map_err(failed)? {
-        let about = rule.iif.as_ref().is_some_and(|iif| *iif == link || host_ifs.contains(iif));
-        if rule.priority == PRIORITY_BRANCH && rule.table == table && about {
-            host.delete_rule(&rule).map_err(failed)?;
-        }
-    }
-    host.delete_link(&link).map(|_| ()).map_err(failed)
 }
 
 /// Undoes what was done of some operations of the host; every failure is told.

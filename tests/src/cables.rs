@@ -10,6 +10,7 @@ use std::time::Duration;
 use ipnet::Ipv4Net;
 use stanchion_core::cloud::Eni;
 use stanchion_core::ids::{EniId, InstanceId};
+use stanchion_core::network::branch::vlan_if_name;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::Instant;
 
@@ -36,17 +37,30 @@ pub(crate) struct Cables {
 struct Inner {
     router: Router,
     sockets: BTreeMap<InstanceId, Socket>,
+    /// Branch ENIs, which EC2 shows as attached to nothing: the instance with their trunk, and their VLAN id.
+    branches: BTreeMap<EniId, (InstanceId, u16)>,
     /// When an attached ENI's interface appears.
     appears: BTreeMap<EniId, Instant>,
 }
 
 impl Cables {
     pub(crate) fn new(router: Router, cloud: Cloud) -> Self {
-        Self { inner: Arc::new(Mutex::new(Inner { router, sockets: BTreeMap::new(), appears: BTreeMap::new() })), cloud }
+        Self {
+            inner: Arc::new(Mutex::new(Inner { router, sockets: BTreeMap::new(), branches: BTreeMap::new(), appears: BTreeMap::new() })),
+            cloud,
+        }
     }
 
     pub(crate) fn add_node(&self, instance: InstanceId, socket: Socket) {
         self.lock().sockets.insert(instance, socket);
+    }
+
+    /// Ties a branch ENI to the trunk of an instance and waits until it has its cable. This machine's kernel may have no VLANs: the cable ends
+    /// in an interface of the name that the VLAN's would have, with the branch's Ethernet address, as if the trunk's had been split.
+    pub(crate) async fn add_branch(&self, branch: EniId, instance: InstanceId, vlan_id: u16) -> anyhow::Result<()> {
+        self.lock().branches.insert(branch, (instance, vlan_id));
+        let cables = self.clone();
+        tokio::task::spawn_blocking(move || cables.sync(Instant::now())).await?
     }
 
     pub(crate) fn refused(&self) -> anyhow::Result<crate::router::Refused> {
@@ -107,7 +121,7 @@ impl Cables {
         let wanted = enis
             .iter()
             .filter(|eni| inner.appears.get(&eni.id).is_none_or(|at| *at <= now))
-            .filter_map(|eni| Some((eni.id.clone(), wire(eni, *subnets.get(&eni.subnet)?, &inner.sockets)?)))
+            .filter_map(|eni| Some((eni.id.clone(), wire(eni, *subnets.get(&eni.subnet)?, inner)?)))
             .collect();
         inner.router.apply(&wanted)
     }
@@ -117,7 +131,20 @@ impl Cables {
     }
 }
 
-fn wire(eni: &Eni, subnet: Ipv4Net, sockets: &BTreeMap<InstanceId, Socket>) -> Option<Wire> {
+fn wire(eni: &Eni, subnet: Ipv4Net, inner: &Inner) -> Option<Wire> {
+    let sockets = &inner.sockets;
+    if let Some((instance, vlan_id)) = inner.branches.get(&eni.id) {
+        return Some(Wire {
+            eni: eni.id.clone(),
+            mac: eni.mac,
+            netns: sockets.get(instance)?.netns.clone(),
+            if_name: vlan_if_name(*vlan_id),
+            subnet,
+            primary: eni.primary_ipv4?,
+            secondary: BTreeSet::new(),
+            public: None,
+        });
+    }
     let attachment = eni.attachment.as_ref()?;
     let socket = sockets.get(&attachment.instance)?;
     let is_primary = attachment.device_index == 0 && attachment.network_card == 0;

@@ -19,7 +19,7 @@ pub fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
         }
     }
     for rule in list(&ip_json(node.netns(), &["rule", "show"])?) {
-        if matches!(rule["priority"].as_u64(), Some(512 | 1536)) {
+        if matches!(rule["priority"].as_u64(), Some(10 | 512 | 1536)) {
             found.push(format!("{}: the rule {rule}", node.name()));
         }
     }
@@ -37,7 +37,7 @@ pub fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
     // Programs and maps are the node's; a link pinned for a pod's interface is the pod's.
     files_in(node.bpf_dir(), &mut |path| {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if name.contains("eni") {
+        if name.contains("eni") || name.contains("vlan") {
             found.push(format!("{}: the pin {}", node.name(), path.display()));
         }
     });

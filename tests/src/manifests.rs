@@ -23,6 +23,8 @@ pub struct ContainerSpec {
     pub image: String,
     /// Named TCP ports.
     pub ports: Vec<(String, u16)>,
+    /// Limits of resources.
+    pub limits: Vec<(String, String)>,
 }
 
 /// A pod as the API server shows it.
@@ -38,6 +40,8 @@ pub struct PodManifest {
     pub node: String,
     /// Labels.
     pub labels: Vec<(String, String)>,
+    /// Annotations.
+    pub annotations: Vec<(String, String)>,
     /// Containers.
     pub containers: Vec<ContainerSpec>,
     /// Empty while pending.
@@ -79,14 +83,16 @@ impl Manifests {
 
     /// Writes a pod.
     pub fn pod(&self, pod: &PodManifest) -> io::Result<()> {
-        let labels: serde_json::Map<String, Value> = pod.labels.iter().map(|(k, v)| (k.clone(), json!(v))).collect();
+        let map =
+            |pairs: &[(String, String)]| -> serde_json::Map<String, Value> { pairs.iter().map(|(k, v)| (k.clone(), json!(v))).collect() };
+        let (labels, annotations) = (map(&pod.labels), map(&pod.annotations));
         let containers: Vec<Value> = pod
             .containers
             .iter()
             .map(|container| {
                 let port = |(name, port): &(String, u16)| json!({"name": name, "containerPort": port, "protocol": "TCP"});
                 let ports: Vec<Value> = container.ports.iter().map(port).collect();
-                json!({"name": container.name, "image": container.image, "ports": ports})
+                json!({"name": container.name, "image": container.image, "ports": ports, "resources": {"limits": map(&container.limits)}})
             })
             .collect();
         let mut status = json!({"phase": if pod.ips.is_empty() { "Pending" } else { "Running" }});
@@ -97,7 +103,7 @@ impl Manifests {
         let object = json!({
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"namespace": pod.namespace, "name": pod.name, "uid": pod.uid, "labels": labels},
+            "metadata": {"namespace": pod.namespace, "name": pod.name, "uid": pod.uid, "labels": labels, "annotations": annotations},
             "spec": {"nodeName": pod.node, "containers": containers},
             "status": status,
         });

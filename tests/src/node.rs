@@ -320,6 +320,7 @@ impl Node {
             name: "main".to_owned(),
             image: format!("registry.example/{}:1", spec.name),
             ports: spec.ports.iter().map(|port| (format!("p-{port}"), *port)).collect(),
+            limits: spec.limits.clone(),
         };
         let manifest = PodManifest {
             namespace: spec.namespace.clone(),
@@ -327,6 +328,7 @@ impl Node {
             uid: uid.clone(),
             node: self.name().to_owned(),
             labels: spec.labels.clone(),
+            annotations: spec.annotations.clone(),
             containers: vec![container],
             ips: Vec::new(),
         };

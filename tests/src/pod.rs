@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
+use stanchion_core::branch::POD_ENI;
 
 use crate::container_log::ContainerLog;
 use crate::netns::{Netns, feed_for_output};
@@ -30,6 +31,8 @@ pub struct PodSpec {
     pub ports: Vec<u16>,
     /// Annotations, which the runtime hands to the plugin.
     pub annotations: Vec<(String, String)>,
+    /// Limits of resources.
+    pub limits: Vec<(String, String)>,
 }
 
 impl PodSpec {
@@ -42,6 +45,7 @@ impl PodSpec {
             labels: vec![("app".to_owned(), app.to_owned())],
             ports: vec![80],
             annotations: Vec::new(),
+            limits: Vec::new(),
         }
     }
 
@@ -57,6 +61,13 @@ impl PodSpec {
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.annotations.push((key.to_owned(), value.to_owned()));
         self
+    }
+
+    /// With security groups of its own, as this annotation of AWS's resource controller tells them.
+    #[must_use]
+    pub fn branch(mut self, annotation: &str) -> Self {
+        self.limits.push((POD_ENI.to_owned(), "1".to_owned()));
+        self.annotation(POD_ENI, annotation)
     }
 
     /// With one more label.

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use ipnet::Ipv4Net;
-use stanchion_core::ids::SubnetId;
+use stanchion_core::cloud::{CreateEni, Ec2Api as _, EniKind};
+use stanchion_core::ids::{EniId, SubnetId};
 use tokio::task::JoinSet;
 
 use crate::binaries::Binaries;
 use crate::cables::{Cables, Socket};
-use crate::fake_aws::{Clock, Cloud, CloudConfig, InstanceSpec, SubnetSpec, Timing, serve_ec2, serve_imds, serve_logs};
+use crate::fake_aws::{Clock, Cloud, CloudConfig, DirectEc2, InstanceSpec, SubnetSpec, Timing, serve_ec2, serve_imds, serve_logs};
 use crate::manifests::Manifests;
 use crate::netns::{self, Netns};
 use crate::node::{ACCESS_KEY, Inner, Node, aws_env};
@@ -204,6 +205,41 @@ impl Vpc {
                 aws_env: aws_env(&self.cloud.region(), &format!("http://{EC2_ADDRESS}"), &format!("http://{LOGS_ADDRESS}")),
                 pods: AtomicU32::new(0),
             }),
+        })
+    }
+
+    /// What AWS's resource controller does for a node that wants security groups for pods: attaches a trunk ENI, at the last device index.
+    pub async fn attach_trunk(&self, node: &Node) -> anyhow::Result<EniId> {
+        let ec2 = DirectEc2::new(&self.cloud, Duration::ZERO);
+        let eni = ec2.create_eni(&self.for_node(node, "aws-k8s-trunk-eni")?).await?;
+        self.cloud.set_kind(&eni.id, EniKind::Trunk);
+        let limits = self.cloud.instance(node.instance()).context("the node's instance is gone")?.limits;
+        ec2.attach_eni(&eni.id, node.instance(), limits.max_enis - 1, 0).await?;
+        Ok(eni.id)
+    }
+
+    /// What it does for a pod: makes a branch ENI and ties it to the node's trunk; the text of the pod's annotation.
+    pub async fn make_branch(&self, node: &Node, vlan_id: u16) -> anyhow::Result<String> {
+        let eni = DirectEc2::new(&self.cloud, Duration::ZERO).create_eni(&self.for_node(node, "aws-k8s-branch-eni")?).await?;
+        self.cloud.set_kind(&eni.id, EniKind::Branch);
+        self.cables.add_branch(eni.id.clone(), node.instance().clone(), vlan_id).await?;
+        let subnet = self.cloud.subnets().into_iter().find(|subnet| subnet.id == eni.subnet).context("its subnet is gone")?.cidr;
+        let entry = serde_json::json!({
+            "eniId": eni.id, "ifAddress": eni.mac, "privateIp": eni.primary_ipv4, "ipv6Addr": "", "vlanId": vlan_id,
+            "subnetCidr": subnet, "subnetV6Cidr": "", "associationID": format!("trunk-assoc-{vlan_id}"),
+        });
+        Ok(serde_json::json!([entry]).to_string())
+    }
+
+    fn for_node(&self, node: &Node, description: &str) -> anyhow::Result<CreateEni> {
+        let instance = self.cloud.instance(node.instance()).context("the node's instance is gone")?;
+        Ok(CreateEni {
+            client_token: String::new(),
+            subnet: instance.subnet,
+            security_groups: vec!["sg-pods".into()],
+            description: description.to_owned(),
+            tags: [("eks:eni:owner".to_owned(), "eks-vpc-resource-controller".to_owned())].into(),
+            addresses: None,
         })
     }
 

@@ -87,6 +87,7 @@ impl Vpc {
             ipv6: None,
             mtu: 1500,
             table: stanchion_core::network::eni_route_table(0, device),
+            branch: None,
         };
         let node_fd = stanchion_netlink::Netns::open(&self.node.0.path()).unwrap();
         let inside = || {

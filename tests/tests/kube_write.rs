@@ -78,12 +78,14 @@ async fn the_cninode_names_the_eni_config_and_keeps_its_other_features() {
     assert!(!writer.set_feature("n1", "CustomNetworking", "a").await.unwrap());
     kube.serve_collection(CNI_NODES);
     assert!(!writer.set_feature("n1", "CustomNetworking", "a").await.unwrap());
-    let other = json!({"name": "SecurityGroupsForPods", "value": ""});
+    // As the server keeps a feature without a value.
+    let other = json!({"name": "SecurityGroupsForPods"});
     kube.put(CNI_NODES, json!({"metadata": {"name": "n1"}, "spec": {"features": [other, {"name": "CustomNetworking", "value": "old"}]}}));
     assert!(writer.set_feature("n1", "CustomNetworking", "a").await.unwrap());
     let features = || kube.get(CNI_NODES, "/n1").unwrap()["spec"]["features"].clone();
     assert_eq!(features(), json!([other, {"name": "CustomNetworking", "value": "a"}]));
     assert!(!writer.set_feature("n1", "CustomNetworking", "a").await.unwrap());
+    assert!(!writer.set_feature("n1", "SecurityGroupsForPods", "").await.unwrap());
     assert!(kube.forbidden().is_empty(), "{:?}", kube.forbidden());
 }
 

@@ -1,15 +1,20 @@
 //! Pods on two nodes, their addresses on several ENIs, and everything gone after them.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::ensure;
+use stanchion_lab::Vpc;
 use stanchion_lab::cluster::{Cluster, SOON};
+use stanchion_lab::fake_aws::SubnetSpec;
 use stanchion_lab::node::Node;
 use stanchion_lab::pod::PodSpec;
 use stanchion_lab::probe::{Answer, Protocol};
 use stanchion_lab::vpc::EXAMPLE_HOST;
 use stanchion_lab::wait::wait_for;
+use stanchion_proto as wire;
+use stanchion_proto::frame;
 
 /// Device index of the ENI that an address is assigned to in EC2.
 fn device_of(cluster: &Cluster, address: IpAddr) -> u16 {
@@ -76,6 +81,61 @@ async fn a_burst_of_pods_gets_addresses_although_the_pool_was_small() {
     for pod in &pods {
         let answer = pod.probe(Protocol::Tcp, EXAMPLE_HOST.into(), 80).await.expect("the socket works");
         assert_eq!(answer, Answer::Reached { seen_as: node.public() }, "{}", pod.name());
+    }
+}
+
+/// As a plugin that waits no longer than two seconds: the words of the real agent, which the kubelet's event ends with.
+fn refusal(node: &Node, pod: &str) -> String {
+    let mut stream = std::os::unix::net::UnixStream::connect(node.socket()).expect("connected");
+    stream.set_read_timeout(Some(SOON)).expect("set");
+    let sandbox = wire::Sandbox {
+        network_name: "aws-cni".to_owned(),
+        container_id: format!("c-{pod}"),
+        if_name: "eth0".to_owned(),
+        pod_namespace: "x".to_owned(),
+        pod_name: pod.to_owned(),
+        ..wire::Sandbox::default()
+    };
+    let request = wire::AddNetworkRequest { sandbox: Some(sandbox), wait_ms: 2_000, ..wire::AddNetworkRequest::default() };
+    let request = frame::encode(frame::Method::AddNetwork as u8, &request).expect("encoded");
+    stream.write_all(&[&frame::MAGIC[..], &request].concat()).expect("written");
+    let mut header = [0; frame::HEADER];
+    stream.read_exact(&mut header).expect("an answer");
+    let (code, length) = frame::header(header).expect("a frame");
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).expect("its body");
+    frame::reply::<wire::AddNetworkReply>(code, &body).expect_err("there is no address").message().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_without_an_address_is_told_which_eni_and_which_subnet_is_full_since_when() {
+    let subnet = SubnetSpec::new("subnet-0c000000000000003", "eu-west-1a", "10.0.0.0/28".parse().expect("a CIDR"));
+    let id = subnet.id.clone();
+    let mut vpc = Vpc::builder().subnets(vec![subnet]).start().await.expect("the VPC starts");
+    vpc.manifests().namespace("x", &[]).expect("written");
+    let node = vpc.node("node1", "t3.medium").await.expect("a node");
+    let mut agent = node.start_agent(&[("WARM_IP_TARGET", "1")]).expect("started");
+    node.ready(&mut agent, SOON).await.expect("ready");
+    // Others take what is left of the subnet.
+    for last in 4..15 {
+        // One that the agent was faster with is served to a pod below.
+        vpc.cloud().occupy(&id, [Ipv4Addr::new(10, 0, 0, last)]);
+    }
+    let mut pods = Vec::new();
+    let free = |node: &Node| node.cli_json(&["status"]).expect("answers")["ipam"]["pools"][0]["free"].as_u64().expect("a number");
+    while free(&node) > 0 {
+        pods.push(node.add_pod(PodSpec::new("x", &format!("a-{}", pods.len()))).await.expect("an address that was warm"));
+    }
+    assert!(!pods.is_empty());
+    let words = refusal(&node, "late");
+    for word in [
+        "no free address after 2",
+        "of 1 ENIs full (limit 3)",
+        "subnet-0c000000000000003 has 0 free of 11 since 20",
+        "EC2 said InsufficientFreeAddressesInSubnet",
+        "see `stanchion enis` on the node",
+    ] {
+        assert!(words.contains(word), "{word:?} is not in {words}");
     }
 }
 

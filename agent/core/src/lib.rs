@@ -9,6 +9,7 @@
 //! | [`objects`] | the slim forms of the Kubernetes objects that the agent reads, from JSON or YAML |
 //! | [`cluster`] | the snapshot of all objects |
 //! | [`manifests`] | objects from YAML and JSON text |
+//! | [`branch`] | security groups for pods: which pods have a branch ENI, and what is known of it |
 //! | [`config`] | every setting, its default, its origin, its parsing quirks |
 //! | [`conflist`] | the network configuration that the runtime reads |
 //! | [`events`] | which Kubernetes events are written, counted, kept back |
@@ -24,6 +25,7 @@
 //! | [`metrics`] | parsers of kernel text, rates, Container Insights documents, EMF |
 #![forbid(unsafe_code)]
 
+pub mod branch;
 pub mod cloud;
 pub mod cluster;
 pub mod cni;

@@ -22,6 +22,7 @@ mod socket;
 pub mod sysctl;
 pub mod tc;
 pub mod veth;
+pub mod vlan;
 
 pub use host::HostNet;
 pub use legacy::has_legacy_tables;

@@ -4,19 +4,27 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::link::LinkMessage;
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::LinkUnspec;
+use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
+use rtnetlink::{LinkUnspec, LinkVlan};
 use stanchion_core::ids::Mac;
-use stanchion_core::network::{NetOp, Route, Rule};
+use stanchion_core::network::{NetOp, Route, Rule, VlanLink};
 
 use crate::socket::{Mode, Request};
 
 /// The request for an operation; `None` for those that are not netlink's.
 pub(crate) fn request(op: &NetOp) -> Option<Request> {
     let (message, mode, words) = match op {
+        NetOp::AddVlan(vlan) => {
+            let words = format!("add VLAN {} as {} on link {}", vlan.vlan_id, vlan.name, vlan.parent);
+            (RouteNetlinkMessage::NewLink(vlan_message(vlan)), Mode::Create, words)
+        }
+        NetOp::DeleteLink { index } => {
+            (RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(*index).build()), Mode::Change, format!("delete link {index}"))
+        }
         NetOp::LinkUp { index } => {
             let link = LinkUnspec::new_with_index(*index).up().build();
             (RouteNetlinkMessage::SetLink(link), Mode::Change, format!("set link {index} up"))
@@ -50,6 +58,10 @@ pub(crate) fn request(op: &NetOp) -> Option<Request> {
         NetOp::Sysctl { .. } | NetOp::Nft { .. } | NetOp::Legacy { .. } => return None,
     };
     Some(Request { message, mode, words })
+}
+
+fn vlan_message(vlan: &VlanLink) -> LinkMessage {
+    LinkVlan::new(&vlan.name, vlan.parent, vlan.vlan_id).address(vlan.mac.0.to_vec()).up().build()
 }
 
 fn family(address: IpAddr) -> AddressFamily {
@@ -124,6 +136,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
         message.attributes.push(RuleAttribute::FwMask(mask));
     }
     message.attributes.extend(rule.iif.clone().map(RuleAttribute::Iifname));
+    message.attributes.extend(rule.ip_proto.map(|number| RuleAttribute::IpProtocol(IpProtocol::from(number))));
     message
 }
 
@@ -161,5 +174,46 @@ fn rule_words(verb: &str, rule: &Rule) -> String {
     if let Some(iif) = &rule.iif {
         words.push_str(&format!(" iif {iif}"));
     }
+    if let Some(number) = rule.ip_proto {
+        words.push_str(&format!(" ipproto {number}"));
+    }
     format!("{words} lookup {}", rule.table)
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::NetlinkSerializable as _;
+
+    use super::*;
+
+    /// What `ip link add link 3 name vlan.eth.7 address 02:0a:0b:0c:0d:0e up type vlan id 7` asks of the kernel: the header of
+    /// `rtnetlink(7)`, then attributes by `if_link.h` (IFLA_IFNAME 3, IFLA_LINK 5, IFLA_ADDRESS 1, IFLA_LINKINFO 18 with kind and data,
+    /// in which IFLA_VLAN_ID 1), each padded to four bytes; a text ends with a NUL.
+    #[test]
+    fn a_vlan_interface_is_asked_for_byte_by_byte() {
+        let vlan = VlanLink { parent: 3, name: "vlan.eth.7".into(), vlan_id: 7, mac: Mac([2, 10, 11, 12, 13, 14]) };
+        let Request { message, mode, words } = request(&NetOp::AddVlan(vlan)).unwrap();
+        assert_eq!((mode, words.as_str()), (Mode::Create, "add VLAN 7 as vlan.eth.7 on link 3"));
+        assert_eq!(message.message_type(), 16, "RTM_NEWLINK");
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        let (header, attributes) = bytes.split_at(16);
+        // Family, type and index 0: the kernel numbers it. Flags and their mask: IFF_UP.
+        assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+        let mut seen = attributes_of(attributes);
+        seen.sort();
+        let info = [vec![9, 0, 1, 0], b"vlan\0\0\0\0".to_vec(), vec![12, 0, 2, 0, 6, 0, 1, 0, 7, 0, 0, 0]].concat();
+        let wanted = [(1, vec![2, 10, 11, 12, 13, 14]), (3, b"vlan.eth.7\0".to_vec()), (5, vec![3, 0, 0, 0]), (18, info)];
+        assert_eq!(seen, wanted);
+    }
+
+    fn attributes_of(mut bytes: &[u8]) -> Vec<(u16, Vec<u8>)> {
+        let mut attributes = Vec::new();
+        while let [l0, l1, k0, k1, ..] = *bytes {
+            let length = usize::from(u16::from_ne_bytes([l0, l1]));
+            attributes.push((u16::from_ne_bytes([k0, k1]), bytes[4..length].to_vec()));
+            bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+        attributes
+    }
 }

@@ -166,6 +166,7 @@ fn rule(message: &RuleMessage) -> Option<Rule> {
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Iifname(name) => rule.iif = Some(name.clone()),
+            RuleAttribute::IpProtocol(protocol) => rule.ip_proto = Some(u8::from(*protocol)),
             _ => {}
         }
     }

@@ -147,12 +147,12 @@ fn unknown_type(name: &str) -> String {
 }
 
 fn targets(args: &PoolArgs, limits: &InstanceLimits) -> Targets {
-    Targets { reserve_trunk: args.pod_eni, ..args.node.targets(limits) }
+    Targets { reserve_trunk: args.pod_eni && limits.supports_trunk(), ..args.node.targets(limits) }
 }
 
 /// Max pods and where the node ends up.
 fn answer(args: &PoolArgs, limits: &InstanceLimits, targets: Targets) -> (u32, PoolAnswer) {
-    let kept = u16::from(args.custom_networking) + u16::from(args.pod_eni);
+    let kept = u16::from(args.custom_networking) + u16::from(targets.reserve_trunk);
     let limits = args.node.pool_limits(limits, targets.mode, kept);
     let max_pods = limits.max_pods;
     let question = PoolQuestion { targets, limits, pods: args.pods, custom_networking: args.custom_networking };

@@ -47,7 +47,7 @@ impl Default for CloudConfig {
             vpc: "vpc-0a1b2c3d4e5f60718".into(),
             vpc_cidrs: vec![Ipv4Net::new(Ipv4Addr::new(10, 0, 0, 0), 16).expect("16 is a prefix length")],
             vpc_ipv6_cidrs: Vec::new(),
-            security_groups: BTreeSet::from(["sg-nodes".into()]),
+            security_groups: BTreeSet::from(["sg-nodes".into(), "sg-pods".into()]),
             timing: Timing::default(),
             placement: Placement::default(),
             page_size: 1000,

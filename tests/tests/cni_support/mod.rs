@@ -71,6 +71,8 @@ pub(crate) struct Script {
     pub(crate) no_policy: bool,
     /// `v4if0` or `v6if0`; empty: no egress.
     pub(crate) egress: String,
+    /// The pod has security groups of its own.
+    pub(crate) branch: Option<wire::BranchEni>,
     /// Somebody deletes the veth while the policy is being put in force.
     pub(crate) cut_at_activation: bool,
 }
@@ -99,6 +101,7 @@ impl Cni for Agent {
             policy_mode: if script.no_policy { String::new() } else { "standard".to_owned() },
             pod_mtu: 1500,
             veth_prefix: "eni".to_owned(),
+            branch: script.branch.clone(),
             egress: (!script.egress.is_empty()).then(|| wire::Egress { if_name: script.egress.clone() }),
             ..wire::AddNetworkReply::default()
         }))

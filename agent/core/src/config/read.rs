@@ -123,9 +123,6 @@ impl Config {
             plugin_log_level: r.text("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "debug", "the plugin's level"),
             plugin_log_file: r.plugin_log_file(),
         };
-        for (name, why) in REFUSED_WHEN_TRUE {
-            r.refuse_when_true(name, why);
-        }
         for (name, why) in MEANINGLESS {
             r.meaningless(name, why);
         }
@@ -138,18 +135,13 @@ impl Config {
     }
 }
 
-/// Settings that are read above and whose effect is not there yet: `true` stops the start. Taking a row out switches the
-/// setting on.
-const REFUSED_WHEN_TRUE: [(&str, &str); 1] = [("ENABLE_POD_ENI", "security groups for pods are not supported by this version")];
-
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
-const MEANINGLESS: [(&str, &str); 11] = [
+const MEANINGLESS: [(&str, &str); 10] = [
     ("ENABLE_NFTABLES", "nftables is always used"),
     ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "deprecated upstream as well"),
     ("AWS_VPC_K8S_CNI_LOG_FILE", "the agent logs to stderr; the runtime keeps it"),
     ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
     ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
-    ("POD_SECURITY_GROUP_ENFORCING_MODE", "security groups for pods are not supported by this version"),
     ("VPC_CNI_VERSION", "the version is compiled in"),
     ("MY_POD_NAME", "the agent does not ask for its own pod"),
     ("USE_CLOUDWATCH", "the metrics helper is a program of its own"),

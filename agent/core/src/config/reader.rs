@@ -292,14 +292,6 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A switch that was read and whose effect is not there: accepted only while it is off.
-    pub(super) fn refuse_when_true(&mut self, name: &'static str, why: &str) {
-        if self.settings.iter().any(|setting| setting.name == name && setting.value == "true") {
-            let given = self.raw(name).unwrap_or_default();
-            self.error(name, &given, why, "unset it or set it to false");
-        }
-    }
-
     /// aws-node aborts on another word only when security groups for pods are on; here a typing error is always told.
     pub(super) fn branch_mode(&mut self) -> BranchMode {
         self.choice(
@@ -355,9 +347,17 @@ impl<'a> Reader<'a> {
             let remedy = "unset ENABLE_MULTI_NIC: on IPv6 nodes the primary ENI alone has pods";
             self.error("ENABLE_MULTI_NIC", "true", "pods with several interfaces are for IPv4", remedy);
         }
+        if pool.pod_eni && pool.imds_only {
+            let remedy = "unset ENABLE_IMDS_ONLY_MODE or ENABLE_POD_ENI";
+            self.error("ENABLE_POD_ENI", "true", "only EC2 tells which ENI is the trunk", remedy);
+        }
         if pool.prefix_delegation && pool.ipv4 && pool.warm_ip_target == 0 && pool.minimum_ip_target == 0 && pool.warm_prefix_target == 0 {
             let remedy = "set WARM_PREFIX_TARGET (1 is usual), WARM_IP_TARGET or MINIMUM_IP_TARGET";
             self.error("ENABLE_PREFIX_DELEGATION", "true", "no target says how many prefixes to hold", remedy);
+        }
+        if pool.pod_eni && pool.branch_mode == BranchMode::Strict && !network.disable_tcp_early_demux {
+            let notice = "ENABLE_POD_ENI=true in strict mode: the kubelet's TCP probes of pods with security groups need DISABLE_TCP_EARLY_DEMUX=true";
+            self.notices.push(notice.to_owned());
         }
         if self.errors.is_empty() {
             Ok(Config { pool, network, telemetry, operations, settings: self.settings, notices: self.notices })

@@ -49,7 +49,7 @@ fn every_error_at_once_with_its_remedy() {
         ("NETWORK_POLICY_SOURCE", "elsewhere"),
         ("ENABLE_PREFIX_DELEGATION", "true"),
         ("ENABLE_IPv4", "false"),
-        ("ENABLE_POD_ENI", "true"),
+        ("POD_SECURITY_GROUP_ENFORCING_MODE", "lax"),
         ("STANCHION_LOG_RECORD", "xml"),
     ])
     .unwrap_err();
@@ -61,7 +61,7 @@ fn every_error_at_once_with_its_remedy() {
         "NETWORK_POLICY_ENFORCING_MODE",
         "NETWORK_POLICY_SOURCE",
         "ENABLE_IPv6",
-        "ENABLE_POD_ENI",
+        "POD_SECURITY_GROUP_ENFORCING_MODE",
         "STANCHION_LOG_RECORD",
     ] {
         assert!(names.contains(&name), "{name} not in {names:?}");
@@ -73,6 +73,17 @@ fn every_error_at_once_with_its_remedy() {
 fn what_means_nothing_is_said_and_what_is_off_is_accepted() {
     let config = read(&[("ENABLE_NFTABLES", "true"), ("ENABLE_POD_ENI", "false"), ("ENABLE_MULTI_NIC", "0")]).unwrap();
     assert_eq!(config.notices.len(), 1);
+}
+
+#[test]
+fn security_groups_for_pods_need_ec2_to_tell_the_trunk() {
+    let config = read(&[("ENABLE_POD_ENI", "true"), ("POD_SECURITY_GROUP_ENFORCING_MODE", "standard")]).unwrap();
+    assert!(config.pool.pod_eni && config.pool.branch_mode == BranchMode::Standard && config.notices.is_empty());
+    let strict = read(&[("ENABLE_POD_ENI", "true")]).unwrap();
+    assert!(strict.pool.branch_mode == BranchMode::Strict && strict.notices[0].contains("DISABLE_TCP_EARLY_DEMUX=true"));
+    assert!(read(&[("ENABLE_POD_ENI", "true"), ("DISABLE_TCP_EARLY_DEMUX", "true")]).unwrap().notices.is_empty());
+    let errors = read(&[("ENABLE_POD_ENI", "true"), ("ENABLE_IMDS_ONLY_MODE", "true")]).unwrap_err();
+    assert_eq!((errors.len(), errors[0].name), (1, "ENABLE_POD_ENI"));
 }
 
 /// aws-node's own words for each variable, and what a node with the switch on must be told until the effect is there.

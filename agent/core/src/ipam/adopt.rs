@@ -75,7 +75,8 @@ impl Adoption<'_> {
         if let Some(eni) = ec2 {
             let ours = eni.tags.get(TAG_INSTANCE).is_some_and(|instance| *instance == self.identity.instance.as_str());
             let hands_off = eni.tags.get(TAG_NO_MANAGE).is_some_and(|value| value == "true");
-            if hands_off || (!ours && !self.manage_untagged) || matches!(kind, EniKind::Branch | EniKind::Other) {
+            let untagged = !ours && !self.manage_untagged && kind != EniKind::Trunk;
+            if hands_off || untagged || matches!(kind, EniKind::Branch | EniKind::Other) {
                 return EniRole::Unmanaged;
             }
         }

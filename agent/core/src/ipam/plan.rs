@@ -50,7 +50,7 @@ impl Targets {
             warm_ip: config.warm_ip_target,
             minimum_ip: config.minimum_ip_target,
             warm_prefix: config.warm_prefix_target,
-            reserve_trunk: false,
+            reserve_trunk: config.pod_eni && limits.supports_trunk(),
         })
     }
 }
@@ -355,7 +355,7 @@ impl fmt::Display for Blocked {
                 Ok(())
             }
             Self::Subnet { subnet, since, until, error } => {
-                write!(f, "subnet {subnet} has no free addresses since {since} ({error}); next try at {until}")
+                write!(f, "subnet {subnet} has none free since {since}, EC2 said {error}; next try at {until}")
             }
             Self::ActionPaused { action, until, error: Some(error) } => write!(f, "{action:?} failed ({error}); next try at {until}"),
             Self::ActionPaused { action, until, error: None } => write!(f, "{action:?} is rate-limited until {until}"),

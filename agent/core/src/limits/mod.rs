@@ -59,6 +59,14 @@ impl InstanceLimits {
         self.hypervisor == "nitro" || self.bare_metal
     }
 
+    /// AWS's resource controller gives instances of this type a trunk for branch ENIs: Nitro or metal, but neither the burstable families
+    /// (t2 to t4g) nor Macs. EKS user guide, "Assign security groups to individual Pods".
+    pub fn supports_trunk(&self) -> bool {
+        let family = self.instance_type.split('.').next().unwrap_or_default();
+        let burstable = family.strip_prefix('t').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        self.supports_prefixes() && !burstable && !family.starts_with("mac")
+    }
+
     /// Slots for secondary addresses or prefixes on an ENI.
     pub fn slots_per_eni(&self) -> u16 {
         self.ipv4_per_eni.saturating_sub(1)
@@ -119,6 +127,13 @@ mod tests {
         assert!(BY_TYPE.len() > 1_300);
         assert!(BY_TYPE.values().all(|limits| limits.max_enis >= 1 && limits.ipv4_per_eni >= 2));
         assert!(BY_TYPE.values().filter(|limits| limits.network_cards.len() > 1).count() > 60);
+    }
+
+    #[test]
+    fn a_trunk_needs_nitro_and_no_burstable_family() {
+        let supports = |name: &str| InstanceLimits::lookup(name).unwrap().supports_trunk();
+        assert!(["m5.large", "c6g.medium", "m5.metal", "trn1.32xlarge"].into_iter().all(supports));
+        assert!(!["t3.large", "t4g.small", "c4.large", "m4.xlarge", "mac1.metal"].into_iter().any(supports));
     }
 
     #[test]

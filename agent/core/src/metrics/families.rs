@@ -27,6 +27,7 @@ families! {
     ASSIGNED_PER_ENI "awscni_assigned_ip_per_eni" Gauge ["eni"] "The number of allocated ips partitioned by eni",
     ACTION_IN_PROGRESS "awscni_ipamd_action_inprogress" Gauge ["fn"] "The number of ipamd actions in progress",
     IPAMD_ERRORS "awscni_ipamd_error_count" Counter ["fn"] "The number of errors encountered in ipamd",
+    POD_ENI_ERRORS "awscni_pod_eni_error_count" Counter ["fn"] "The number of errors encountered for pod ENIs",
     RECONCILES "awscni_reconcile_count" Counter ["fn"] "The number of times ipamd reconciles on ENIs and IP/Prefix addresses",
     EC2_REQUESTS "awscni_ec2api_req_count" Counter ["fn"] "The number of requests made to EC2 APIs by CNI",
     EC2_ERRORS "awscni_ec2api_error_count" Counter ["fn"] "The number of failed EC2 APIs requests",
@@ -43,9 +44,9 @@ families! {
     BUILD_INFO "awscni_build_info" Gauge ["version", "goversion"] "A metric with a constant '1' value labeled by version",
 }
 
-/// Families of aws-node without a counterpart: there are no ENIs for single pods, no library of AWS calls with errors of its own, and no
-/// rules for connection marks apart from the nft table, which is healed as a whole.
-pub const ABSENT: [&str; 3] = ["awscni_pod_eni_error_count", "awscni_aws_utils_error_count", "awscni_connmark_reconcile_total"];
+/// Families of aws-node without a counterpart: there is no library of AWS calls with errors of its own, and no rules for connection marks
+/// apart from the nft table, which is healed as a whole.
+pub const ABSENT: [&str; 2] = ["awscni_aws_utils_error_count", "awscni_connmark_reconcile_total"];
 
 families! {
     /// Our own families.

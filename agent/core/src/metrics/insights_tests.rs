@@ -14,6 +14,7 @@ use super::model::{FilesystemSample, FilesystemSize, Snapshot};
 use super::pods::PodTable;
 use super::proc::{CpuTicks, MemInfo, Stat};
 use super::track::{CgroupId, CgroupReading, ContainerFiles, Figures, Readings, Tracker};
+use crate::branch::VethNames;
 use crate::cluster::ClusterState;
 use crate::network::names::host_veth_name;
 use crate::objects::{Node, Pod, Service};
@@ -63,7 +64,7 @@ pub(super) struct Machine {
 
 impl Machine {
     pub(super) fn new(figures: Figures) -> Self {
-        Self { tracker: Tracker::new(figures), table: PodTable::default().refreshed(&cluster(), "node1", "eni") }
+        Self { tracker: Tracker::new(figures), table: PodTable::default().refreshed(&cluster(), "node1", &VethNames::default()) }
     }
 
     pub(super) fn pass(&mut self, second: u64) -> Snapshot {

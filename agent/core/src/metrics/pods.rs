@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::insights::json;
 use super::model::NodeStatus;
+use crate::branch::VethNames;
 use crate::cluster::ClusterState;
-use crate::network::names::host_veth_name;
 use crate::objects::{Container, ContainerStatus, LabelSelector, Node, Pod, Quantity, Service};
 
 /// A static pod's cgroup is named after its configuration, not after the uid of its mirror in the API.
@@ -148,7 +148,7 @@ pub struct PodTable {
 impl PodTable {
     /// The pods bound to `node`, in order of namespace and name; what did not change since `self` is taken over.
     #[must_use]
-    pub fn refreshed(&self, cluster: &ClusterState, node: &str, veth_prefix: &str) -> Self {
+    pub fn refreshed(&self, cluster: &ClusterState, node: &str, veths: &VethNames) -> Self {
         let services: Vec<_> = cluster.services.values().cloned().collect();
         let same_services = services.len() == self.services.len() && services.iter().zip(&self.services).all(|(a, b)| Arc::ptr_eq(a, b));
         let known: BTreeMap<*const Pod, &Arc<PodMeta>> =
@@ -159,7 +159,7 @@ impl PodTable {
             .filter(|pod| pod.spec.node_name == node)
             .map(|pod| {
                 let meta = known.get(&Arc::as_ptr(pod)).map(|meta| Arc::clone(meta));
-                (Arc::clone(pod), meta.unwrap_or_else(|| Arc::new(pod_meta(pod, node, &services, veth_prefix))))
+                (Arc::clone(pod), meta.unwrap_or_else(|| Arc::new(pod_meta(pod, node, &services, veths))))
             })
             .collect();
         let by_uid = pods.iter().enumerate().map(|(index, (_, meta))| (meta.uid.clone(), index)).collect();
@@ -183,7 +183,7 @@ impl PodTable {
     }
 }
 
-fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veth_prefix: &str) -> PodMeta {
+fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veths: &VethNames) -> PodMeta {
     let meta = &pod.metadata;
     let condition = |kind: &str| pod.status.conditions.iter().any(|c| c.kind == kind && c.status == "True");
     let sidecars = pod.spec.init_containers.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
@@ -216,7 +216,7 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veth_prefix: &str)
         requests: Amounts { cpu: sum_of_set(&containers, |c| c.requests.cpu), memory: sum_of_set(&containers, |c| c.requests.memory) },
         limits: Amounts { cpu: sum_of_all(&containers, |c| c.limits.cpu), memory: sum_of_all(&containers, |c| c.limits.memory) },
         containers,
-        host_interface: host_veth_name(veth_prefix, &pod.full_name(), 0),
+        host_interface: veths.of(pod),
         kubernetes: String::new(),
     };
     out.kubernetes = kubernetes_object(&out, pod, node);
@@ -354,7 +354,7 @@ mod tests {
 
     #[test]
     fn a_recorded_kubelet_gives_workload_service_limits_states() {
-        let table = PodTable::default().refreshed(&cluster(), "node1", "eni");
+        let table = PodTable::default().refreshed(&cluster(), "node1", &VethNames::default());
         let web = table.pods().find(|pod| pod.name == "web-6b9c4cb4dc-8zpz5").unwrap();
         assert_eq!((web.workload.as_str(), web.service.as_deref()), ("web", Some("web-svc")));
         assert_eq!(web.owner, Some(("Deployment", "web".to_owned())));
@@ -376,16 +376,16 @@ mod tests {
     #[test]
     fn what_did_not_change_is_taken_over() {
         let mut state = cluster();
-        let first = PodTable::default().refreshed(&state, "node1", "eni");
+        let first = PodTable::default().refreshed(&state, "node1", &VethNames::default());
         let changed = crate::ids::PodName::new("default", "cli");
         let mut pod = (*state.pods[&changed]).clone();
         pod.status.phase = "Failed".into();
         state.pods.insert(changed, Arc::new(pod));
-        let second = first.refreshed(&state, "node1", "eni");
+        let second = first.refreshed(&state, "node1", &VethNames::default());
         for (old, new) in first.pods().zip(second.pods()) {
             assert_eq!(Arc::ptr_eq(old, new), new.name != "cli", "{}", new.name);
         }
-        assert_eq!(second.refreshed(&state, "another", "eni").pods().len(), 0);
+        assert_eq!(second.refreshed(&state, "another", &VethNames::default()).pods().len(), 0);
     }
 
     #[test]

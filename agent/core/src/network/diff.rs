@@ -1,5 +1,6 @@
 //! From the plan and what is there to the operations that are missing.
 
+use super::branch::{BranchPod, branch_ops, ended_branches, is_misplaced_local_rule, is_of_a_gone_pod, wanted_local_rules};
 use super::host::{
     EniPlan, EniRole, HostPlan, PRIORITY_EXTERNAL_SERVICE, PRIORITY_FROM_ENI, PRIORITY_FROM_POD, PRIORITY_MARK, PRIORITY_TO_POD, PodHost,
     V6_GATEWAY,
@@ -49,10 +50,17 @@ pub fn diff(desired: &HostPlan, observed: &HostObserved) -> Vec<NetOp> {
     // Once ours are in force.
     ops.extend(observed.upstream_legacy.iter().map(|document| NetOp::Legacy { document: document.clone() }));
     pod_routes(desired, observed, &mut ops);
+    for pod in &desired.branches {
+        if let Some(veth) = branch_veth(pod, observed) {
+            branch_ops(pod, veth, observed, &mut ops);
+        }
+    }
 
     let wanted = wanted_rules(desired, observed);
     ops.extend(wanted.iter().filter(|rule| !observed.rules.contains(rule)).cloned().map(NetOp::AddRule));
-    ops.extend(observed.rules.iter().filter(|rule| is_stale(rule, &wanted, desired, observed)).cloned().map(NetOp::DeleteRule));
+    let stale: Vec<&Rule> = observed.rules.iter().filter(|rule| is_stale(rule, &wanted, desired, observed)).collect();
+    ops.extend(ended_branches(&stale, observed));
+    ops.extend(stale.into_iter().cloned().map(NetOp::DeleteRule));
     ops.sort_by_key(NetOp::removes);
     ops
 }
@@ -151,8 +159,19 @@ fn pod_link<'a>(pod: &PodHost, desired: &HostPlan, observed: &'a HostObserved) -
     (!taken).then_some(link)
 }
 
+/// The same for a pod with a branch ENI.
+fn branch_veth<'a>(pod: &BranchPod, observed: &'a HostObserved) -> Option<&'a NodeIf> {
+    let link = observed.link_named(&pod.host_if).filter(|link| link.up)?;
+    let own = |dst: IpNet| pod.addresses.iter().any(|address| IpNet::from(*address) == dst);
+    let taken = observed.routes.iter().any(|route| route.index == link.index && is_host(route.dst) && !own(route.dst));
+    (!taken).then_some(link)
+}
+
 fn wanted_rules(desired: &HostPlan, observed: &HostObserved) -> Vec<Rule> {
-    let mut wanted = Vec::new();
+    let mut wanted = wanted_local_rules(desired.strict_branches, desired.ipv6, &observed.rules);
+    for pod in desired.branches.iter().filter(|pod| branch_veth(pod, observed).is_some()) {
+        wanted.extend(pod.link.rules(&pod.host_if, pod.addresses.iter().copied()));
+    }
     for pod in &desired.pods {
         if pod_link(pod, desired, observed).is_some() {
             wanted.extend(pod_rules(pod.address, pod.table));
@@ -176,7 +195,13 @@ fn wanted_rules(desired: &HostPlan, observed: &HostObserved) -> Vec<Rule> {
 
 /// Whether a rule has one of our shapes and no reason to be there any more.
 fn is_stale(rule: &Rule, wanted: &[Rule], desired: &HostPlan, observed: &HostObserved) -> bool {
-    if wanted.contains(rule) || rule.iif.is_some() {
+    if wanted.contains(rule) {
+        return false;
+    }
+    if is_misplaced_local_rule(rule, desired.strict_branches, desired.ipv6) || is_of_a_gone_pod(rule, observed) {
+        return true;
+    }
+    if rule.iif.is_some() {
         return false;
     }
     match rule.priority {

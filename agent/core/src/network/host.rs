@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+use super::branch::BranchPod;
 use super::names::{DEFAULT_VETH_PREFIX, MAIN_TABLE, host_veth_name};
 use crate::ids::{EniId, Mac, PodName};
 
@@ -32,6 +33,10 @@ pub struct HostPlan {
     pub enis: Vec<EniPlan>,
     /// Pods that hold an address. Their routes and rules are healed while their veth lives.
     pub pods: Vec<PodHost>,
+    /// Pods with security groups of their own: their VLAN interfaces and tables. In standard mode they are among `pods` too.
+    pub branches: Vec<BranchPod>,
+    /// Pods with security groups may be in strict mode: the rule for the node's own addresses stands behind theirs.
+    pub strict_branches: bool,
     /// The host veths' name prefix.
     pub veth_prefix: String,
     /// Source NAT of what leaves the VPC; `None` with `AWS_VPC_K8S_CNI_EXTERNALSNAT=true` and on IPv6 nodes.
@@ -137,6 +142,8 @@ impl Default for HostPlan {
         Self {
             enis: Vec::new(),
             pods: Vec::new(),
+            branches: Vec::new(),
+            strict_branches: false,
             veth_prefix: DEFAULT_VETH_PREFIX.to_owned(),
             snat: None,
             node_port_support: true,

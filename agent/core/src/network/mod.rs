@@ -10,6 +10,7 @@
 //! Everything is level-triggered: applying the same plan twice yields no operation the second time, and foreign damage
 //! is a difference like any other.
 
+pub mod branch;
 pub mod diff;
 pub mod egress;
 pub mod host;
@@ -23,10 +24,11 @@ use std::future::Future;
 
 use serde::Serialize;
 
+pub use branch::{BranchLink, BranchPod};
 pub use diff::diff;
 pub use host::{Egress, EniPlan, EniRole, HostPlan, PodHost, Randomize, Snat};
 pub use names::{eni_route_table, host_veth_name, subnet_gateway};
-pub use ops::{HostObserved, NetOp, NodeIf, Route, Rule};
+pub use ops::{HostObserved, NetOp, NodeIf, Route, Rule, VlanLink};
 pub use pod::PodPlan;
 
 use crate::ids::Mac;

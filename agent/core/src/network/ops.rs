@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Serialize;
 
+use super::branch::vlan_of_table;
 use super::names::MAIN_TABLE;
 use crate::ids::Mac;
 
@@ -98,13 +99,35 @@ pub struct Rule {
     pub mark: Option<(u32, u32)>,
     /// Incoming interface.
     pub iif: Option<String>,
+    /// Number of the transport protocol.
+    pub ip_proto: Option<u8>,
     /// The table.
     pub table: u32,
+}
+
+/// A VLAN interface to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VlanLink {
+    /// The number of the interface that carries it.
+    pub parent: u32,
+    /// Its name.
+    pub name: String,
+    /// The 802.1Q tag.
+    pub vlan_id: u16,
+    /// Its Ethernet address.
+    pub mac: Mac,
 }
 
 /// One change of a network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum NetOp {
+    /// Makes a VLAN interface, up.
+    AddVlan(VlanLink),
+    /// Removes an interface; that it is gone already is no failure.
+    DeleteLink {
+        /// Its number.
+        index: u32,
+    },
     /// Sets an interface up.
     LinkUp {
         /// Its number.
@@ -187,7 +210,7 @@ impl HostObserved {
 impl Rule {
     /// A rule without selectors.
     pub fn new(ipv6: bool, priority: u32, table: u32) -> Self {
-        Self { ipv6, priority, from: None, to: None, mark: None, iif: None, table }
+        Self { ipv6, priority, from: None, to: None, mark: None, iif: None, ip_proto: None, table }
     }
 
     /// `from <address> lookup <table>`.
@@ -204,14 +227,20 @@ impl Rule {
 // === impl NetOp ===
 
 impl NetOp {
-    /// Whether it is a route to a pod: one host of the main table, straight out of an interface.
+    /// Whether it is a route to a pod or of its branch, whose interface goes when the pod does.
     pub fn is_of_a_pod(&self) -> bool {
         let is_host = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
-        matches!(self, Self::ReplaceRoute(Route { dst, table: MAIN_TABLE, via: None, .. }) if is_host(dst))
+        let of_a_branch = |table: u32| vlan_of_table(table).is_some();
+        match self {
+            Self::ReplaceRoute(Route { dst, table, via, .. }) => {
+                of_a_branch(*table) || (*table == MAIN_TABLE && via.is_none() && is_host(dst))
+            }
+            _ => false,
+        }
     }
 
     /// Whether it takes something away: those come after all additions.
     pub fn removes(&self) -> bool {
-        matches!(self, Self::DeleteAddress { .. } | Self::DeleteRoute(_) | Self::DeleteRule(_))
+        matches!(self, Self::DeleteAddress { .. } | Self::DeleteRoute(_) | Self::DeleteRule(_) | Self::DeleteLink { .. })
     }
 }

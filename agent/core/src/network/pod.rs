@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
+use super::branch::BranchLink;
 use super::host::{PRIORITY_FROM_POD, PRIORITY_TO_POD};
 use super::names::MAIN_TABLE;
 use super::ops::{NetOp, Route, Rule};
@@ -30,6 +31,8 @@ pub struct PodPlan {
     pub mtu: u32,
     /// The routing table of the address's ENI.
     pub table: u32,
+    /// Security groups of its own: its branch ENI, whose table `table` is then.
+    pub branch: Option<BranchLink>,
 }
 
 // === impl PodPlan ===
@@ -80,7 +83,7 @@ impl PodPlan {
     pub fn host_ops(&self, host_index: u32) -> Vec<NetOp> {
         let mut ops = Vec::with_capacity(6);
         for (address, _) in self.addresses() {
-            ops.push(NetOp::ReplaceRoute(Route { dst: address.into(), table: MAIN_TABLE, via: None, index: host_index }));
+            ops.push(NetOp::ReplaceRoute(Route { dst: address.into(), table: self.host_table(), via: None, index: host_index }));
         }
         // Not to be asked for: the host end may not ask before its own link-local address is past duplicate detection, a second later.
         ops.extend(self.ipv6.map(|address| NetOp::Neighbour { index: host_index, address: address.into(), mac: self.pod_mac }));
@@ -88,13 +91,29 @@ impl PodPlan {
         ops
     }
 
+    /// The host's table with the route to the pod.
+    pub fn host_table(&self) -> u32 {
+        self.branch.as_ref().map_or(MAIN_TABLE, BranchLink::pod_table)
+    }
+
+    /// On the host, after the branch's VLAN interface exists: the way out by it.
+    pub fn branch_ops(&self, vlan_index: u32) -> Vec<NetOp> {
+        let routes = self.branch.iter().flat_map(|link| link.routes(vlan_index, self.addresses().map(|(address, _)| address)));
+        routes.map(NetOp::ReplaceRoute).collect()
+    }
+
     /// Removes the rules; the route goes with the veth.
     pub fn undo_host_ops(&self) -> Vec<NetOp> {
         self.rules().into_iter().map(NetOp::DeleteRule).collect()
     }
 
-    fn rules(&self) -> Vec<Rule> {
-        self.addresses().flat_map(|(address, _)| pod_rules(address, self.table)).collect()
+    /// The host's rules for the pod.
+    pub fn rules(&self) -> Vec<Rule> {
+        let addresses = self.addresses().map(|(address, _)| address);
+        match &self.branch {
+            Some(link) if link.strict => link.rules(&self.host_if, addresses),
+            _ => addresses.flat_map(|address| pod_rules(address, self.table)).collect(),
+        }
     }
 }
 
@@ -122,6 +141,7 @@ mod tests {
             ipv6: None,
             mtu: 9001,
             table: 2,
+            branch: None,
         }
     }
 
@@ -161,5 +181,28 @@ mod tests {
             matches!(six.host_ops(7)[1], NetOp::Neighbour { index: 7, mac: Mac([2, 0, 0, 0, 0, 2]), .. }),
             "nobody waits for neighbour discovery"
         );
+    }
+
+    #[test]
+    fn a_pod_with_security_groups_leaves_by_its_branch() {
+        let link = BranchLink {
+            vlan_id: 7,
+            mac: Mac([2, 0, 0, 0, 0, 7]),
+            trunk: Mac([2, 0, 0, 0, 0, 8]),
+            gateway: Some("10.0.1.1".parse().unwrap()),
+            strict: true,
+        };
+        let net = |text: &str| text.parse::<IpNet>().unwrap();
+        let route = |dst: &str, table, via: Option<&str>, index| {
+            NetOp::ReplaceRoute(Route { dst: net(dst), table, via: via.map(|via| via.parse().unwrap()), index })
+        };
+        let iif = |name: &str| NetOp::AddRule(Rule { iif: Some(name.into()), ..Rule::new(false, 10, 107) });
+        let strict = PodPlan { host_if: "vlancc21c2d7785".into(), table: 107, branch: Some(link.clone()), ..plan() };
+        assert_eq!(strict.branch_ops(5), [route("10.0.1.1/32", 107, None, 5), route("0.0.0.0/0", 107, Some("10.0.1.1"), 5)]);
+        assert_eq!(strict.host_ops(7), [route("10.0.1.9/32", 107, None, 7), iif("vlan.eth.7"), iif("vlancc21c2d7785")]);
+        let standard = PodPlan { table: 107, branch: Some(BranchLink { strict: false, ..link }), ..plan() };
+        assert_eq!(standard.branch_ops(5), strict.branch_ops(5));
+        let as_any = PodPlan { branch: None, ..standard.clone() };
+        assert_eq!(standard.host_ops(7), as_any.host_ops(7), "512 to main and 1536 to the branch's table");
     }
 }

@@ -28,6 +28,8 @@ const TICK: Duration = Duration::from_secs(1);
 const POLICY_EVERY: Duration = Duration::from_secs(30);
 /// How often the CNINode is looked at.
 const FEATURE_EVERY: Duration = Duration::from_secs(300);
+/// The same while a trunk is wanted.
+const TRUNK_EVERY: Duration = Duration::from_secs(10);
 /// Pods' events that may wait; a node starts a few pods a second.
 const MAILBOX: usize = 128;
 /// Events that wait for an API server that is away; older ones go first.
@@ -167,7 +169,7 @@ impl Teller {
         self.tell_policy().await;
         if snapshot.status.ready && tokio::time::Instant::now() >= self.not_before {
             self.remove_taint().await;
-            self.set_feature().await;
+            self.set_features(snapshot.wants_trunk).await;
         }
     }
 
@@ -223,24 +225,29 @@ impl Teller {
         }
     }
 
-    /// As aws-node does: the resource controller reads from it which ENIConfig the node uses.
-    async fn set_feature(&mut self) {
+    /// As aws-node does: the resource controller reads from it which ENIConfig the node uses, and that it wants a trunk.
+    async fn set_features(&mut self, wants_trunk: bool) {
+        let trunk = wants_trunk.then(|| ("SecurityGroupsForPods", String::new()));
+        let wanted: Vec<_> = self.eni_config().map(|name| ("CustomNetworking", name)).into_iter().chain(trunk).collect();
+        if wanted.is_empty() || tokio::time::Instant::now() < self.feature_due {
+            return;
+        }
+        // The CNINode may come later than the node, and somebody may change it. Pods wait for a trunk.
+        self.feature_due = tokio::time::Instant::now() + if wants_trunk { TRUNK_EVERY } else { FEATURE_EVERY };
+        for (feature, value) in wanted {
+            let result = self.parts.writer.set_feature(&self.parts.node_name, feature, &value).await;
+            if self.settled("the CNINode", result) == Some(true) {
+                info!(feature, value, "written to the CNINode");
+            }
+        }
+    }
+
+    /// The node's ENIConfig, if it has one of its own.
+    fn eni_config(&self) -> Option<String> {
         let pool = &self.parts.config.pool;
-        if !pool.custom_networking {
-            return;
-        }
         let cluster = self.parts.cluster.latest();
-        let Some(node) = cluster.nodes.get(&self.parts.node_name) else { return };
-        let name = eni_config_name(node, &pool.eni_config_annotation, &pool.eni_config_label).to_owned();
-        if name == "default" || tokio::time::Instant::now() < self.feature_due {
-            return;
-        }
-        // The CNINode may come later than the node, and somebody may change it.
-        self.feature_due = tokio::time::Instant::now() + FEATURE_EVERY;
-        let result = self.parts.writer.set_feature(&self.parts.node_name, "CustomNetworking", &name).await;
-        if self.settled("the CNINode", result) == Some(true) {
-            info!(eni_config = name, "the CNINode names the ENIConfig");
-        }
+        let node = cluster.nodes.get(&self.parts.node_name).filter(|_| pool.custom_networking)?;
+        Some(eni_config_name(node, &pool.eni_config_annotation, &pool.eni_config_label).to_owned()).filter(|name| name != "default")
     }
 
     /// A failure is said and puts off the next try.

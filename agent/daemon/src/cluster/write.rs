@@ -120,10 +120,12 @@ impl Writer {
         let api = self.api(GroupVersionKind::gvk("vpcresources.k8s.aws", "v1alpha1", "CNINode"), "cninodes", None);
         self.change(&api, node, |object| {
             let mut features = object.pointer("/spec/features").and_then(Value::as_array).cloned().unwrap_or_default();
-            let wanted = json!({"name": name, "value": value});
-            if features.contains(&wanted) {
+            // An empty value is left out by the server.
+            let has = |feature: &Value| feature["name"] == name && feature["value"].as_str().unwrap_or_default() == value;
+            if features.iter().any(has) {
                 return None;
             }
+            let wanted = json!({"name": name, "value": value});
             features.retain(|feature| feature["name"] != name);
             features.push(wanted);
             Some(json!({"spec": {"features": features}}))

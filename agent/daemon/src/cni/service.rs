@@ -1,5 +1,6 @@
 //! The service `Cni` of `stanchion.proto`.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use stanchion_core::ids::ContainerId;
@@ -10,7 +11,8 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
-use super::convert::{activate_status, assign_status, attachments, caller, endpoint, key, release_status};
+use super::branch::{Branches, Ready};
+use super::convert::{Caller, activate_status, assign_status, attachments, caller, chain, endpoint, key, release_status};
 use crate::cluster::tell::Events;
 use crate::cluster::write::Writer;
 use crate::ipamd::{AssignRequest, Assignment, IpamHandle};
@@ -47,6 +49,8 @@ pub struct Told {
 #[derive(Clone, Debug)]
 pub struct CniService {
     told: Told,
+    /// `None`: no pod has security groups of its own.
+    branches: Option<Branches>,
     ipam: IpamHandle,
     /// `None`: network policy is off, the plugin skips `ActivateEndpoint`.
     netpol: Option<NetpolHandle>,
@@ -55,8 +59,40 @@ pub struct CniService {
 
 impl CniService {
     /// Answers from these two actors.
-    pub fn new(ipam: IpamHandle, netpol: Option<NetpolHandle>, settings: CniSettings, told: Told) -> Self {
-        Self { told, ipam, netpol, settings }
+    pub fn new(ipam: IpamHandle, netpol: Option<NetpolHandle>, branches: Option<Branches>, settings: CniSettings, told: Told) -> Self {
+        Self { told, branches, ipam, netpol, settings }
+    }
+
+    /// The addresses of an ordinary pod.
+    async fn assign(&self, caller: &Caller, multi_nic: bool, deadline: Instant) -> Result<Assignment, Status> {
+        let request =
+            AssignRequest { key: caller.key.clone(), pod: caller.pod.clone(), pod_uid: caller.pod_uid.clone(), multi_nic, deadline };
+        self.ipam.assign(request).await.map_err(|error| {
+            self.no_address(caller, "NoFreeAddress", &error);
+            assign_status(&error)
+        })
+    }
+
+    /// The branch ENI of a pod with security groups of its own.
+    async fn branch(&self, caller: &Caller, deadline: Instant) -> Result<Option<Ready>, Status> {
+        let Some(branches) = &self.branches else { return Ok(None) };
+        branches.of(&caller.pod, &caller.pod_uid, &self.ipam, deadline).await.map_err(|error| {
+            self.ipam.branch_failed("AddNetwork");
+            self.no_address(caller, "NoBranchENI", &error);
+            Status::unavailable(chain(&error))
+        })
+    }
+
+    fn no_address(&self, caller: &Caller, reason: &'static str, error: &(dyn std::error::Error + 'static)) {
+        warn!(pod = %caller.pod, key = %caller.key, error, "no address");
+        if let Some(events) = &self.told.events {
+            events.pod_warning(&caller.pod, &caller.pod_uid, reason, "AssignAddress", chain(error));
+        }
+    }
+
+    fn knows_branch(&self, caller: &Caller) -> Option<wire::Attachment> {
+        let branches = self.branches.as_ref()?;
+        Some(branches.attachment(&branches.known(&caller.pod, &caller.pod_uid)?))
     }
 }
 
@@ -67,22 +103,21 @@ impl Cni for CniService {
         let caller = caller(request.sandbox)?;
         let wait = if request.wait_ms == 0 { DEFAULT_WAIT } else { Duration::from_millis(request.wait_ms.into()).min(MAX_WAIT) };
         let started = Instant::now();
-        let assign = AssignRequest {
-            key: caller.key.clone(),
-            pod: caller.pod.clone(),
-            pod_uid: caller.pod_uid.clone(),
-            multi_nic: request.multi_nic,
-            deadline: started + wait,
-        };
-        let assignment = self.ipam.assign(assign).await.map_err(|error| {
-            warn!(pod = %caller.pod, key = %caller.key, error = &error as &dyn std::error::Error, "no address");
-            if let Some(events) = &self.told.events {
-                events.pod_warning(&caller.pod, &caller.pod_uid, "NoFreeAddress", "AssignAddress", error.to_string());
+        let branch = self.branch(&caller, started + wait).await?;
+        let mut reply = wire::AddNetworkReply::default();
+        match (&self.branches, &branch) {
+            (Some(branches), Some(ready)) => {
+                reply.attachments = vec![branches.attachment(&ready.branch)];
+                reply.branch = Some(branches.wire(ready));
             }
-            assign_status(&error)
-        })?;
-        let attachments = attachments(&assignment);
-        let ip = attachments.first().map(|attachment| format!("{}{}", attachment.ipv4, attachment.ipv6)).unwrap_or_default();
+            _ => {
+                let assignment = self.assign(&caller, request.multi_nic, started + wait).await?;
+                reply.attachments = attachments(&assignment);
+                reply.external_snat = assignment.external_snat;
+                reply.vpc_cidrs = assignment.vpc_cidrs.iter().map(ToString::to_string).collect();
+            }
+        }
+        let ip = reply.attachments.first().map(|attachment| format!("{}{}", attachment.ipv4, attachment.ipv6)).unwrap_or_default();
         info!(pod = %caller.pod, key = %caller.key, ip, waited_us = started.elapsed().as_micros(), "assigned");
         if let Some(annotator) = &self.told.annotator {
             annotator.annotate(&caller.pod, &caller.pod_uid, &ip).await.map_err(|error| {
@@ -96,14 +131,11 @@ impl Cni for CniService {
             (Some(_), true) => "strict",
         };
         Ok(Response::new(wire::AddNetworkReply {
-            attachments,
-            external_snat: assignment.external_snat,
-            vpc_cidrs: assignment.vpc_cidrs.iter().map(ToString::to_string).collect(),
             policy_mode: policy_mode.to_owned(),
             pod_mtu: self.settings.pod_mtu,
             veth_prefix: self.settings.veth_prefix.clone(),
-            branch: None,
             egress: self.settings.egress.map(|family| wire::Egress { if_name: family.pod_if().to_owned() }),
+            ..reply
         }))
     }
 
@@ -144,6 +176,7 @@ impl Cni for CniService {
             info!(pod = %caller.pod, key = %caller.key, reason = request.reason, "released");
         }
         let attachments = released.as_ref().map(attachments).unwrap_or_default();
+        let branch = self.branches.as_ref().and_then(|branches| branches.known(&caller.pod, &caller.pod_uid));
         if let (Some(annotator), Some(first)) = (self.told.annotator.clone(), attachments.first()) {
             let (pod, ip) = (caller.pod, format!("{}{}", first.ipv4, first.ipv6));
             tokio::spawn(async move {
@@ -152,15 +185,21 @@ impl Cni for CniService {
                 }
             });
         }
-        Ok(Response::new(wire::DelNetworkReply { attachments, vlan_id: 0 }))
+        Ok(Response::new(wire::DelNetworkReply { attachments, vlan_id: branch.map_or(0, |branch| branch.vlan_id.into()) }))
     }
 
     async fn check_network(&self, request: Request<wire::CheckNetworkRequest>) -> Result<Response<wire::CheckNetworkReply>, Status> {
         let request = request.into_inner();
         let caller = caller(request.sandbox)?;
         let seen = request.endpoints.iter().map(endpoint).collect::<Result<Vec<_>, _>>()?;
-        let held = self.ipam.lookup(caller.key).await.map_err(|busy| Status::unavailable(busy.to_string()))?;
-        let mut differences = address_differences(held.as_ref(), &seen);
+        let held = match self.knows_branch(&caller) {
+            Some(branch) => vec![branch],
+            None => {
+                let held = self.ipam.lookup(caller.key).await.map_err(|busy| Status::unavailable(busy.to_string()))?;
+                held.as_ref().map(attachments).unwrap_or_default()
+            }
+        };
+        let mut differences = address_differences(&held, &seen);
         if let Some(netpol) = &self.netpol {
             let snapshot = netpol.snapshot().await;
             let active = snapshot.endpoints.iter().find(|endpoint| endpoint.pod == caller.pod);
@@ -207,22 +246,19 @@ impl Cni for CniService {
 }
 
 /// What the books hold against what the plugin saw on the veths.
-fn address_differences(held: Option<&Assignment>, seen: &[ActivateIf]) -> Vec<String> {
-    let Some(held) = held else { return vec!["the agent holds no address for this sandbox".to_owned()] };
-    let mut differences = Vec::new();
-    for address in &held.attachments {
-        for address in address.ipv4.map(std::net::IpAddr::V4).into_iter().chain(address.ipv6.map(std::net::IpAddr::V6)) {
-            if !seen.iter().any(|veth| veth.addresses().any(|present| present == address)) {
-                differences.push(format!("the agent holds {address} for this sandbox, which no veth carries"));
-            }
-        }
+fn address_differences(held: &[wire::Attachment], seen: &[ActivateIf]) -> Vec<String> {
+    if held.is_empty() {
+        return vec!["the agent holds no address for this sandbox".to_owned()];
     }
+    let held: Vec<IpAddr> =
+        held.iter().flat_map(|attachment| [&attachment.ipv4, &attachment.ipv6]).filter_map(|text| text.parse().ok()).collect();
+    let carried = |address: &IpAddr| seen.iter().any(|veth| veth.addresses().any(|present| present == *address));
+    let absent = held.iter().filter(|address| !carried(address));
+    let mut differences: Vec<String> =
+        absent.map(|address| format!("the agent holds {address} for this sandbox, which no veth carries")).collect();
     for veth in seen {
-        for address in veth.addresses().filter(|address| !is_egress_address(*address)) {
-            let known = held.attachments.iter().any(|a| a.ipv4.is_some_and(|v4| v4 == address) || a.ipv6.is_some_and(|v6| v6 == address));
-            if !known {
-                differences.push(format!("{} carries {address}, which the agent does not hold for this sandbox", veth.host_if_name));
-            }
+        for address in veth.addresses().filter(|address| !is_egress_address(*address) && !held.contains(address)) {
+            differences.push(format!("{} carries {address}, which the agent does not hold for this sandbox", veth.host_if_name));
         }
     }
     differences
@@ -231,7 +267,6 @@ fn address_differences(held: Option<&Assignment>, seen: &[ActivateIf]) -> Vec<St
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ipamd::AssignedAddress;
 
     fn veth(ipv4: &str) -> ActivateIf {
         ActivateIf { host_if_name: "eni1".into(), host_if_index: 7, ipv4: Some(ipv4.parse().unwrap()), ipv6: None }
@@ -239,17 +274,9 @@ mod tests {
 
     #[test]
     fn check_names_each_difference() {
-        let address = AssignedAddress {
-            ipv4: Some("10.0.0.9".parse().unwrap()),
-            ipv6: None,
-            eni: "eni-1".into(),
-            device_index: 1,
-            network_card: 0,
-            route_table: 2,
-        };
-        let held = Assignment { attachments: vec![address], external_snat: false, vpc_cidrs: vec![] };
-        assert_eq!(address_differences(Some(&held), &[veth("10.0.0.9")]), Vec::<String>::new());
-        assert_eq!(address_differences(Some(&held), &[veth("10.0.0.8")]).len(), 2);
-        assert_eq!(address_differences(None, &[veth("10.0.0.9")]).len(), 1);
+        let held = [wire::Attachment { ipv4: "10.0.0.9".to_owned(), route_table: 2, ..wire::Attachment::default() }];
+        assert_eq!(address_differences(&held, &[veth("10.0.0.9")]), Vec::<String>::new());
+        assert_eq!(address_differences(&held, &[veth("10.0.0.8")]).len(), 2);
+        assert_eq!(address_differences(&[], &[veth("10.0.0.9")]).len(), 1);
     }
 }

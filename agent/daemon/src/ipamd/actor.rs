@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
+use stanchion_core::branch::wants_branch;
 use stanchion_core::cloud::{Ec2Api, Imds, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
@@ -220,6 +221,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                     None => drop(reply.send(Ok(None))),
                 }
             }
+            Message::BranchFailed(operation) => *self.counters.pod_eni_errors.entry(operation).or_default() += 1,
             Message::CollectGarbage(network, valid, reply) => {
                 let stale: Vec<_> =
                     self.store.allocations().keys().filter(|key| key.network_name == network && !valid.contains(key)).cloned().collect();
@@ -416,11 +418,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     pub(super) fn find_wanting(&mut self) {
         let cluster = self.cluster.borrow();
         let wanting = cluster.pods.iter().filter(|(_, pod)| {
+            let has_branch = self.config.pool.pod_eni && wants_branch(pod);
             pod.spec.node_name == self.node_name
                 && !pod.spec.host_network
                 && !pod.is_completed()
                 && !pod.is_terminating()
                 && pod.addresses().next().is_none()
+                && !has_branch
         });
         self.wanting = if cluster.synced { wanting.map(|(name, _)| name.clone()).collect() } else { Vec::new() };
     }

@@ -147,6 +147,7 @@ pub(super) enum Message {
     Assign(AssignRequest, oneshot::Sender<Result<Assignment, AssignError>>),
     Lookup(IpamKey, oneshot::Sender<Option<Assignment>>),
     Release(IpamKey, String, oneshot::Sender<Result<Option<Assignment>, ReleaseError>>),
+    BranchFailed(&'static str),
     CollectGarbage(String, Vec<IpamKey>, oneshot::Sender<Result<u32, ReleaseError>>),
 }
 
@@ -158,6 +159,12 @@ pub struct IpamHandle {
 }
 
 impl IpamHandle {
+    /// Of an actor that is not there: only its last picture is.
+    #[cfg(test)]
+    pub(crate) fn fixed(snapshot: IpamSnapshot) -> Self {
+        Self { mailbox: mpsc::channel(1).0, snapshot: watch::channel(Arc::new(snapshot)).1 }
+    }
+
     fn send(&self, message: Message) -> Result<(), Busy> {
         self.mailbox.try_send(message).map_err(|_| Busy)
     }
@@ -173,6 +180,11 @@ impl IpamHandle {
             // The actor answers at the deadline itself unless it is still starting.
             Err(_) => Err(AssignError::NotReady { reason: self.status().reason }),
         }
+    }
+
+    /// Counts a pod whose branch ENI could not be used, and what was tried. A full mailbox costs the count, nothing else.
+    pub fn branch_failed(&self, operation: &'static str) {
+        let _ = self.send(Message::BranchFailed(operation));
     }
 
     /// What the attachment holds, for CHECK.

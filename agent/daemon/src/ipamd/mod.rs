@@ -5,6 +5,7 @@
 //! and everything is read back from EC2, IMDS and the checkpoint.
 
 mod actor;
+mod branches;
 mod clock;
 mod execute;
 mod files;

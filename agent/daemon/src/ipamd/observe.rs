@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use stanchion_core::cloud::{Ec2Api, Eni, EniKind, Imds, ImdsEni, Subnet};
-use stanchion_core::config::RandomizeSnat;
+use stanchion_core::config::{BranchMode, RandomizeSnat};
 use stanchion_core::ids::{EniId, SubnetId};
 use stanchion_core::ipam::{
     Action, Adoption, DESCRIPTION_PREFIX, EniRole, EniState, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name,
@@ -21,6 +21,8 @@ use super::execute::Executor;
 
 /// How often IMDS is read when nothing happens.
 const OBSERVE_EVERY: Duration = Duration::from_secs(60);
+/// The same while AWS's resource controller is to attach a trunk: pods wait for it.
+const OBSERVE_FOR_TRUNK: Duration = Duration::from_secs(5);
 /// How often the host network is healed.
 const HEAL_EVERY: Duration = Duration::from_secs(15);
 /// How often the zone's subnets are read.
@@ -89,6 +91,11 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             slots: self.limits.slots_per_eni(),
             now,
         }
+    }
+
+    /// Until IMDS is read again when nothing happens.
+    pub(super) fn observation_pause(&self) -> Duration {
+        if self.wants_trunk() { OBSERVE_FOR_TRUNK } else { OBSERVE_EVERY }
     }
 
     pub(super) fn known_subnet_cidr(&self, subnet: &SubnetId) -> Option<Ipv4Net> {
@@ -199,7 +206,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// Compares what is shown with what is known: adopts at once, forgets only what EC2 has missed for a while.
     pub(super) fn observed(&mut self, observation: Observation) {
         self.observing = false;
-        self.observe_due = Instant::now() + OBSERVE_EVERY;
+        self.observe_due = Instant::now() + self.observation_pause();
         if let Some((v4, v6)) = observation.vpc_cidrs
             && (v4 != self.vpc_cidrs || v6 != self.vpc_ipv6_cidrs)
         {
@@ -403,9 +410,11 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             RandomizeSnat::HashRandom => Randomize::Hash,
             RandomizeSnat::None => Randomize::No,
         };
-        HostPlan {
+        let mut plan = HostPlan {
             enis: managed.map(|eni| eni_plan(eni, network.eni_mtu)).collect(),
             pods: self.pod_hosts(),
+            branches: Vec::new(),
+            strict_branches: self.config.pool.pod_eni && self.config.pool.branch_mode == BranchMode::Strict,
             veth_prefix: network.veth_prefix.clone(),
             snat: primary.filter(|_| !network.external_snat && !self.config.pool.ipv6).map(|to| Snat { to, bypass, randomize }),
             node_port_support: network.node_port_support,
@@ -414,7 +423,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             ipv6: self.config.pool.ipv6,
             egress: egress::wanted(&self.config, self.identity.local_ipv4, self.identity.ipv6, randomize),
             tcp_early_demux: !network.disable_tcp_early_demux,
-        }
+        };
+        self.add_branches(&mut plan);
+        plan
     }
 
     fn pod_hosts(&self) -> Vec<PodHost> {

@@ -273,7 +273,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 stats.cooling
             ));
         }
-        parts.extend(self.blocked.iter().map(|(_, blocked)| blocked.to_string()));
+        parts.extend(self.blocked.iter().map(|(_, blocked)| self.told(blocked)));
         parts.extend(self.in_flight.values().map(|action| format!("under way: {action}")));
         let joining = self.store.enis().values().filter(|eni| eni.state == EniState::Joining);
         parts.extend(joining.map(|eni| {
@@ -284,6 +284,20 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         {
             parts.push(format!("last failure at {}: {}", last.time, last.error));
         }
+        parts.push("see `stanchion enis` on the node".to_owned());
         parts.join("; ")
+    }
+
+    /// With the subnet's size where it is known.
+    fn told(&self, blocked: &Blocked) -> String {
+        /// The first four addresses and the last one are EC2's (VPC user guide, subnet sizing).
+        const EC2S_OWN: u64 = 5;
+        if let Blocked::Subnet { subnet, since, until, error } = blocked
+            && let Some(cidr) = self.known_subnet_cidr(subnet)
+        {
+            let size = (1u64 << (32 - cidr.prefix_len())).saturating_sub(EC2S_OWN);
+            return format!("subnet {subnet} has 0 free of {size} since {since}, EC2 said {error}; next try at {until}");
+        }
+        blocked.to_string()
     }
 }

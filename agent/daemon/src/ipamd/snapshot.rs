@@ -43,6 +43,8 @@ pub struct IpamSnapshot {
     pub addresses: Vec<AddressView>,
     /// Subnets that lately had no addresses for us.
     pub subnets: Vec<SubnetView>,
+    /// Security groups for pods are on, no trunk is attached, and there is an ENI left for it: AWS's resource controller is to attach one.
+    pub wants_trunk: bool,
     /// EC2 actions under way, one sentence each.
     pub in_flight: Vec<String>,
     /// The newest failures, newest last.
@@ -50,6 +52,16 @@ pub struct IpamSnapshot {
     /// Counters since the start.
     pub counters: IpamCounters,
 }
+
+impl IpamSnapshot {
+    /// The Ethernet address of the trunk, if one is attached.
+    pub fn trunk(&self) -> Option<Mac> {
+        self.enis.iter().find(|eni| eni.kind == TRUNK).map(|eni| eni.mac)
+    }
+}
+
+/// [`EniView::kind`] of a trunk.
+const TRUNK: &str = "trunk";
 
 /// The pool of one network card.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -174,6 +186,8 @@ pub struct IpamCounters {
     pub force_removed_ips: u64,
     /// `awscni_ipamd_error_count` by function.
     pub errors: BTreeMap<&'static str, u64>,
+    /// `awscni_pod_eni_error_count` by function: pods whose branch ENI could not be used.
+    pub pod_eni_errors: BTreeMap<&'static str, u64>,
     /// `awscni_reconcile_count` by function.
     pub reconciles: BTreeMap<&'static str, u64>,
     /// `awscni_ipamd_action_inprogress` by function.

@@ -32,6 +32,8 @@ use super::snapshot::{IpamCounters, IpamSnapshot};
 const START_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 /// Tries of EC2 before the start goes on with what IMDS shows: a node without EC2 must still serve what it has.
 const EC2_TRIES: u32 = 3;
+/// Until EC2 is asked again after a start without its answer.
+const UNVERIFIED_PAUSE: Duration = Duration::from_secs(10);
 /// The first sweep comes within this time after the start, spread over the fleet.
 const FIRST_SWEEP_WITHIN: u64 = 300;
 
@@ -190,7 +192,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         host_running: false,
         host_planned: BTreeSet::new(),
         host_pause: Duration::from_millis(100),
-        observe_due: now + Duration::from_secs(if attached.is_some() { 60 } else { 10 }),
+        observe_due: now + UNVERIFIED_PAUSE,
         observing: false,
         subnets_due: now + Duration::from_secs(600),
         sweep_due: now + Duration::from_secs(seed % FIRST_SWEEP_WITHIN),
@@ -212,6 +214,9 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     }
     let cooling = actor.take_moved();
     actor.take_enis(&shown, attached.as_deref());
+    if attached.is_some() {
+        actor.observe_due = now + actor.observation_pause();
+    }
     cooling.into_iter().for_each(|entry| actor.store.restore_cooling(entry.address, entry.until));
     actor.take_checkpoint(&parts.interfaces)?;
     actor.find_wanting();

@@ -66,6 +66,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             enis,
             addresses: self.address_views(),
             subnets: self.subnet_views(),
+            wants_trunk: self.wants_trunk(),
             in_flight: self.in_flight.values().map(|action| format!("{action}, as {}", action.reason())).collect(),
             recent_errors: self.errors.iter().cloned().collect(),
             counters,

@@ -41,6 +41,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
+use stanchion_core::branch::VethNames;
 use stanchion_core::cloud::{LogEvent, LogSink};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::PodName;
@@ -52,7 +53,6 @@ use stanchion_core::metrics::otlp::OtlpEncoder;
 use stanchion_core::metrics::pods::PodTable;
 use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::metrics::track::{ContainerFiles, Figures, PodCounters, Tracker};
-use stanchion_core::network::names::DEFAULT_VETH_PREFIX;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
@@ -91,8 +91,8 @@ pub struct TelemetrySettings {
     pub selection: Selection,
     /// Ours, or the CloudWatch agent's with its errors.
     pub figures: Figures,
-    /// The prefix of pods' host interfaces.
-    pub veth_prefix: String,
+    /// How pods' host interfaces are named.
+    pub veths: VethNames,
 }
 
 impl Default for TelemetrySettings {
@@ -102,7 +102,7 @@ impl Default for TelemetrySettings {
             documents: true,
             selection: Selection::default(),
             figures: Figures::default(),
-            veth_prefix: DEFAULT_VETH_PREFIX.to_owned(),
+            veths: VethNames::default(),
         }
     }
 }
@@ -425,7 +425,7 @@ pub struct Collector {
     tracker: Tracker,
     cluster: watch::Receiver<Arc<ClusterState>>,
     table: PodTable,
-    veth_prefix: String,
+    veths: VethNames,
     encoder: Encoder,
     files: Option<watch::Receiver<Arc<ContainerFiles>>>,
     exported: Option<watch::Receiver<Arc<ExporterReadings>>>,
@@ -442,7 +442,7 @@ impl Collector {
             tracker: Tracker::new(settings.figures),
             cluster,
             table: PodTable::default(),
-            veth_prefix: settings.veth_prefix.clone(),
+            veths: settings.veths.clone(),
             encoder: Encoder::new(identity, settings.selection.clone()),
             files: None,
             exported: None,
@@ -459,7 +459,7 @@ impl Collector {
     pub fn collect(&mut self) -> Result<(Snapshot, Vec<String>), ReadError> {
         if self.fresh || self.cluster.has_changed().unwrap_or(false) {
             let state = Arc::clone(&self.cluster.borrow_and_update());
-            self.table = self.table.refreshed(&state, &self.encoder.identity().node, &self.veth_prefix);
+            self.table = self.table.refreshed(&state, &self.encoder.identity().node, &self.veths);
             self.fresh = false;
         }
         let files = self.files.as_ref().map(|files| Arc::clone(&files.borrow())).unwrap_or_default();

@@ -87,6 +87,7 @@ fn addresses(out: &mut Exposition, ipam: &IpamSnapshot) {
     }
     by_function(out, &f::ACTION_IN_PROGRESS, &counters.in_progress);
     by_function(out, &f::IPAMD_ERRORS, &counters.errors);
+    by_function(out, &f::POD_ENI_ERRORS, &counters.pod_eni_errors);
     by_function(out, &f::RECONCILES, &counters.reconciles);
     out.single(&f::ADD_REQUESTS, counters.add_requests as f64);
     let mut samples = out.family(&f::DEL_REQUESTS);

@@ -424,7 +424,7 @@ fn a_recorded_node_under_the_usual_names() {
     use stanchion_core::metrics::exposition::Exposition;
     let dir = tempfile::tempdir().unwrap();
     plant(include_str!("../../testdata/trees/v2-systemd-containerd.txt"), dir.path());
-    let veth = stanchion_core::network::names::host_veth_name(DEFAULT_VETH_PREFIX, &PodName::new("default", "web"), 0);
+    let veth = stanchion_core::network::names::host_veth_name("eni", &PodName::new("default", "web"), 0);
     let net_dev = dir.path().join("proc/1/net/dev");
     let with_pod = std::fs::read_to_string(&net_dev).unwrap() + &format!("{veth}: 70 7 0 2 0 0 0 0 30 3 0 0 0 0 0 0\n");
     std::fs::write(&net_dev, with_pod).unwrap();

@@ -56,6 +56,7 @@ fn plan(number: usize) -> anyhow::Result<PodPlan> {
         ipv6: None,
         mtu: 9001,
         table: TABLE,
+        branch: None,
     })
 }
 

@@ -78,6 +78,7 @@ fn pod(node: &Node, number: usize) -> anyhow::Result<Pod> {
         uid: uid.clone(),
         node: node.name().to_owned(),
         labels: vec![("app".to_owned(), name.clone())],
+        annotations: Vec::new(),
         containers: Vec::new(),
         ips: Vec::new(),
     };

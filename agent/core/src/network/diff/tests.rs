@@ -1,7 +1,7 @@
 use super::*;
 use crate::network::host::{DEFAULT_MTU, Randomize, Snat};
 use crate::network::ops::IfAddress;
-use crate::network::{Rule, eni_route_table};
+use crate::network::{BranchLink, BranchPod, Rule, VlanLink, eni_route_table};
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -56,6 +56,14 @@ fn fresh() -> HostObserved {
 fn perform(state: &mut HostObserved, ops: &[NetOp], desired: &HostPlan) {
     for op in ops {
         match op.clone() {
+            NetOp::AddVlan(VlanLink { name, mac, .. }) => {
+                let index = state.links.iter().map(|link| link.index).max().unwrap_or_default() + 1;
+                state.links.push(NodeIf { index, name, mac: Some(mac), mtu: DEFAULT_MTU, up: true, kind: "vlan".into() });
+            }
+            NetOp::DeleteLink { index } => {
+                state.links.retain(|link| link.index != index);
+                state.routes.retain(|route| route.index != index);
+            }
             NetOp::LinkUp { index } => state.links.iter_mut().filter(|link| link.index == index).for_each(|link| link.up = true),
             NetOp::Mtu { index, mtu } => state.links.iter_mut().filter(|link| link.index == index).for_each(|link| link.mtu = mtu),
             NetOp::AddAddress { index, address } => state.addresses.push(IfAddress { index, address, global: true }),
@@ -218,6 +226,151 @@ fn an_older_plan_does_not_disturb_a_newer_sandbox() {
     starting.routes.retain(|route| route.dst != old);
     starting.links.iter_mut().filter(|link| link.name == "eni1234").for_each(|link| link.up = false);
     assert!(diff(&plan(), &starting).iter().all(|op| !matches!(op, NetOp::ReplaceRoute(_))), "its ADD is under way");
+}
+
+const BRANCH_IF: &str = "vlan9999";
+
+/// A trunk on eth2 and a pod with security groups of its own, connected by the plugin but for what the host plan adds.
+fn with_branch(strict: bool) -> (HostPlan, HostObserved) {
+    let mut plan = plan();
+    plan.enis.push(EniPlan { role: EniRole::Trunk, ..eni(2, 3, "10.0.2.20/24") });
+    let host_if = if strict { BRANCH_IF.to_owned() } else { "eni9999".to_owned() };
+    let address: IpAddr = "10.0.2.30".parse().unwrap();
+    let link = BranchLink { vlan_id: 7, mac: mac(7), trunk: mac(3), gateway: Some("10.0.2.1".parse().unwrap()), strict };
+    plan.branches = vec![BranchPod { host_if: host_if.clone(), addresses: vec![address], link }];
+    plan.strict_branches = strict;
+    if !strict {
+        plan.pods.push(PodHost { address, host_if: host_if.clone(), table: 107 });
+    }
+    let mut state = fresh();
+    state.links.extend([link_of(5, "eth2", 3, ""), link_of(6, &host_if, 8, "veth")]);
+    state.rules = vec![Rule::new(false, 0, 255)];
+    for _ in 0..2 {
+        let ops = diff(&plan, &state);
+        perform(&mut state, &ops, &plan);
+    }
+    assert_eq!(diff(&plan, &state), [], "two looks suffice: the interface, then its routes");
+    (plan, state)
+}
+
+fn link_of(index: u32, name: &str, mac_end: u8, kind: &str) -> NodeIf {
+    link(index, name, mac_end, DEFAULT_MTU, true, kind)
+}
+
+#[test]
+fn a_branch_has_an_interface_on_the_trunk_a_table_and_its_modes_rules() {
+    for strict in [true, false] {
+        let (_, state) = with_branch(strict);
+        let vlan = state.link_named("vlan.eth.7").expect("made on the trunk's interface");
+        assert_eq!((vlan.mac, vlan.up), (Some(mac(7)), true));
+        let route =
+            |dst: &str, table, via: Option<&str>, index| Route { dst: net(dst), table, via: via.map(|via| via.parse().unwrap()), index };
+        for want in [
+            route("10.0.2.1/32", 107, None, vlan.index),
+            route("0.0.0.0/0", 107, Some("10.0.2.1"), vlan.index),
+            route("10.0.2.30/32", if strict { 107 } else { 254 }, None, 6),
+        ] {
+            assert!(state.routes.contains(&want), "strict {strict}: {want:?}");
+        }
+        let iif = |name: &str| Rule { iif: Some(name.into()), ..Rule::new(false, 10, 107) };
+        let local = |priority| Rule::new(false, priority, 255);
+        let address = "10.0.2.30".parse().unwrap();
+        let of_strict = [iif("vlan.eth.7"), iif(BRANCH_IF), local(20)];
+        let of_standard = [local(0), Rule::to_host(512, address, 254), Rule::from_host(1536, address, 107)];
+        let (there, absent) = if strict { (of_strict, of_standard) } else { (of_standard, of_strict) };
+        assert!(there.iter().all(|rule| state.rules.contains(rule)), "strict {strict}: {:?}", state.rules);
+        assert!(!absent.iter().any(|rule| state.rules.contains(rule)), "strict {strict}: {:?}", state.rules);
+    }
+}
+
+#[test]
+fn damage_to_a_branch_is_a_difference() {
+    for strict in [true, false] {
+        let (plan, good) = with_branch(strict);
+        for gone in 0..good.rules.len() {
+            let mut damaged = good.clone();
+            let rule = damaged.rules.remove(gone);
+            // The kernel's own rule is only ours to mend where strict mode moved it.
+            let mends = if rule == Rule::new(false, 0, 255) { vec![] } else { vec![NetOp::AddRule(rule)] };
+            assert_eq!(diff(&plan, &damaged), mends);
+        }
+        for gone in 0..good.routes.len() {
+            let mut damaged = good.clone();
+            let route = damaged.routes.remove(gone);
+            assert_eq!(diff(&plan, &damaged), [NetOp::ReplaceRoute(route)]);
+        }
+        let mut damaged = good.clone();
+        let vlan = good.link_named("vlan.eth.7").unwrap().index;
+        perform(&mut damaged, &[NetOp::DeleteLink { index: vlan }], &plan);
+        let again = VlanLink { parent: 5, name: "vlan.eth.7".into(), vlan_id: 7, mac: mac(7) };
+        assert_eq!(diff(&plan, &damaged), [NetOp::AddVlan(again)]);
+        damaged.links.retain(|link| link.name != "eth2");
+        assert_eq!(diff(&plan, &damaged), [], "without the trunk's interface there is nothing to make it on");
+    }
+}
+
+#[test]
+fn a_branch_goes_when_its_pod_went_without_a_delete() {
+    for strict in [true, false] {
+        let (mut plan, mut state) = with_branch(strict);
+        perform(&mut state, &[NetOp::DeleteLink { index: 6 }], &plan);
+        plan.branches.clear();
+        plan.pods.retain(|pod| pod.table != 107);
+        let ops = diff(&plan, &state);
+        perform(&mut state, &ops, &plan);
+        assert_eq!(state.link_named("vlan.eth.7"), None, "strict {strict}");
+        assert!(
+            !state.rules.iter().any(|rule| rule.table == 107) && !state.routes.iter().any(|route| route.table == 107),
+            "strict {strict}"
+        );
+        assert_eq!(diff(&plan, &state), []);
+    }
+}
+
+#[test]
+fn a_branch_whose_pod_is_being_added_stays_although_the_plan_does_not_know_it() {
+    let (mut plan, mut state) = with_branch(true);
+    plan.branches.clear();
+    assert_eq!(diff(&plan, &state), [], "its veth lives");
+    state.rules.retain(|rule| rule.priority != 10);
+    assert_eq!(diff(&plan, &state), [], "its rules are yet to come");
+}
+
+#[test]
+fn the_other_mode_puts_the_rule_for_the_nodes_addresses_back() {
+    let (mut plan, mut state) = with_branch(true);
+    (plan.strict_branches, plan.branches) = (false, vec![]);
+    let (first, behind) = (Rule::new(false, 0, 255), Rule::new(false, 20, 255));
+    let ops = diff(&plan, &state);
+    assert_eq!(ops, [NetOp::AddRule(first), NetOp::DeleteRule(behind)], "at no instant is the node without it");
+    perform(&mut state, &ops, &plan);
+    assert_eq!(diff(&plan, &state), []);
+}
+
+#[test]
+fn an_ipv6_branch_hears_the_router_although_its_table_does_not_know_it() {
+    let address: IpAddr = "2001:db8::30".parse().unwrap();
+    let link = BranchLink { vlan_id: 7, mac: mac(7), trunk: mac(1), gateway: None, strict: true };
+    let plan = HostPlan {
+        ipv6: true,
+        branches: vec![BranchPod { host_if: BRANCH_IF.into(), addresses: vec![address], link }],
+        strict_branches: true,
+        ..HostPlan::default()
+    };
+    let mut state = HostObserved {
+        links: vec![link_of(2, "eth0", 1, ""), link_of(4, "vlan.eth.7", 7, "vlan"), link_of(6, BRANCH_IF, 8, "veth")],
+        rules: vec![Rule::new(false, 0, 255), Rule::new(true, 0, 255)],
+        ..HostObserved::default()
+    };
+    let ops = diff(&plan, &state);
+    perform(&mut state, &ops, &plan);
+    let router = Rule { from: Some(IpAddr::from(V6_GATEWAY).into()), ip_proto: Some(58), ..Rule::new(true, 0, 255) };
+    for want in [router, Rule::new(true, 20, 255), Rule { iif: Some("vlan.eth.7".into()), ..Rule::new(true, 10, 107) }] {
+        assert!(state.rules.contains(&want), "{want:?} is not among {:?}", state.rules);
+    }
+    assert!(state.rules.contains(&Rule::new(false, 0, 255)) && !state.rules.contains(&Rule::new(true, 0, 255)));
+    assert!(state.routes.contains(&Route { dst: net("::/0"), table: 107, via: Some(V6_GATEWAY.into()), index: 4 }));
+    assert_eq!(diff(&plan, &state), []);
 }
 
 #[test]
