@@ -1,5 +1,6 @@
 //! Container logs and metrics on their way to CloudWatch, and the views of the command line.
 
+use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -106,4 +107,30 @@ async fn metrics_arrive_and_views_answer() {
     let endpoints = node.cli("endpoints".split(' ').collect::<Vec<_>>().as_slice()).expect("a table");
     assert!(endpoints.contains("app-0"), "{endpoints}");
     assert!(endpoints.contains(&cluster.pod("x/app-0").address().to_string()), "{endpoints}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_http_listener_can_be_switched_off() {
+    let mut cluster = Cluster::start(&["m5.large"], &[("WARM_IP_TARGET", "1")]).await.expect("the cluster starts");
+    let node = cluster.node(0).clone();
+    let answers = |port: u16| node.netns().run(|| TcpStream::connect(("127.0.0.1", port)).is_ok()).expect("the namespace is there");
+    let (metrics, introspection) = (61678, 61679);
+    let both = wait_for("both listeners", SOON, || async {
+        ensure!(answers(metrics) && answers(introspection), "not yet");
+        Ok(())
+    });
+    both.await.expect("they are there unless switched off");
+    cluster.agent(0).expect("runs").kill().expect("killed");
+    for (variable, off, on) in [("DISABLE_METRICS", metrics, introspection), ("DISABLE_INTROSPECTION", introspection, metrics)] {
+        let mut agent = node.start_agent(&[("WARM_IP_TARGET", "1"), (variable, "true")]).expect("started");
+        node.ready(&mut agent, SOON).await.expect("ready");
+        wait_for("the other listener", SOON, || async {
+            ensure!(answers(on), "not yet");
+            Ok(())
+        })
+        .await
+        .expect("it is not concerned");
+        assert!(!answers(off), "{variable}");
+        agent.kill().expect("killed");
+    }
 }
