@@ -17,6 +17,7 @@ EVERYTHING = {
     "clusterName": "example",
     "clusterEndpoint": "https://0123456789ABCDEF.gr7.eu-west-1.eks.amazonaws.com",
     "startupTaint": "stanchion/not-ready",
+    "nodeCondition": True,
     "env": {
         "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG": "true",
         "ENI_CONFIG_LABEL_DEF": "topology.kubernetes.io/zone",

@@ -24,6 +24,7 @@ pub mod pod_cgroups;
 pub mod probe;
 pub mod router;
 pub mod run;
+pub mod schema;
 mod sctp;
 pub mod tour;
 pub mod vpc;

@@ -72,6 +72,20 @@ async fn only_the_start_up_taint_goes() {
 }
 
 #[tokio::test]
+async fn the_nodes_condition_is_put_beside_those_of_others() {
+    let (kube, writer) = world(ALL_RIGHTS).await;
+    let of = |kind: &str, status: &str| json!({"type": kind, "status": status});
+    let conditions = [of("Ready", "True"), of("NetworkUnavailable", "True")];
+    kube.put(NODES, json!({"kind": "Node", "metadata": {"name": "n1"}, "status": {"conditions": conditions}}));
+    writer.network_available("n1", "2026-11-21T15:00:00Z").await.unwrap();
+    let now = kube.get(NODES, "/n1").unwrap()["status"]["conditions"].clone();
+    assert_eq!((now.as_array().unwrap().len(), &now[0], now[1]["status"].as_str()), (2, &conditions[0], Some("False")), "{now}");
+    assert_eq!((now[1]["reason"].as_str(), now[1]["lastTransitionTime"].as_str()), (Some("StanchionReady"), Some("2026-11-21T15:00:00Z")));
+    assert!(writer.network_available("n2", "").await.is_err());
+    assert!(kube.forbidden().is_empty(), "{:?}", kube.forbidden());
+}
+
+#[tokio::test]
 async fn the_cninode_names_the_eni_config_and_keeps_its_other_features() {
     let (kube, writer) = world(ALL_RIGHTS).await;
     // Not served, then not there: no failure.

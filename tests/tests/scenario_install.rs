@@ -82,7 +82,7 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     // A distribution's portmap is older than the runtime.
     portmap_that_speaks(&node1, &["0.4.0", "1.0.0"]);
 
-    let settings = [("STANCHION_STARTUP_TAINT", TAINT), ("ANNOTATE_POD_IP", "true")];
+    let settings = [("STANCHION_STARTUP_TAINT", TAINT), ("ANNOTATE_POD_IP", "true"), ("STANCHION_NODE_CONDITION", "true")];
     let mut agent = node1.start_agent_of(("--kubeconfig", &kubeconfig.display().to_string()), &settings, &[]).unwrap();
     // The moment of readiness and the moment of the file.
     let mut early = None;
@@ -134,12 +134,14 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     .await
     .unwrap();
 
-    wait_for("the taint to go and the event to come", SOON, || {
+    wait_for("the taint to go, the condition and the event to come", SOON, || {
+        let conditions = kube.get(NODES, "/node1").unwrap()["status"]["conditions"].clone();
         let taints = kube.get(NODES, "/node1").unwrap()["spec"]["taints"].clone();
         let reasons: Vec<String> =
             kube.objects(EVENTS).iter().map(|event| event["reason"].as_str().unwrap_or_default().to_owned()).collect();
         async move {
             anyhow::ensure!(taints == json!([{"key": "other", "effect": "NoSchedule"}]), "{taints}");
+            anyhow::ensure!(conditions[0]["type"] == "NetworkUnavailable" && conditions[0]["status"] == "False", "{conditions}");
             anyhow::ensure!(reasons.iter().any(|reason| reason == "NetworkReady"), "{reasons:?}");
             Ok(())
         }

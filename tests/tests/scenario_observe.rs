@@ -1,14 +1,19 @@
 //! Container logs and metrics on their way to CloudWatch, and the views of the command line.
 
-use std::net::TcpStream;
+use std::io::{BufRead as _, BufReader};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use serde_json::Value;
 use stanchion_lab::cloudwatch::{Delivered, node_document};
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::container_log::Output;
 use stanchion_lab::fake_aws::{Effect, Fault};
 use stanchion_lab::pod::PodSpec;
+use stanchion_lab::probe::{Conversation, Protocol, probe};
+use stanchion_lab::schema;
 use stanchion_lab::wait::wait_for;
 
 async fn arrive(cluster: &Cluster, check: impl Fn(&Delivered) -> anyhow::Result<()>) -> Delivered {
@@ -133,4 +138,75 @@ async fn each_http_listener_can_be_switched_off() {
         assert!(!answers(off), "{variable}");
         agent.kill().expect("killed");
     }
+}
+
+const DENY_A: &str = "\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {namespace: x, name: deny}
+spec: {podSelector: {matchLabels: {app: app}}, policyTypes: [Ingress]}
+";
+
+/// What scripts rely on: `deploy/schema/cli.json`.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_json_document_is_what_the_schema_says() {
+    let schema: Value = serde_json::from_str(include_str!("../../deploy/schema/cli.json")).expect("JSON");
+    let mut cluster = one_pod().await;
+    cluster.vpc().manifests().apply("p.yaml", DENY_A).expect("written");
+    cluster.add_pod(0, PodSpec::new("x", "other")).await.expect("a pod");
+    cluster.settles(Protocol::Tcp, 80, |_, to| !to.starts_with("x/app")).await.expect("the policy holds");
+    write(&mut cluster, lines("line", 10));
+    arrive(&cluster, |d| d.exactly_once(lines("line", 10))).await;
+    let open = SocketAddr::new(cluster.pod("x/other").address(), 80);
+    let open = Conversation::start(cluster.pod("x/app-0").netns(), open).expect("connected");
+    let node = cluster.node(0).clone();
+    let check = |name: &str, document: &Value| {
+        schema::check(&schema, name, document).unwrap_or_else(|error| panic!("{error:#}\n{document:#}"));
+    };
+    let bin_dir = node.cni_bin_dir().display().to_string();
+    let install = ["install", "--no-conflist", "--bin-dir", &bin_dir];
+    let pool = ["plan", "pool", "--instance-type", "m5.large", "--pods", "5"];
+    for (name, command, filled) in [
+        ("status", &["status"][..], "/ipam/pools/0"),
+        ("enis", &["enis"][..], "/enis/0/cidrs/0"),
+        ("ips", &["ips"][..], "/addresses/0/key"),
+        ("endpoints", &["endpoints"][..], "/endpoints/0/interfaces/0/addresses/0"),
+        ("policy", &["policy", "show"][..], "/endpoints/0/endpoint/pod"),
+        ("conntrack", &["conntrack"][..], "/flows/0/remote"),
+        ("logs", &["logs"][..], "/files/0/path"),
+        ("config", &["config"][..], "/0/origin"),
+        ("pool_plan", &pool[..], "/per_eni/0"),
+        ("install", &install[..], "/0/mark"),
+    ] {
+        let document = node.cli_json(command).expect("JSON");
+        assert!(document.pointer(filled).is_some_and(|value| !value.is_null()), "{name} says nothing at {filled}: {document:#}");
+        check(name, &document);
+    }
+    assert_eq!(open.stop().broken, None);
+    // A flow is a line, told while it is followed.
+    let (asking, from, to) = (node.clone(), cluster.pod("x/other").netns().clone(), SocketAddr::new(cluster.pod("x/app-0").address(), 80));
+    let flow = tokio::task::spawn_blocking(move || asking.cli(&["flows", "-o", "json"]));
+    while !flow.is_finished() {
+        let (from, to) = (from.clone(), to);
+        let probed = tokio::task::spawn_blocking(move || probe(&from, Protocol::Udp, to, Duration::from_millis(20)));
+        assert!(!probed.await.expect("no panic").expect("a socket").reached());
+    }
+    let line = flow.await.expect("no panic").expect("a line");
+    check("flow", &serde_json::from_str(&line).expect("JSON"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_is_asked_again_and_again_until_its_reader_goes() {
+    let cluster = Cluster::start(&["m5.large"], &[]).await.expect("the cluster starts");
+    let node = cluster.node(0);
+    let mut command = std::process::Command::new(&node.binaries().stanchion);
+    command.args(["status", "--watch=1", "-o", "json"]).env("STANCHION_SOCKET", node.socket()).stdout(Stdio::piped());
+    let mut watching = command.spawn().expect("it runs");
+    let mut answers = BufReader::new(watching.stdout.take().expect("stdout is piped")).lines();
+    for _ in 0..2 {
+        let answer = answers.next().expect("it goes on").expect("text");
+        assert_eq!(serde_json::from_str::<Value>(&answer).expect("a document a line")["node"], "node1");
+    }
+    drop(answers);
+    watching.wait().expect("it ends with its reader");
 }

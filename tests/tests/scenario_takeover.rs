@@ -7,10 +7,13 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use serde_json::{Value, json};
+use stanchion_core::conflist::{FILE_NAME, Owner, owner};
 use stanchion_core::ids::PodName;
 use stanchion_core::network::host_veth_name;
 use stanchion_core::network::names::upstream_dummy_name;
+use stanchion_lab::cloudwatch::Delivered;
 use stanchion_lab::cluster::{Cluster, SOON};
+use stanchion_lab::container_log::Output;
 use stanchion_lab::netns::{Netns, ip_json};
 use stanchion_lab::node::Node;
 use stanchion_lab::pod::PodSpec;
@@ -73,6 +76,32 @@ fn upstream_rules(node: &Node) -> String {
     all.lines().filter(|line| line.contains("AWS-") || line.contains("aws-cni")).collect::<Vec<_>>().join("\n")
 }
 
+/// aws-node's configuration, written when it is ready, and its plugin; the other plugins that it brings are left out.
+fn write_upstream_files(node: &Node) {
+    let conflist = json!({
+        "cniVersion": "0.4.0", "name": "aws-cni", "disableCheck": true,
+        "plugins": [{"name": "aws-cni", "type": "aws-cni", "vethPrefix": "eni", "mtu": "9001", "podSGEnforcingMode": "strict"}],
+    });
+    for (directory, file, content) in
+        [(node.cni_bin_dir(), "aws-cni", "aws-node's"), (node.cni_conf_dir(), FILE_NAME, conflist.to_string().as_str())]
+    {
+        std::fs::create_dir_all(&directory).expect("made");
+        std::fs::write(directory.join(file), content).expect("written");
+    }
+}
+
+fn conflist_owner(node: &Node) -> Owner {
+    owner(&std::fs::read_to_string(node.cni_conf_dir().join(FILE_NAME)).expect("there"))
+}
+
+/// What is in the runtime's directory of plugins but `loopback`.
+fn plugins(node: &Node) -> Vec<String> {
+    let names = std::fs::read_dir(node.cni_bin_dir()).expect("there").flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| name != "loopback").collect();
+    names.sort();
+    names
+}
+
 /// Takes away what aws-node would not have made: our table, our programs, our state.
 fn forget_stanchion(node: &Node) {
     sh(node.netns(), "nft delete table ip stanchion");
@@ -120,7 +149,8 @@ fn assert_adoptable(cluster: &Cluster, node: &Node) {
 }
 
 async fn there_and_back(backend: Backend) {
-    let mut cluster = Cluster::start(&["t3.small"], &[("WARM_IP_TARGET", "1")]).await.expect("the cluster starts");
+    let settings = [("WARM_IP_TARGET", "1"), ("STANCHION_LOG_FLUSH_SECONDS", "0.2")];
+    let mut cluster = Cluster::start(&["t3.small"], &settings).await.expect("the cluster starts");
     // A t3.small's ENI holds three pods: the fourth and fifth are on a second one.
     for pod in 0..5 {
         cluster.add_pod(0, PodSpec::new("x", &format!("a-{pod}"))).await.expect("a pod");
@@ -129,6 +159,7 @@ async fn there_and_back(backend: Backend) {
     cluster.agent(0).expect("started").kill().expect("killed");
     forget_stanchion(&node);
     write_upstream_rules(&node, backend);
+    write_upstream_files(&node);
     assert_ne!(upstream_rules(&node), "");
     assert_adoptable(&cluster, &node);
 
@@ -142,8 +173,18 @@ async fn there_and_back(backend: Backend) {
     let inside = SocketAddr::new(before["x/a-4"], 80);
     let within = Conversation::start(cluster.pod("x/a-0").netns(), inside).expect("connected");
 
-    // There.
+    // There. The init container first: it puts the plugin beside the old one and leaves the configuration alone.
+    let (bin_dir, conf_dir) = (node.cni_bin_dir().display().to_string(), node.cni_conf_dir().display().to_string());
+    node.cli(&["install", "--no-conflist", "--bin-dir", &bin_dir]).expect("every step holds");
+    assert_eq!((plugins(&node), conflist_owner(&node)), (vec!["aws-cni".to_owned(), "stanchion-cni".to_owned()], Owner::AwsNode));
     cluster.start_agent(0).await.expect("it takes the node over");
+    wait_for("the configuration", SOON, || async {
+        ensure!(conflist_owner(&node) == Owner::Stanchion, "aws-node's");
+        Ok(())
+    })
+    .await
+    .expect("it is ours");
+    assert!(node.cli(&["status"]).expect("a page").contains("addresses  ready"));
     wait_for("aws-node's rules to go", SOON, || async {
         let left = upstream_rules(&node);
         ensure!(left.is_empty(), "{left}");
@@ -171,12 +212,21 @@ async fn there_and_back(backend: Backend) {
     cluster.add_pod(0, PodSpec::new("x", "new")).await.expect("a pod");
     assert!(!before.values().any(|address| *address == cluster.pod("x/new").address()), "a cooling or held address was given");
 
-    // And back: our agent stops, aws-node writes its rules, ours are removed by hand as MIGRATION.md says.
+    let line = "a line of a new pod".to_owned();
+    cluster.pod_mut("x/new").log.line(Output::Stdout, &line).expect("written");
+    wait_for("the new pod's line", SOON, || async { Delivered::read(cluster.vpc().cloud()).exactly_once([line.clone()]) })
+        .await
+        .expect("it arrives");
+
+    // And back: our agent stops, aws-node writes its file and rules, ours are removed by hand as MIGRATION.md says.
     cluster.delete_pod("x/a-1").await.expect("the rest of it");
     let status = cluster.agent(0).expect("started").stop(SOON).await.expect("it stops");
     assert!(status.success(), "{status}");
     assert_adoptable(&cluster, &node);
     write_upstream_rules(&node, backend);
+    write_upstream_files(&node);
+    node.cli(&["install", "--remove", "--bin-dir", &bin_dir, "--conf-dir", &conf_dir]).expect("every step holds");
+    assert_eq!((plugins(&node), conflist_owner(&node)), (vec!["aws-cni".to_owned()], Owner::AwsNode));
     sh(node.netns(), "nft delete table ip stanchion");
     cluster.settles(Protocol::Tcp, 80, |_, _| true).await.expect("all pairs talk");
     for talk in talks.into_iter().chain([within]) {

@@ -1,4 +1,4 @@
-//! SPECIFICATION.md names tests and benches that exist.
+//! SPECIFICATION.md and the threats of deploy/SECURITY.md name tests and benches that exist.
 #![allow(clippy::unwrap_used, reason = "a test panics")]
 
 use std::fs;
@@ -95,6 +95,26 @@ fn every_test_and_bench_that_the_specification_names_exists() {
         faults.extend(names(shown_by).into_iter().filter_map(fault));
     }
     assert!(faults.is_empty(), "SPECIFICATION.md: {}", faults.join("; "));
+}
+
+#[test]
+fn every_defence_of_the_threat_model_has_tests_that_exist() {
+    let page = fs::read_to_string(root().join("deploy/SECURITY.md")).unwrap();
+    let section = page.split("\n## ").find_map(|section| section.strip_prefix("Threats\n")).unwrap();
+    let rows = rows(section);
+    let mut faults = Vec::new();
+    for row in &rows {
+        let [_, what, defence, tests] = row.as_slice() else { panic!("not four columns: {row:?}") };
+        assert!(!what.is_empty() && !defence.is_empty(), "{row:?}");
+        if names(tests).is_empty() {
+            faults.push(format!("{what:?} names no test"));
+        }
+        faults.extend(names(tests).into_iter().filter_map(fault));
+    }
+    assert!(faults.is_empty(), "deploy/SECURITY.md: {}", faults.join("; "));
+    for who in ["hostile pod", "hostile API object", "hostile local user", "compromised telemetry container"] {
+        assert!(rows.iter().any(|row| row[0] == who), "no threat of a {who} is named");
+    }
 }
 
 #[test]

@@ -37,6 +37,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- with .Values.startupTaint }}
 - {name: STANCHION_STARTUP_TAINT, value: {{ . | quote }}}
 {{- end }}
+{{- if .Values.nodeCondition }}
+- {name: STANCHION_NODE_CONDITION, value: "true"}
+{{- end }}
 {{- range $name, $value := .Values.env }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}

@@ -37,7 +37,8 @@ impl Model {
             return if objects.contains_key(&key) { Err(refuse(409, "AlreadyExists", key)) } else { Ok(object) };
         }
         let content = headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        if *method != Method::PATCH || content != "application/merge-patch+json" {
+        let strategic = content == "application/strategic-merge-patch+json" && target.resource() == "nodes/status";
+        if *method != Method::PATCH || !(strategic || content == "application/merge-patch+json") {
             return Err(refuse(415, "UnsupportedMediaType", format!("{method} {content}")));
         }
         let key = target.key().ok_or_else(|| refuse(405, "MethodNotAllowed", "no object is named".to_owned()))?;
@@ -52,7 +53,13 @@ impl Model {
         {
             return Err(refuse(409, "Conflict", "the UID in the precondition does not match".to_owned()));
         }
+        let before = object.pointer("/status/conditions").cloned();
         merge(&mut object, &document);
+        if strategic && let (Some(Value::Array(before)), Some(Value::Array(now))) = (before, object.pointer_mut("/status/conditions")) {
+            // The key of this list is the type: those of other types stay.
+            let others = before.into_iter().filter(|old| now.iter().all(|new| new["type"] != old["type"])).collect::<Vec<_>>();
+            now.splice(0..0, others);
+        }
         Ok(object)
     }
 }

@@ -335,6 +335,8 @@ pub struct OperationsConfig {
     pub cni_conf_dir: String,
     /// Key of the taint that is taken off the node when pods can be connected; empty: none.
     pub startup_taint: String,
+    /// The node's condition NetworkUnavailable is written as False when pods can be connected.
+    pub node_condition: bool,
     /// The plugin's level.
     pub plugin_log_level: String,
     /// Where the plugin logs.

@@ -120,6 +120,11 @@ impl Config {
             cni_bin_dir: r.text("HOST_CNI_BIN_PATH", "/host/opt/cni/bin", "where the plugin is installed"),
             cni_conf_dir: r.text("HOST_CNI_CONFDIR_PATH", "/host/etc/cni/net.d", "where the conflist is written"),
             startup_taint: r.text("STANCHION_STARTUP_TAINT", "", "key of the taint taken off the node when pods can be connected"),
+            node_condition: r.bool(
+                "STANCHION_NODE_CONDITION",
+                false,
+                "write the node's condition NetworkUnavailable=False when pods can be connected",
+            ),
             plugin_log_level: r.text("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "debug", "the plugin's level"),
             plugin_log_file: r.plugin_log_file(),
         };

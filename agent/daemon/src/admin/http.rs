@@ -157,3 +157,38 @@ async fn serve(bind: &Bind, router: Router, shutdown: CancellationToken) {
         pause = (pause * 2).min(Duration::from_secs(60));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::http::Request;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    /// Names of pods, files and rules come from whoever may make them.
+    #[test]
+    fn the_page_makes_text_of_what_it_is_told() {
+        let page = include_str!("page.html");
+        for way in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "setAttribute", "eval(", "Function("] {
+            assert!(!page.contains(way), "{way} would make more than text of a name");
+        }
+        assert!(page.contains("textContent"));
+    }
+
+    #[tokio::test]
+    async fn another_host_name_is_refused() {
+        let router = Router::new().route("/", get(|| async { "told" })).layer(axum::middleware::from_fn(only_this_node));
+        for (host, status) in [
+            ("127.0.0.1:61679", 200),
+            ("[::1]:61679", 200),
+            ("localhost:8080", 200),
+            ("10.0.1.10:61679", 200),
+            ("attacker.example:61679", 403),
+            ("127.0.0.1.attacker.example", 403),
+            ("localhost.attacker.example:80", 403),
+        ] {
+            let request = Request::builder().uri("/").header(header::HOST, host).body(axum::body::Body::empty()).unwrap();
+            assert_eq!(router.clone().oneshot(request).await.unwrap().status(), status, "{host}");
+        }
+    }
+}

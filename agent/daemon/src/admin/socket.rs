@@ -70,6 +70,8 @@ pub fn root_connections(listener: UnixListener) -> impl Stream<Item = std::io::R
 
 #[cfg(test)]
 mod tests {
+    use futures_util::StreamExt as _;
+
     use super::*;
 
     #[tokio::test]
@@ -81,5 +83,29 @@ mod tests {
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
         drop(listener);
+    }
+
+    /// Past the file's mode, which keeps everybody else away already.
+    #[tokio::test]
+    async fn a_peer_that_is_not_root_is_closed_without_an_answer() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let path = directory.path().join("agent.sock");
+        let listener = bind(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+        let connections = root_connections(listener);
+        let mut connections = std::pin::pin!(connections);
+        // Debian's perl-base is always there. It ends when its connection is closed.
+        let script = "socket(my $s, AF_UNIX, SOCK_STREAM, 0) && connect($s, sockaddr_un($ARGV[0])) or die; print read($s, my $b, 1)";
+        let mut nobody = tokio::process::Command::new("perl");
+        nobody.args(["-MSocket", "-e", script]).arg(&path).uid(65_534).gid(65_534).kill_on_drop(true);
+        let refused = tokio::select! {
+            output = nobody.output() => output.unwrap(),
+            _ = connections.next() => panic!("the connection was taken"),
+        };
+        assert!(refused.status.success(), "{}", String::from_utf8_lossy(&refused.stderr));
+        assert_eq!(refused.stdout, b"0", "nothing was said to it");
+        let _root = UnixStream::connect(&path).await.unwrap();
+        assert!(connections.next().await.unwrap().is_ok());
     }
 }

@@ -1,4 +1,5 @@
-//! Tells the cluster about this node: events on pods and the node, the start-up taint taken off, the CNINode's features.
+//! Tells the cluster about this node: events on pods and the node, its condition NetworkUnavailable, the start-up taint
+//! taken off, the CNINode's features.
 //!
 //! Level-triggered on a tick over what the other tasks publish; pods' failures come by a bounded channel. Nothing here
 //! holds up a pod: a full channel drops the event.
@@ -12,13 +13,14 @@ use stanchion_core::events::{Event, Post, Recorder, Regarding};
 use stanchion_core::ids::PodName;
 use stanchion_core::ipam::{Time, eni_config_name};
 use stanchion_core::metrics::model::AllowanceAlarm;
+use stanchion_core::objects::Condition;
 use tokio::sync::{broadcast, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::ClusterHandle;
-use super::write::Writer;
+use super::write::{NETWORK_UNAVAILABLE, Writer};
 use crate::ipamd::{IpamHandle, IpamSnapshot};
 use crate::netpol::{Alarms, NetpolHandle};
 
@@ -30,6 +32,8 @@ const POLICY_EVERY: Duration = Duration::from_secs(30);
 const FEATURE_EVERY: Duration = Duration::from_secs(300);
 /// The same while a trunk is wanted.
 const TRUNK_EVERY: Duration = Duration::from_secs(10);
+/// How soon a condition that somebody took away again is written anew.
+const CONDITION_EVERY: Duration = Duration::from_secs(30);
 /// Pods' events that may wait; a node starts a few pods a second.
 const MAILBOX: usize = 128;
 /// Events that wait for an API server that is away; older ones go first.
@@ -112,6 +116,8 @@ struct Teller {
     alarms: Option<Alarms>,
     /// What was wrong in policies at the last look.
     problems: Vec<String>,
+    /// The node's condition is written next, if it is not there.
+    condition_due: tokio::time::Instant,
     /// The CNINode is looked at next.
     feature_due: tokio::time::Instant,
 }
@@ -129,6 +135,7 @@ impl Teller {
             policy_due: tokio::time::Instant::now(),
             alarms: None,
             problems: Vec::new(),
+            condition_due: tokio::time::Instant::now(),
             feature_due: tokio::time::Instant::now(),
         }
     }
@@ -168,6 +175,7 @@ impl Teller {
         self.tell_addresses(&snapshot);
         self.tell_policy().await;
         if snapshot.status.ready && tokio::time::Instant::now() >= self.not_before {
+            self.set_condition().await;
             self.remove_taint().await;
             self.set_features(snapshot.wants_trunk).await;
         }
@@ -208,6 +216,23 @@ impl Teller {
         let before = self.alarms.replace(now).unwrap_or_default();
         for note in alarm_notes(&before, &now) {
             self.node_event(true, "NetworkPolicyAlarm", "EnforcePolicy", note);
+        }
+    }
+
+    /// Never the other way: a node whose agent ended in the wrong moment would get no pods until somebody looks.
+    async fn set_condition(&mut self) {
+        let cluster = self.parts.cluster.latest();
+        let Some(node) = cluster.nodes.get(&self.parts.node_name).filter(|_| self.parts.config.operations.node_condition) else { return };
+        let said = |condition: &Condition| condition.kind == NETWORK_UNAVAILABLE && condition.status == "False";
+        if node.status.conditions.iter().any(said) || tokio::time::Instant::now() < self.condition_due {
+            return;
+        }
+        // The watch tells it back; until then it is not written again.
+        self.condition_due = tokio::time::Instant::now() + CONDITION_EVERY;
+        let now = jiff::Timestamp::from_second(i64::try_from(now_ms() / 1000).unwrap_or_default()).unwrap_or_default().to_string();
+        let result = self.parts.writer.network_available(&self.parts.node_name, &now).await;
+        if self.settled("the node's condition", result).is_some() {
+            info!(condition = NETWORK_UNAVAILABLE, "the node's condition says that its network is there");
         }
     }
 

@@ -1,4 +1,5 @@
-//! What the agent writes to the API server: pods' address annotations, the start-up taint, the CNINode's features, events.
+//! What the agent writes to the API server: pods' address annotations, the start-up taint, the node's condition, the
+//! CNINode's features, events.
 //! Every request is in the ClusterRole of the chart.
 
 use std::time::Duration;
@@ -13,6 +14,8 @@ use super::credentials::Clients;
 
 /// The annotation of a pod's addresses (ANNOTATE_POD_IP), read by AWS's policy controller before the status has them.
 pub const POD_IPS: &str = "vpc.amazonaws.com/pod-ips";
+/// A node whose condition of this type is True gets no pods.
+pub const NETWORK_UNAVAILABLE: &str = "NetworkUnavailable";
 /// Tries of a change that another writer may have got in between.
 const TRIES: u32 = 5;
 /// One request.
@@ -109,6 +112,21 @@ impl Writer {
             (kept.len() < taints.len()).then(|| json!({"spec": {"taints": kept}}))
         })
         .await
+    }
+
+    /// Says in the node's condition NetworkUnavailable that its network is there, beside the conditions of others.
+    ///
+    /// # Errors
+    /// It is not written.
+    pub async fn network_available(&self, node: &str, now: &str) -> Result<(), WriteError> {
+        let api = self.api(GroupVersionKind::gvk("", "v1", "Node"), "nodes", None);
+        let condition = json!({
+            "type": NETWORK_UNAVAILABLE, "status": "False", "reason": "StanchionReady", "message": "pods can be connected",
+            "lastHeartbeatTime": now, "lastTransitionTime": now,
+        });
+        // A strategic merge: the list of conditions has `type` as its key.
+        let patch = Patch::Strategic(json!({"status": {"conditions": [condition]}}));
+        within(api.patch_status(node, &PatchParams::default(), &patch)).await.map(drop).map_err(refused)
     }
 
     /// Puts a feature with this value into the CNINode of the node; true if it was changed. A node without CNINode (AWS's
