@@ -1,6 +1,7 @@
 //! The daemon's wiring: every part is built here, once, in order.
 
-use std::path::PathBuf;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,6 +28,7 @@ use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
 use stanchion_daemon::admin::views::Views;
 use stanchion_daemon::admin::{health, http, socket};
 use stanchion_daemon::cluster::credentials::{self, Clients};
+use stanchion_daemon::cluster::own_node::{self, Marks, REGISTERS_WITHIN};
 use stanchion_daemon::cluster::tell::{self, TellParts};
 use stanchion_daemon::cluster::write::Writer;
 use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server};
@@ -140,16 +142,21 @@ fn runtime(name: &str, workers: usize) -> Result<Runtime> {
 async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilter, telemetry_runtime: &Runtime) -> Result<()> {
     let started = SystemTime::now();
     let shutdown = CancellationToken::new();
-    let node_name = node_name(args.node_name.as_deref(), &args.proc_root)?;
     std::fs::create_dir_all(&args.state_dir).with_context(|| format!("make the state directory {}", args.state_dir.display()))?;
     let has = |role| args.roles.contains(&role);
     end_on_signal(shutdown.clone())?;
 
     // First what only a person can put right.
-    let (cluster, clients) = cluster(&args, &config, &node_name, &shutdown).await?;
+    let clients = match &args.manifests {
+        Some(_) => None,
+        None => Some(credentials::connect(args.kubeconfig.as_deref(), &config.operations.cluster_endpoint, shutdown.clone()).await?),
+    };
     let imds = SdkImds::new(None).context("build the IMDS client")?;
     let Some(identity) = identity(&imds, &shutdown).await else { return Ok(()) };
     info!(instance = %identity.instance, r#type = identity.instance_type, zone = identity.availability_zone, "this is");
+    let Some(node_name) = shutdown.run_until_cancelled(node_name(&args, &identity, clients.as_ref())).await else { return Ok(()) };
+    let node_name = node_name?;
+    let cluster = cluster(&args, &config, &node_name, clients.as_ref(), &shutdown)?;
     let overrides = Overrides {
         region: Some(identity.region.clone()),
         ec2_endpoint: Some(config.operations.ec2_endpoint.clone()).filter(|endpoint| !endpoint.is_empty()),
@@ -524,14 +531,25 @@ impl Start<'_> {
     }
 }
 
-/// As the flag or MY_NODE_NAME says; else what a kubelet takes: the host's name in small letters.
-fn node_name(given: Option<&str>, proc_root: &std::path::Path) -> Result<String> {
-    if let Some(given) = given.filter(|given| !given.is_empty()) {
-        return Ok(given.to_owned());
+/// As the flag or MY_NODE_NAME says; else what the API server calls this machine; else what a kubelet calls it.
+async fn node_name(args: &AgentArgs, identity: &InstanceIdentity, clients: Option<&Clients>) -> Result<String> {
+    if let Some(given) = args.node_name.as_ref().filter(|given| !given.is_empty()) {
+        return Ok(given.clone());
     }
+    let hostname = hostname(&args.proc_root)?;
+    let Some(clients) = clients else {
+        info!(node = hostname, "MY_NODE_NAME is not set: the host's name is taken, as a kubelet does");
+        return Ok(hostname);
+    };
+    let address = identity.local_ipv4.map(IpAddr::from).or(identity.ipv6.map(IpAddr::from));
+    let client = clients.borrow().clone();
+    Ok(own_node::find(&client, &Marks { hostname, instance: identity.instance.clone(), address }, REGISTERS_WITHIN).await)
+}
+
+/// The host's name in small letters.
+fn hostname(proc_root: &Path) -> Result<String> {
     let host = std::fs::read_to_string(proc_root.join("sys/kernel/hostname")).unwrap_or_default().trim().to_lowercase();
     anyhow::ensure!(!host.is_empty(), "this node's name is not known: set MY_NODE_NAME or pass --node-name");
-    info!(node = host, "MY_NODE_NAME is not set: the host's name is taken, as a kubelet does");
     Ok(host)
 }
 
@@ -547,7 +565,7 @@ fn conflist_parts(
     // aws-node's defaults are the mounts of its container; on the host itself the paths are the runtime's own.
     let place = |flag: &Option<PathBuf>, name: &str, setting: &str, host: &str| {
         let set = config.settings.iter().any(|s| s.name == name && s.origin == stanchion_core::config::Origin::Environment);
-        let mounted = set || std::path::Path::new(setting).is_dir();
+        let mounted = set || Path::new(setting).is_dir();
         flag.clone().unwrap_or_else(|| PathBuf::from(if mounted { setting } else { host }))
     };
     let plugin = crate::cli::install::beside_this_program(PLUGIN).ok().filter(|path| path.is_file());
@@ -568,25 +586,26 @@ fn conflist_parts(
     }
 }
 
-/// The source of the cluster's state that the flags name, and the API server if it is one.
-async fn cluster(
+/// The cluster's state from the source that the flags name.
+fn cluster(
     args: &AgentArgs,
     config: &Config,
     node_name: &str,
+    clients: Option<&Clients>,
     shutdown: &CancellationToken,
-) -> Result<(ClusterHandle, Option<Clients>)> {
+) -> Result<ClusterHandle> {
     if let Some(directory) = &args.manifests {
         anyhow::ensure!(!config.pool.annotate_pod_ip, "ANNOTATE_POD_IP needs an API server: unset it, or use --kubeconfig");
-        return Ok((ManifestsDir::spawn(directory.clone(), shutdown.clone()).context("read the manifests")?, None));
+        return ManifestsDir::spawn(directory.clone(), shutdown.clone()).context("read the manifests");
     }
-    let clients = credentials::connect(args.kubeconfig.as_deref(), &config.operations.cluster_endpoint, shutdown.clone()).await?;
+    let clients = clients.context("neither manifests nor an API server")?;
     let scope = api_server::Scope {
         node_name: node_name.to_owned(),
         policy: args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None,
         policy_endpoints: config.network.policy_source == Source::Endpoints,
         eni_configs: args.roles.contains(&Role::Network) && config.pool.custom_networking,
     };
-    Ok((api_server::spawn(clients.clone(), &scope, shutdown.clone()), Some(clients)))
+    Ok(api_server::spawn(clients.clone(), &scope, shutdown.clone()))
 }
 
 /// Who this instance is; asked until IMDS answers. `None` when the agent is told to end before.
@@ -634,10 +653,9 @@ mod tests {
     #[test]
     fn a_node_is_named_as_its_kubelet_names_it() {
         let proc = tempfile::tempdir().unwrap();
-        assert!(node_name(None, proc.path()).is_err());
+        assert!(hostname(proc.path()).is_err());
         std::fs::create_dir_all(proc.path().join("sys/kernel")).unwrap();
         std::fs::write(proc.path().join("sys/kernel/hostname"), "IP-10-0-1-10.ec2.internal\n").unwrap();
-        assert_eq!(node_name(None, proc.path()).unwrap(), "ip-10-0-1-10.ec2.internal");
-        assert_eq!(node_name(Some("n1"), proc.path()).unwrap(), "n1");
+        assert_eq!(hostname(proc.path()).unwrap(), "ip-10-0-1-10.ec2.internal");
     }
 }

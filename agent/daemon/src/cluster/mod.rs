@@ -7,6 +7,7 @@ pub mod credentials;
 mod follow;
 mod limits;
 mod manifests;
+pub mod own_node;
 mod slim;
 pub mod tell;
 pub mod write;
