@@ -476,6 +476,7 @@ async fn start_network(
         cluster: cluster.watch(),
         node_name: (*node_name).to_owned(),
         shutdown: (*shutdown).clone(),
+        wall: SystemTime::now,
     });
     // What cannot pass by itself ends the agent: its supervisor says it to a person.
     let (failed, ended) = (Arc::clone(failed), CancellationToken::clone(shutdown));
@@ -527,6 +528,7 @@ impl Start<'_> {
             log_dir: self.args.log_dir.clone(),
             shutdown: self.shutdown.clone(),
             grace: LOG_GRACE,
+            wall: SystemTime::now,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::cluster::ClusterState;
@@ -52,7 +52,7 @@ impl ModelHost {
     }
 
     /// Follows the cloud: interfaces appear and go with their ENIs.
-    fn follow(&self, cloud: &Cloud, instance: &InstanceId) -> JoinHandle<()> {
+    pub(crate) fn follow(&self, cloud: &Cloud, instance: &InstanceId) -> JoinHandle<()> {
         let mut events = cloud.subscribe();
         let now = Instant::now();
         for eni in cloud.enis_of(instance) {
@@ -318,6 +318,7 @@ fn spawn(
         cluster: cluster.subscribe(),
         node_name: NODE.to_owned(),
         shutdown: shutdown.clone(),
+        wall: SystemTime::now,
     });
     (handle, task, shutdown)
 }

@@ -26,6 +26,7 @@ pub mod router;
 pub mod run;
 pub mod schema;
 mod sctp;
+pub mod simulation;
 pub mod tour;
 pub mod vpc;
 pub mod wait;

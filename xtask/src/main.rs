@@ -48,6 +48,9 @@ enum Task {
         /// Which faults, in which order
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// Lives of the agent's parts in a simulated world instead, one seed after the other: days in minutes
+        #[arg(long)]
+        simulate: bool,
     },
     /// Everything that CI checks: format, lints, every test with real namespaces and eBPF
     Test {
@@ -120,10 +123,13 @@ fn run() -> Result<ExitCode> {
             let mut lab = Command::new(build::binary(&root, build::Profile::Dev, "lab"));
             return ui::become_command(lab.args(args).current_dir(&root));
         }
-        Task::Soak { minutes, seed } => {
+        Task::Soak { minutes, seed, simulate } => {
             prepare(&root, build::Profile::Dev)?;
             let mut soak = Command::new(build::binary(&root, build::Profile::Dev, "soak"));
             soak.args(["--minutes", &minutes.to_string(), "--seed", &seed.to_string()]);
+            if simulate {
+                soak.arg("--simulate");
+            }
             return ui::become_command(soak.current_dir(&root));
         }
         Task::Test { filter } => return test(&root, &filter),

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
 use stanchion_core::cluster::ClusterState;
@@ -106,6 +106,7 @@ fn start_with(root: &Path, service: &Service, change: impl FnOnce(&mut LogSettin
         log_dir: root.join("containers"),
         shutdown: shutdown.clone(),
         grace: Duration::from_secs(10),
+        wall: SystemTime::now,
     });
     Agent { handle, task, shutdown }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::settings::LogSettings;
@@ -46,6 +46,7 @@ fn ships_without_events() {
             log_dir: containers.clone(),
             shutdown: shutdown.clone(),
             grace: Duration::from_secs(5),
+            wall: SystemTime::now,
         });
         arrives(&out, "first").await;
         write(&live, "grown");

@@ -1,4 +1,4 @@
-//! Storms of faults for as long as it is told: `cargo xtask soak`.
+//! Storms of faults, or simulated lives, for as long as it is told: `cargo xtask soak [--simulate]`.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use stanchion_lab::chaos::{self, Report, Until};
 use stanchion_lab::run::EndSignals;
+use stanchion_lab::simulation;
 
 #[derive(Parser)]
 #[command(about = "Faults of every kind on a node with traffic, policy, logs and churn; ends with the first broken promise")]
@@ -17,11 +18,15 @@ struct Args {
     /// Which faults, in which order
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Simulated lives of a node instead, one seed after the other
+    #[arg(long)]
+    simulate: bool,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match soak(&Args::parse()).await {
+    let args = Args::parse();
+    match if args.simulate { simulate(&args).await } else { soak(&args).await } {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("soak: {error:#}");
@@ -39,6 +44,37 @@ async fn soak(args: &Args) -> anyhow::Result<()> {
         name = signals.asked() => anyhow::bail!("{name} before the end: nothing was broken so far"),
     };
     print_report(&report);
+    Ok(())
+}
+
+/// Seed after seed; a signal ends it with the life that is on.
+async fn simulate(args: &Args) -> anyhow::Result<()> {
+    let mut signals = EndSignals::install().context("install the signal handlers")?;
+    let asked = signals.asked();
+    tokio::pin!(asked);
+    let began = Instant::now();
+    let time = Duration::from_secs(args.minutes * 60);
+    let mut sum = simulation::Told::default();
+    let mut ended = None;
+    let mut lives = 0_u32;
+    for seed in args.seed.. {
+        let mut life = tokio::task::spawn_blocking(move || simulation::run(seed, simulation::STEPS));
+        let told = loop {
+            tokio::select! {
+                told = &mut life => break told?,
+                name = &mut asked, if ended.is_none() => ended = Some(name),
+            }
+        };
+        let told = told.with_context(|| format!("again: {}", simulation::again(seed)))?;
+        println!("{:>5.0} s  seed {seed}: {} simulated hours, {} pods", began.elapsed().as_secs_f64(), told.seconds / 3_600, told.pods);
+        sum += told;
+        lives += 1;
+        if ended.is_some() || began.elapsed() >= time {
+            break;
+        }
+    }
+    println!("\n{lives} lives, {} simulated days, every promise held\n{sum:#?}", sum.seconds / 86_400);
+    anyhow::ensure!(ended.is_none(), "{} before the end: nothing was broken so far", ended.unwrap_or_default());
     Ok(())
 }
 

@@ -13,8 +13,8 @@ pub(super) struct Clock {
 }
 
 impl Clock {
-    pub(super) fn new() -> Self {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    pub(super) fn new(time_of_day: SystemTime) -> Self {
+        let wall = time_of_day.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
         Self { wall: Time(0) + wall, start: Instant::now() }
     }
 

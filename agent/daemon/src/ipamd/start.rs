@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
@@ -58,6 +58,8 @@ pub struct IpamdParts<E, I, H> {
     pub node_name: String,
     /// Ends the actor; nothing is removed.
     pub shutdown: CancellationToken,
+    /// The time of day; `SystemTime::now` where time is not simulated.
+    pub wall: fn() -> SystemTime,
 }
 
 /// Why the actor cannot start at all; what may pass by itself is tried again instead.
@@ -115,7 +117,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     snapshots: watch::Sender<Arc<IpamSnapshot>>,
 ) -> Result<Actor<E, I, H>, StartError> {
     let started = Instant::now();
-    let clock = Clock::new();
+    let clock = Clock::new((parts.wall)());
     let meter = Meter::default();
     let ec2 = Arc::new(parts.ec2);
     let imds = Arc::new(parts.imds);

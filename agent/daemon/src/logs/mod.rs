@@ -59,6 +59,8 @@ pub struct LogsParts<S> {
     pub shutdown: CancellationToken,
     /// How long the last lines may take to be sent.
     pub grace: Duration,
+    /// The time of day; `SystemTime::now` where time is not simulated.
+    pub wall: fn() -> SystemTime,
 }
 
 /// Asks the task. Cheap to clone.
@@ -100,7 +102,7 @@ pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
         questions: questions_receiver,
         shutdown: parts.shutdown,
         grace: parts.grace,
-        clock: run::Clock::new(SystemTime::now),
+        clock: run::Clock::new(parts.wall),
     };
     (LogsHandle { counters: counters_receiver, questions }, tokio::spawn(runner.run()))
 }
