@@ -111,7 +111,7 @@ impl Agent {
     /// What answers the plugin.
     pub(super) fn service(&self) -> CniService {
         let settings = CniSettings { pod_mtu: 9_001, veth_prefix: "eni".to_owned(), egress: None, strict_policy: true };
-        CniService::new(self.ipam.clone(), Some(self.netpol.clone()), settings, Told::default())
+        CniService::new(self.ipam.clone(), Some(self.netpol.clone()), None, settings, Told::default())
     }
 
     /// A part that has ended by itself.
