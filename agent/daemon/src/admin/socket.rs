@@ -96,7 +96,8 @@ mod tests {
         let connections = root_connections(listener);
         let mut connections = std::pin::pin!(connections);
         // Debian's perl-base is always there. It ends when its connection is closed.
-        let script = "socket(my $s, AF_UNIX, SOCK_STREAM, 0) or die $!; connect($s, sockaddr_un($ARGV[0])) or die $!; print read($s, my $b, 1)";
+        let script =
+            "socket(my $s, AF_UNIX, SOCK_STREAM, 0) or die $!; connect($s, sockaddr_un($ARGV[0])) or die $!; print read($s, my $b, 1)";
         let mut nobody = tokio::process::Command::new("perl");
         nobody.args(["-MSocket", "-e", script]).arg(&path).uid(65_534).gid(65_534).kill_on_drop(true);
         let refused = tokio::select! {
