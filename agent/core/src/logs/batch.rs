@@ -4,6 +4,7 @@
 //! buffer, the complete JSON 1.1 request, that events are written into directly; nothing is copied per event afterwards. Where
 //! batches are compressed, that happens while they are filled: see [`super::gzip`].
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -36,8 +37,15 @@ struct Limits {
 
 const LIMITS: Limits = Limits { counted: MAX_BATCH_BYTES, encoded: MAX_ENCODED_BYTES, events: MAX_BATCH_EVENTS };
 
-/// Smaller buffers are not kept for the next batch; in bytes.
+/// Smaller buffers are not kept between parts and batches, in bytes: small rests of large buffers, of a thousand streams, would keep the
+/// heap from using what is between them.
 const LEAST_KEPT: usize = 64 << 10;
+
+/// How an event's object begins, and what is between two. No message has this in it: there the quotes are escaped.
+const BEGIN: &[u8] = b"{\"timestamp\":";
+const BETWEEN: &[u8] = b"\"},{\"timestamp\":";
+/// What stands behind the last one.
+const END: &[u8] = b"]}";
 
 /// A closed batch: 1 to 10,000 events of one stream in time order.
 ///
@@ -48,8 +56,12 @@ pub struct LogBatch {
     group: Arc<str>,
     stream: Arc<str>,
     body: Body,
-    events: Arc<[Span]>,
+    /// Where the first event stands in the plain body.
+    head: usize,
+    events: usize,
     counted: usize,
+    /// Times of the first and the last event.
+    times_ms: (i64, i64),
     emf: bool,
     entity: Option<Arc<str>>,
 }
@@ -58,16 +70,6 @@ pub struct LogBatch {
 enum Body {
     Plain(Bytes),
     Gzip(Bytes),
-}
-
-/// Where an event's JSON object stands in the body.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Span {
-    timestamp_ms: i64,
-    start: u32,
-    end: u32,
-    /// Message bytes and overhead, as the service counts.
-    counted: u32,
 }
 
 #[derive(Deserialize)]
@@ -107,7 +109,7 @@ impl LogBatch {
     /// Bytes of memory that it takes.
     pub fn held_bytes(&self) -> usize {
         let (Body::Plain(body) | Body::Gzip(body)) = &self.body;
-        body.len() + self.events.len() * size_of::<Span>()
+        body.len()
     }
 
     /// The events are metric documents: send `x-amzn-logs-format: json/emf`.
@@ -117,12 +119,12 @@ impl LogBatch {
 
     /// Number of events, at least 1.
     pub fn len(&self) -> usize {
-        self.events.len()
+        self.events
     }
 
     /// Never: an empty batch is not made.
     pub fn is_empty(&self) -> bool {
-        self.events.is_empty()
+        self.events == 0
     }
 
     /// Bytes as the service counts and bills them: messages and [`EVENT_OVERHEAD`] each.
@@ -132,36 +134,36 @@ impl LogBatch {
 
     /// Milliseconds since 1970 of the first and the last event.
     pub fn time_range(&self) -> (i64, i64) {
-        let at = |span: Option<&Span>| span.map_or(0, |span| span.timestamp_ms);
-        (at(self.events.first()), at(self.events.last()))
+        self.times_ms
     }
 
     /// The events, decoded: for sinks other than CloudWatch Logs, and for tests.
-    pub fn events(&self) -> impl Iterator<Item = LogEvent> + '_ {
+    pub fn events(&self) -> impl Iterator<Item = LogEvent> {
         let body = self.body();
-        self.events.iter().map(move |span| {
-            let object = &body[span.start as usize..span.end as usize];
-            let wire: WireEvent = serde_json::from_slice(object).expect("the builder wrote a JSON object");
-            LogEvent { timestamp_ms: wire.timestamp, message: wire.message }
-        })
+        self.objects(&body).into_iter().map(move |place| decoded(&body[place]))
+    }
+
+    fn objects(&self, body: &[u8]) -> Vec<Range<usize>> {
+        objects(body, self.head, body.len() - END.len())
     }
 
     /// One half each, for finding the event that the service calls invalid; `None` for a single event.
     pub fn bisect(&self) -> Option<(Self, Self)> {
-        if self.events.len() < 2 {
+        if self.events < 2 {
             return None;
         }
         let body = self.body();
-        let (left, right) = self.events.split_at(self.events.len() / 2);
+        let places = self.objects(&body);
+        let (left, right) = places.split_at(places.len() / 2);
         Some((self.part(&body, left), self.part(&body, right)))
     }
 
-    fn part(&self, body: &[u8], spans: &[Span]) -> Self {
+    fn part(&self, body: &[u8], places: &[Range<usize>]) -> Self {
         let compressor = self.gzip().map(|_| Compressor::default());
         let mut builder = BatchBuilder::new(self.group.clone(), self.stream.clone(), self.emf).compressing(compressor);
         builder.set_entity(self.entity.clone());
-        for span in spans {
-            builder.append_encoded(&body[span.start as usize..span.end as usize], *span);
+        for place in places {
+            builder.append_encoded(&body[place.clone()]);
         }
         builder.finish().expect("half of two or more events is not empty")
     }
@@ -185,6 +187,25 @@ impl LogBatch {
     }
 }
 
+fn decoded(object: &[u8]) -> LogEvent {
+    let WireEvent { timestamp, message } = serde_json::from_slice(object).expect("the builder wrote a JSON object");
+    LogEvent { timestamp_ms: timestamp, message }
+}
+
+/// Places of the events' objects, of which the first begins at `head` and the last ends at `end`.
+fn objects(body: &[u8], head: usize, end: usize) -> Vec<Range<usize>> {
+    // Behind the quote and the brace.
+    let commas = memchr::memmem::find_iter(&body[head..end], BETWEEN).map(|at| head + at + 2);
+    let mut start = head;
+    commas.chain([end]).map(|comma| std::mem::replace(&mut start, comma + 1)..comma).collect()
+}
+
+/// The time of an event's object.
+fn timestamp_ms(object: &[u8]) -> i64 {
+    let digits = object[BEGIN.len()..].split(|&byte| byte == b',').next().unwrap_or_default();
+    std::str::from_utf8(digits).ok().and_then(|text| text.parse().ok()).expect("the builder wrote a number")
+}
+
 /// Collects events of one stream and closes a batch whenever the next event would break a limit.
 #[derive(Debug)]
 pub struct BatchBuilder {
@@ -197,12 +218,14 @@ pub struct BatchBuilder {
     compressor: Option<Compressor>,
     limits: Limits,
     max_span_ms: i64,
+    /// Room that the buffer may keep when what was in it is compressed or gone, in bytes.
+    kept: usize,
     /// The request's head, then events separated by commas; nothing at all before the first event. Without what is in `member`.
     body: Vec<u8>,
     /// The beginning of the body, compressed already.
     member: Member,
     head: usize,
-    events: Vec<Span>,
+    events: usize,
     counted: usize,
     first_ms: i64,
     last_ms: i64,
@@ -221,10 +244,11 @@ impl BatchBuilder {
             compressor: None,
             limits: LIMITS,
             max_span_ms: MAX_SPAN_MS,
+            kept: usize::MAX,
             body: Vec::new(),
             member: Member::default(),
             head: 0,
-            events: Vec::new(),
+            events: 0,
             counted: 0,
             first_ms: 0,
             last_ms: 0,
@@ -251,23 +275,25 @@ impl BatchBuilder {
         self
     }
 
-    /// Gives back memory beyond `bytes` that the batches before needed; while there is no event. Little is not worth keeping: small rests of
-    /// large buffers, of a thousand streams, would keep the heap from using what is between them.
-    pub fn shrink_to(&mut self, bytes: usize) {
-        if !self.events.is_empty() {
-            return;
-        }
-        if bytes < LEAST_KEPT {
-            (self.body, self.events) = (Vec::new(), Vec::new());
+    /// How much room, in bytes, the buffer may keep from part to part and from one full batch to the next.
+    pub fn keep(&mut self, bytes: usize) {
+        self.kept = bytes;
+    }
+
+    /// Empties the buffer, and gives back what of its memory is not to be kept.
+    fn clear(&mut self) {
+        self.body.clear();
+        if self.kept < LEAST_KEPT {
+            self.body = Vec::new();
         } else {
-            self.body.shrink_to(bytes);
-            self.events.shrink_to(bytes / size_of::<Span>());
+            // But no room for a whole body or a huge event, if they are compressed.
+            self.body.shrink_to(self.kept.min(2 * Member::PART));
         }
     }
 
     /// Makes room for an event: the head before the first, a comma before each other.
     fn next_event(&mut self) {
-        if self.events.is_empty() {
+        if self.events == 0 {
             self.begin();
         } else {
             self.body.push(b',');
@@ -293,17 +319,17 @@ impl BatchBuilder {
 
     /// Number of events.
     pub fn len(&self) -> usize {
-        self.events.len()
+        self.events
     }
 
     /// No event yet.
     pub fn is_empty(&self) -> bool {
-        self.events.is_empty()
+        self.events == 0
     }
 
-    /// Bytes of memory that the events so far take; 0 without any.
+    /// Bytes of memory that the events so far take, room for more included; 0 without any.
     pub fn held_bytes(&self) -> usize {
-        self.body.len() + self.member.compressed_bytes() + self.events.len() * size_of::<Span>()
+        if self.is_empty() { 0 } else { self.body.capacity() + self.member.held_bytes() }
     }
 
     /// Length of the body so far, before compression.
@@ -319,7 +345,7 @@ impl BatchBuilder {
         let before = self.body.len();
         self.next_event();
         let start = self.body.len();
-        self.body.extend_from_slice(b"{\"timestamp\":");
+        self.body.extend_from_slice(BEGIN);
         json::integer(&mut self.body, timestamp_ms);
         self.body.extend_from_slice(b",\"message\":\"");
         let message = write(&mut self.body);
@@ -331,16 +357,16 @@ impl BatchBuilder {
         debug_assert!(message <= MAX_MESSAGE_BYTES, "the caller cuts messages");
         let counted = message + EVENT_OVERHEAD;
         if self.fits(timestamp_ms, counted) {
-            self.account(timestamp_ms, self.member.plain_bytes() + start, counted);
+            self.account(timestamp_ms, counted);
             self.compress_some();
             return None;
         }
         let event = self.body.split_off(start);
         self.body.truncate(before);
-        let sealed = self.finish();
+        let sealed = self.close(true);
         self.next_event();
         self.body.extend_from_slice(&event);
-        self.account(timestamp_ms, self.head, counted);
+        self.account(timestamp_ms, counted);
         sealed
     }
 
@@ -350,29 +376,29 @@ impl BatchBuilder {
             && self.body.len() >= Member::PART
         {
             compressor.append(&mut self.member, &self.body);
-            self.body.clear();
+            self.clear();
         }
     }
 
-    /// Adds an event that another batch had encoded and counted; the limits hold because they held there.
-    fn append_encoded(&mut self, object: &[u8], span: Span) {
+    /// Adds an event that another batch had encoded; the limits hold because they held there.
+    fn append_encoded(&mut self, object: &[u8]) {
         self.next_event();
-        let start = self.encoded_bytes();
         self.body.extend_from_slice(object);
-        self.account(span.timestamp_ms, start, span.counted as usize);
+        let LogEvent { timestamp_ms, message } = decoded(object);
+        self.account(timestamp_ms, message.len() + EVENT_OVERHEAD);
         self.compress_some();
     }
 
     fn fits(&self, timestamp_ms: i64, counted: usize) -> bool {
-        self.events.is_empty()
-            || (self.events.len() < self.limits.events
+        self.events == 0
+            || (self.events < self.limits.events
                 && self.counted + counted <= self.limits.counted
                 && self.encoded_bytes() <= self.limits.encoded
                 && self.last_ms.max(timestamp_ms).saturating_sub(self.first_ms.min(timestamp_ms)) <= self.max_span_ms)
     }
 
-    fn account(&mut self, timestamp_ms: i64, start: usize, counted: usize) {
-        if self.events.is_empty() {
+    fn account(&mut self, timestamp_ms: i64, counted: usize) {
+        if self.events == 0 {
             (self.first_ms, self.last_ms) = (timestamp_ms, timestamp_ms);
         } else {
             self.sorted &= timestamp_ms >= self.last_ms;
@@ -380,63 +406,63 @@ impl BatchBuilder {
             self.last_ms = self.last_ms.max(timestamp_ms);
         }
         self.counted += counted;
-        self.events.push(Span { timestamp_ms, start: narrow(start), end: narrow(self.encoded_bytes()), counted: narrow(counted) });
+        self.events += 1;
     }
 
-    /// Closes what is there; `None` when there is nothing. The builder is empty afterwards.
+    /// Closes what is there; `None` when there is nothing. The builder is empty afterwards, and takes no memory.
     pub fn finish(&mut self) -> Option<LogBatch> {
-        if self.events.is_empty() {
+        self.close(false)
+    }
+
+    /// `goes_on` if the next batch is begun at once.
+    fn close(&mut self, goes_on: bool) -> Option<LogBatch> {
+        if self.events == 0 {
             return None;
         }
-        let mut events = std::mem::take(&mut self.events);
-        let mut body = std::mem::take(&mut self.body);
         let mut member = std::mem::take(&mut self.member);
         if !self.sorted {
             // All of it is needed at once: rare enough to begin again.
             if let Some(compressor) = &self.compressor {
-                let whole = compressor.finish(std::mem::take(&mut member), &body);
-                body = inflate(&whole);
+                self.body = inflate(&compressor.finish(std::mem::take(&mut member), &self.body));
             }
-            body = self.in_time_order(&body, &mut events);
+            self.body = self.in_time_order();
         }
-        body.extend_from_slice(b"]}");
-        let kept: Arc<[Span]> = events.as_slice().into();
+        self.body.extend_from_slice(END);
         let body = if let Some(compressor) = &self.compressor {
-            let gzip = compressor.finish(member, &body);
-            // Both buffers serve the next batch, but not with room for a whole body or a huge event.
-            body.clear();
-            body.shrink_to(2 * Member::PART);
-            events.clear();
-            (self.body, self.events) = (body, events);
+            let gzip = compressor.finish(member, &self.body);
+            if goes_on {
+                self.clear();
+            } else {
+                self.body = Vec::new();
+            }
             Body::Gzip(gzip.into())
         } else {
+            let mut body = std::mem::take(&mut self.body);
+            body.shrink_to_fit();
             Body::Plain(body.into())
         };
         let (group, stream, entity) = (self.group.clone(), self.stream.clone(), self.entity.take());
-        Some(LogBatch { group, stream, body, events: kept, counted: self.counted, emf: self.emf, entity })
+        let (events, times_ms) = (std::mem::take(&mut self.events), (self.first_ms, self.last_ms));
+        Some(LogBatch { group, stream, body, head: self.head, events, counted: self.counted, times_ms, emf: self.emf, entity })
     }
 
     /// The two streams of a container are written by two threads, so lines can be a little out of order; the service
     /// refuses a batch that is. Equal timestamps keep the order of the file.
-    fn in_time_order(&self, body: &[u8], events: &mut [Span]) -> Vec<u8> {
-        events.sort_by_key(|span| span.timestamp_ms);
-        let mut sorted = Vec::with_capacity(body.len() + 2);
+    fn in_time_order(&self) -> Vec<u8> {
+        let body = &self.body;
+        let mut events: Vec<_> =
+            objects(body, self.head, body.len()).into_iter().map(|place| (timestamp_ms(&body[place.clone()]), place)).collect();
+        events.sort_by_key(|(timestamp_ms, _)| *timestamp_ms);
+        let mut sorted = Vec::with_capacity(body.len() + END.len());
         sorted.extend_from_slice(&body[..self.head]);
-        for (index, span) in events.iter_mut().enumerate() {
+        for (index, (_, place)) in events.into_iter().enumerate() {
             if index > 0 {
                 sorted.push(b',');
             }
-            let start = sorted.len();
-            sorted.extend_from_slice(&body[span.start as usize..span.end as usize]);
-            *span = Span { start: narrow(start), end: narrow(sorted.len()), ..*span };
+            sorted.extend_from_slice(&body[place]);
         }
         sorted
     }
-}
-
-/// Offsets in a body: one event is at most six times a mebibyte when escaped.
-fn narrow(offset: usize) -> u32 {
-    u32::try_from(offset).expect("a body is far below 4 GiB")
 }
 
 #[cfg(test)]

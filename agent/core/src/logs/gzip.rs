@@ -39,9 +39,9 @@ impl Member {
     /// Length of a part, in bytes: several times the 32 KiB that deflate looks back, and little enough for a processor's cache.
     pub const PART: usize = 64 << 10;
 
-    /// Length so far.
-    pub fn compressed_bytes(&self) -> usize {
-        self.compressed.len()
+    /// Bytes of memory that it takes.
+    pub fn held_bytes(&self) -> usize {
+        self.compressed.capacity()
     }
 
     /// Length before compression.

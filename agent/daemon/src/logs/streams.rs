@@ -84,7 +84,7 @@ pub(super) struct Streams {
     compressor: Option<Compressor>,
     /// Batches hold to the service's 24 hours.
     bounded_span: bool,
-    /// What all batches being filled may take together.
+    /// What the buffers of all streams may keep together.
     budget: usize,
     by_name: HashMap<(Arc<str>, Arc<str>), StreamId>,
     streams: HashMap<StreamId, Stream>,
@@ -96,7 +96,7 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Without any; batches being filled share half of the settings' memory.
+    /// Without any; buffers may keep half of the settings' memory.
     pub(super) fn new(settings: &LogSettings) -> Self {
         Self {
             compressor: settings.compress.then(Compressor::default),
@@ -174,10 +174,7 @@ impl Streams {
     /// Takes a batch that the stream's builder closed because the next event did not fit.
     pub(super) fn sealed(&mut self, id: StreamId, batch: LogBatch) {
         let next = BatchId(self.number());
-        let share = self.budget / self.streams.len().max(1);
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        // A buffer stays as large as it got only while there are few.
-        stream.builder.shrink_to(share);
         let bytes = batch.held_bytes();
         let sealed = Sealed { id: std::mem::replace(&mut stream.batch, next), stream: id, batch };
         stream.in_flight += bytes;
@@ -245,8 +242,11 @@ impl Streams {
         pin: &mut dyn FnMut(BatchId, Mark),
     ) -> (usize, Written) {
         let (mut from, mut parts) = (0, 0);
+        // A buffer stays as large as it got only while there are few.
+        let share = self.budget / self.streams.len().max(1);
         loop {
             let Some(stream) = self.streams.get_mut(&id) else { return (parts, Written::default()) };
+            stream.builder.keep(share);
             let before = stream.builder.held_bytes();
             let was_empty = stream.builder.is_empty();
             let mut written = Written::default();
