@@ -439,6 +439,10 @@ async fn start_network(
         PolicyMode::None => None,
         PolicyMode::Standard | PolicyMode::Strict => {
             let options = LoadOptions { pin_root: args.bpf_dir.clone(), ..LoadOptions::default() };
+            // Written at every pod's start: beside the checkpoint, which is in memory.
+            let state_dir = Path::new(&config.pool.backing_store).parent().unwrap_or(&args.state_dir).to_owned();
+            netpol::take_files(&args.state_dir, &state_dir)
+                .with_context(|| format!("move the policy's files from {} to {}", args.state_dir.display(), state_dir.display()))?;
             let (handle, task) = netpol::spawn(NetpolParts {
                 loaded: netpol::load(&options).context("load the eBPF programs")?,
                 attach: AttachMode::Clsact,
@@ -449,7 +453,7 @@ async fn start_network(
                 sync_wait: POLICY_SYNC_WAIT,
                 pod_flows: POD_FLOWS,
                 flow_capacity: options.flow_entries,
-                state_dir: args.state_dir.clone(),
+                state_dir,
                 shutdown: (*shutdown).clone(),
             })
             .context("start network policy")?;
@@ -458,7 +462,6 @@ async fn start_network(
         }
     };
     let host = HostNet::open().context("open the host's network")?;
-    tasks.push(("network healer", cni::spawn_heal(host.clone(), (*shutdown).clone()).context("watch the host's network")?));
     let mut netlink = Netlink::open().context("open netlink")?;
     if config.pool.pod_eni && !netlink.has_vlans().context("ask for VLAN interfaces")? {
         warn!(
@@ -470,7 +473,7 @@ async fn start_network(
         config: Arc::clone(config),
         ec2: aws.ec2(),
         imds,
-        host,
+        host: host.clone(),
         checkpoint: PathBuf::from(&config.pool.backing_store),
         interfaces: interfaces.into_iter().map(|link| link.name).collect(),
         cluster: cluster.watch(),
@@ -488,6 +491,9 @@ async fn start_network(
         }
     });
     tasks.push(("addresses", task));
+    let told = ipam.clone();
+    let healer = cni::spawn_heal(host, move |subject| told.healed(subject), (*shutdown).clone()).context("watch the host's network")?;
+    tasks.push(("network healer", healer));
     Ok((ipam, netpol))
 }
 

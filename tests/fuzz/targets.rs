@@ -28,7 +28,7 @@ use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::manifests;
 use stanchion_core::metrics::statsd::Statsd;
 use stanchion_core::metrics::{cgroup, kubelet, proc, scrape};
-use stanchion_core::network::nft;
+use stanchion_core::network::takeover;
 
 /// A target.
 pub type Target = fn(&[u8]);
@@ -205,10 +205,14 @@ pub fn read_manifests(bytes: &[u8]) {
     }
 }
 
-/// What `nft -j list` prints of our table.
+/// What `nft -j list` prints of aws-node's tables.
 pub fn nft_listing(bytes: &[u8]) {
-    if let Ok(text) = std::str::from_utf8(bytes) {
-        let _ = nft::parse_listing(text);
+    if let Ok(listing) = serde_json::from_slice(bytes) {
+        let removal = takeover::removal(&listing, |_| false);
+        assert!(
+            removal.iter().all(|command| command.get("delete").is_some() || command.get("flush").is_some()),
+            "a take-over only removes"
+        );
     }
 }
 

@@ -1,7 +1,7 @@
 //! One run of the lab: its id, its directory, and everything that must be gone when it ends.
 //!
 //! Whatever a run makes carries its id: namespaces (`stlab<id>-…`) and a directory under [`RUNS_DIR`] (which also holds
-//! a bpffs of its own). The directory has a lock that the living process holds, so a later run can tell the leftovers of
+//! a bpffs and a tmpfs of its own). The directory has a lock that the living process holds, so a later run can tell the leftovers of
 //! a killed one and sweep them.
 
 use std::fs::{self, File, TryLockError};
@@ -20,6 +20,8 @@ use crate::netns::{self, Netns};
 pub const RUNS_DIR: &str = "/run/stanchion-lab";
 
 const PREFIX: &str = "stlab";
+/// File systems of the run, by the directory of it that each is mounted on. What a node keeps below `/run` is in memory, as on a node.
+const MOUNTS: [(&str, &str); 2] = [("bpf", "bpf"), ("run", "tmpfs")];
 
 /// A run; dropping it removes all that carries its id.
 #[derive(Debug)]
@@ -42,10 +44,12 @@ impl Run {
         fs::create_dir_all(&dir)?;
         let lock = File::create(dir.join("lock"))?;
         lock.try_lock().context("another run has the same id")?;
-        let bpf = dir.join("bpf");
-        fs::create_dir_all(&bpf)?;
-        mount(Some("none"), &bpf, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
-            .with_context(|| format!("mount a bpffs on {}", bpf.display()))?;
+        for (name, kind) in MOUNTS {
+            let at = dir.join(name);
+            fs::create_dir_all(&at)?;
+            mount(Some("none"), &at, Some(kind), MsFlags::empty(), Some("mode=0700"))
+                .with_context(|| format!("mount a file system of type {kind} on {}", at.display()))?;
+        }
         Ok(Self { id, dir, _lock: lock })
     }
 
@@ -144,13 +148,14 @@ fn remove_all(id: &str, dir: &Path) {
             eprintln!("lab: {error:#}");
         }
     }
-    let bpf = dir.join("bpf");
-    if bpf.exists()
-        && let Err(error) = umount2(&bpf, MntFlags::MNT_DETACH)
-        && error != nix::errno::Errno::EINVAL
-    {
-        eprintln!("lab: cannot unmount {}: {error}", bpf.display());
-        return;
+    for at in MOUNTS.map(|(name, _)| dir.join(name)) {
+        if at.exists()
+            && let Err(error) = umount2(&at, MntFlags::MNT_DETACH)
+            && error != nix::errno::Errno::EINVAL
+        {
+            eprintln!("lab: cannot unmount {}: {error}", at.display());
+            return;
+        }
     }
     if let Err(error) = fs::remove_dir_all(dir)
         && error.kind() != std::io::ErrorKind::NotFound

@@ -9,6 +9,7 @@ use stanchion_core::network::{FailedOp, HostError, HostNetwork, HostObserved, Ho
 use tokio::sync::oneshot;
 
 use crate::netns::{Netns, NetnsError};
+use crate::nft::Family;
 use crate::socket::{Netlink, NetlinkError};
 use crate::{legacy, nft, sysctl};
 
@@ -111,9 +112,9 @@ fn work(mut netlink: Netlink, inbox: &mpsc::Receiver<Job>) {
     }
 }
 
-/// What need not be looked for again: each look is a process.
+/// What need not be looked for again.
 struct Memory {
-    /// aws-node's rules do not come back by themselves.
+    /// aws-node's rules do not come back by themselves, and a look for them is a process.
     upstream_is_gone: bool,
     /// Our IPv6 table exists only where the plan wanted one.
     may_have_ipv6_table: bool,
@@ -134,7 +135,7 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Resu
     }
     memory.may_have_ipv6_table |= Ruleset::of_ipv6(desired).is_wanted();
     if memory.may_have_ipv6_table {
-        observed.nft_ipv6 = nft::observe("ip6").map_err(|error| HostError::Observe { what: "nft ruleset of IPv6", error })?;
+        observed.nft_ipv6 = nft::observe(Family::Ip6).map_err(|error| HostError::Observe { what: "nft ruleset of IPv6", error })?;
         memory.may_have_ipv6_table = observed.nft_ipv6.is_some() || Ruleset::of_ipv6(desired).is_wanted();
     }
     let ops = diff(desired, &observed);
@@ -191,6 +192,6 @@ fn observe(netlink: &mut Netlink, desired: &HostPlan) -> Result<HostObserved, Ho
         let value = sysctl::read(&path).map_err(|error| HostError::Observe { what: "sysctls", error: format!("{path}: {error}") })?;
         observed.sysctls.extend(value.map(|value| (path, value)));
     }
-    observed.nft = nft::observe("ip").map_err(|error| HostError::Observe { what: "nft ruleset", error })?;
+    observed.nft = nft::observe(Family::Ip).map_err(|error| HostError::Observe { what: "nft ruleset", error })?;
     Ok(observed)
 }

@@ -14,6 +14,7 @@ mod host;
 mod legacy;
 mod message;
 pub mod monitor;
+pub mod netfilter;
 pub mod netns;
 mod nft;
 pub mod observe;

@@ -20,6 +20,8 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
+pub(crate) mod vpc;
+
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// The plugin as cargo built it.

@@ -58,6 +58,7 @@ families! {
     IPAM_BOUND "stanchion_ipam_bound_pods" Gauge [] "Pods bound to this node that have not asked for an address yet",
     IPAM_WAITED "stanchion_ipam_waited_requests_total" Counter [] "ADD requests that had to wait for EC2",
     IPAM_CHECKPOINTS "stanchion_ipam_checkpoint_writes_total" Counter [] "Writes of the address checkpoint",
+    HOST_HEALED "stanchion_host_healed_total" Counter ["what"] "Rules, routes, addresses, links, sysctls and nft tables that somebody else had changed and that were mended",
     POLICY_READY "stanchion_policy_ready" Gauge [] "1 when programs are loaded and the cluster's state is known",
     POLICY_ENDPOINTS "stanchion_policy_endpoints" Gauge ["isolation"] "Active pods by what isolates them",
     POLICY_FLOWS "stanchion_policy_flows" Gauge ["family"] "Entries of the flow tables",

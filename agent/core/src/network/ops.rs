@@ -239,6 +239,20 @@ impl NetOp {
         }
     }
 
+    /// What it changes, in one word.
+    pub fn subject(&self) -> &'static str {
+        match self {
+            Self::AddVlan(_) | Self::DeleteLink { .. } | Self::LinkUp { .. } | Self::Mtu { .. } => "link",
+            Self::AddAddress { .. } | Self::DeleteAddress { .. } => "address",
+            Self::ReplaceRoute(_) | Self::DeleteRoute(_) => "route",
+            Self::AddRule(_) | Self::DeleteRule(_) => "rule",
+            Self::Neighbour { .. } => "neighbour",
+            Self::Sysctl { .. } => "sysctl",
+            Self::Nft { .. } => "nft",
+            Self::Legacy { .. } => "iptables-legacy",
+        }
+    }
+
     /// Whether it takes something away: those come after all additions.
     pub fn removes(&self) -> bool {
         matches!(self, Self::DeleteAddress { .. } | Self::DeleteRoute(_) | Self::DeleteRule(_) | Self::DeleteLink { .. })

@@ -9,18 +9,23 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-/// The kernel's routing messages do not tell of nft, nor of sysctls: those are looked at this often.
+/// The kernel does not tell of every sysctl, and a message may be lost: everything is looked at this often.
 const PERIOD: Duration = Duration::from_secs(15);
 /// At most one look in this time, however much is going on: it costs some milliseconds.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Watches the calling thread's network namespace until `shutdown` and applies the last plan again whenever it changed.
+/// Watches the calling thread's network namespace until `shutdown` and applies the last plan again whenever it changed; `healed` hears
+/// the [subject](NetOp::subject) of everything that was mended.
 ///
 /// The pods' own coming and going is a change too, which costs a look and nothing else.
 ///
 /// # Errors
 /// When the kernel's messages cannot be subscribed to.
-pub fn spawn(host: HostNet, shutdown: CancellationToken) -> Result<JoinHandle<()>, NetlinkError> {
+pub fn spawn(
+    host: HostNet,
+    mut healed: impl FnMut(&'static str) + Send + 'static,
+    shutdown: CancellationToken,
+) -> Result<JoinHandle<()>, NetlinkError> {
     let (mut changes, _monitor) = monitor::spawn()?;
     Ok(tokio::spawn(async move {
         let mut earliest = Instant::now();
@@ -33,7 +38,10 @@ pub fn spawn(host: HostNet, shutdown: CancellationToken) -> Result<JoinHandle<()
             tokio::time::sleep_until(earliest).await;
             changes.mark_unchanged();
             match host.reapply().await {
-                Ok(Some(report)) => tell(&report),
+                Ok(Some(report)) => {
+                    tell(&report);
+                    report.applied.iter().for_each(|op| healed(op.subject()));
+                }
                 // Nothing was applied yet.
                 Ok(None) => {}
                 Err(HostError::Closed) => return,

@@ -14,7 +14,7 @@ use stanchion_core::ipam::{Action, Allocation, Blocked, Datastore, Demand, IpamK
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, HostReport};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -150,7 +150,11 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 biased;
                 () = shutdown.cancelled() => return,
                 message = mailbox.recv() => match message {
-                    Some(message) => self.take_batch(message, &mut mailbox),
+                    Some(message) => {
+                        self.take_batch(message, &mut mailbox);
+                        // Those who were answered run before the plan that follows from it.
+                        yield_now().await;
+                    }
                     None => return,
                 },
                 Some(done) = self.tasks.join_next() => match done {
@@ -222,6 +226,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 }
             }
             Message::BranchFailed(operation) => *self.counters.pod_eni_errors.entry(operation).or_default() += 1,
+            Message::Healed(subject) => *self.counters.healed.entry(subject).or_default() += 1,
             Message::CollectGarbage(network, valid, reply) => {
                 let stale: Vec<_> =
                     self.store.allocations().keys().filter(|key| key.network_name == network && !valid.contains(key)).cloned().collect();

@@ -148,6 +148,7 @@ pub(super) enum Message {
     Lookup(IpamKey, oneshot::Sender<Option<Assignment>>),
     Release(IpamKey, String, oneshot::Sender<Result<Option<Assignment>, ReleaseError>>),
     BranchFailed(&'static str),
+    Healed(&'static str),
     CollectGarbage(String, Vec<IpamKey>, oneshot::Sender<Result<u32, ReleaseError>>),
 }
 
@@ -185,6 +186,11 @@ impl IpamHandle {
     /// Counts a pod whose branch ENI could not be used, and what was tried. A full mailbox costs the count, nothing else.
     pub fn branch_failed(&self, operation: &'static str) {
         let _ = self.send(Message::BranchFailed(operation));
+    }
+
+    /// Counts something of the host network that somebody else had changed, by its subject. A full mailbox costs the count.
+    pub fn healed(&self, subject: &'static str) {
+        let _ = self.send(Message::Healed(subject));
     }
 
     /// What the attachment holds, for CHECK.

@@ -188,6 +188,8 @@ pub struct IpamCounters {
     pub errors: BTreeMap<&'static str, u64>,
     /// `awscni_pod_eni_error_count` by function: pods whose branch ENI could not be used.
     pub pod_eni_errors: BTreeMap<&'static str, u64>,
+    /// What somebody else had changed in the host network and was mended, by its subject.
+    pub healed: BTreeMap<&'static str, u64>,
     /// `awscni_reconcile_count` by function.
     pub reconciles: BTreeMap<&'static str, u64>,
     /// `awscni_ipamd_action_inprogress` by function.

@@ -18,6 +18,8 @@ use stanchion_core::policy::maps::image_allows;
 use stanchion_core::policy::model::Direction;
 use stanchion_core::policy::{RuleName, dns};
 use stanchion_ebpf_abi::{Config, FlowEntry, flow_state, frame_kind};
+use stanchion_netlink::NetlinkError;
+use stanchion_netlink::monitor::AddressChanges;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -27,6 +29,7 @@ use tracing::{debug, error, info, warn};
 use super::attach::{AttachMode, attach, attached_by, clear, detach, pinned_interfaces, retire};
 use super::conntrack::{self, Connection};
 use super::events::{Events, record};
+use super::files::ENDPOINTS;
 use super::flows::{FlowKey, Flows, state_name};
 use super::follow::Listeners;
 use super::handle::{
@@ -68,7 +71,7 @@ pub struct NetpolParts {
     pub pod_flows: u32,
     /// Room of each flow table, as loaded.
     pub flow_capacity: u32,
-    /// Where `endpoints.json` lives.
+    /// Where `endpoints.json` and `names.json` live; what is there need not outlive the machine's boot.
     pub state_dir: PathBuf,
     /// Ends the task; nothing is detached.
     pub shutdown: CancellationToken,
@@ -92,6 +95,9 @@ pub enum SpawnError {
     /// The pinned maps cannot be read.
     #[error("cannot read the pinned maps")]
     Maps(#[source] MapError),
+    /// The node's addresses cannot be followed.
+    #[error("cannot follow the node's addresses")]
+    Addresses(#[source] NetlinkError),
 }
 
 /// Starts the actor: takes over what an earlier agent left in the kernel, replaces its programs, and from then on keeps the
@@ -102,13 +108,14 @@ pub enum SpawnError {
 pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), SpawnError> {
     let NetpolParts { mut loaded, attach, cluster, node_name, source, mode, sync_wait, pod_flows, flow_capacity, state_dir, shutdown } =
         parts;
-    let slots = Slots::open(&state_dir).map_err(|source| SpawnError::Slots { path: state_dir.join("endpoints.json"), source })?;
+    let slots = Slots::open(&state_dir).map_err(|source| SpawnError::Slots { path: state_dir.join(ENDPOINTS), source })?;
     let maps = KernelMaps::new(&mut loaded)?;
     let flows = Flows::new(&mut loaded, Config { flags: 0, pod_flows })?;
     let events = Events::new(&mut loaded)?;
     let frames = PodFrames::new(&mut loaded)?;
     let resender = Resender::new().map_err(LoadError::Clock)?;
     let interfaces = Interfaces::new(&mut loaded)?;
+    let address_changes = AddressChanges::listen().map_err(SpawnError::Addresses)?;
     let kernel = maps.read().map_err(SpawnError::Maps)?;
     let isolated = kernel.endpoints.iter().filter(|(_, e)| is_isolated(e)).map(|(slot, _)| *slot).collect();
     let replaces = loaded.others().is_ok_and(|others| !others.is_empty());
@@ -151,6 +158,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         orphans: BTreeMap::new(),
         gone: BTreeSet::new(),
         node_addresses: BTreeSet::new(),
+        address_changes,
         listening,
         cluster: cluster.watch(),
         state: cluster.latest(),
@@ -215,6 +223,7 @@ struct Actor {
     gone: BTreeSet<ContainerId>,
     /// As the engine knows them.
     node_addresses: BTreeSet<IpAddr>,
+    address_changes: AddressChanges,
     listening: watch::Receiver<Listeners>,
     cluster: watch::Receiver<Arc<ClusterState>>,
     state: Arc<ClusterState>,
@@ -400,7 +409,9 @@ impl Actor {
 
     fn try_activate(&mut self, sandbox: &Sandbox, mode: AttachMode) -> Result<(), ActivateError> {
         self.slots.save().map_err(|source| ActivateError::NotDurable { path: self.slots.path(), source })?;
-        self.refresh_node_addresses();
+        if self.address_changes.any() {
+            self.refresh_node_addresses();
+        }
         if !self.rules.image().endpoints.contains_key(&sandbox.slot()) {
             self.flows.clear_counters(sandbox.slot).map_err(ActivateError::Maps)?;
         }

@@ -131,7 +131,7 @@ fn attach_filters(loaded: &mut Loaded, index: u32) -> Result<bool, FilterError> 
     }
     let programs: Vec<_> =
         programs.iter().map(|(hook, fd)| TcProgram { hook: hook.filter, program: fd.as_fd(), name: hook.program }).collect();
-    Ok(Netlink::open()?.attach_programs(index, layout_handle(), &programs)?)
+    Ok(loaded.netlink()?.attach_programs(index, layout_handle(), &programs)?)
 }
 
 fn remove_filters(index: u32) -> Result<(), NetlinkError> {

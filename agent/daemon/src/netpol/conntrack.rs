@@ -4,7 +4,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use stanchion_netlink::netfilter::{self, find};
 
 /// One direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,57 +34,12 @@ pub(super) struct Connection {
 /// # Errors
 /// No socket, no privilege, or a reply that is no conntrack message.
 pub(super) fn dump() -> io::Result<Vec<Connection>> {
-    const GET_CONNTRACK: u16 = 1 << 8 | 1;
-    const REQUEST_DUMP: u16 = 0x1 | 0x300;
-    const DONE: u16 = 3;
-    const ERROR: u16 = 2;
-    let socket = Socket::new(NETLINK_NETFILTER)?;
-    let mut request = Vec::with_capacity(20);
-    request.extend_from_slice(&20u32.to_ne_bytes());
-    request.extend_from_slice(&GET_CONNTRACK.to_ne_bytes());
-    request.extend_from_slice(&REQUEST_DUMP.to_ne_bytes());
-    request.extend_from_slice(&[0; 12]);
-    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+    /// `NFNL_SUBSYS_CTNETLINK`, `IPCTNL_MSG_CT_GET`.
+    const GET_CONNTRACK: u16 = netfilter::kind(1, 1);
     let mut connections = Vec::new();
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        let mut rest = datagram.as_slice();
-        while let Some((header, tail)) = rest.split_at_checked(16) {
-            let length = u32::from_ne_bytes(header[..4].try_into().expect("four bytes")) as usize;
-            let kind = u16::from_ne_bytes(header[4..6].try_into().expect("two bytes"));
-            let Some(body) = length.checked_sub(16).and_then(|length| tail.get(..length)) else {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a netlink message is cut off"));
-            };
-            match kind {
-                DONE => return Ok(connections),
-                ERROR => {
-                    let code = body.get(..4).map_or(-libc::EIO, |code| i32::from_ne_bytes(code.try_into().expect("four bytes")));
-                    return Err(io::Error::from_raw_os_error(-code));
-                }
-                // After the header: nfgenmsg.
-                _ => connections.extend(body.get(4..).and_then(connection)),
-            }
-            rest = tail.get(length.next_multiple_of(4) - 16..).unwrap_or_default();
-        }
-    }
-}
-
-/// The attributes in a buffer, as `(type, value)`; ends at the first that is cut off.
-fn attributes(mut buffer: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    /// Nested and byte-order flags are not part of the type.
-    const TYPE: u16 = 0x3fff;
-    std::iter::from_fn(move || {
-        let (header, _) = buffer.split_at_checked(4)?;
-        let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
-        let kind = u16::from_ne_bytes([header[2], header[3]]) & TYPE;
-        let value = buffer.get(4..length)?;
-        buffer = buffer.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
-}
-
-fn find(buffer: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(buffer).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+    // Connections come and go during every dump; the kernel does not tell.
+    netfilter::dump(GET_CONNTRACK, 0, &[], |attributes| connections.extend(connection(attributes)))?;
+    Ok(connections)
 }
 
 fn connection(buffer: &[u8]) -> Option<Connection> {

@@ -85,21 +85,17 @@ pub(super) fn exists(name: &str, index: u32) -> bool {
 const IPVS: &str = "kube-ipvs0";
 
 /// The addresses of this network namespace that are the node's own: without loopback's, link-local ones, and those of services
-/// that IPVS answers. Asked at every activation: addresses are a tenth of what a list of the links would be.
+/// that IPVS answers.
 ///
 /// # Errors
 /// The kernel's.
 pub(super) fn node_addresses() -> Result<BTreeSet<IpAddr>, NetlinkError> {
-    let addresses = Netlink::open()?.addresses()?;
+    let mut addresses = Netlink::open()?.addresses()?;
+    addresses.retain(|present| match present.address.addr() {
+        IpAddr::V4(a) => !a.is_loopback(),
+        IpAddr::V6(a) => !a.is_loopback() && !a.is_unicast_link_local(),
+    });
     let interfaces: BTreeSet<u32> = addresses.iter().map(|present| present.index).collect();
     let ipvs = interfaces.into_iter().find(|index| exists(IPVS, *index));
-    Ok(addresses
-        .into_iter()
-        .filter(|present| Some(present.index) != ipvs)
-        .map(|present| present.address.addr())
-        .filter(|address| match address {
-            IpAddr::V4(a) => !a.is_loopback(),
-            IpAddr::V6(a) => !a.is_loopback() && !a.is_unicast_link_local(),
-        })
-        .collect())
+    Ok(addresses.into_iter().filter(|present| Some(present.index) != ipvs).map(|present| present.address.addr()).collect())
 }

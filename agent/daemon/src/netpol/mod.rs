@@ -7,7 +7,8 @@
 //! |---|---|
 //! | `handle` | requests, replies and views; what others use |
 //! | `actor` | the task |
-//! | `slots` | which sandbox holds which slot, on disk |
+//! | `slots` | which sandbox holds which slot |
+//! | `files` | where that and what DNS taught are kept |
 //! | `interfaces` | which pod is behind which veth |
 //! | `maps` | the kernel's maps behind `PolicyMaps` |
 //! | `flows`, `batch`, `conntrack` | flow tables: collection, seeding from the kernel's connection tracking |
@@ -24,6 +25,7 @@ mod batch;
 mod clock;
 mod conntrack;
 mod events;
+mod files;
 pub mod flow_log;
 mod flows;
 mod follow;
@@ -39,6 +41,7 @@ mod slots;
 pub use actor::{NetpolParts, SpawnError, spawn};
 pub use attach::{AttachError, AttachMode, attach, detach};
 pub use clock::Clock;
+pub use files::take_files;
 pub use follow::FlowRecords;
 pub use handle::*;
 pub use maps::KernelMaps;

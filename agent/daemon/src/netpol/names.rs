@@ -10,6 +10,7 @@ use stanchion_core::policy::image::Slot;
 use stanchion_core::policy::names::Names;
 use stanchion_ebpf_abi::map_name;
 
+use super::files::NAMES;
 use super::object::{LoadError, Loaded};
 use super::ring::Ring;
 
@@ -66,7 +67,7 @@ pub(super) fn read(state_dir: &Path) -> io::Result<Vec<(IpAddr, String, u64)>> {
     }
 }
 
-/// Puts the names on disk, by rename without fsync: the maps that they explain do not outlive the kernel either.
+/// Writes the names, by rename without fsync: the maps that they explain do not outlive the kernel either.
 pub(super) fn save(state_dir: &Path, names: &Names) -> io::Result<()> {
     let names = names.all().map(|(address, name, until)| (address, name.to_owned(), until)).collect();
     let fresh = path(state_dir).with_extension("json.new");
@@ -75,5 +76,5 @@ pub(super) fn save(state_dir: &Path, names: &Names) -> io::Result<()> {
 }
 
 fn path(state_dir: &Path) -> PathBuf {
-    state_dir.join("names.json")
+    state_dir.join(NAMES)
 }

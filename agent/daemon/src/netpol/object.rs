@@ -14,6 +14,7 @@ use aya::pin::PinError;
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{EbpfError, EbpfLoader, include_bytes_aligned};
 use stanchion_ebpf_abi::{self as abi, LAYOUT_VERSION, map_name};
+use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::clock::Clock;
 
@@ -145,9 +146,19 @@ pub struct Loaded {
     pub(super) pins: PathBuf,
     /// The flow table's clock.
     pub(super) clock: Clock,
+    /// What attaches programs to interfaces.
+    netlink: Option<Netlink>,
 }
 
 impl Loaded {
+    /// A socket for the calling thread's namespace; the same one every time.
+    pub(super) fn netlink(&mut self) -> Result<&mut Netlink, NetlinkError> {
+        if self.netlink.is_none() {
+            self.netlink = Some(Netlink::open()?);
+        }
+        Ok(self.netlink.as_mut().expect("just opened"))
+    }
+
     /// Takes a map out of the object.
     pub(super) fn map<T: TryFrom<Map, Error = MapError>>(&mut self, name: &'static str) -> Result<T, LoadError> {
         let missing = || LoadError::Map { name, source: MapError::InvalidName { name: name.to_owned() } };
@@ -226,7 +237,7 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
         let map = MapData::from_pin(pins.join(name)).and_then(Map::from_map_data);
         maps.insert(name, map.map_err(|source| LoadError::Map { name, source })?);
     }
-    Ok(Loaded { maps, programs, pins, clock })
+    Ok(Loaded { maps, programs, pins, clock, netlink: None })
 }
 
 /// Tells objects and their constants apart. That another build of the agent may hash differently costs one verification.

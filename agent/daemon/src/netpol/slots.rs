@@ -1,4 +1,4 @@
-//! Which sandbox holds which endpoint slot, on disk so that the next agent finds the kernel's records again.
+//! Which sandbox holds which endpoint slot, in a file so that the next agent finds the kernel's records again.
 //!
 //! The file is replaced by rename without fsync: what it describes dies with the kernel's maps, so it need only survive
 //! this process.
@@ -14,6 +14,7 @@ use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_core::policy::image::Slot;
 use stanchion_ebpf_abi::ENDPOINT_SLOTS;
 
+use super::files::ENDPOINTS;
 use super::handle::{ActivateIf, ActivateRequest};
 
 /// Bumped when the file's meaning changes; another version is refused, not guessed at.
@@ -61,7 +62,14 @@ impl Sandbox {
     }
 }
 
-#[derive(Serialize, Deserialize)]
+/// What is written, and what is read.
+#[derive(Serialize)]
+struct Written<'a> {
+    version: u32,
+    endpoints: Vec<&'a Sandbox>,
+}
+
+#[derive(Deserialize)]
 struct File {
     version: u32,
     endpoints: Vec<Sandbox>,
@@ -81,7 +89,7 @@ pub(super) struct Slots {
 impl Slots {
     /// Reads the table; none is an empty one.
     pub(super) fn open(state_dir: &Path) -> io::Result<Self> {
-        let path = state_dir.join("endpoints.json");
+        let path = state_dir.join(ENDPOINTS);
         let sandboxes = match fs::read(&path) {
             Ok(bytes) => {
                 let file: File = serde_json::from_slice(&bytes)?;
@@ -121,7 +129,7 @@ impl Slots {
         self.iter().find(|sandbox| sandbox.container_id == *container)
     }
 
-    /// Gives the sandbox the slot it has, or a free one; not on disk before [`Self::save`].
+    /// Gives the sandbox the slot it has, or a free one; not in the file before [`Self::save`].
     pub(super) fn assign(&mut self, request: ActivateRequest) -> Option<Sandbox> {
         let slot = match self.of(&request.container_id) {
             Some(sandbox) => sandbox.slot,
@@ -159,9 +167,9 @@ impl Slots {
         self.cooling.clear();
     }
 
-    /// Puts the table on disk.
+    /// Writes the table.
     pub(super) fn save(&self) -> io::Result<()> {
-        let file = File { version: VERSION, endpoints: self.sandboxes.values().cloned().collect() };
+        let file = Written { version: VERSION, endpoints: self.sandboxes.values().collect() };
         let fresh = self.path.with_extension("json.new");
         fs::write(&fresh, serde_json::to_vec(&file)?)?;
         fs::rename(&fresh, &self.path)

@@ -115,6 +115,7 @@ fn addresses(out: &mut Exposition, ipam: &IpamSnapshot) {
     out.single(&f::IPAM_BOUND, f64::from(ipam.bound));
     out.single(&f::IPAM_WAITED, counters.waited as f64);
     out.single(&f::IPAM_CHECKPOINTS, counters.checkpoint_writes as f64);
+    by_function(out, &f::HOST_HEALED, &counters.healed);
 }
 
 fn by_function(out: &mut Exposition, family: &'static stanchion_core::metrics::exposition::Family, counts: &BTreeMap<&'static str, u64>) {

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use stanchion_ebpf_abi::LAYOUT_VERSION;
 use tokio::runtime::Runtime;
 
+use super::floor::Programs;
 use super::{Calls, Owned, at_once, floor, in_plot, phases, pod_netns, verdicts};
 use crate::bench::Row;
 use crate::cluster::{Cluster, SOON};
@@ -30,8 +32,8 @@ struct Pod {
     _netns: Owned,
 }
 
-/// One by one and bursts; `floor` is that of one by one.
-pub(super) fn run(runtime: &Runtime, rounds: usize, bursts: &[usize], one_by_one: &Calls) -> anyhow::Result<Vec<Row>> {
+/// One by one and bursts.
+pub(super) fn run(runtime: &Runtime, rounds: usize, bursts: &[usize]) -> anyhow::Result<Vec<Row>> {
     let most = bursts.iter().copied().max().unwrap_or(1);
     let warm = (most + 10).to_string();
     // A released address rests for a while, and a burst follows the other.
@@ -54,13 +56,15 @@ pub(super) fn run(runtime: &Runtime, rounds: usize, bursts: &[usize], one_by_one
         calls.add.push(add(pod)?);
         calls.del.push(del(pod)?);
     }
-    let mut rows = in_plot("agent", 1, verdicts("agent, one by one", &calls, one_by_one, None, None));
+    let programs = Programs::pinned(&node.bpf_dir().join(format!("v{LAYOUT_VERSION}")))?;
+    let floor = floor::one_by_one(node.netns(), rounds, Some(&programs))?;
+    let mut rows = in_plot("agent", 1, verdicts("agent, one by one", &calls, &floor, None, None));
     rows.extend(phases(&node.plugin_log(), &calls)?);
     for count in bursts {
         runtime.block_on(filled(&node, *count))?;
         let pods = &pods[..*count];
         let calls = Calls { add: at_once(pods, |_, pod| add(pod))?, del: at_once(pods, |_, pod| del(pod))? };
-        let floor = floor::burst(node.netns(), *count)?;
+        let floor = floor::burst(node.netns(), *count, Some(&programs))?;
         rows.extend(in_plot("agent", *count, verdicts(&format!("agent, burst of {count}"), &calls, &floor, None, Some(1000.0))));
         rows.extend(phases(&node.plugin_log(), &calls)?);
     }

@@ -3,7 +3,7 @@
 //! | rows | what answers the plugin | floor |
 //! |---|---|---|
 //! | one by one, bursts | a stub that answers at once: the plugin and the kernel remain | the same netlink requests from one process |
-//! | agent: … | the real agent in the lab: checkpoint on disk, policy in the maps, programs attached | the same |
+//! | agent: … | the real agent in the lab: checkpoint written (below `/run`, in memory), policy in the maps, programs attached | the same and those that attach the two programs |
 //!
 //! In a burst every pod is asked for at the same moment; the floor's process serves them in turn. The phases come from the
 //! plugin's own log; `outside` is what exec, the linker, exit and the runtime's two pipes take.
@@ -81,7 +81,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     runtime.spawn(async move { server.serve_with_incoming(take_plugins(UnixListenerStream::new(listener), AtOnce::default())).await });
 
     let mut rows = Vec::new();
-    let floor = floor::one_by_one(&site.node.0, rounds)?;
+    let floor = floor::one_by_one(&site.node.0, rounds, None)?;
     let log = site.dir.path().join("plugin.log");
     let calls = one_by_one(&site, rounds)?;
     rows.extend(in_plot("stub", 1, verdicts("one by one", &calls, &floor, Some(1.5), None)));
@@ -89,13 +89,13 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     let start = version_calls(&site, rounds)?;
     rows.push(Row::plain("VERSION, p50: a process that reads, parses and prints", percentile(&start, 0.5), "ms"));
     for pods in bursts {
-        let floor = floor::burst(&site.node.0, *pods)?;
+        let floor = floor::burst(&site.node.0, *pods, None)?;
         let calls = burst(&site, *pods)?;
         rows.extend(in_plot("stub", *pods, verdicts(&format!("burst of {pods}"), &calls, &floor, None, Some(1000.0))));
         rows.extend(phases(&log, &calls)?);
     }
     drop(site);
-    rows.extend(lab::run(&runtime, rounds, bursts, &floor)?);
+    rows.extend(lab::run(&runtime, rounds, bursts)?);
     Ok(rows)
 }
 

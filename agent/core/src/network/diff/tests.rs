@@ -1,6 +1,6 @@
 use super::*;
 use crate::network::host::{DEFAULT_MTU, Randomize, Snat};
-use crate::network::ops::IfAddress;
+use crate::network::ops::{IfAddress, NftObserved};
 use crate::network::{BranchLink, BranchPod, Rule, VlanLink, eni_route_table};
 
 fn net(text: &str) -> IpNet {
@@ -80,9 +80,13 @@ fn perform(state: &mut HostObserved, ops: &[NetOp], desired: &HostPlan) {
             NetOp::Sysctl { path, value } => drop(state.sysctls.insert(path, value)),
             NetOp::Nft { document } => {
                 let transaction: serde_json::Value = serde_json::from_str(&document).unwrap();
-                let added: Vec<_> = transaction["nftables"].as_array().unwrap().iter().map(|command| command["add"].clone()).collect();
-                let listing = serde_json::json!({"nftables": added}).to_string();
-                state.nft = crate::network::nft::parse_listing(&listing).ok().filter(|_| desired.uses_mark());
+                let mut made = NftObserved::default();
+                for rule in transaction["nftables"].as_array().unwrap().iter().map(|command| &command["add"]["rule"]) {
+                    if let (Some(chain), Some(comment)) = (rule["chain"].as_str(), rule["comment"].as_str()) {
+                        made.chains.entry(chain.to_owned()).or_default().push(comment.to_owned());
+                    }
+                }
+                state.nft = desired.uses_mark().then_some(made);
             }
             NetOp::Legacy { document } => state.upstream_legacy.retain(|present| *present != document),
             NetOp::Neighbour { .. } => unreachable!("the host has no neighbours of ours"),
