@@ -214,14 +214,13 @@ impl<'a> CardPlanner<'a> {
     }
 
     fn missing_for_targets(&self, free: u64, total: u64, pods: u64) -> (u64, Reason) {
-        // Beyond max pods nobody can come; only those who are there already count.
-        let capped = total >= u64::from(self.input.limits.max_pods);
-        if capped {
+        let most = self.steps_until_max_pods(free, total, pods);
+        if most == 0 {
             return (0, Reason::NothingFree);
         }
         if let Some((warm, minimum)) = self.ip_targets() {
-            let below_warm = (warm + pods).saturating_sub(free);
-            let below_minimum = minimum.saturating_sub(total);
+            let below_warm = (warm + pods).saturating_sub(free).min(most);
+            let below_minimum = minimum.saturating_sub(total).min(most);
             return if below_warm >= below_minimum {
                 (below_warm, Reason::BelowWarmIp { short: clamp(below_warm) })
             } else {
@@ -229,13 +228,37 @@ impl<'a> CardPlanner<'a> {
             };
         }
         let unit = self.warm_unit();
-        let short = (unit.max(1) + pods).saturating_sub(free);
+        let short = (unit.max(1) + pods).saturating_sub(free).min(most);
         let reason = match self.input.targets.mode {
             _ if unit == 0 => Reason::NothingFree,
             PoolMode::Prefixes => Reason::BelowWarmPrefix { short: clamp(short) },
             _ => Reason::BelowWarmEni { short: clamp(short) },
         };
         (short, reason)
+    }
+
+    /// What the targets may add at most. Nobody can come beyond max pods: aws-node takes no further step once it has as many addresses,
+    /// and a burst that is served in one call ends where its steps would.
+    fn steps_until_max_pods(&self, free: u64, total: u64, pods: u64) -> u64 {
+        let max_pods = u64::from(self.input.limits.max_pods);
+        let (prefix, slots) = (u64::from(PREFIX_ADDRESSES), u64::from(self.input.limits.slots_per_eni));
+        let prefixes = self.input.targets.mode == PoolMode::Prefixes;
+        let (unit, wanted) = (self.warm_unit(), total.saturating_sub(free) + pods);
+        let mut now = total;
+        while now < max_pods {
+            let left = now.saturating_sub(wanted);
+            let step = match self.ip_targets() {
+                Some((warm, minimum)) => warm.saturating_sub(left).max(minimum.saturating_sub(now)),
+                None if left >= unit.max(1) => 0,
+                None if prefixes => (unit - left / prefix * prefix).max(1),
+                None => slots.max(1),
+            };
+            if step == 0 {
+                break;
+            }
+            now += if prefixes { step.next_multiple_of(prefix) } else { step };
+        }
+        now - total
     }
 
     fn grow(&self, missing: Missing, budget: &mut Memory, out: &mut Plan) {

@@ -77,7 +77,9 @@ fn prefixes_and_ip_targets_come_to_rest() {
             let question = FleetQuestion { targets, ..question(scenario, 10) };
             let (theirs, ours) = both(&question);
             assert_eq!((theirs.unserved, ours.unserved), (0, 0), "{targets:?} {scenario:?}");
-            assert!(ours.calls_total <= theirs.calls_total + theirs.calls_total / 10, "{scenario:?}: {ours:?}\n{theirs:?}");
+            // Addresses that cool down are not free here: a replacement of pods costs a node one more prefix.
+            let cooling = if scenario == Scenario::Rolling { u64::from(question.nodes) } else { 0 };
+            assert!(ours.calls_total <= theirs.calls_total + theirs.calls_total / 10 + cooling, "{scenario:?}: {ours:?}\n{theirs:?}");
         }
     }
 }
