@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use stanchion_core::cloud::Eni;
 use stanchion_core::ids::{EniId, InstanceId};
 use stanchion_core::network::branch::vlan_if_name;
@@ -152,7 +152,8 @@ fn wire(eni: &Eni, subnet: Ipv4Net, inner: &Inner) -> Option<Wire> {
         0 => format!("eth{}", attachment.device_index),
         card => format!("eth{card}c{}", attachment.device_index),
     };
-    let secondary = eni.secondary_ipv4.iter().map(|address| Ipv4Net::from(*address)).chain(eni.prefixes_v4.iter().copied());
+    let ipv4 = eni.secondary_ipv4.iter().map(|address| Ipv4Net::from(*address)).chain(eni.prefixes_v4.iter().copied());
+    let ipv6 = eni.ipv6.iter().map(|address| Ipv6Net::from(*address)).chain(eni.prefixes_v6.iter().copied());
     Some(Wire {
         eni: eni.id.clone(),
         mac: eni.mac,
@@ -160,7 +161,7 @@ fn wire(eni: &Eni, subnet: Ipv4Net, inner: &Inner) -> Option<Wire> {
         if_name,
         subnet,
         primary: eni.primary_ipv4?,
-        secondary: secondary.collect(),
+        secondary: ipv4.map(IpNet::from).chain(ipv6.map(IpNet::from)).collect(),
         public: is_primary.then_some(socket.public),
     })
 }

@@ -11,6 +11,7 @@ use crate::agent::Agent;
 use crate::node::Node;
 use crate::pod::{Pod, PodSpec};
 use crate::probe::{End, Matrix, PATIENCE, Protocol};
+use crate::vpc::VpcBuilder;
 use crate::wait::wait_for;
 
 /// How long anything may take that is not the thing under test: tests run side by side on few cores.
@@ -30,7 +31,12 @@ impl Cluster {
     /// Builds a VPC with a node `node1`, `node2` ... of each type, starts the agents with these settings, and waits until
     /// each is ready. Namespaces `x` and `y` exist, labelled `ns: <name>`.
     pub async fn start(types: &[&str], settings: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let mut vpc = Vpc::builder().start().await?;
+        Self::start_in(Vpc::builder(), types, settings).await
+    }
+
+    /// As [`Cluster::start`], in another VPC than the usual.
+    pub async fn start_in(vpc: VpcBuilder, types: &[&str], settings: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let mut vpc = vpc.start().await?;
         for namespace in ["x", "y"] {
             vpc.manifests().namespace(namespace, &[("ns", namespace)])?;
         }

@@ -18,15 +18,17 @@ pub fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
             found.push(format!("{}: the interface {name}", node.name()));
         }
     }
-    for rule in list(&ip_json(node.netns(), &["rule", "show"])?) {
-        if matches!(rule["priority"].as_u64(), Some(10 | 512 | 1536)) {
-            found.push(format!("{}: the rule {rule}", node.name()));
+    for family in ["-4", "-6"] {
+        for rule in list(&ip_json(node.netns(), &[family, "rule", "show"])?) {
+            if matches!(rule["priority"].as_u64(), Some(10 | 512 | 1536)) {
+                found.push(format!("{}: the rule {rule}", node.name()));
+            }
         }
-    }
-    for route in list(&ip_json(node.netns(), &["route", "show", "table", "all"])?) {
-        let device = text(&route["dev"]);
-        if device != "lo" && !device.is_empty() && !device.starts_with("eth") {
-            found.push(format!("{}: the route {route}", node.name()));
+        for route in list(&ip_json(node.netns(), &[family, "route", "show", "table", "all"])?) {
+            let device = text(&route["dev"]);
+            if device != "lo" && !device.is_empty() && !device.starts_with("eth") {
+                found.push(format!("{}: the route {route}", node.name()));
+            }
         }
     }
     let allocations = checkpoint(node)?;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -40,9 +40,11 @@ pub(crate) struct Inner {
     pub(crate) netns: Netns,
     pub(crate) primary: Ipv4Addr,
     pub(crate) public: Ipv4Addr,
-    /// Everything of the node that is a file.
+    /// Everything of the node that is a file on its disk.
     pub(crate) dir: PathBuf,
     pub(crate) bpf: PathBuf,
+    /// In memory, as `/run` is.
+    pub(crate) state: PathBuf,
     pub(crate) run_id: String,
     pub(crate) binaries: Binaries,
     pub(crate) manifests: Manifests,
@@ -99,7 +101,7 @@ impl Node {
 
     /// The agent's state directory.
     pub fn state_dir(&self) -> PathBuf {
-        self.inner.dir.join("state")
+        self.inner.state.clone()
     }
 
     /// Where the plugin leaves releases that it could not deliver: beside the socket.
@@ -282,7 +284,10 @@ impl Node {
         self.inner.manifests.pod(&bound.manifest)?;
         let Bound { spec, netns, sandbox, log_id, .. } = bound;
         let Sandbox { container_id, uid, .. } = sandbox;
-        let servers = Servers::start(&netns, &spec.ports)?;
+        let servers = match address.addr() {
+            IpAddr::V4(_) => Servers::start(&netns, &spec.ports)?,
+            IpAddr::V6(_) => Servers::start_on(&netns, Ipv6Addr::UNSPECIFIED, &spec.ports)?,
+        };
         let log = ContainerLog::create(&self.var_log(), &spec.namespace, &spec.name, &uid, "main", &log_id)?;
         Ok(Pod { spec, uid, container_id, netns, address: address.addr(), result, add_took, _servers: servers, log })
     }

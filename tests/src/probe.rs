@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -56,7 +56,7 @@ pub struct Servers {
 }
 
 impl Servers {
-    /// Serves every port on TCP, UDP and SCTP, on all addresses of the namespace.
+    /// Serves every port on TCP, UDP and SCTP, on all IPv4 addresses of the namespace.
     pub fn start(netns: &Netns, ports: &[u16]) -> anyhow::Result<Self> {
         let mut servers = Self::start_on(netns, Ipv4Addr::UNSPECIFIED, ports)?;
         let (netns, ports) = (netns.clone(), ports.to_vec());
@@ -69,7 +69,8 @@ impl Servers {
     }
 
     /// Serves every port on TCP and UDP, on one address.
-    pub fn start_on(netns: &Netns, address: Ipv4Addr, ports: &[u16]) -> anyhow::Result<Self> {
+    pub fn start_on(netns: &Netns, address: impl Into<IpAddr>, ports: &[u16]) -> anyhow::Result<Self> {
+        let address = address.into();
         let mut tasks = JoinSet::new();
         for port in ports {
             let address = SocketAddr::from((address, *port));
@@ -138,7 +139,8 @@ fn tcp(to: SocketAddr, patience: Duration) -> io::Result<IpAddr> {
 }
 
 fn udp(to: SocketAddr, patience: Duration) -> io::Result<IpAddr> {
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
     socket.connect(to)?;
     socket.set_read_timeout(Some(patience))?;
     socket.send(b"who am I?\n")?;

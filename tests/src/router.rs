@@ -3,15 +3,15 @@
 //! Every ENI is a cable (veth) of its own from its node to the router. The router knows what is assigned to each ENI: it
 //! routes each address over that ENI's cable with the ENI's MAC (nothing is resolved, as in EC2), answers ARP for the
 //! whole subnet, drops whatever leaves an ENI with a source that is not assigned to it, and lets only addresses with a
-//! public one out to the internet (one to one, as an internet gateway does).
+//! public one out to the internet (one to one, as an internet gateway does). IPv6 stays in the VPC: there is none on the internet.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::Command;
 
 use anyhow::Context;
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use stanchion_core::ids::EniId;
 
 use crate::netns::{self, Netns};
@@ -22,6 +22,9 @@ pub const MTU: u32 = 9001;
 
 /// The metadata service's address, as every instance sees it.
 pub const IMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+
+/// The router's address on every cable, where the VPC has IPv6.
+pub const ROUTER_IPV6: &str = "fe80::1";
 
 const TABLE: &str = "stanchion_lab";
 /// The router's interface to the internet and the link between the two.
@@ -34,6 +37,7 @@ const UPLINK_INTERNET: &str = "192.0.2.2";
 pub struct Router {
     netns: Netns,
     wiring: BTreeMap<EniId, Wire>,
+    has_ipv6: bool,
 }
 
 /// Frames that the router refused since the start.
@@ -47,18 +51,24 @@ pub struct Refused {
 
 impl Router {
     /// Sets both namespaces up: `hosts` are the addresses that exist on the internet.
-    pub fn build(netns: Netns, internet: &Netns, vpc: &[Ipv4Net], hosts: &[Ipv4Addr]) -> anyhow::Result<Self> {
+    pub fn build(netns: Netns, internet: &Netns, vpc: &[Ipv4Net], vpc6: &[Ipv6Net], hosts: &[Ipv4Addr]) -> anyhow::Result<Self> {
         for key in ["conf/all/rp_filter", "conf/default/rp_filter", "conf/all/send_redirects", "conf/default/send_redirects"] {
             netns::sysctl(&netns, &format!("net/ipv4/{key}"), "0")?;
         }
         netns::sysctl(&netns, "net/ipv4/ip_forward", "1")?;
+        let has_ipv6 = !vpc6.is_empty();
+        if has_ipv6 {
+            // Its link-local addresses are there at once.
+            netns::sysctl(&netns, "net/ipv6/conf/default/accept_dad", "0")?;
+            netns::sysctl(&netns, "net/ipv6/conf/all/forwarding", "1")?;
+        }
         let mut router = format!(
             "link add {UPLINK} mtu {MTU} type veth peer name eth0 mtu {MTU} netns {}\n\
              addr add {UPLINK_ROUTER}/30 dev {UPLINK}\nlink set {UPLINK} up\naddr add {IMDS_ADDRESS}/32 dev lo\n\
              route add default via {UPLINK_INTERNET}\n",
             internet.name()
         );
-        for cidr in vpc {
+        for cidr in vpc.iter().copied().map(IpNet::from).chain(vpc6.iter().copied().map(IpNet::from)) {
             writeln!(router, "route add unreachable {cidr}")?;
         }
         netns::ip_batch(netns.name(), &router)?;
@@ -95,10 +105,21 @@ impl Router {
                         type nat hook prerouting priority dstnat; policy accept;
                         iifname \"{UPLINK}\" dnat to ip daddr map @in
                     }}
+                }}
+                table ip6 {TABLE} {{
+                    set assigned {{ type ifname . ipv6_addr; flags interval; }}
+                    counter wrong_source {{ }}
+                    chain source_check {{
+                        type filter hook prerouting priority raw; policy accept;
+                        iifname {{ \"{UPLINK}\", \"lo\" }} accept
+                        ip6 saddr {{ ::, fe80::/10 }} accept
+                        iifname . ip6 saddr @assigned accept
+                        counter name wrong_source drop
+                    }}
                 }}"
             ),
         )?;
-        Ok(Self { netns, wiring: BTreeMap::new() })
+        Ok(Self { netns, wiring: BTreeMap::new(), has_ipv6 })
     }
 
     /// The router's namespace.
@@ -152,7 +173,7 @@ impl Router {
         let name = wire.router_if();
         let (netns, node_if, mac, primary) = (&wire.netns, &wire.if_name, wire.mac, wire.primary);
         // The allowed sources first: the node may send as soon as its end is there.
-        let all = || std::iter::once(Ipv4Net::from(primary)).chain(wire.secondary.iter().copied());
+        let all = || std::iter::once(IpNet::from(IpAddr::from(primary))).chain(wire.secondary.iter().copied());
         let mut rules: String = all().map(|net| element("add", wire, net)).collect();
         if let Some(public) = wire.public {
             write!(
@@ -175,6 +196,10 @@ impl Router {
             wire.gateway(),
             wire.gateway()
         );
+        if self.has_ipv6 {
+            writeln!(lines, "addr add {ROUTER_IPV6}/64 dev {name} nodad")?;
+            writeln!(lines, "neigh add {} lladdr {mac} nud permanent dev {name}", wire.link_local())?;
+        }
         lines.extend(wire.secondary.iter().map(|net| route("add", wire, *net)));
         netns::ip_batch(self.netns.name(), &lines)
     }
@@ -183,7 +208,7 @@ impl Router {
         // Routes and the neighbour go with the link.
         netns::ip_batch(self.netns.name(), &format!("link del {}\n", wire.router_if()))?;
         let primary = wire.primary;
-        let all = std::iter::once(Ipv4Net::from(primary)).chain(wire.secondary.iter().copied());
+        let all = std::iter::once(IpNet::from(IpAddr::from(primary))).chain(wire.secondary.iter().copied());
         let mut rules: String = all.map(|net| element("delete", wire, net)).collect();
         if let Some(public) = wire.public {
             write!(
@@ -207,12 +232,14 @@ impl Router {
     }
 }
 
-fn route(verb: &str, wire: &Wire, net: Ipv4Net) -> String {
-    format!("route {verb} {net} via {} dev {} onlink\n", wire.primary, wire.router_if())
+fn route(verb: &str, wire: &Wire, net: IpNet) -> String {
+    let via = if net.addr().is_ipv4() { IpAddr::from(wire.primary) } else { wire.link_local().into() };
+    format!("route {verb} {net} via {via} dev {} onlink\n", wire.router_if())
 }
 
-fn element(verb: &str, wire: &Wire, net: Ipv4Net) -> String {
-    format!("{verb} element ip {TABLE} assigned {{ \"{}\" . {net} }}\n", wire.router_if())
+fn element(verb: &str, wire: &Wire, net: IpNet) -> String {
+    let family = if net.addr().is_ipv4() { "ip" } else { "ip6" };
+    format!("{verb} element {family} {TABLE} assigned {{ \"{}\" . {net} }}\n", wire.router_if())
 }
 
 fn nft(netns: &Netns, rules: &str) -> anyhow::Result<()> {

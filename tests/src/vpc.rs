@@ -1,14 +1,14 @@
 //! The VPC as a whole: cloud, router, internet, nodes.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use anyhow::Context;
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::cloud::{CreateEni, Ec2Api as _, EniKind};
 use stanchion_core::ids::{EniId, SubnetId};
 use tokio::task::JoinSet;
@@ -20,7 +20,7 @@ use crate::manifests::Manifests;
 use crate::netns::{self, Netns};
 use crate::node::{ACCESS_KEY, Inner, Node, aws_env};
 use crate::probe::{End, Servers};
-use crate::router::{IMDS_ADDRESS, Refused, Router};
+use crate::router::{IMDS_ADDRESS, ROUTER_IPV6, Refused, Router};
 use crate::run::Run;
 use crate::wait::wait_for;
 use crate::wires::gateway;
@@ -71,13 +71,24 @@ impl VpcBuilder {
         self
     }
 
+    /// With a /64 of IPv6 in every subnet and an IPv6 address for every instance.
+    #[must_use]
+    pub fn ipv6(mut self) -> Self {
+        let range = |subnet: u16, length| Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 1, subnet, 0, 0, 0, 0), length);
+        self.config.vpc_ipv6_cidrs = vec![range(0, 56)];
+        for (subnet, number) in self.subnets.iter_mut().zip(1..) {
+            subnet.ipv6_cidrs = vec![range(number, 64)];
+        }
+        self
+    }
+
     /// Makes namespaces and starts the services in them.
     pub async fn start(self) -> anyhow::Result<Vpc> {
         let binaries = Binaries::find()?;
         let run = Arc::new(Run::start()?);
         let (router, internet) = (run.netns("router")?, run.netns("internet")?);
         let hosts = [EC2_ADDRESS, LOGS_ADDRESS, EXAMPLE_HOST];
-        let built = Router::build(router.clone(), &internet, &self.config.vpc_cidrs, &hosts)?;
+        let built = Router::build(router.clone(), &internet, &self.config.vpc_cidrs, &self.config.vpc_ipv6_cidrs, &hosts)?;
         let cloud = Cloud::new(self.config, Clock::tokio());
         cloud.add_access_key(ACCESS_KEY.0, ACCESS_KEY.1, None, None);
         let subnets = self.subnets.into_iter().map(|subnet| cloud.add_subnet(subnet)).collect();
@@ -166,7 +177,12 @@ impl Vpc {
         for (key, value) in [("conf/all/rp_filter", "0"), ("conf/default/rp_filter", "1"), ("ip_forward", "1")] {
             netns::sysctl(&netns, &format!("net/ipv4/{key}"), value)?;
         }
-        let spec = InstanceSpec::new(format!("i-{number:017x}"), instance_type, subnet);
+        let mut spec = InstanceSpec::new(format!("i-{number:017x}"), instance_type, subnet);
+        spec.ipv6 = self.cloud.subnets().iter().any(|known| known.id == *subnet && !known.ipv6_cidrs.is_empty());
+        if spec.ipv6 {
+            // Nothing waits until its own addresses are found to be unique.
+            netns::sysctl(&netns, "net/ipv6/conf/default/accept_dad", "0")?;
+        }
         let instance = spec.id.clone();
         let public = Ipv4Addr::new(198, 51, 100, number);
         self.cables.add_node(instance.clone(), Socket { netns: netns.name().to_owned(), public });
@@ -176,15 +192,17 @@ impl Vpc {
             async { wire.context("it is not there yet") }
         })
         .await?;
-        netns::ip_batch(
-            netns.name(),
-            &format!(
-                "addr add {}/{} dev eth0\nlink set eth0 up\nroute add default via {} dev eth0\n",
-                wire.primary,
-                wire.subnet.prefix_len(),
-                gateway(wire.subnet)
-            ),
-        )?;
+        let mut lines = format!(
+            "addr add {}/{} dev eth0\nlink set eth0 up\nroute add default via {} dev eth0\n",
+            wire.primary,
+            wire.subnet.prefix_len(),
+            gateway(wire.subnet)
+        );
+        if let Some(address) = wire.ipv6() {
+            // What DHCPv6 and the router's advertisement say.
+            lines.push_str(&format!("addr add {address}/128 dev eth0 nodad\nroute add default via {ROUTER_IPV6} dev eth0\n"));
+        }
+        netns::ip_batch(netns.name(), &lines)?;
         // The metadata service answers on the node's own cable, so that it knows who asks.
         let listener = self.router.tcp_listener_on(SocketAddr::from((IMDS_ADDRESS, 80)), &wire.router_if())?;
         self.tasks.spawn(never(serve_imds(listener, self.cloud.clone(), instance.clone())));
@@ -198,6 +216,7 @@ impl Vpc {
                 primary: wire.primary,
                 public,
                 bpf: self.dir().join("bpf").join(name),
+                state: self.dir().join("run").join(name),
                 dir,
                 run_id: self.run_id().to_owned(),
                 binaries: self.binaries.clone(),

@@ -1,9 +1,9 @@
 //! What should be plugged where: the wiring that a VPC's state asks for, and the steps from one wiring to the next. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use stanchion_core::ids::{EniId, Mac};
 
 /// An attached ENI as the wire sees it.
@@ -21,8 +21,8 @@ pub struct Wire {
     pub subnet: Ipv4Net,
     /// The ENI's own address.
     pub primary: Ipv4Addr,
-    /// Everything else assigned to it: addresses as /32, prefixes as /28.
-    pub secondary: BTreeSet<Ipv4Net>,
+    /// Everything else assigned to it: addresses as /32 and /128, prefixes as /28 and /80.
+    pub secondary: BTreeSet<IpNet>,
     /// What the internet sees instead of the primary address; `None` has no way out.
     pub public: Option<Ipv4Addr>,
 }
@@ -36,6 +36,20 @@ impl Wire {
     /// The subnet's router.
     pub fn gateway(&self) -> Ipv4Addr {
         gateway(self.subnet)
+    }
+
+    /// Its IPv6 address, if it has one.
+    pub fn ipv6(&self) -> Option<Ipv6Addr> {
+        self.secondary.iter().find_map(|net| match net {
+            IpNet::V6(net) if net.prefix_len() == 128 => Some(net.addr()),
+            _ => None,
+        })
+    }
+
+    /// The link-local address that the node's end gives itself (RFC 4291, appendix A).
+    pub fn link_local(&self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.mac.0.map(u16::from);
+        Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
     }
 
     fn same_cable(&self, other: &Self) -> bool {
@@ -63,9 +77,9 @@ pub enum Step {
     /// Both ends vanish.
     Unplug(Wire),
     /// The ENI may send from, and gets what is sent to, one more address or prefix.
-    Assign(Wire, Ipv4Net),
+    Assign(Wire, IpNet),
     /// No longer.
-    Unassign(Wire, Ipv4Net),
+    Unassign(Wire, IpNet),
 }
 
 /// The steps from one wiring to another. What is taken away goes first: an address may move between ENIs.
@@ -132,5 +146,7 @@ mod tests {
         assert_eq!(wire.router_if(), "e56789abcdef0");
         assert!(wire.router_if().len() <= 15);
         assert_eq!(wire.gateway(), "10.0.0.1".parse::<Ipv4Addr>().unwrap());
+        assert_eq!(wire.link_local(), "fe80::ff:fe00:1".parse::<Ipv6Addr>().unwrap());
+        assert_eq!(wire.ipv6(), None);
     }
 }
