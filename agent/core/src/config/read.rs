@@ -141,7 +141,7 @@ impl Config {
 }
 
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
-const MEANINGLESS: [(&str, &str); 10] = [
+const MEANINGLESS: [(&str, &str); 11] = [
     ("ENABLE_NFTABLES", "nftables is always used"),
     ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "deprecated upstream as well"),
     ("AWS_VPC_K8S_CNI_LOG_FILE", "the agent logs to stderr; the runtime keeps it"),
@@ -151,5 +151,6 @@ const MEANINGLESS: [(&str, &str); 10] = [
     ("MY_POD_NAME", "the agent does not ask for its own pod"),
     ("USE_CLOUDWATCH", "the metrics helper is a program of its own"),
     ("USE_PROMETHEUS", "the metrics helper is a program of its own"),
+    ("AWS_CLUSTER_ID", "the metrics helper is a program of its own"),
     ("METRIC_UPDATE_INTERVAL", "the metrics helper is a program of its own; STANCHION_METRICS_INTERVAL_SECONDS is ours"),
 ];

@@ -103,81 +103,116 @@ fn a_switch_without_its_effect_is_refused_and_never_ignored() {
     }
 }
 
+/// vpc-cni's README and main.go at v1.23.1, and its metrics helper: each variable with another value than its default, behind it what it
+/// needs beside it.
+const OF_AWS_NODE: [(&str, &str, &[(&str, &str)]); 63] = [
+    ("WARM_ENI_TARGET", "2", &[]),
+    ("WARM_IP_TARGET", "2", &[]),
+    ("MINIMUM_IP_TARGET", "2", &[]),
+    ("WARM_PREFIX_TARGET", "2", &[]),
+    ("MAX_ENI", "2", &[]),
+    ("ENABLE_PREFIX_DELEGATION", "true", &[("WARM_PREFIX_TARGET", "1")]),
+    ("ENABLE_IPv4", "false", &[("ENABLE_IPv6", "true"), ("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")]),
+    ("ENABLE_IPv6", "true", &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")]),
+    ("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true", &[]),
+    ("ENI_CONFIG_ANNOTATION_DEF", "example.org/eni", &[]),
+    ("ENI_CONFIG_LABEL_DEF", "topology.kubernetes.io/zone", &[]),
+    ("AWS_MANAGE_ENIS_NON_SCHEDULABLE", "true", &[]),
+    ("ENABLE_SUBNET_DISCOVERY", "false", &[]),
+    ("ADDITIONAL_ENI_TAGS", r#"{"a":"b"}"#, &[]),
+    ("CLUSTER_NAME", "c", &[]),
+    ("DISABLE_LEAKED_ENI_CLEANUP", "true", &[]),
+    ("DISABLE_NETWORK_RESOURCE_PROVISIONING", "true", &[]),
+    ("ENABLE_IMDS_ONLY_MODE", "true", &[]),
+    ("MANAGE_UNTAGGED_ENI", "false", &[]),
+    ("ENABLE_MULTI_NIC", "true", &[]),
+    ("ENABLE_POD_ENI", "true", &[]),
+    ("POD_SECURITY_GROUP_ENFORCING_MODE", "standard", &[("ENABLE_POD_ENI", "true")]),
+    ("ANNOTATE_POD_IP", "true", &[]),
+    ("IP_COOLDOWN_PERIOD", "60", &[]),
+    ("AWS_VPC_K8S_CNI_BACKING_STORE", "/run/x/ipam.json", &[]),
+    ("NETWORK_POLICY_ENFORCING_MODE", "strict", &[]),
+    ("AWS_VPC_CNI_NODE_PORT_SUPPORT", "false", &[]),
+    ("AWS_VPC_K8S_CNI_EXTERNALSNAT", "true", &[]),
+    ("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "none", &[]),
+    ("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "10.9.0.0/16", &[]),
+    ("AWS_EXTERNAL_SERVICE_CIDRS", "10.9.0.0/16", &[]),
+    ("AWS_VPC_K8S_CNI_CONNMARK", "0x40", &[]),
+    ("AWS_VPC_K8S_CNI_VETHPREFIX", "pod", &[]),
+    ("AWS_VPC_ENI_MTU", "1500", &[]),
+    ("POD_MTU", "1500", &[]),
+    ("DISABLE_TCP_EARLY_DEMUX", "true", &[]),
+    ("ENABLE_V4_EGRESS", "false", &[]),
+    ("ENABLE_V6_EGRESS", "true", &[]),
+    ("DISABLE_POD_V6", "true", &[]),
+    ("ENABLE_BANDWIDTH_PLUGIN", "true", &[]),
+    ("ENABLE_NFTABLES", "true", &[]),
+    ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "false", &[]),
+    ("AWS_VPC_K8S_CNI_LOGLEVEL", "ERROR", &[]),
+    ("AWS_VPC_K8S_CNI_LOG_FILE", "/tmp/x", &[]),
+    ("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "ERROR", &[]),
+    ("AWS_VPC_K8S_PLUGIN_LOG_FILE", "stderr", &[]),
+    ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", "/tmp/x", &[]),
+    ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", "/tmp/x", &[]),
+    ("DISABLE_INTROSPECTION", "true", &[]),
+    ("DISABLE_METRICS", "true", &[]),
+    ("INTROSPECTION_BIND_ADDRESS", "127.0.0.1:1", &[]),
+    ("HOST_CNI_BIN_PATH", "/x", &[]),
+    ("HOST_CNI_CONFDIR_PATH", "/x", &[]),
+    ("AWS_EC2_ENDPOINT", "http://10.0.0.1", &[]),
+    ("HTTP_TIMEOUT", "20", &[]),
+    ("CLUSTER_ENDPOINT", "https://x", &[]),
+    ("MY_NODE_NAME", "n", &[]),
+    ("MY_POD_NAME", "p", &[]),
+    ("VPC_CNI_VERSION", "v1", &[]),
+    ("USE_CLOUDWATCH", "no", &[]),
+    ("USE_PROMETHEUS", "true", &[]),
+    ("METRIC_UPDATE_INTERVAL", "9", &[]),
+    ("AWS_CLUSTER_ID", "c", &[]),
+];
+
 #[test]
-fn every_variable_of_aws_node_is_known() {
-    // vpc-cni's README and main.go at v1.23.1.
-    let names = [
-        "WARM_ENI_TARGET",
-        "WARM_IP_TARGET",
-        "MINIMUM_IP_TARGET",
-        "WARM_PREFIX_TARGET",
-        "MAX_ENI",
-        "ENABLE_PREFIX_DELEGATION",
-        "ENABLE_IPv4",
-        "ENABLE_IPv6",
-        "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG",
-        "ENI_CONFIG_ANNOTATION_DEF",
-        "ENI_CONFIG_LABEL_DEF",
-        "AWS_MANAGE_ENIS_NON_SCHEDULABLE",
-        "ENABLE_SUBNET_DISCOVERY",
-        "ADDITIONAL_ENI_TAGS",
-        "CLUSTER_NAME",
-        "DISABLE_LEAKED_ENI_CLEANUP",
-        "DISABLE_NETWORK_RESOURCE_PROVISIONING",
-        "ENABLE_IMDS_ONLY_MODE",
-        "MANAGE_UNTAGGED_ENI",
-        "ENABLE_MULTI_NIC",
-        "ENABLE_POD_ENI",
-        "POD_SECURITY_GROUP_ENFORCING_MODE",
-        "ANNOTATE_POD_IP",
-        "IP_COOLDOWN_PERIOD",
-        "AWS_VPC_K8S_CNI_BACKING_STORE",
-        "NETWORK_POLICY_ENFORCING_MODE",
-        "AWS_VPC_CNI_NODE_PORT_SUPPORT",
-        "AWS_VPC_K8S_CNI_EXTERNALSNAT",
-        "AWS_VPC_K8S_CNI_RANDOMIZESNAT",
-        "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS",
-        "AWS_EXTERNAL_SERVICE_CIDRS",
-        "AWS_VPC_K8S_CNI_CONNMARK",
-        "AWS_VPC_K8S_CNI_VETHPREFIX",
-        "AWS_VPC_ENI_MTU",
-        "POD_MTU",
-        "DISABLE_TCP_EARLY_DEMUX",
-        "ENABLE_V4_EGRESS",
-        "ENABLE_V6_EGRESS",
-        "DISABLE_POD_V6",
-        "ENABLE_BANDWIDTH_PLUGIN",
-        "ENABLE_NFTABLES",
-        "AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER",
-        "AWS_VPC_K8S_CNI_LOGLEVEL",
-        "AWS_VPC_K8S_CNI_LOG_FILE",
-        "AWS_VPC_K8S_PLUGIN_LOG_LEVEL",
-        "AWS_VPC_K8S_PLUGIN_LOG_FILE",
-        "AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE",
-        "AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE",
-        "DISABLE_INTROSPECTION",
-        "DISABLE_METRICS",
-        "INTROSPECTION_BIND_ADDRESS",
-        "HOST_CNI_BIN_PATH",
-        "HOST_CNI_CONFDIR_PATH",
-        "AWS_EC2_ENDPOINT",
-        "HTTP_TIMEOUT",
-        "CLUSTER_ENDPOINT",
-        "MY_NODE_NAME",
-        "MY_POD_NAME",
-        "VPC_CNI_VERSION",
-        "USE_CLOUDWATCH",
-        "USE_PROMETHEUS",
-        "METRIC_UPDATE_INTERVAL",
-    ];
-    let read_names = std::cell::RefCell::new(std::collections::BTreeSet::new());
-    Config::read(&|name| {
-        read_names.borrow_mut().insert(name.to_owned());
-        None
-    })
-    .unwrap();
-    let unread: Vec<_> = names.iter().filter(|name| !read_names.borrow().contains(**name)).collect();
-    assert!(unread.is_empty(), "nobody looks at {unread:?}");
+fn every_variable_of_aws_node_has_an_effect_or_is_said_to_have_none() {
+    for (name, value, beside) in OF_AWS_NODE {
+        let without = if name == "ENABLE_IPv6" || name == "ENABLE_IPv4" { Config::read(&|_| None) } else { read(beside) };
+        let without = without.unwrap_or_else(|errors| panic!("{name}: {errors:?}"));
+        let with = read(&[beside, &[(name, value)]].concat()).unwrap_or_else(|errors| panic!("{name}: {errors:?}"));
+        let parts = |config: &Config| (config.pool.clone(), config.network.clone(), config.telemetry.clone(), config.operations.clone());
+        let told = |config: &Config| config.notices.iter().filter(|notice| notice.contains(name)).count();
+        if parts(&with) == parts(&without) {
+            assert_eq!(told(&with), 1, "{name} changes nothing and is not said to: {:?}", with.notices);
+        } else {
+            let shown = with.settings.iter().filter(|setting| setting.name == name && setting.origin == Origin::Environment);
+            assert_eq!(shown.count(), 1, "{name} is not shown");
+        }
+    }
+}
+
+/// A field that nothing but the configuration names would be a setting without effect.
+#[test]
+fn every_setting_is_read_by_the_agent() {
+    fn sources(dir: &std::path::Path, text: &mut String) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("core/src/config") {
+                sources(&path, text);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                text.push_str(&std::fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+    let mut code = String::new();
+    sources(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), &mut code);
+    let mut fields = 0;
+    for part in include_str!("mod.rs").split("pub struct ").filter(|part| part.split_once(' ').is_some_and(|(n, _)| n.ends_with("Config")))
+    {
+        let body = part.split_once("\n}").map_or(part, |(body, _)| body);
+        for field in body.lines().filter_map(|line| line.trim().strip_prefix("pub ")?.split_once(':')) {
+            assert!(code.contains(&format!(".{}", field.0)), "nothing reads {}", field.0);
+            fields += 1;
+        }
+    }
+    assert!(fields > 60, "only {fields} settings were found: has the file another form?");
 }
 
 #[test]
