@@ -103,9 +103,11 @@ fn a_switch_without_its_effect_is_refused_and_never_ignored() {
     }
 }
 
+type Beside = &'static [(&'static str, &'static str)];
+
 /// vpc-cni's README and main.go at v1.23.1, and its metrics helper: each variable with another value than its default, behind it what it
 /// needs beside it.
-const OF_AWS_NODE: [(&str, &str, &[(&str, &str)]); 63] = [
+const OF_AWS_NODE: [(&str, &str, Beside); 63] = [
     ("WARM_ENI_TARGET", "2", &[]),
     ("WARM_IP_TARGET", "2", &[]),
     ("MINIMUM_IP_TARGET", "2", &[]),
