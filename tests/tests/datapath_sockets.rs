@@ -387,13 +387,13 @@ fn a_deleted_pod_leaves_nothing_and_its_slot_inherits_nothing() {
     }
 }
 
-/// Answers every question for an address with that one.
-fn serve_dns(pod: &Pod, address: Ipv4Addr) {
+/// Answers every question for an address with these.
+fn serve_dns(pod: &Pod, addresses: Vec<Ipv4Addr>) {
     let socket = pod.netns.run(|| UdpSocket::bind(("0.0.0.0", 53))).unwrap().unwrap();
     std::thread::spawn(move || {
         let mut buffer = [0u8; 512];
         while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
-            let _unreachable = socket.send_to(&answered(&buffer[..length], address), peer);
+            let _unreachable = socket.send_to(&answered(&buffer[..length], &addresses), peer);
         }
     });
 }
@@ -407,7 +407,7 @@ fn serve_dns_by_tcp(pod: &Pod, address: Ipv4Addr) {
         client.read_exact(&mut question).unwrap();
         question.resize(usize::from(u16::from_be_bytes([question[0], question[1]])), 0);
         client.read_exact(&mut question).unwrap();
-        let answer = answered(&question, address);
+        let answer = answered(&question, &[address]);
         let whole = [&u16::try_from(answer.len()).unwrap().to_be_bytes()[..], &answer].concat();
         client.set_nodelay(true).unwrap();
         client.write_all(&whole[..30]).unwrap();
@@ -417,12 +417,15 @@ fn serve_dns_by_tcp(pod: &Pod, address: Ipv4Addr) {
     });
 }
 
-/// The question with an address of type A, class IN, for 300 s.
-fn answered(question: &[u8], address: Ipv4Addr) -> Vec<u8> {
+/// The question with addresses of type A, class IN, for 300 s.
+fn answered(question: &[u8], addresses: &[Ipv4Addr]) -> Vec<u8> {
     let mut answer = question.to_vec();
-    answer[2..8].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1]);
-    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 44, 0, 4]);
-    answer.extend(address.octets());
+    answer[2..6].copy_from_slice(&[0x81, 0x80, 0, 1]);
+    answer[6..8].copy_from_slice(&u16::try_from(addresses.len()).unwrap().to_be_bytes());
+    for address in addresses {
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 1, 44, 0, 4]);
+        answer.extend(address.octets());
+    }
     answer
 }
 
@@ -436,7 +439,7 @@ fn resolve(pod: &Pod, server: SocketAddr, name: &str) {
     let socket = pod.netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
     socket.set_read_timeout(Some(WORKS)).unwrap();
     socket.send_to(&question(name), server).unwrap();
-    socket.recv(&mut [0u8; 512]).unwrap();
+    socket.recv(&mut [0u8; 4_096]).unwrap();
 }
 
 #[test]
@@ -450,7 +453,7 @@ fn a_name_that_policy_allows_means_the_addresses_in_the_pods_dns_answers() {
                      - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
         world.apply(&format!("---\n{allow}"));
         world.activate_all();
-        serve_dns(world.pod("y/a"), world.pod("y/b").address);
+        serve_dns(world.pod("y/a"), vec![world.pod("y/b").address]);
         let server = SocketAddr::from((world.pod("y/a").address, 53));
         world.blocked("x/a", "y/b", 80);
         resolve(world.pod("x/a"), server, "www.example.org");
@@ -478,6 +481,24 @@ fn a_name_that_policy_allows_means_the_addresses_in_the_pods_dns_answers() {
     }
 }
 
+/// The address stands behind so many others that it comes in the second fragment.
+#[test]
+fn a_dns_answer_in_fragments_is_learnt() {
+    let mut world = World::new(MODES[0]);
+    let allow = "apiVersion: policy.networking.k8s.io/v1beta1\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec:\n  tier: Admin\n  priority: 1\n  \
+                 subject: {pods: {namespaceSelector: {matchLabels: {ns: \"x\"}}, podSelector: {matchLabels: {pod: a}}}}\n  egress:\n  \
+                 - {action: Accept, to: [{pods: {podSelector: {matchLabels: {pod: a}}}}]}\n  \
+                 - {action: Accept, to: [{domainNames: [\"*.example.com\"]}]}\n  \
+                 - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
+    world.apply(&format!("---\n{allow}"));
+    world.activate_all();
+    let others = (1..=120).map(|last| Ipv4Addr::new(203, 0, 113, last));
+    serve_dns(world.pod("y/a"), others.chain([world.pod("y/b").address]).collect());
+    world.blocked("x/a", "y/b", 80);
+    resolve(world.pod("x/a"), SocketAddr::from((world.pod("y/a").address, 53)), "www.example.com");
+    world.works("x/a", "y/b", 80);
+}
+
 /// A datagram is sent once: it arrives although it left before the agent can have read the answer.
 #[test]
 fn what_a_pod_sends_in_the_instant_of_a_dns_answer_is_not_lost() {
@@ -489,7 +510,7 @@ fn what_a_pod_sends_in_the_instant_of_a_dns_answer_is_not_lost() {
                  - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
     world.apply(&format!("---\n{allow}"));
     world.activate_all();
-    serve_dns(world.pod("y/a"), world.pod("y/b").address);
+    serve_dns(world.pod("y/a"), vec![world.pod("y/b").address]);
     serve_dns_by_tcp(world.pod("y/a"), world.pod("x/b").address);
     let server = SocketAddr::from((world.pod("y/a").address, 53));
     let client = world.pod("x/a");

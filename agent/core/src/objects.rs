@@ -397,6 +397,37 @@ pub struct Service {
     pub metadata: Meta,
     /// What was asked.
     pub spec: ServiceSpec,
+    /// What there is.
+    #[serde(deserialize_with = "null_default")]
+    pub status: ServiceStatus,
+}
+
+/// What there is of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceStatus {
+    /// Its load balancer.
+    #[serde(deserialize_with = "null_default")]
+    pub load_balancer: LoadBalancer,
+}
+
+/// Where a load balancer takes connections.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoadBalancer {
+    /// Its entrances.
+    #[serde(deserialize_with = "null_default")]
+    pub ingress: Vec<LoadBalancerIngress>,
+}
+
+/// An entrance of a load balancer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LoadBalancerIngress {
+    /// Empty if it has a name only.
+    pub ip: String,
+    /// `Proxy`: the load balancer gets the packets even from inside the cluster. Else kube-proxy translates them.
+    pub ip_mode: Option<String>,
 }
 
 /// What was asked of a service.

@@ -7,8 +7,8 @@ use stanchion_ebpf_abi::{FRAME_BYTES, FRAME_HEAD, frame_kind, stat};
 
 use crate::maps::{FRAME, NAMES, NAMES_BYTES, count_stat};
 
-/// Shortest frame worth a copy: headers of Ethernet, IPv4 and UDP.
-const LEAST: u32 = 42;
+/// Shortest frame worth a copy: headers of Ethernet and IPv4, and the last byte of an answer in fragments.
+const LEAST: u32 = 35;
 
 /// `BPF_RB_AVAIL_DATA`.
 const UNREAD: u64 = 0;

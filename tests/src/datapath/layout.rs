@@ -1,16 +1,18 @@
-//! A node as an agent of another layout of programs and maps leaves it.
+//! A node as an agent with other programs and maps leaves it.
 
 use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
+use aya::maps::{MapData, MapInfo};
 use aya::programs::loaded_programs;
 use serde_json::Value;
 use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_netlink::Netlink;
 use stanchion_netlink::tc::{TcHook, TcProgram};
 
+use super::raw;
 use crate::netns::{Netns, ip_json};
 
 /// Makes what an agent that has stopped left on a node what one of `layout` leaves: its pins, and the filters of every host
@@ -49,5 +51,18 @@ pub fn move_filters(node: &Netns, interface: &str, layout: u16) -> anyhow::Resul
             Ok(())
         })??;
     }
+    Ok(())
+}
+
+/// Makes a pinned map, which no program that is attached uses, one of so few entries: empty, and what the next agent works on.
+///
+/// # Errors
+/// There is none, or it cannot be replaced.
+pub fn shrink(pin_root: &Path, map: &str, entries: u32) -> anyhow::Result<()> {
+    let pin = pin_root.join(format!("v{LAYOUT_VERSION}")).join(map);
+    let info = MapInfo::from_pin(&pin)?;
+    let small = raw::create_map(info.map_type()? as u32, info.key_size(), info.value_size(), entries, info.map_flags())?;
+    std::fs::remove_file(&pin)?;
+    MapData::from_fd(small)?.pin(&pin)?;
     Ok(())
 }

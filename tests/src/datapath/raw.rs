@@ -117,6 +117,17 @@ fn attempt(program: BorrowedFd<'_>, frame: &[u8], interfaces: [u32; 2], times: u
     Ok((attribute.return_value.cast_signed(), Duration::from_nanos(attribute.duration.into())))
 }
 
+/// A new map.
+///
+/// # Errors
+/// The kernel's.
+pub fn create_map(kind: u32, key_size: u32, value_size: u32, max_entries: u32, flags: u32) -> io::Result<OwnedFd> {
+    const MAP_CREATE: libc::c_int = 0;
+    let fd = bpf(MAP_CREATE, &mut Create { kind, key_size, value_size, max_entries, flags })?;
+    // SAFETY: the call gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A program of our own instructions, with the map that it uses.
 #[derive(Debug)]
 pub struct Yardstick {
@@ -145,13 +156,9 @@ impl Yardstick {
     /// # Errors
     /// The kernel's.
     pub fn hash() -> io::Result<Self> {
-        const MAP_CREATE: libc::c_int = 0;
         const MAP_UPDATE: libc::c_int = 2;
         const HASH: u32 = 1;
-        let mut create = Create { kind: HASH, key_size: 4, value_size: 8, max_entries: 1_024, flags: 0 };
-        let fd = bpf(MAP_CREATE, &mut create)?;
-        // SAFETY: the call gave us this descriptor.
-        let map = unsafe { OwnedFd::from_raw_fd(fd) };
+        let map = create_map(HASH, 4, 8, 1_024, 0)?;
         for key in 0u32..1_000 {
             let value = u64::from(key);
             let mut update = Update {

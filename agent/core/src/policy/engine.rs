@@ -105,8 +105,8 @@ pub struct Engine {
     interned: Interned,
     subjects: Subjects,
     extra_node_addresses: Vec<IpAddr>,
-    /// The image is not what earlier operations made.
-    rebased: bool,
+    /// The image has numbers that an earlier agent gave.
+    from_before: bool,
     image: MapImage,
 }
 
@@ -121,7 +121,7 @@ impl Engine {
             bindings: BTreeMap::new(),
             subjects: Subjects::default(),
             extra_node_addresses: Vec::new(),
-            rebased: false,
+            from_before: false,
             image: MapImage::default(),
         }
     }
@@ -255,14 +255,21 @@ impl Engine {
         &self.subjects.names
     }
 
-    /// The maps hold `image`, not what the engine believes: gives what is missing. At start, before the first snapshot,
-    /// nothing is written and pods that were enforced stay so; policy sets and identities whose content is unchanged keep
-    /// their numbers when the snapshot comes, so that a restart without a change writes nothing.
+    /// The maps hold `image`, not what the engine believes: gives what is missing.
+    ///
+    /// At start, before the first snapshot, nothing is written and pods that were enforced stay so; policy sets and identities
+    /// whose content is unchanged keep their numbers when the snapshot comes, so that a restart without a change writes
+    /// nothing. Later it is what mends maps that refused an operation: whatever of it and of those after it is still wanted
+    /// comes again, after what no packet sees and nobody wants has made room.
     pub fn rebase(&mut self, image: MapImage) -> Vec<MapOp> {
         self.interned.avoid(&image);
         self.image = image;
-        self.rebased = true;
-        if self.cluster.is_none() { Vec::new() } else { self.write() }
+        if self.cluster.is_some() {
+            return self.write(true);
+        }
+        self.from_before = true;
+        let slots: Vec<Slot> = self.local.keys().copied().collect();
+        slots.into_iter().flat_map(|slot| self.unknown_endpoint(slot)).collect()
     }
 
     fn update(&mut self, dirty: Dirty) -> Vec<MapOp> {
@@ -291,7 +298,7 @@ impl Engine {
         let Dirty { namespaces, nodes, services, pods, named, .. } = dirty;
         let stale = Stale { namespaces, nodes, services, pods, named };
         self.subjects.update(&cluster, &self.local, &mut self.interned, &stale);
-        self.write()
+        self.write(false)
     }
 
     /// The record of a pod without a cluster snapshot.
@@ -338,15 +345,21 @@ impl Engine {
         Binding { ingress, egress, audit }
     }
 
-    /// From what the maps hold to what they are to hold.
-    fn write(&mut self) -> Vec<MapOp> {
-        let all = std::mem::take(&mut self.rebased);
+    /// From what the maps hold to what they are to hold: by what has changed, or by `all` that the image has.
+    fn write(&mut self, all: bool) -> Vec<MapOp> {
+        let from_before = std::mem::take(&mut self.from_before);
+        let all = all || from_before;
+        if from_before {
+            self.recognise_identities();
+        }
         if all {
-            self.recognise();
+            self.recognise_sets();
         }
         let (mut added, mut removed) = self.interned.update_pairs(self.subjects.identities());
+        let mut unseen = Vec::new();
         if all {
             (added, removed) = self.compare_pairs();
+            unseen = self.remove_unseen(&mut removed);
         }
         let addresses = self.subjects.changed_addresses(&self.image, all);
         let cidrs = self.subjects.changed_cidrs(&self.image, all);
@@ -365,22 +378,46 @@ impl Engine {
             self.image.apply(op);
         }
         self.interned.forget_unused();
+        unseen.extend(ops);
+        unseen
+    }
+
+    /// Takes those pairs out of the image, and out of `removed`, of which no endpoint has the set or no address the identity: a
+    /// change that was broken off left them.
+    fn remove_unseen(&mut self, removed: &mut Pairs) -> Vec<MapOp> {
+        let MapImage { addresses, cidrs, verdicts, endpoints, .. } = &self.image;
+        let sets: BTreeSet<u32> = endpoints.values().flat_map(|endpoint| [endpoint.ingress, endpoint.egress]).flatten().collect();
+        let identities: BTreeSet<u32> = addresses.values().chain(cidrs.values()).copied().chain([0]).collect();
+        let (seen, unseen): (Pairs, Pairs) =
+            std::mem::take(removed).into_iter().partition(|(set, identity)| sets.contains(set) && identities.contains(identity));
+        *removed = seen;
+        let entries = verdicts.keys().filter(|(key, _)| unseen.contains(&(key.policy, key.identity)));
+        let ops: Vec<MapOp> = entries.map(|(key, length)| MapOp::RemoveVerdict(*key, *length)).collect();
+        for op in &ops {
+            self.image.apply(op);
+        }
         ops
     }
 
-    /// Gives what the maps already hold the numbers it has there: identities by the addresses that have them, policy sets by
-    /// the endpoints that have them if they say the same of every identity. What is not recognised keeps its new number.
-    fn recognise(&mut self) {
+    /// Gives identities the numbers that an earlier agent gave them, by the addresses that have them. What is not recognised keeps
+    /// its new number.
+    fn recognise_identities(&mut self) {
         let identities = self.subjects.known_as(&self.image);
         self.subjects.renumber(&identities);
         self.interned.renumber(&identities, &BTreeMap::new());
+    }
+
+    /// Gives policy sets the numbers that endpoints have in the maps, if those say the same of every identity and stand for
+    /// nothing else here: they are of an earlier agent, or of a time before a change that was broken off and taken back.
+    fn recognise_sets(&mut self) {
         let mut sets: BTreeMap<u32, u32> = BTreeMap::new();
         let mut taken: BTreeSet<u32> = BTreeSet::new();
         for (slot, binding) in &self.bindings {
             let Some(old) = self.image.endpoints.get(slot) else { continue };
             for (before, after) in [(old.ingress, binding.ingress), (old.egress, binding.egress)] {
                 let (Some(before), Some(after)) = (before, after) else { continue };
-                if !sets.contains_key(&after) && !taken.contains(&before) && self.is_same_set(before, after) {
+                let is_free = !taken.contains(&before) && self.interned.direction(before).is_none();
+                if is_free && !sets.contains_key(&after) && self.is_same_set(before, after) {
                     sets.insert(after, before);
                     taken.insert(before);
                 }

@@ -2,6 +2,7 @@
 //! they rely on was known.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::image::Slot;
@@ -13,8 +14,74 @@ const FIN: u8 = 1;
 const SYN: u8 = 2;
 const RST: u8 = 4;
 
+/// IPv6's header for fragments.
+const FRAGMENT: u8 = 44;
+
 /// Connections to DNS servers that are followed at once; of more, those that opened first are forgotten.
 const MOST_STREAMS: usize = 256;
+
+/// Datagrams in fragments that are put together at once, each of 64 KiB at most; of more, those that began first are forgotten.
+const MOST_PARTIAL: usize = 16;
+
+/// An IP packet in a frame: no IPv6 extension headers but the one for fragments.
+struct Ip<'a> {
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    /// Where the payload begins in the frame.
+    at: usize,
+    /// Without the frame's padding.
+    payload: &'a [u8],
+    /// Of a fragment: the datagram's identification, the payload's place in it, and whether there is more behind it.
+    part: Option<(u32, usize, bool)>,
+}
+
+impl<'a> Ip<'a> {
+    /// Reads a frame; `None` if it holds something else, or not all of it.
+    fn read(frame: &'a [u8]) -> Option<Self> {
+        let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
+        let part =
+            |identification: u32, place: u16, more: bool| (place != 0 || more).then_some((identification, usize::from(place) * 8, more));
+        match word(12)? {
+            0x0800 => {
+                let header = usize::from(frame.get(ETHERNET)? & 15) * 4;
+                let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).map(Ipv4Addr::from).ok()?));
+                if header < 20 {
+                    return None;
+                }
+                let (at, end) = (ETHERNET + header, ETHERNET + usize::from(word(ETHERNET + 2)?));
+                let place = word(ETHERNET + 6)?;
+                Some(Self {
+                    source: address(ETHERNET + 12)?,
+                    destination: address(ETHERNET + 16)?,
+                    protocol: *frame.get(ETHERNET + 9)?,
+                    at,
+                    payload: frame.get(at..end)?,
+                    part: part(word(ETHERNET + 4)?.into(), place & 0x1fff, place & 0x2000 != 0),
+                })
+            }
+            0x86dd => {
+                let address = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(frame.get(at..at + 16)?).map(Ipv6Addr::from).ok()?));
+                let mut ip = Self {
+                    source: address(ETHERNET + 8)?,
+                    destination: address(ETHERNET + 24)?,
+                    protocol: *frame.get(ETHERNET + 6)?,
+                    at: ETHERNET + 40,
+                    payload: frame.get(ETHERNET + 40..ETHERNET + 40 + usize::from(word(ETHERNET + 4)?))?,
+                    part: None,
+                };
+                if ip.protocol == FRAGMENT {
+                    let [next, _, high, low, a, b, c, d, payload @ ..] = ip.payload else { return None };
+                    let place = u16::from_be_bytes([*high, *low]);
+                    (ip.protocol, ip.at, ip.payload) = (*next, ip.at + 8, payload);
+                    ip.part = part(u32::from_be_bytes([*a, *b, *c, *d]), place >> 3, place & 1 != 0);
+                }
+                Some(ip)
+            }
+            _ => None,
+        }
+    }
+}
 
 /// A TCP segment or UDP datagram in a frame: no fragment, no IPv6 extension headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,33 +105,27 @@ pub struct Datagram<'a> {
 impl<'a> Datagram<'a> {
     /// Reads a frame; `None` if it holds something else, or not all of it.
     pub fn read(frame: &'a [u8]) -> Option<Self> {
-        let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
-        let (source, destination, protocol, transport, end) = match word(12)? {
-            0x0800 => {
-                let header = usize::from(frame.get(ETHERNET)? & 15) * 4;
-                let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).map(Ipv4Addr::from).ok()?));
-                // More fragments, or not the first.
-                if header < 20 || word(ETHERNET + 6)? & 0x3fff != 0 {
-                    return None;
-                }
-                let end = ETHERNET + usize::from(word(ETHERNET + 2)?);
-                (address(ETHERNET + 12)?, address(ETHERNET + 16)?, *frame.get(ETHERNET + 9)?, ETHERNET + header, end)
-            }
-            0x86dd => {
-                let address = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(frame.get(at..at + 16)?).map(Ipv6Addr::from).ok()?));
-                let end = ETHERNET + 40 + usize::from(word(ETHERNET + 4)?);
-                (address(ETHERNET + 8)?, address(ETHERNET + 24)?, *frame.get(ETHERNET + 6)?, ETHERNET + 40, end)
-            }
-            _ => return None,
-        };
-        let least = match protocol {
+        Self::of(Ip::read(frame)?)
+    }
+
+    fn of(ip: Ip<'a>) -> Option<Self> {
+        let least = match ip.protocol {
             TCP => 20,
             UDP => 8,
             _ => return None,
         };
-        let segment = frame.get(transport..end).filter(|segment| segment.len() >= least)?;
-        let (source_port, destination_port) = (word(transport)?, word(transport + 2)?);
-        Some(Self { source, destination, protocol, source_port, destination_port, transport, segment })
+        let Ip { source, destination, protocol, at, payload, part: None } = ip else { return None };
+        let [s0, s1, d0, d1, ..] = payload else { return None };
+        let (source_port, destination_port) = (u16::from_be_bytes([*s0, *s1]), u16::from_be_bytes([*d0, *d1]));
+        (payload.len() >= least).then_some(Self {
+            source,
+            destination,
+            protocol,
+            source_port,
+            destination_port,
+            transport: at,
+            segment: payload,
+        })
     }
 
     /// The frame, as far as it is the packet, with the checksum of its transport header: the pod's kernel leaves that to the
@@ -109,17 +170,32 @@ struct Stream {
     number: u64,
 }
 
-/// Puts DNS messages together. A connection is followed from its SYN on; one with a gap teaches nothing more.
+/// The first fragments of a datagram.
+#[derive(Debug)]
+struct Partial {
+    bytes: Vec<u8>,
+    /// Which of all that were begun.
+    number: u64,
+}
+
+/// Puts DNS messages together. A connection is followed from its SYN on; one with a gap teaches nothing more. Fragments must come
+/// in their order, as they do where the node tracks connections; of others nothing is learnt.
 #[derive(Debug, Default)]
 pub struct Messages {
     streams: HashMap<(Slot, IpAddr, u16), Stream>,
-    opened: u64,
+    partial: HashMap<(Slot, IpAddr, u32), Partial>,
+    begun: u64,
 }
 
 impl Messages {
     /// The DNS messages that end with this frame, which a pod got from a DNS server.
     pub fn of(&mut self, slot: Slot, frame: &[u8]) -> Vec<Vec<u8>> {
-        let Some(datagram) = Datagram::read(frame) else { return Vec::new() };
+        let Some(ip) = Ip::read(frame) else { return Vec::new() };
+        if let Some(part) = ip.part {
+            let whole = self.put(slot, &ip, part).and_then(|datagram| Some(datagram.get(8..)?.to_vec()));
+            return whole.into_iter().collect();
+        }
+        let Some(datagram) = Datagram::of(ip) else { return Vec::new() };
         if datagram.protocol == UDP {
             return vec![datagram.segment[8..].to_vec()];
         }
@@ -149,14 +225,43 @@ impl Messages {
     }
 
     fn open(&mut self, key: (Slot, IpAddr, u16), next: u32) {
-        if self.streams.len() >= MOST_STREAMS
-            && !self.streams.contains_key(&key)
-            && let Some(first) = self.streams.iter().min_by_key(|(_, stream)| stream.number).map(|(key, _)| *key)
-        {
-            self.streams.remove(&first);
+        make_room(&mut self.streams, &key, MOST_STREAMS, |stream| stream.number);
+        self.begun += 1;
+        self.streams.insert(key, Stream { next, bytes: Vec::new(), number: self.begun });
+    }
+
+    /// Takes a fragment in; gives the UDP datagram that it completes.
+    fn put(&mut self, slot: Slot, ip: &Ip<'_>, (identification, place, more): (u32, usize, bool)) -> Option<Vec<u8>> {
+        let key = (slot, ip.source, identification);
+        if ip.protocol != UDP {
+            return None;
         }
-        self.opened += 1;
-        self.streams.insert(key, Stream { next, bytes: Vec::new(), number: self.opened });
+        if place == 0 {
+            make_room(&mut self.partial, &key, MOST_PARTIAL, |partial| partial.number);
+            self.begun += 1;
+            self.partial.insert(key, Partial { bytes: ip.payload.to_vec(), number: self.begun });
+            return None;
+        }
+        let mut partial = self.partial.remove(&key)?;
+        if partial.bytes.len() != place {
+            return None;
+        }
+        partial.bytes.extend_from_slice(ip.payload);
+        if more {
+            self.partial.insert(key, partial);
+            return None;
+        }
+        Some(partial.bytes)
+    }
+}
+
+/// Forgets the oldest if there is no room for one of that key.
+fn make_room<K: Copy + Eq + Hash, V>(all: &mut HashMap<K, V>, key: &K, most: usize, number: impl Fn(&V) -> u64) {
+    if all.len() >= most
+        && !all.contains_key(key)
+        && let Some(oldest) = all.iter().min_by_key(|(_, value)| number(value)).map(|(key, _)| *key)
+    {
+        all.remove(&oldest);
     }
 }
 
@@ -230,6 +335,61 @@ mod tests {
         }
         assert_eq!(messages.streams.len(), MOST_STREAMS);
         assert_eq!(messages.of(Slot(999), &segment(16, 1, &[0, 1, 7])), [vec![7]]);
+    }
+
+    /// A fragment of a datagram to 10.0.0.9, or to fd00::9.
+    fn fragment(v6: bool, identification: u8, place: usize, more: bool, data: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0; 12];
+        if v6 {
+            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+            frame.extend(u16::try_from(8 + data.len()).unwrap().to_be_bytes());
+            frame.extend([FRAGMENT, 64]);
+            for last in [0x53, 9] {
+                frame.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last]);
+            }
+            frame.extend([UDP, 0]);
+            frame.extend((u16::try_from(place).unwrap() | u16::from(more)).to_be_bytes());
+            frame.extend([0, 0, 0, identification]);
+        } else {
+            frame.extend([0x08, 0x00, 0x45, 0]);
+            frame.extend(u16::try_from(20 + data.len()).unwrap().to_be_bytes());
+            frame.extend([0, identification]);
+            frame.extend((u16::try_from(place / 8).unwrap() | u16::from(more) << 13).to_be_bytes());
+            frame.extend([64, UDP, 0, 0, 10, 0, 0, 53, 10, 0, 0, 9]);
+        }
+        frame.extend(data);
+        frame.resize(frame.len().max(60), 0xee);
+        frame
+    }
+
+    #[test]
+    fn an_answer_in_fragments_is_one_message() {
+        let answer: Vec<u8> = (0..100).collect();
+        let datagram = [&[0, 53, 0x0f, 0xa0, 0, 108, 0, 0][..], &answer].concat();
+        for v6 in [false, true] {
+            let part = |identification: u8, from: usize, to: usize| fragment(v6, identification, from, to < 108, &datagram[from..to]);
+            let mut messages = Messages::default();
+            let mut take = |frame: &[u8]| messages.of(SLOT, frame);
+            let none = Vec::<Vec<u8>>::new();
+            assert_eq!(take(&part(1, 0, 48)), none);
+            assert_eq!(take(&part(2, 0, 104)), none, "another datagram between them");
+            assert_eq!(take(&part(1, 48, 56)), none);
+            assert_eq!(take(&part(1, 56, 108)), std::slice::from_ref(&answer), "v6: {v6}");
+            assert_eq!(take(&part(2, 104, 108)), std::slice::from_ref(&answer), "v6: {v6}");
+            // A gap, an overlap, and a rest without a beginning teach nothing.
+            for wrong in [[0, 48, 56, 108], [0, 56, 48, 108], [8, 48, 48, 108]] {
+                take(&part(3, wrong[0], wrong[1]));
+                assert_eq!(take(&part(3, wrong[2], wrong[3])), none, "{wrong:?}");
+            }
+            // An identification comes round again: the rest of an old datagram is not put behind a new one.
+            take(&part(4, 0, 64));
+            take(&part(4, 0, 48));
+            assert_eq!(take(&part(4, 64, 108)), none);
+            for identification in 0..=255 {
+                take(&part(identification, 0, 48));
+            }
+            assert_eq!(messages.partial.len(), MOST_PARTIAL);
+        }
     }
 
     #[test]

@@ -124,7 +124,9 @@ fn target(port: &crate::objects::ServicePort) -> u16 {
 /// Addresses that kube-proxy translates to backends.
 fn virtual_addresses(service: &Service) -> Vec<IpAddr> {
     let spec = &service.spec;
+    let entrances = service.status.load_balancer.ingress.iter().filter(|entrance| entrance.ip_mode.as_deref() != Some("Proxy"));
     let texts = std::iter::once(&spec.cluster_ip).chain(&spec.cluster_ips).chain(&spec.external_ips);
+    let texts = texts.chain(entrances.map(|entrance| &entrance.ip));
     let mut all: Vec<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
     all.sort_unstable();
     all.dedup();
@@ -171,6 +173,18 @@ fn slice_backends(
 mod tests {
     use super::*;
     use crate::manifests;
+
+    #[test]
+    fn a_service_is_reached_at_what_kube_proxy_translates() {
+        let text = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"x"},"spec":{"type":"LoadBalancer","clusterIP":"172.20.0.9",
+            "clusterIPs":["172.20.0.9","fd01::9"],"externalIPs":["198.51.100.1"],"ports":[{"port":80}]},
+            "status":{"loadBalancer":{"ingress":[{"ip":"198.51.100.2"},{"ip":"198.51.100.3","ipMode":"VIP"},{"ip":"198.51.100.4","ipMode":"Proxy"},
+            {"hostname":"lb.example.com"}]}}}"#;
+        let cluster = ClusterState::default().replaced_by(manifests::parse("test.json", text).unwrap());
+        let service = cluster.services.values().next().unwrap();
+        let addresses: Vec<String> = virtual_addresses(service).iter().map(ToString::to_string).collect();
+        assert_eq!(addresses, ["172.20.0.9", "198.51.100.1", "198.51.100.2", "198.51.100.3", "fd01::9"]);
+    }
 
     #[test]
     fn backends_are_those_that_connections_go_to() {

@@ -2,21 +2,22 @@
 //!
 //! Kernel calls are made in the task itself: each takes microseconds, and their order is the safety argument.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+mod answers;
+mod writes;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::ContainerId;
+use stanchion_core::policy::RuleName;
 use stanchion_core::policy::engine::{Engine, Settings, Source, UnknownPod};
-use stanchion_core::policy::frames::{Datagram, Messages};
-use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Slot};
-use stanchion_core::policy::maps::image_allows;
-use stanchion_core::policy::model::Direction;
-use stanchion_core::policy::{RuleName, dns};
+use stanchion_core::policy::frames::Messages;
+use stanchion_core::policy::image::{EndpointImage, MapError, PolicyMaps as _, Slot};
 use stanchion_ebpf_abi::{Config, FlowEntry, flow_state, frame_kind};
 use stanchion_netlink::NetlinkError;
 use stanchion_netlink::monitor::AddressChanges;
@@ -26,8 +27,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
+use self::writes::{Behind, is_isolated, newly_isolated};
 use super::attach::{AttachMode, attach, attached_by, clear, detach, pinned_interfaces, retire};
-use super::conntrack::{self, Connection};
+
 use super::events::{Events, record};
 use super::files::ENDPOINTS;
 use super::flows::{FlowKey, Flows, state_name};
@@ -46,9 +48,6 @@ use crate::cluster::ClusterHandle;
 
 /// How often idle flows are collected and reality is compared with the records.
 const SWEEP: Duration = Duration::from_secs(10);
-
-/// DNS names that were learned in this time are put on disk together.
-const SAVE_NAMES_AFTER: Duration = Duration::from_millis(100);
 
 /// What the actor is made of.
 #[derive(Debug)]
@@ -153,7 +152,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         source,
         slots,
         isolated,
-        backlog: VecDeque::new(),
+        behind: None,
         waiting: Vec::new(),
         orphans: BTreeMap::new(),
         gone: BTreeSet::new(),
@@ -175,10 +174,6 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     actor.take_over();
     let handle = NetpolHandle { mailbox, flows: records, listeners: Arc::new(listeners), ready: is_ready };
     Ok((handle, tokio::spawn(actor.run(inbox, frames, shutdown))))
-}
-
-fn is_isolated(endpoint: &EndpointImage) -> bool {
-    endpoint.ingress.is_some() || endpoint.egress.is_some()
 }
 
 /// An interface that has programs and no sandbox.
@@ -214,8 +209,7 @@ struct Actor {
     slots: Slots,
     /// Endpoints that the kernel polices, so that one that becomes so is noticed.
     isolated: BTreeSet<Slot>,
-    /// Operations that the kernel refused, and all after them: tried again at every sweep, in order.
-    backlog: VecDeque<MapOp>,
+    behind: Option<Behind>,
     waiting: Vec<Waiting>,
     /// By interface index.
     orphans: BTreeMap<u32, Orphan>,
@@ -268,6 +262,7 @@ impl Actor {
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     self.expire_waiting();
                     self.save_names();
+                    self.mend();
                 }
                 _ = sweep.tick() => self.sweep(),
             }
@@ -277,7 +272,7 @@ impl Actor {
     /// When something is to be done that no event brings.
     fn due(&self) -> Option<Instant> {
         let waiting = self.waiting.iter().map(|waiting| waiting.since + self.sync_wait);
-        waiting.chain(self.names_due).min()
+        waiting.chain(self.names_due).chain(self.behind.as_ref().map(|behind| behind.mend)).min()
     }
 
     /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go.
@@ -418,7 +413,7 @@ impl Actor {
         let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, &sandbox.addresses());
         // Its first packet is still to come: there is nothing to seed.
         self.isolated.extend(ops.iter().filter_map(newly_isolated));
-        self.apply_or_queue(ops).map_err(ActivateError::Maps)?;
+        self.try_apply(ops).map_err(ActivateError::Maps)?;
         self.put(sandbox, mode)
     }
 
@@ -473,59 +468,6 @@ impl Actor {
         self.last_error = format!("{what}: {chain}");
     }
 
-    /// Applies operations; what the kernel refuses is tried again at the next sweep.
-    fn apply(&mut self, ops: Vec<MapOp>) {
-        if let Err(cause) = self.apply_or_queue(ops) {
-            self.fail("cannot write policy", &cause);
-        }
-    }
-
-    fn apply_or_queue(&mut self, ops: Vec<MapOp>) -> Result<(), MapError> {
-        self.backlog.extend(ops);
-        if self.backlog.is_empty() {
-            return Ok(());
-        }
-        let first: BTreeSet<Slot> = self.backlog.iter().filter_map(newly_isolated).filter(|slot| !self.isolated.contains(slot)).collect();
-        self.seed(&first);
-        let result = match self.maps.apply(self.backlog.make_contiguous()) {
-            Ok(()) => {
-                self.backlog.clear();
-                Ok(())
-            }
-            Err((index, cause)) => {
-                self.backlog.drain(..index);
-                Err(cause)
-            }
-        };
-        // Once more for what opened meanwhile.
-        self.seed(&first);
-        self.isolated = self.rules.image().endpoints.iter().filter(|(_, endpoint)| is_isolated(endpoint)).map(|(slot, _)| *slot).collect();
-        result
-    }
-
-    /// Gives pods that get their first policy the flows they have, from the kernel's connection tracking.
-    fn seed(&mut self, slots: &BTreeSet<Slot>) {
-        if slots.is_empty() {
-            return;
-        }
-        let seeded = conntrack::dump()
-            .map_err(|cause| self.fail("cannot read the kernel's connections; open ones of newly policed pods may break", &cause));
-        let (Ok(connections), Ok(now)) = (seeded, self.loaded.clock.now()) else {
-            return;
-        };
-        for slot in slots {
-            let Some(sandbox) = self.slots.get(*slot) else { continue };
-            let addresses = sandbox.addresses();
-            let flows: Vec<(FlowKey, u8)> = connections.iter().flat_map(|connection| seeds(*slot, &addresses, connection)).collect();
-            for (key, state) in flows {
-                if let Err(cause) = self.flows.seed(key, state, now) {
-                    self.fail("cannot seed a flow", &cause);
-                    return;
-                }
-            }
-        }
-    }
-
     fn endpoint(&self, slot: Slot) -> Option<&EndpointImage> {
         self.rules.image().endpoints.get(&slot)
     }
@@ -545,7 +487,6 @@ impl Actor {
     fn sweep(&mut self) {
         self.last_error.clear();
         self.refresh_node_addresses();
-        self.apply(Vec::new());
         self.collect();
         let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
         let mut gone = BTreeSet::new();
@@ -664,8 +605,8 @@ impl Actor {
         }
         let reason = if !self.synced {
             "the cluster's state is not known yet".to_owned()
-        } else if !self.backlog.is_empty() {
-            format!("{} map writes wait: {}", self.backlog.len(), self.last_error)
+        } else if let Some(Behind { missing, cause, .. }) = &self.behind {
+            format!("{missing} map writes wait: {cause}")
         } else {
             String::new()
         };
@@ -679,59 +620,6 @@ impl Actor {
             map_writes: self.maps.writes(),
             problems: self.problems.clone(),
             last_error: self.last_error.clone(),
-        }
-    }
-
-    /// Takes a DNS answer to heart: what it names is in the maps when this returns.
-    fn learn(&mut self, slot: Slot, frame: &[u8]) {
-        let now = unix_seconds();
-        for message in self.messages.of(slot, frame) {
-            // What is no answer says nothing.
-            let Ok(answers) = dns::answers(&message) else { continue };
-            let (ops, result) = self.rules.learn(slot, &answers, now);
-            self.names_changed(&ops);
-            self.apply(ops);
-            if let Err(cause) = result {
-                self.fail("cannot learn a name", &cause);
-            }
-        }
-    }
-
-    /// A pod may use an answer before the agent has read it: what was dropped then is sent once more on its behalf, and is judged
-    /// anew on its way.
-    fn send_again(&self, slot: Slot, frame: &[u8]) {
-        let (Some(sandbox), Some(datagram)) = (self.slots.get(slot), Datagram::read(frame)) else { return };
-        let Datagram { source, destination, protocol, destination_port, .. } = datagram;
-        let from = sandbox.interfaces.iter().find(|interface| interface.addresses().any(|address| address == source));
-        let is_allowed = || image_allows(self.rules.image(), slot, Direction::Egress, destination, protocol, destination_port);
-        // What is still denied would come back here.
-        if let Some(from) = from
-            && self.backlog.is_empty()
-            && is_allowed()
-            && let Err(cause) = self.resender.send(&datagram.with_checksum(frame), from.index)
-        {
-            debug!(cause = %cause, interface = from.name, "a packet that came before its DNS answer was known is lost");
-        }
-    }
-
-    fn forget_names(&mut self, open: &HashSet<IpAddr>) {
-        let ops = self.rules.forget(unix_seconds(), |address| open.contains(&address));
-        self.names_changed(&ops);
-        self.apply(ops);
-    }
-
-    fn names_changed(&mut self, ops: &[MapOp]) {
-        if !ops.is_empty() {
-            self.names_due.get_or_insert_with(|| Instant::now() + SAVE_NAMES_AFTER);
-        }
-    }
-
-    fn save_names(&mut self) {
-        if self.names_due.take_if(|due| *due <= Instant::now()).is_none() {
-            return;
-        }
-        if let Err(cause) = names::save(&self.state_dir, self.rules.names()) {
-            self.fail("cannot write the names", &cause);
         }
     }
 
@@ -761,41 +649,7 @@ impl Actor {
     }
 }
 
-fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
-}
-
 /// A rule within its policy: `ingress[2]`, with its own name if it has one.
 fn rule_name(RuleName { direction, index, name, .. }: &RuleName) -> String {
     if name.is_empty() { format!("{direction}[{index}]") } else { format!("{direction}[{index}] ({name})") }
-}
-
-/// The slot of an operation that sets an isolated endpoint.
-fn newly_isolated(op: &MapOp) -> Option<Slot> {
-    match op {
-        MapOp::SetEndpoint(slot, image) if is_isolated(image) => Some(*slot),
-        _ => None,
-    }
-}
-
-/// The flows of a pod in a tracked connection: as the one who opened it, as the one who answers, or both.
-fn seeds(slot: Slot, addresses: &[IpAddr], connection: &Connection) -> impl Iterator<Item = (FlowKey, u8)> {
-    let Connection { original, reply, replied, open } = connection;
-    let state = if *replied { flow_state::REPLIED } else { 0 };
-    let key = |local: &IpAddr, local_port, remote, remote_port| {
-        let position = addresses.iter().position(|address| address == local)?;
-        let local = u8::try_from(position).ok()?;
-        Some(FlowKey { slot: slot.0, local, protocol: original.protocol, local_port, remote_port, remote })
-    };
-    let icmp = matches!(original.protocol, 1 | 58);
-    // What a pod sends is the original tuple before translation; what reaches a pod is the reply tuple turned round. An
-    // ICMP identifier stands on the pod's side whoever asked.
-    let as_client = key(&original.source, original.source_port, original.destination, original.destination_port);
-    let (server_port, client_port) = if icmp { (original.source_port, 0) } else { (reply.source_port, reply.destination_port) };
-    let as_server = key(&reply.source, server_port, reply.destination, client_port);
-    let open = *open;
-    [as_client.map(|key| (key, state | flow_state::OPENED_BY_POD)), as_server.map(|key| (key, state))]
-        .into_iter()
-        .flatten()
-        .filter(move |_| open)
 }

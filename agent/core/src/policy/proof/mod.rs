@@ -333,3 +333,36 @@ fn a_restart_over_a_change_opens_nothing_on_the_way() {
         }
     }
 }
+
+/// The kernel refuses an operation, and perhaps one of those that mend it too, while the world goes on.
+#[test]
+fn maps_that_refused_operations_are_mended_and_open_nothing_on_the_way() {
+    let mut refused = 0;
+    for seed in 0..rounds(3) {
+        let mut scene = Scene::begin(5_000_000 + seed);
+        for step in 0..3 {
+            let mut peers = scene.change(&[1, 2, 4]);
+            let mut ops = scene.node.engine.set_cluster(&scene.cluster);
+            for attempt in 0..2 {
+                let told = format!("seed {seed} step {step} attempt {attempt}");
+                let written = scene.rng.below(ops.len() + 1);
+                scene.node.maps.apply(&ops[..written]).expect("a model has room");
+                refused += usize::from(written < ops.len());
+                let before = scene.node.maps.image.clone();
+                peers.extend(scene.change(&[0, 0, 1]));
+                let Scene { cluster, node, .. } = &mut scene;
+                let _not_written = node.engine.set_cluster(cluster);
+                ops = node.engine.rebase(node.maps.read().expect("a model can be read"));
+                every_prefix_is_old_or_new(&before, &ops, &peers, &told);
+            }
+            let told = format!("seed {seed} step {step}");
+            let Scene { cluster, node, .. } = &mut scene;
+            node.apply(&ops);
+            let ops = node.attach(cluster);
+            node.apply(&ops);
+            node.agrees(cluster, &peers, &told);
+            same_size_as_fresh(node, cluster, &told);
+        }
+    }
+    assert!(refused > 3, "{refused} operations were refused");
+}

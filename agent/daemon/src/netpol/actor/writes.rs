@@ -1,0 +1,148 @@
+//! Writing policy to the kernel's maps, and what happens when it refuses.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Slot};
+use stanchion_ebpf_abi::flow_state;
+use tokio::time::Instant;
+use tracing::info;
+
+use super::super::conntrack::{self, Connection};
+use super::super::flows::FlowKey;
+use super::Actor;
+
+/// After the kernel refused a write, the next try. Each reads all maps.
+const MEND_AFTER: Duration = Duration::from_secs(1);
+
+/// The maps are not what the engine believes, because the kernel refused a write.
+pub(super) struct Behind {
+    /// Writes that were not made.
+    pub(super) missing: usize,
+    pub(super) cause: MapError,
+    /// When what is missing is worked out from what the maps hold, and written. What comes until then waits with it.
+    pub(super) mend: Instant,
+}
+
+impl Actor {
+    /// Applies operations, now or when the kernel takes them.
+    pub(super) fn apply(&mut self, ops: Vec<MapOp>) {
+        // Told where it was refused.
+        let _later = self.try_apply(ops);
+    }
+
+    /// Works off what the kernel refused.
+    pub(super) fn mend(&mut self) {
+        if self.behind.as_ref().is_some_and(|behind| behind.mend <= Instant::now()) {
+            self.apply(Vec::new());
+        }
+    }
+
+    /// Applies operations. While an earlier one is missing nothing is written: packets would see a change without what was to
+    /// come before it.
+    pub(super) fn try_apply(&mut self, ops: Vec<MapOp>) -> Result<(), MapError> {
+        let (missing, result) = match &self.behind {
+            None => self.write(&ops),
+            Some(behind) if behind.mend > Instant::now() => return Err(behind.cause.clone()),
+            Some(Behind { missing, .. }) => {
+                let missing = *missing;
+                match self.maps.read() {
+                    Ok(image) => {
+                        let ops = self.rules.rebase(image);
+                        self.write(&ops)
+                    }
+                    Err(cause) => (missing, Err(cause)),
+                }
+            }
+        };
+        let was_behind = self.behind.is_some();
+        self.behind = None;
+        match &result {
+            Ok(()) if was_behind => info!("the maps hold every policy again"),
+            Ok(()) => {}
+            Err(cause) => {
+                self.fail("cannot write policy; what is enforced stays as it is, and no pod starts", cause);
+                self.behind = Some(Behind { missing, cause: cause.clone(), mend: Instant::now() + MEND_AFTER });
+            }
+        }
+        result
+    }
+
+    /// Writes to the kernel; with a failure, how many operations are missing.
+    fn write(&mut self, ops: &[MapOp]) -> (usize, Result<(), MapError>) {
+        if ops.is_empty() {
+            return (0, Ok(()));
+        }
+        let first: BTreeSet<Slot> = ops.iter().filter_map(newly_isolated).filter(|slot| !self.isolated.contains(slot)).collect();
+        self.seed(&first);
+        let result = self.maps.apply(ops);
+        // Once more for what opened meanwhile.
+        self.seed(&first);
+        match result {
+            Ok(()) => {
+                let endpoints = &self.rules.image().endpoints;
+                self.isolated = endpoints.iter().filter(|(_, endpoint)| is_isolated(endpoint)).map(|(slot, _)| *slot).collect();
+                (0, Ok(()))
+            }
+            Err((index, cause)) => (ops.len() - index, Err(cause)),
+        }
+    }
+
+    /// Gives pods that get their first policy the flows they have, from the kernel's connection tracking.
+    fn seed(&mut self, slots: &BTreeSet<Slot>) {
+        if slots.is_empty() {
+            return;
+        }
+        let seeded = conntrack::dump()
+            .map_err(|cause| self.fail("cannot read the kernel's connections; open ones of newly policed pods may break", &cause));
+        let (Ok(connections), Ok(now)) = (seeded, self.loaded.clock.now()) else {
+            return;
+        };
+        for slot in slots {
+            let Some(sandbox) = self.slots.get(*slot) else { continue };
+            let addresses = sandbox.addresses();
+            let flows: Vec<(FlowKey, u8)> = connections.iter().flat_map(|connection| seeds(*slot, &addresses, connection)).collect();
+            for (key, state) in flows {
+                if let Err(cause) = self.flows.seed(key, state, now) {
+                    self.fail("cannot seed a flow", &cause);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn is_isolated(endpoint: &EndpointImage) -> bool {
+    endpoint.ingress.is_some() || endpoint.egress.is_some()
+}
+
+/// The slot of an operation that sets an isolated endpoint.
+pub(super) fn newly_isolated(op: &MapOp) -> Option<Slot> {
+    match op {
+        MapOp::SetEndpoint(slot, image) if is_isolated(image) => Some(*slot),
+        _ => None,
+    }
+}
+
+/// The flows of a pod in a tracked connection: as the one who opened it, as the one who answers, or both.
+fn seeds(slot: Slot, addresses: &[IpAddr], connection: &Connection) -> impl Iterator<Item = (FlowKey, u8)> {
+    let Connection { original, reply, replied, open } = connection;
+    let state = if *replied { flow_state::REPLIED } else { 0 };
+    let key = |local: &IpAddr, local_port, remote, remote_port| {
+        let position = addresses.iter().position(|address| address == local)?;
+        let local = u8::try_from(position).ok()?;
+        Some(FlowKey { slot: slot.0, local, protocol: original.protocol, local_port, remote_port, remote })
+    };
+    let icmp = matches!(original.protocol, 1 | 58);
+    // What a pod sends is the original tuple before translation; what reaches a pod is the reply tuple turned round. An
+    // ICMP identifier stands on the pod's side whoever asked.
+    let as_client = key(&original.source, original.source_port, original.destination, original.destination_port);
+    let (server_port, client_port) = if icmp { (original.source_port, 0) } else { (reply.source_port, reply.destination_port) };
+    let as_server = key(&reply.source, server_port, reply.destination, client_port);
+    let open = *open;
+    [as_client.map(|key| (key, state | flow_state::OPENED_BY_POD)), as_server.map(|key| (key, state))]
+        .into_iter()
+        .flatten()
+        .filter(move |_| open)
+}
