@@ -481,16 +481,18 @@ fn a_name_that_policy_allows_means_the_addresses_in_the_pods_dns_answers() {
     }
 }
 
+/// x/a reaches the DNS servers in pods named a, and by name.
+const BY_NAME: &str = "---\napiVersion: policy.networking.k8s.io/v1beta1\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec:\n  tier: Admin\n  \
+     priority: 1\n  subject: {pods: {namespaceSelector: {matchLabels: {ns: \"x\"}}, podSelector: {matchLabels: {pod: a}}}}\n  egress:\n  \
+     - {action: Accept, to: [{pods: {podSelector: {matchLabels: {pod: a}}}}]}\n  \
+     - {action: Accept, to: [{domainNames: [\"*.example.com\"]}]}\n  \
+     - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
+
 /// The address stands behind so many others that it comes in the second fragment.
 #[test]
 fn a_dns_answer_in_fragments_is_learnt() {
     let mut world = World::new(MODES[0]);
-    let allow = "apiVersion: policy.networking.k8s.io/v1beta1\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec:\n  tier: Admin\n  priority: 1\n  \
-                 subject: {pods: {namespaceSelector: {matchLabels: {ns: \"x\"}}, podSelector: {matchLabels: {pod: a}}}}\n  egress:\n  \
-                 - {action: Accept, to: [{pods: {podSelector: {matchLabels: {pod: a}}}}]}\n  \
-                 - {action: Accept, to: [{domainNames: [\"*.example.com\"]}]}\n  \
-                 - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
-    world.apply(&format!("---\n{allow}"));
+    world.apply(BY_NAME);
     world.activate_all();
     let others = (1..=120).map(|last| Ipv4Addr::new(203, 0, 113, last));
     serve_dns(world.pod("y/a"), others.chain([world.pod("y/b").address]).collect());
@@ -503,12 +505,7 @@ fn a_dns_answer_in_fragments_is_learnt() {
 #[test]
 fn what_a_pod_sends_in_the_instant_of_a_dns_answer_is_not_lost() {
     let mut world = World::new(MODES[0]);
-    let allow = "apiVersion: policy.networking.k8s.io/v1beta1\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec:\n  tier: Admin\n  priority: 1\n  \
-                 subject: {pods: {namespaceSelector: {matchLabels: {ns: \"x\"}}, podSelector: {matchLabels: {pod: a}}}}\n  egress:\n  \
-                 - {action: Accept, to: [{pods: {podSelector: {matchLabels: {pod: a}}}}]}\n  \
-                 - {action: Accept, to: [{domainNames: [\"*.example.com\"]}]}\n  \
-                 - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
-    world.apply(&format!("---\n{allow}"));
+    world.apply(BY_NAME);
     world.activate_all();
     serve_dns(world.pod("y/a"), vec![world.pod("y/b").address]);
     serve_dns_by_tcp(world.pod("y/a"), world.pod("x/b").address);

@@ -272,6 +272,9 @@ pub struct ContainerStatus {
     pub last_state: BTreeMap<String, serde_json::Value>,
 }
 
+/// The annotation of static pods with the uid that the kubelet knows them by; the API server gave their mirror another.
+pub const CONFIG_HASH: &str = "kubernetes.io/config.hash";
+
 impl Pod {
     /// Namespace and name.
     pub fn full_name(&self) -> PodName {
@@ -288,6 +291,13 @@ impl Pod {
     /// Its containers ended for good: its address may belong to another pod already.
     pub fn is_completed(&self) -> bool {
         matches!(self.status.phase.as_str(), "Succeeded" | "Failed")
+    }
+
+    /// Whether it can be the pod that the kubelet and the runtime know by a uid: a pod of the same name may be a later one. An
+    /// empty uid is not known.
+    pub fn is_known_as(&self, uid: &str) -> bool {
+        let Meta { uid: own, annotations, .. } = &self.metadata;
+        uid.is_empty() || own.is_empty() || own == uid || annotations.get(CONFIG_HASH).is_some_and(|hash| hash == uid)
     }
 
     /// Is being deleted; still counts as target and peer.

@@ -44,7 +44,7 @@ pub struct PodIdentity {
 impl Identity {
     /// Joins names and pod; `None` for the pod leaves what the names say.
     pub fn new(names: &ContainerRef, pod: Option<&Pod>) -> Self {
-        let Some(pod) = pod.filter(|pod| is_same_pod(names, pod)) else { return Self { names: names.clone(), pod: None } };
+        let Some(pod) = pod.filter(|pod| pod.is_known_as(&names.uid)) else { return Self { names: names.clone(), pod: None } };
         let status = status(pod, &names.container);
         let mut names = names.clone();
         names.uid.clone_from(&pod.metadata.uid);
@@ -117,13 +117,6 @@ impl Identity {
         self.fluent_bit_annotation("exclude", output)
             .is_some_and(|value| matches!(value.to_ascii_lowercase().as_str(), "true" | "on" | "yes"))
     }
-}
-
-/// A pod of the same name may be a later one; where the tree tells the uid it must agree (static pods have the hash of
-/// their manifest there, and an annotation that repeats it).
-fn is_same_pod(names: &ContainerRef, pod: &Pod) -> bool {
-    let hash = pod.metadata.annotations.get("kubernetes.io/config.hash");
-    names.uid.is_empty() || pod.metadata.uid.is_empty() || names.uid == pod.metadata.uid || hash == Some(&names.uid)
 }
 
 fn status<'a>(pod: &'a Pod, container: &str) -> Option<&'a ContainerStatus> {

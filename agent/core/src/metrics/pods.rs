@@ -10,10 +10,8 @@ use super::insights::json;
 use super::model::NodeStatus;
 use crate::branch::VethNames;
 use crate::cluster::ClusterState;
-use crate::objects::{Container, ContainerStatus, LabelSelector, Node, Pod, Quantity, Service};
+use crate::objects::{CONFIG_HASH, Container, ContainerStatus, LabelSelector, Node, Pod, Quantity, Service};
 
-/// A static pod's cgroup is named after its configuration, not after the uid of its mirror in the API.
-const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 /// The letters of the suffixes that ReplicaSets get (`k8s.io/apimachinery/pkg/util/rand`).
 const SAFE_ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 

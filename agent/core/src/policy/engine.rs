@@ -69,8 +69,7 @@ impl LocalPod {
     /// Its object, unless that is of an earlier pod of the same name.
     pub(super) fn object<'a>(&self, cluster: &'a ClusterState) -> Option<&'a Arc<Pod>> {
         let pod = cluster.pods.get(&self.name)?;
-        let uids_differ = !self.uid.is_empty() && !pod.metadata.uid.is_empty() && self.uid != pod.metadata.uid;
-        (!uids_differ && world::is_networked(pod)).then_some(pod)
+        (pod.is_known_as(&self.uid) && world::is_networked(pod)).then_some(pod)
     }
 }
 
@@ -205,6 +204,9 @@ impl Engine {
         let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: addresses.to_vec() };
         let mut dirty = Dirty { pods: BTreeSet::from([pod.clone()]), slots: BTreeSet::from([slot]), ..Dirty::default() };
         if let Some(replaced) = self.local.insert(slot, local) {
+            if replaced.name != *pod || replaced.uid != uid {
+                self.bindings.remove(&slot);
+            }
             dirty.pods.insert(replaced.name);
         }
         self.update(dirty)
@@ -332,6 +334,10 @@ impl Engine {
             .get(&local.name.namespace)
             .is_some_and(|ns| ns.metadata.annotations.get(AUDIT_ANNOTATION).is_some_and(|value| value == "true"));
         let Some(pod) = local.object(cluster) else {
+            // Deleted by force, it may run on for a while: what was in force stays.
+            if let Some(binding) = self.bindings.get(&slot) {
+                return *binding;
+            }
             return match self.settings.unknown_pod {
                 UnknownPod::Open => Binding { audit, ..Binding::default() },
                 UnknownPod::Closed => Binding {
@@ -529,6 +535,45 @@ mod tests {
     fn cluster(texts: &[&str]) -> Arc<ClusterState> {
         let objects = texts.iter().flat_map(|text| manifests::parse("test.json", text).unwrap());
         Arc::new(ClusterState::default().replaced_by(objects))
+    }
+
+    /// Deleted by force, it runs on until its sandbox goes.
+    #[test]
+    fn a_pod_whose_object_is_gone_stays_policed() {
+        let without: Vec<&str> = CLUSTER.lines().filter(|line| !line.contains(r#""name":"a""#)).collect();
+        let without = cluster(&[&without.join("\n"), POLICY]);
+        for unknown_pod in [UnknownPod::Open, UnknownPod::Closed] {
+            let mut engine = Engine::new(Settings { node_name: "n1".into(), unknown_pod, ..Settings::default() });
+            let (name, own) = (PodName::new("x", "a"), "192.168.1.1".parse().unwrap());
+            let from =
+                |engine: &Engine, peer: &str| image_allows(engine.image(), Slot(1), Direction::Ingress, peer.parse().unwrap(), 6, 80);
+            engine.set_cluster(&cluster(&[CLUSTER, POLICY]));
+            engine.add_endpoint(Slot(1), &name, "", &[own]);
+            engine.set_cluster(&without);
+            assert!(!engine.knows(&name, ""));
+            assert!(from(&engine, "192.168.1.2") && !from(&engine, "192.168.1.3"), "{unknown_pod:?}");
+            // Another pod in its place has nothing of it.
+            engine.add_endpoint(Slot(1), &PodName::new("x", "new"), "", &[own]);
+            assert_eq!(from(&engine, "192.168.1.3"), unknown_pod == UnknownPod::Open);
+        }
+    }
+
+    /// The runtime knows a static pod by another uid than the API server.
+    #[test]
+    fn a_static_pod_is_policed() {
+        let mirror = CLUSTER.replace(
+            r#""labels":{"pod":"a"}"#,
+            r#""labels":{"pod":"a"},"uid":"b7e1","annotations":{"kubernetes.io/config.hash":"49bc","kubernetes.io/config.mirror":"49bc"}"#,
+        );
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), unknown_pod: UnknownPod::Open, ..Settings::default() });
+        engine.set_cluster(&cluster(&[&mirror, POLICY]));
+        let (name, own) = (PodName::new("x", "a"), "192.168.1.1".parse().unwrap());
+        for (uid, is_known) in [("b7e1", true), ("49bc", true), ("", true), ("0000", false)] {
+            assert_eq!(engine.knows(&name, uid), is_known, "{uid}");
+            engine.add_endpoint(Slot(1), &name, uid, &[own]);
+            let passes = image_allows(engine.image(), Slot(1), Direction::Ingress, "192.168.1.3".parse().unwrap(), 6, 80);
+            assert_eq!(passes, !is_known, "{uid}");
+        }
     }
 
     #[test]

@@ -15,8 +15,6 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::ipamd::IpamHandle;
 
-/// The annotation of static pods with the uid that the kubelet knows them by; the API server gave their mirror another.
-const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 /// How often the trunk is looked for once all else is known.
 const TRUNK_PERIOD: Duration = Duration::from_millis(250);
 
@@ -162,10 +160,7 @@ impl Branches {
 
 /// The pod's object, unless that is of another pod of the same name.
 fn find<'a>(state: &'a ClusterState, name: &PodName, uid: &str) -> Option<&'a Arc<Pod>> {
-    let pod = state.pods.get(name)?;
-    let known_as = [Some(&pod.metadata.uid), pod.metadata.annotations.get(CONFIG_HASH)];
-    let same = uid.is_empty() || pod.metadata.uid.is_empty() || known_as.into_iter().flatten().any(|known| known == uid);
-    same.then_some(pod)
+    state.pods.get(name).filter(|pod| pod.is_known_as(uid))
 }
 
 #[cfg(test)]
