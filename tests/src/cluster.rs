@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use crate::Vpc;
 use crate::agent::Agent;
@@ -135,6 +135,22 @@ impl Cluster {
         wait_for(&format!("the expected {protocol:?}/{port} matrix"), SOON, || async {
             let wrong = self.matrix(protocol, port).await?.differences(&expected);
             anyhow::ensure!(wrong.is_empty(), "{}", wrong.join(", "));
+            Ok(())
+        })
+        .await
+    }
+
+    /// Deletes every pod, and waits until no node has anything of one.
+    ///
+    /// # Errors
+    /// A pod cannot be deleted, or something stays.
+    pub async fn empty(&mut self) -> anyhow::Result<()> {
+        for name in self.pod_names() {
+            self.delete_pod(&name).await?;
+        }
+        wait_for("clean nodes", SOON, || async {
+            let left = self.leftovers()?;
+            ensure!(left.is_empty(), "{left:?}");
             Ok(())
         })
         .await

@@ -122,19 +122,6 @@ fn rules(node: &stanchion_lab::netns::Netns) -> anyhow::Result<Vec<String>> {
     Ok(rules)
 }
 
-async fn everything_ends(mut cluster: Cluster) {
-    for name in cluster.pod_names() {
-        cluster.delete_pod(&name).await.expect("deleted");
-    }
-    wait_for("clean nodes", SOON, || async {
-        let left = cluster.leftovers()?;
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
-    })
-    .await
-    .expect("nothing of the pods stays");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn in_strict_mode_every_packet_passes_the_branch() {
     let mut cluster = world("strict").await;
@@ -149,7 +136,7 @@ async fn in_strict_mode_every_packet_passes_the_branch() {
     policy_holds(&cluster).await;
     let damage = ["rule del pref 10 iif vlan.eth.7", "route flush table 107", "rule del pref 20"];
     a_restarted_agent_heals(&mut cluster, &damage).await;
-    everything_ends(cluster).await;
+    cluster.empty().await.expect("nothing of the pods stays");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -164,5 +151,5 @@ async fn in_standard_mode_the_branch_carries_what_leaves_the_node() {
     assert_eq!(answer, Answer::Reached { seen_as: cluster.node(0).public() }, "to the internet as any pod");
     policy_holds(&cluster).await;
     a_restarted_agent_heals(&mut cluster, &["rule del pref 1536", "route flush table 107"]).await;
-    everything_ends(cluster).await;
+    cluster.empty().await.expect("nothing of the pods stays");
 }

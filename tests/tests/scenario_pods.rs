@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr};
 
-use anyhow::ensure;
 use stanchion_lab::Vpc;
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::fake_aws::SubnetSpec;
@@ -12,7 +11,6 @@ use stanchion_lab::node::Node;
 use stanchion_lab::pod::PodSpec;
 use stanchion_lab::probe::{Answer, Protocol};
 use stanchion_lab::vpc::EXAMPLE_HOST;
-use stanchion_lab::wait::wait_for;
 use stanchion_proto as wire;
 use stanchion_proto::frame;
 
@@ -52,16 +50,7 @@ async fn pods_of_every_eni_reach_each_other_and_the_internet_and_leave_nothing()
     }
     assert_eq!(cluster.vpc().refused().expect("counters").wrong_source, 0);
 
-    for name in cluster.pod_names() {
-        cluster.delete_pod(&name).await.expect("deleted");
-    }
-    wait_for("clean nodes", SOON, || async {
-        let left = cluster.leftovers()?;
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
-    })
-    .await
-    .expect("nothing of the pods stays");
+    cluster.empty().await.expect("nothing of the pods stays");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -194,14 +183,5 @@ async fn a_pod_with_an_interface_on_every_network_card_is_reached_on_each() {
         }
     }
     assert_eq!(cluster.vpc().refused().expect("counters").wrong_source, 0);
-    for name in cluster.pod_names() {
-        cluster.delete_pod(&name).await.expect("deleted");
-    }
-    wait_for("clean nodes", SOON, || async {
-        let left = cluster.leftovers()?;
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
-    })
-    .await
-    .expect("nothing of the pods stays");
+    cluster.empty().await.expect("nothing of the pods stays");
 }
