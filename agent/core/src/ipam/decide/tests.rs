@@ -74,14 +74,20 @@ fn warm_eni_target_zero_does_not_oscillate() {
 
 #[test]
 fn scale_down_gives_whole_enis_back_and_then_addresses() {
-    for (targets, pods, keep, per_eni) in [
-        (Targets { warm_eni: 1, ..Targets::default() }, 40, 0, vec![14]),
-        (Targets { warm_eni: 1, ..Targets::default() }, 40, 14, vec![14, 14]),
-        (Targets { warm_eni: 1, ..Targets::default() }, 40, 15, vec![14, 14, 14]),
-        (Targets { warm_ip: 5, minimum_ip: 10, ..Targets::default() }, 40, 0, vec![10]),
-        (Targets { warm_ip: 5, minimum_ip: 10, ..Targets::default() }, 40, 9, vec![14]),
+    let prefixes = |warm_ip, warm_prefix| Targets { mode: PoolMode::Prefixes, warm_ip, warm_prefix, ..Targets::default() };
+    for ((enis, slots_per_eni), targets, pods, keep, per_eni) in [
+        ((4, 14), Targets { warm_eni: 1, ..Targets::default() }, 40, 0, vec![14]),
+        ((4, 14), Targets { warm_eni: 1, ..Targets::default() }, 40, 14, vec![14, 14]),
+        ((4, 14), Targets { warm_eni: 1, ..Targets::default() }, 40, 15, vec![14, 14, 14]),
+        ((4, 14), Targets { warm_ip: 5, minimum_ip: 10, ..Targets::default() }, 40, 0, vec![10]),
+        ((4, 14), Targets { warm_ip: 5, minimum_ip: 10, ..Targets::default() }, 40, 9, vec![14]),
+        ((8, 29), Targets { warm_ip: 2, ..Targets::default() }, 60, 10, vec![12]),
+        ((8, 29), Targets { warm_eni: 2, ..Targets::default() }, 100, 0, vec![29, 29]),
+        ((3, 9), prefixes(0, 1), 100, 0, vec![1]),
+        ((3, 9), prefixes(0, 1), 100, 17, vec![3]),
+        ((3, 9), prefixes(16, 0), 100, 1, vec![2]),
     ] {
-        let mut node = VirtualNode::new(targets, PoolLimits { cards: vec![(0, 4)], slots_per_eni: 14, max_pods: 58 }, false);
+        let mut node = VirtualNode::new(targets, PoolLimits { cards: vec![(0, enis)], slots_per_eni, max_pods: 250 }, false);
         node.settle();
         node.start_pods(0..pods);
         assert!(node.settle());
