@@ -50,7 +50,7 @@ pub fn spawn() -> Result<(watch::Receiver<u64>, JoinHandle<()>), NetlinkError> {
                 () = changed.closed() => return,
             };
             if let Err(error) = told {
-                tracing::warn!(%error, "changes of the host network are not told any more: restart the agent");
+                tracing::warn!(%error, "the kernel does not tell of the host network's changes any more: they are looked for from time to time");
                 return;
             }
             tokio::time::sleep(SETTLE).await;

@@ -28,10 +28,11 @@ pub fn spawn(
 ) -> Result<JoinHandle<()>, NetlinkError> {
     let (mut changes, _monitor) = monitor::spawn()?;
     Ok(tokio::spawn(async move {
-        let mut earliest = Instant::now();
+        let (mut earliest, mut is_told) = (Instant::now(), true);
         loop {
             tokio::select! {
-                changed = changes.changed() => if changed.is_err() { return },
+                // Whom nobody tells looks by the clock.
+                changed = changes.changed(), if is_told => is_told = changed.is_ok(),
                 () = tokio::time::sleep(PERIOD) => {}
                 () = shutdown.cancelled() => return,
             }
