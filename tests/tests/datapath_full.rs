@@ -4,6 +4,7 @@
 mod datapath_support;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::ensure;
 use datapath_support::{MODES, WORKS, World, deny_in, echoes, policy};
@@ -14,6 +15,9 @@ use stanchion_lab::wait::wait_for;
 
 /// Room for the entries of a few rules.
 const ROOM: u32 = 16;
+
+/// The next try comes after a second, or after nine times what the last one took.
+const MENDED: Duration = Duration::from_secs(60);
 
 fn snapshot(world: &World) -> Arc<NetpolSnapshot> {
     world.runtime.block_on(world.agent().snapshot())
@@ -26,7 +30,7 @@ fn many_ports(count: u32) -> String {
 }
 
 fn mended(world: &World) {
-    let ready = wait_for("every policy in the maps", WORKS, || async {
+    let ready = wait_for("every policy in the maps", MENDED, || async {
         let snapshot = world.agent().snapshot().await;
         ensure!(snapshot.ready, "{}", snapshot.reason);
         Ok(())
