@@ -24,11 +24,15 @@ static ONCE: Forms = forms(1);
 /// Inside a JSON string inside a JSON string.
 static TWICE: Forms = forms(2);
 
-/// Appends `bytes` as the inside of a JSON string.
-pub fn escape(out: &mut Vec<u8>, bytes: &[u8]) {
+/// Appends `bytes` as the inside of a JSON string, and returns their length once they are valid UTF-8: what CloudWatch Logs counts of a raw
+/// line.
+pub fn escape(out: &mut Vec<u8>, bytes: &[u8]) -> usize {
+    let mut len = 0;
     each_valid(bytes, |text| {
         escape_valid(out, text.as_bytes(), &ONCE);
+        len += text.len();
     });
+    len
 }
 
 /// As [`escape`], for what is known to be text.
@@ -42,13 +46,6 @@ pub fn escape_twice(out: &mut Vec<u8>, bytes: &[u8]) -> usize {
     let mut inner = 0;
     each_valid(bytes, |text| inner += text.len() + escape_valid(out, text.as_bytes(), &TWICE));
     inner
-}
-
-/// Length of `bytes` once they are valid UTF-8: what CloudWatch Logs counts of a raw line.
-pub fn valid_len(bytes: &[u8]) -> usize {
-    let mut len = 0;
-    each_valid(bytes, |text| len += text.len());
-    len
 }
 
 /// Calls `piece` with the valid parts and a replacement for each invalid one.
@@ -230,10 +227,10 @@ mod tests {
         #[test]
         fn once_reads_back_as_the_lossy_text(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut out = vec![b'"'];
-            escape(&mut out, &bytes);
+            let len = escape(&mut out, &bytes);
             out.push(b'"');
             prop_assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), reference(&bytes));
-            prop_assert_eq!(valid_len(&bytes), reference(&bytes).len());
+            prop_assert_eq!(len, reference(&bytes).len());
         }
 
         #[test]

@@ -178,8 +178,7 @@ impl RecordWriter {
             let newline = content.len() - line.len();
             let mark = if self.oversize == Oversize::Truncate { TRUNCATED.len() } else { 0 };
             let fit = fitting(line, MAX_MESSAGE_BYTES - mark, |byte| if byte >= 0x80 { 3 } else { 1 });
-            json::escape(out, &line[..fit]);
-            let message = json::valid_len(&line[..fit]);
+            let message = json::escape(out, &line[..fit]);
             if fit == line.len() {
                 return Written { message, content: fit + newline, ..Written::default() };
             }

@@ -1,6 +1,7 @@
 //! Batches being filled, one for each log stream, and which bytes of which files each of them holds.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use stanchion_core::logs::entity::Entity;
@@ -10,6 +11,25 @@ use stanchion_core::logs::ledger::BatchId;
 use stanchion_core::logs::record::{RecordWriter, Written};
 use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::logs::{BatchBuilder, LogBatch};
+
+/// Spreads numbers that are counted here: a stream is looked up for each event, and nobody outside can choose its number.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u64(u64::from(byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // The odd number nearest to 2^64 over the golden ratio.
+        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 /// A stream, in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,7 +107,7 @@ pub(super) struct Streams {
     /// What the buffers of all streams may keep together.
     budget: usize,
     by_name: HashMap<(Arc<str>, Arc<str>), StreamId>,
-    streams: HashMap<StreamId, Stream>,
+    streams: HashMap<StreamId, Stream, BuildHasherDefault<Spread>>,
     flights: HashMap<BatchId, Flight>,
     ready: Vec<Sealed>,
     next: u64,
@@ -103,7 +123,7 @@ impl Streams {
             bounded_span: settings.age.is_some(),
             budget: settings.memory_bytes / 2,
             by_name: HashMap::new(),
-            streams: HashMap::new(),
+            streams: HashMap::default(),
             flights: HashMap::new(),
             ready: Vec::new(),
             next: 0,
