@@ -18,6 +18,7 @@ use stanchion_core::logs::cri::{Header, Line};
 use stanchion_core::logs::enrich::Identity;
 use stanchion_core::logs::fluentbit;
 use stanchion_core::logs::join::{Bounds, Event, Joiner, Mark};
+use stanchion_core::logs::journal;
 use stanchion_core::logs::multiline::Rule;
 use stanchion_core::logs::names;
 use stanchion_core::logs::parser;
@@ -34,13 +35,14 @@ use stanchion_core::network::takeover;
 pub type Target = fn(&[u8]);
 
 /// The targets by name; each has a directory of that name in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 17] = [
+pub const TARGETS: [(&str, Target); 18] = [
     ("checkpoint", checkpoint),
     ("cni_environment", cni_environment),
     ("cni_stdin", cni_stdin),
     ("container_log", container_log),
     ("environment", environment),
     ("fluent_bit", fluent_bit),
+    ("journal", journal),
     ("kernel_text", kernel_text),
     ("kubelet", kubelet_summary),
     ("line_parsers", line_parsers),
@@ -65,6 +67,40 @@ pub fn cni_stdin(bytes: &[u8]) {
         && let Ok(result) = PrevResult::from_json(json)
     {
         let _ = result.upstream(&PodName { namespace: "shop".to_owned(), name: "web-1".to_owned() });
+    }
+}
+
+/// A file of the node's journal: every entry that can be read makes records that can be read back.
+pub fn journal(bytes: &[u8]) {
+    let read = |at: u64, buffer: &mut [u8]| {
+        let there = usize::try_from(at).ok().and_then(|at| bytes.get(at..)?.get(..buffer.len()));
+        there.is_some_and(|there| {
+            buffer.copy_from_slice(there);
+            true
+        })
+    };
+    let Ok(header) = journal::Header::read(&read) else { return };
+    let settings = journal::JournalSettings::default();
+    for from in [0, bytes.len() as u64 / 2] {
+        let Ok(mut cursor) = header.seek(&read, from) else { continue };
+        let mut entries = 0;
+        while let Ok(Some(offset)) = header.next(&read, &mut cursor) {
+            entries += 1;
+            // Arrays may lie over one another, but each begins behind the one before.
+            assert!(entries <= (bytes.len() / 8) * (bytes.len() / 4), "an endless chain");
+            let mut fields = journal::Fields::default();
+            if header.entry(&read, offset, |field| fields.take(field)).is_ok() {
+                for place in fields.streams(&settings) {
+                    let text = fields.record(&place, &settings, |_| None);
+                    let record: serde_json::Value = serde_json::from_str(&text).expect("a record is JSON");
+                    assert!(record["message"].is_string(), "{text}");
+                }
+            }
+            if entries > 2000 {
+                // More of the same tells nothing more.
+                break;
+            }
+        }
     }
 }
 

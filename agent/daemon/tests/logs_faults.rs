@@ -231,14 +231,14 @@ async fn one_container_at_25_megabytes_a_second_is_kept_up_with() {
     let service = Service::new(|_, _, _| Ok(Rejected::default()));
     let mut pods = Pods::new(1);
     let _agent = start(pods.root.path(), &service);
-    // 2.5 MB every tenth of a second, rotated every second.
+    // 2.5 MB every tenth of a second, rotated twice.
     let line = "x".repeat(5000);
-    for tick in 0..20 {
+    for tick in 0..8 {
         for _ in 0..500 {
             pods.written += 1;
             writeln!(pods.files[0], "2026-11-20T10:00:00.{:09}Z stdout F {} {line}", pods.written, pods.written).unwrap();
         }
-        if tick % 10 == 9 {
+        if tick % 3 == 2 {
             pods.rotate();
         }
         tokio::time::sleep(Duration::from_millis(100)).await;

@@ -156,15 +156,17 @@ fn docker(line: &[u8]) -> Option<Line<'_>> {
 
 /// Milliseconds since 1970 of an RFC 3339 time, fraction cut; `None` if it is not one.
 pub fn timestamp_ms(text: &[u8]) -> Option<i64> {
-    let digits = |from: usize, count: usize| -> Option<i64> {
-        text.get(from..from + count)?.iter().try_fold(0, |value, byte| byte.is_ascii_digit().then(|| value * 10 + i64::from(byte - b'0')))
-    };
+    // Of known length, so that no place in it needs a check.
+    let head: &[u8; 19] = text.first_chunk()?;
+    let digit = |at: usize| head[at].wrapping_sub(b'0');
+    let two = |at: usize| i64::from(digit(at)) * 10 + i64::from(digit(at + 1));
     let is = |at: usize, byte: u8| text.get(at) == Some(&byte);
-    if !(is(4, b'-') && is(7, b'-') && (is(10, b'T') || is(10, b't')) && is(13, b':') && is(16, b':')) {
+    let separators = head[4] == b'-' && head[7] == b'-' && matches!(head[10], b'T' | b't') && head[13] == b':' && head[16] == b':';
+    if !separators || [0, 1, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18].iter().any(|&at| digit(at) > 9) {
         return None;
     }
-    let (year, month, day) = (digits(0, 4)?, digits(5, 2)?, digits(8, 2)?);
-    let (hour, minute, second) = (digits(11, 2)?, digits(14, 2)?, digits(17, 2)?);
+    let (year, month, day) = (two(0) * 100 + two(2), two(5), two(8));
+    let (hour, minute, second) = (two(11), two(14), two(17));
     if !(1..=12).contains(&month) || !(1..=31).contains(&day) || hour > 23 || minute > 59 || second > 60 {
         return None;
     }
@@ -176,8 +178,9 @@ pub fn timestamp_ms(text: &[u8]) -> Option<i64> {
         if fraction == 0 {
             return None;
         }
-        for place in 0..3 {
-            milliseconds = milliseconds * 10 + if place < fraction { digits(at + place, 1)? } else { 0 };
+        for place in at..at + 3 {
+            let digit = text.get(place).filter(|_| place < at + fraction).map_or(0, |digit| i64::from(digit - b'0'));
+            milliseconds = milliseconds * 10 + digit;
         }
         at += fraction;
     }
@@ -185,13 +188,17 @@ pub fn timestamp_ms(text: &[u8]) -> Option<i64> {
         b'Z' | b'z' if text.len() == at + 1 => 0,
         sign @ (b'+' | b'-') => {
             // `+05:30`, `+0530` and `+05`.
+            let two = |from: usize| match text.get(from..from + 2)? {
+                [tens @ b'0'..=b'9', ones @ b'0'..=b'9'] => Some(i64::from(tens - b'0') * 10 + i64::from(ones - b'0')),
+                _ => None,
+            };
             let minutes = match text.len() - at {
                 3 => 0,
-                5 => digits(at + 3, 2)?,
-                6 if is(at + 3, b':') => digits(at + 4, 2)?,
+                5 => two(at + 3)?,
+                6 if is(at + 3, b':') => two(at + 4)?,
                 _ => return None,
             };
-            let minutes = digits(at + 1, 2)? * 60 + minutes;
+            let minutes = two(at + 1)? * 60 + minutes;
             if *sign == b'-' { -minutes } else { minutes }
         }
         _ => return None,
@@ -310,6 +317,12 @@ mod tests {
         assert_eq!((&*line.content, line.output, line.partial), (&b"a\tb\n"[..], Output::Stderr, false));
         assert_eq!(line.timestamp_ms, Some(1_795_168_801_123));
         assert!(Line::parse(br#"{"log":"a","stream":"stdout","time":"2026-11-20T10:00:01Z"}"#).partial);
+        // Labels and variables that the daemon's log options name.
+        let line = br#"{"log":"b\n","stream":"stdout","attrs":{"env":"x","tag":"{\"a\":1}"},"time":"2026-11-20T10:00:01Z"}"#;
+        assert_eq!(
+            (&*Line::parse(line).content, Line::parse(line).header),
+            (&b"b\n"[..], Header::Docker { time: b"2026-11-20T10:00:01Z" })
+        );
         assert_eq!(Line::parse(br#"{"msg":"not docker's"}"#).header, Header::None);
     }
 }

@@ -8,6 +8,7 @@
 mod container;
 mod counters;
 mod discover;
+mod events;
 mod follow;
 #[cfg(test)]
 mod quiet_tests;

@@ -1,12 +1,9 @@
 //! The task that drives a [`Tailer`] and its shipper on the clock.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use notify::event::{EventKind, ModifyKind};
-use notify::{RecursiveMode, Watcher};
 use stanchion_core::cloud::LogSink;
 use stanchion_core::cluster::ClusterState;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -15,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::counters::{LogCounters, LogsSnapshot};
+use super::events::Events;
 use super::ship::{Report, Settled, Shipper};
 use super::store;
 use super::tail::{Now, Tailer};
@@ -87,8 +85,8 @@ impl<S: LogSink> Runner<S> {
             tokio::select! {
                 () = self.shutdown.cancelled() => {}
                 report = self.shipper.next() => self.settle(report),
-                Some(event) = events.changed.recv() => {
-                    if events.take(event, &mut self.tailer, self.clock.now()) {
+                news = events.next() => {
+                    if events.take(news, &mut self.tailer, self.clock.now()) {
                         sweep_at = Instant::now();
                     }
                 }
@@ -175,82 +173,5 @@ pub(super) fn apply(tailer: &mut Tailer, report: Report, now: Now) {
             counters.dropped_invalid += invalid;
             tailer.acknowledge(id, error, now);
         }
-    }
-}
-
-/// Events of the file system. They make things come sooner; the sweep is the truth.
-struct Events {
-    /// `None` where the system has no watch left, which costs time only.
-    watcher: Option<notify::RecommendedWatcher>,
-    log_dir: PathBuf,
-    changed: mpsc::Receiver<Change>,
-    /// Some did not fit, here or in the kernel's queue.
-    lost: Arc<AtomicBool>,
-}
-
-/// What happened to a path.
-struct Change {
-    path: PathBuf,
-    /// It came, went, or got another name.
-    structural: bool,
-}
-
-impl Events {
-    fn of(log_dir: &Path) -> Self {
-        // As many as a turn can have to do with; what does not fit is a reason to look at everything.
-        let (sender, changed) = mpsc::channel(1024);
-        let lost = Arc::new(AtomicBool::new(false));
-        let missed = Arc::clone(&lost);
-        let on_event = move |event: notify::Result<notify::Event>| {
-            let Ok(event) = event else { return missed.store(true, Ordering::Relaxed) };
-            let structural = matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)));
-            if !structural && !matches!(event.kind, EventKind::Modify(ModifyKind::Data(_))) && !event.need_rescan() {
-                return;
-            }
-            let fits = event.paths.into_iter().all(|path| sender.try_send(Change { path, structural }).is_ok());
-            if !fits || event.attrs.flag() == Some(notify::event::Flag::Rescan) {
-                missed.store(true, Ordering::Relaxed);
-                // Whatever is in the channel wakes the task.
-            }
-        };
-        let watcher = notify::recommended_watcher(on_event).and_then(|mut watcher| {
-            watcher.watch(log_dir, RecursiveMode::NonRecursive)?;
-            Ok(watcher)
-        });
-        let complain = |error: &notify::Error| warn!(dir = %log_dir.display(), %error, "no events of the file system; files are looked at twice a second, the log directory every 10 s");
-        Self { watcher: watcher.inspect_err(complain).ok(), log_dir: log_dir.to_owned(), changed, lost }
-    }
-
-    /// Watches what the tailer wants watched.
-    fn follow(&mut self, tailer: &mut Tailer, now: Now) {
-        let Some(watcher) = &mut self.watcher else { return };
-        for (dir, on) in tailer.take_watch_changes() {
-            if dir == self.log_dir {
-                // Watched in any case.
-                if on {
-                    tailer.watched(&dir, now);
-                }
-            } else if !on {
-                // A directory that is gone is not watched any more.
-                let _ = watcher.unwatch(&dir);
-            } else if watcher.watch(&dir, RecursiveMode::NonRecursive).is_ok() {
-                tailer.watched(&dir, now);
-            }
-        }
-        if self.lost.swap(false, Ordering::Relaxed) {
-            tailer.touched_all(now);
-        }
-    }
-
-    /// Tells the tailer; true if the log directory is to be listed again.
-    fn take(&mut self, first: Change, tailer: &mut Tailer, now: Now) -> bool {
-        let mut sweep = false;
-        let mut next = Some(first);
-        while let Some(change) = next {
-            tailer.touched(&change.path, now);
-            sweep |= change.structural && change.path.parent() == Some(&self.log_dir);
-            next = self.changed.try_recv().ok();
-        }
-        sweep
     }
 }
