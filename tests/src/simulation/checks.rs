@@ -45,9 +45,6 @@ const MUTATING: [&str; 8] = [
 /// Within which the pool has its size and everything is delivered, once nothing is broken.
 const HEALED_WITHIN: std::time::Duration = std::time::Duration::from_secs(2 * 3_600);
 
-/// Hours of which one must be quiet.
-const QUIET_TRIES: usize = 3;
-
 /// What the agent was told of the cluster, and which pods it polices.
 #[derive(Default)]
 pub(super) struct Policy {
@@ -218,34 +215,8 @@ impl World {
         self.is_empty().await
     }
 
-    /// An hour comes in which nothing moves; and a restart changes nothing.
+    /// For an hour: no call that changes something in EC2, no map write, no line sent, no position written; and a restart changes nothing.
     async fn is_quiet(&mut self) -> anyhow::Result<()> {
-        // What inotify has to tell comes by a thread of its own, for which the simulated hours are moments.
-        let mut quiet = self.quiet_hour().await;
-        for _ in 1..QUIET_TRIES {
-            if quiet.is_ok() {
-                break;
-            }
-            quiet = self.quiet_hour().await;
-        }
-        quiet?;
-        let changes = self.changes();
-        let agent = self.agent.as_ref().context("an agent")?;
-        let metrics = agent.telemetry.status();
-        ensure!(metrics.documents_dropped == 0 && metrics.failed_ticks == 0 && metrics.documents_sent > 0, "{metrics:?}");
-        self.restart().await?;
-        sleep(MINUTE * 10).await;
-        let agent = self.agent.as_ref().context("an agent")?;
-        let writes = agent.netpol.snapshot().await.map_writes;
-        ensure!(writes == 0, "a restart without a change wrote {writes} map entries");
-        ensure!(changes == self.changes(), "a restart without a change changed EC2 {} times", self.changes() - changes);
-        let again = agent.logs.counters().events_shipped;
-        ensure!(again == 0, "a restart without a change sent {again} lines again");
-        self.check().await
-    }
-
-    /// For an hour: no call that changes something in EC2, no map write, no line sent, no position written.
-    async fn quiet_hour(&self) -> anyhow::Result<()> {
         let agent = self.agent.as_ref().context("an agent")?;
         let look = || async {
             let lines = agent.logs.counters();
@@ -257,7 +228,17 @@ impl World {
         ensure!(before == after, "while nothing happened (map writes, batches, retries) went from {before:?} to {after:?}");
         ensure!(changes == self.changes(), "while nothing happened EC2 was changed {} times", self.changes() - changes);
         ensure!(positions == self.positions()?, "while nothing happened positions were written");
-        Ok(())
+        let metrics = agent.telemetry.status();
+        ensure!(metrics.documents_dropped == 0 && metrics.failed_ticks == 0 && metrics.documents_sent > 0, "{metrics:?}");
+        self.restart().await?;
+        sleep(MINUTE * 10).await;
+        let agent = self.agent.as_ref().context("an agent")?;
+        let writes = agent.netpol.snapshot().await.map_writes;
+        ensure!(writes == 0, "a restart without a change wrote {writes} map entries");
+        ensure!(changes == self.changes(), "a restart without a change changed EC2 {} times", self.changes() - changes);
+        let again = agent.logs.counters().events_shipped;
+        ensure!(again == 0, "a restart without a change sent {again} lines again");
+        self.check().await
     }
 
     /// Nothing of any pod is left.
