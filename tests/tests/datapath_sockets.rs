@@ -339,6 +339,49 @@ fn the_node_reaches_its_pods_whatever_their_policy() {
     }
 }
 
+/// The node translates a service's address to y/a, as a kube-proxy in zone `a` does.
+#[test]
+fn a_service_is_judged_by_the_backends_that_kube_proxy_may_choose_here() {
+    for mode in MODES {
+        let mut world = World::new(mode);
+        let [near, far] = ["y/a", "y/b"].map(|name| world.pod(name).address);
+        let nat = format!(
+            "add chain inet t n {{ type nat hook prerouting priority -100; }}; add rule inet t n ip daddr 10.96.0.9 tcp dport 80 dnat ip to {near}"
+        );
+        assert!(world.node.output(std::process::Command::new("nft").arg(nat)).unwrap().status.success());
+        let only_near =
+            policy("x", "only-near", "a", "  egress: [{to: [{podSelector: {matchLabels: {pod: a}}, namespaceSelector: {}}]}]\n");
+        let service = |zone: &str, traffic: &str, hints: [&str; 2]| {
+            format!(
+                "{only_near}---\napiVersion: v1\nkind: Node\nmetadata: {{name: node1, labels: {{{zone}}}}}\n---\napiVersion: v1\nkind: Service\n\
+                 metadata: {{name: s, namespace: \"y\"}}\nspec: {{clusterIP: 10.96.0.9, internalTrafficPolicy: {traffic}, ports: [{{port: 80}}]}}\n---\n\
+                 apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: s-1, namespace: \"y\", labels: {{kubernetes.io/service-name: s}}}}\n\
+                 addressType: IPv4\nports: [{{port: 80}}]\nendpoints:\n- {{addresses: [{near}], nodeName: node1, {}}}\n- {{addresses: [{far}], nodeName: node2, {}}}\n",
+                hints[0], hints[1]
+            )
+        };
+        let zones = ["hints: {forZones: [{name: a}]}", "hints: {forZones: [{name: b}]}"];
+        let connects = |world: &World, patience: Duration| {
+            let pod = world.pod("x/a");
+            pod.netns.run(|| TcpStream::connect_timeout(&(Ipv4Addr::new(10, 96, 0, 9), 80).into(), patience)).unwrap().is_ok()
+        };
+        world.apply(&service("topology.kubernetes.io/zone: a", "Cluster", zones));
+        world.activate_all();
+        assert!(connects(&world, WORKS), "{mode:?}: near");
+        // Only the node's label changes, to a zone whose backend is closed to the pod.
+        world.apply(&service("topology.kubernetes.io/zone: b", "Cluster", zones));
+        assert!(!connects(&world, BLOCKED), "{mode:?}: the other zone");
+        world.apply(&service("topology.kubernetes.io/zone: a", "Cluster", zones));
+        assert!(connects(&world, WORKS), "{mode:?}: near again");
+        world.apply(&service("", "Cluster", zones));
+        assert!(!connects(&world, BLOCKED), "{mode:?}: a zone that is not known");
+        world.apply(&service("topology.kubernetes.io/zone: a", "Cluster", ["", zones[1]]));
+        assert!(!connects(&world, BLOCKED), "{mode:?}: a backend without hints");
+        world.apply(&service("", "Local", ["", ""]));
+        assert!(connects(&world, WORKS), "{mode:?}: on this node");
+    }
+}
+
 #[test]
 fn a_service_address_that_ipvs_put_on_the_node_is_judged_as_one() {
     for mode in MODES {

@@ -462,6 +462,20 @@ pub struct ServiceSpec {
     /// `ClusterIP`, `NodePort`, `LoadBalancer`, `ExternalName`.
     #[serde(rename = "type")]
     pub kind: String,
+    /// Whom connections to the cluster's addresses may reach; absent: `Cluster`.
+    pub internal_traffic_policy: Option<TrafficPolicy>,
+    /// Whom connections to external addresses may reach; absent: `Cluster`.
+    pub external_traffic_policy: Option<TrafficPolicy>,
+}
+
+/// Which of a service's backends may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrafficPolicy {
+    /// Those on the node where the connection begins or comes in.
+    Local,
+    /// All.
+    #[serde(other)]
+    Cluster,
 }
 
 /// A port of a service.
@@ -498,7 +512,7 @@ pub struct EndpointSlice {
 
 /// A backend.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 pub struct SliceEndpoint {
     /// Addresses of one backend.
     #[serde(deserialize_with = "null_default")]
@@ -506,6 +520,30 @@ pub struct SliceEndpoint {
     /// Whether it takes connections.
     #[serde(deserialize_with = "null_default")]
     pub conditions: EndpointConditions,
+    /// The node it runs on.
+    pub node_name: Option<Box<str>>,
+    /// Who should prefer it.
+    pub hints: Option<Box<EndpointHints>>,
+}
+
+/// For whom the control plane meant a backend.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EndpointHints {
+    /// Clients in these zones.
+    #[serde(deserialize_with = "null_default")]
+    pub for_zones: Vec<Hint>,
+    /// Clients on these nodes.
+    #[serde(deserialize_with = "null_default")]
+    pub for_nodes: Vec<Hint>,
+}
+
+/// A zone or a node in a hint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Hint {
+    /// Its name.
+    pub name: String,
 }
 
 /// State of a backend; what is not said is as it is with a pod that runs well.

@@ -15,6 +15,7 @@ pub mod ports;
 mod program;
 pub mod resolve;
 mod resolved;
+pub mod services;
 mod subjects;
 pub mod verdict;
 pub mod world;

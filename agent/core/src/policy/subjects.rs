@@ -17,7 +17,8 @@ use super::intern::{Active, Interned};
 use super::model::{NamespaceMatch, Peer};
 use super::names::Names;
 use super::program::{OWN_NODE, ServicePort, Signature};
-use super::world::{self, ServicePortBackends};
+use super::services::{ServicePortBackends, Services, service_addresses};
+use super::world;
 
 /// What changed in the cluster.
 pub(super) struct Stale {
@@ -34,6 +35,7 @@ pub(super) struct Subjects {
     /// What DNS answers said.
     pub(super) names: Names,
     own_node: Vec<IpAddr>,
+    own_name: String,
     asked: Active,
     /// Addresses of networked pods.
     pods: HashMap<PodName, Vec<IpAddr>>,
@@ -43,7 +45,7 @@ pub(super) struct Subjects {
     claims: HashMap<IpAddr, Vec<PodName>>,
     local: HashMap<IpAddr, LocalPod>,
     nodes: HashMap<IpAddr, Vec<String>>,
-    services: BTreeMap<IpAddr, Vec<ServicePortBackends>>,
+    services: Services,
     /// Service addresses that an address is behind.
     fronts: HashMap<IpAddr, Vec<IpAddr>>,
     classes: Classes,
@@ -62,12 +64,13 @@ impl Subjects {
         &self.own_node
     }
 
-    /// The own node's addresses: of its object, and others that are known of it.
+    /// Its name, and its addresses: of its object, and others that are known of it.
     pub(super) fn set_own_node(&mut self, cluster: &ClusterState, name: &str, others: &[IpAddr]) {
         let listed = cluster.nodes.get(name).into_iter().flat_map(|node| node.ip_addresses());
         self.own_node = listed.chain(others.iter().copied()).collect();
         self.own_node.sort_unstable();
         self.own_node.dedup();
+        name.clone_into(&mut self.own_name);
     }
 
     /// Brings every identity up to date.
@@ -209,7 +212,7 @@ impl Subjects {
     }
 
     fn set_services(&mut self, cluster: &ClusterState, dirty: &mut BTreeSet<IpAddr>) {
-        let services = world::service_addresses(cluster);
+        let services = service_addresses(cluster, Some(&self.own_name));
         let changed = services.iter().filter(|(address, ports)| self.services.get(*address) != Some(*ports)).map(|(address, _)| *address);
         dirty.extend(changed);
         dirty.extend(self.services.keys().filter(|address| !services.contains_key(*address)));

@@ -2,7 +2,7 @@
 //! nothing with the compiler but the model, so that each proves the other.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -18,7 +18,8 @@ use super::model::{
 };
 use super::names::Names;
 use super::resolve;
-use super::world::{self, ServicePortBackends};
+use super::services::{ServicePortBackends, Services, service_addresses};
+use super::world;
 
 /// One end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,7 +137,8 @@ type Selected = Arc<Vec<usize>>;
 pub struct Evaluator<'a> {
     cluster: &'a ClusterState,
     policies: Vec<Policy>,
-    services: BTreeMap<IpAddr, Vec<ServicePortBackends>>,
+    /// By the node that a client is on.
+    services: RefCell<HashMap<Option<String>, Services>>,
     owners: HashMap<IpAddr, &'a Arc<Pod>>,
     selected: RefCell<HashMap<(PodName, Direction), Selected>>,
     /// Names of addresses, as DNS answers gave them.
@@ -151,6 +153,8 @@ struct Party<'a> {
     address: IpAddr,
     /// The networked pod that has the address.
     pod: Option<&'a Pod>,
+    /// The node that it is on or is.
+    node: Option<&'a str>,
 }
 
 impl<'a> Evaluator<'a> {
@@ -167,8 +171,7 @@ impl<'a> Evaluator<'a> {
                 }
             }
         }
-        let services = world::service_addresses(cluster);
-        Self { cluster, policies, services, owners, selected: RefCell::default(), names, problems }
+        Self { cluster, policies, services: RefCell::default(), owners, selected: RefCell::default(), names, problems }
     }
 
     /// The verdict on a new connection's first packet. `port` is 0 for protocols without ports.
@@ -177,8 +180,8 @@ impl<'a> Evaluator<'a> {
     /// An end that is unknown or has no address of the family (4 or 6).
     pub fn verdict(&self, from: &End, to: &End, family: u8, protocol: PacketProtocol, port: u16) -> Result<Verdict, NoVerdict> {
         let (source, destination) = (self.party(from, family)?, self.party(to, family)?);
-        let (egress, ingress) = match self.service_port(destination.address, protocol, port) {
-            Some(service) if destination.pod.is_none() => self.service(source, service),
+        let (egress, ingress) = match self.service_port(source.node, destination.address, protocol, port) {
+            Some(service) if destination.pod.is_none() => self.service(source, &service),
             _ => (
                 self.side(Direction::Egress, source, destination, protocol, port),
                 self.side(Direction::Ingress, destination, source, protocol, port),
@@ -202,10 +205,10 @@ impl<'a> Evaluator<'a> {
         };
         match end {
             End::Address(address) if address.is_ipv4() != (family == 4) => Err(NoVerdict::NoAddress(end.clone(), family)),
-            End::Address(address) => Ok(Party { address: *address, pod: self.owners.get(address).map(|pod| &***pod) }),
+            End::Address(address) => Ok(self.at(*address)),
             End::Node(name) => {
                 let node = self.cluster.nodes.get(name).ok_or_else(unknown)?;
-                Ok(Party { address: of_family(node.ip_addresses().collect())?, pod: None })
+                Ok(Party { address: of_family(node.ip_addresses().collect())?, pod: None, node: Some(&node.metadata.name) })
             }
             End::Pod(name) => {
                 let pod = self.cluster.pods.get(name).ok_or_else(unknown)?;
@@ -215,14 +218,23 @@ impl<'a> Evaluator<'a> {
                 {
                     addresses.splice(0..0, node.ip_addresses());
                 }
-                Ok(Party { address: of_family(addresses)?, pod: world::is_networked(pod).then_some(&**pod) })
+                let node = Some(pod.spec.node_name.as_str()).filter(|node| !node.is_empty());
+                Ok(Party { address: of_family(addresses)?, pod: world::is_networked(pod).then_some(&**pod), node })
             }
         }
     }
 
-    fn service_port(&self, address: IpAddr, protocol: PacketProtocol, port: u16) -> Option<&ServicePortBackends> {
-        let ports = self.services.get(&address)?;
-        ports.iter().find(|service| PacketProtocol::Transport(service.protocol) == protocol && service.port == port)
+    /// Whatever has an address.
+    fn at(&self, address: IpAddr) -> Party<'a> {
+        let pod = self.owners.get(&address).map(|pod| &***pod);
+        Party { address, pod, node: pod.map(|pod| pod.spec.node_name.as_str()).filter(|node| !node.is_empty()) }
+    }
+
+    fn service_port(&self, node: Option<&str>, address: IpAddr, protocol: PacketProtocol, port: u16) -> Option<ServicePortBackends> {
+        let mut services = self.services.borrow_mut();
+        let services = services.entry(node.map(str::to_owned)).or_insert_with(|| service_addresses(self.cluster, node));
+        let mut ports = services.get(&address)?.iter();
+        ports.find(|service| PacketProtocol::Transport(service.protocol) == protocol && service.port == port).cloned()
     }
 
     /// A service address: every backend must be open, as the choice falls after the check.
@@ -230,7 +242,7 @@ impl<'a> Evaluator<'a> {
         let protocol = PacketProtocol::Transport(service.protocol);
         let mut sides = [None, None];
         for (address, target) in &service.backends {
-            let backend = Party { address: *address, pod: self.owners.get(address).map(|pod| &***pod) };
+            let backend = self.at(*address);
             let mut both = [
                 self.judge(Direction::Egress, source, backend, protocol, *target),
                 self.judge(Direction::Ingress, backend, source, protocol, *target),

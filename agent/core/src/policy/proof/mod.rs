@@ -16,7 +16,9 @@ use super::verdict::{End, Evaluator};
 use super::world;
 use crate::cluster::ClusterState;
 use crate::ids::PodName;
-use random::{Rng, World};
+use random::World;
+
+pub(super) use random::Rng;
 
 const PROTOCOLS: [u8; 4] = [6, 17, 132, 1];
 const PORTS: [u16; 5] = [79, 80, 81, 82, 443];

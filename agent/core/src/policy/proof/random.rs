@@ -8,10 +8,10 @@ use crate::cluster::{ClusterState, Object};
 use crate::manifests;
 
 /// SplitMix64: the same world for the same seed, whatever the machine.
-pub(super) struct Rng(u64);
+pub(in crate::policy) struct Rng(u64);
 
 impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(in crate::policy) fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678)
     }
 
@@ -23,15 +23,15 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    pub(super) fn below(&mut self, bound: usize) -> usize {
+    pub(in crate::policy) fn below(&mut self, bound: usize) -> usize {
         (self.next() % bound as u64) as usize
     }
 
-    pub(super) fn chance(&mut self, percent: usize) -> bool {
+    pub(in crate::policy) fn chance(&mut self, percent: usize) -> bool {
         self.below(100) < percent
     }
 
-    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    pub(in crate::policy) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }
 
@@ -78,8 +78,8 @@ impl World {
                 "status": {"addresses": [{"type": "InternalIP", "address": v4}, {"type": "InternalIP", "address": v6}]}})
         };
         let nodes = vec![
-            node("n1", "10.0.0.1", "fd00:ffff::1", json!({"zone": "a"})),
-            node("n2", "10.0.0.2", "fd00:ffff::2", json!({"zone": "b"})),
+            node("n1", "10.0.0.1", "fd00:ffff::1", json!({"zone": "a", "topology.kubernetes.io/zone": "a"})),
+            node("n2", "10.0.0.2", "fd00:ffff::2", json!({"zone": "b", "topology.kubernetes.io/zone": "b"})),
         ];
         let mut world = Self { namespaces, pods: Vec::new(), nodes, services: Vec::new(), policies: Vec::new(), next: 0 };
         for ns in 0..3 {
@@ -143,7 +143,11 @@ impl World {
             }
             9 => {
                 let at = rng.below(2);
-                self.nodes[at]["metadata"]["labels"] = json!({"zone": rng.pick(&["a", "b"])});
+                let mut labels = json!({"zone": rng.pick(&["a", "b"])});
+                if rng.chance(80) {
+                    labels["topology.kubernetes.io/zone"] = json!(rng.pick(&["a", "b"]));
+                }
+                self.nodes[at]["metadata"]["labels"] = labels;
             }
             _ => {
                 let policy = self.random_policy(rng);
@@ -179,6 +183,7 @@ impl World {
             "172.20.0.10",
             "172.20.0.11",
             "fd00:aaaa::10",
+            "198.51.100.1",
             "8.8.8.8",
         ]
         .map(|text| text.parse().expect("an address"))
@@ -197,10 +202,14 @@ impl World {
         let target = rng.pick(&[80, 81]);
         let v4: Vec<&str> = self.pods.iter().filter_map(|pod| pod["status"]["podIPs"][0]["ip"].as_str()).collect();
         let backends = if v4.is_empty() { Vec::new() } else { rng.some(&v4, 3) };
-        let endpoints: Vec<Value> = backends.iter().map(|ip| json!({"addresses": [ip]})).collect();
+        let hinted = rng.chance(50);
+        let endpoints: Vec<Value> = backends.iter().map(|ip| random_endpoint(rng, ip, hinted)).collect();
+        let policies = [rng.pick(&["Cluster", "Cluster", "Local"]), rng.pick(&["Cluster", "Local"])];
         vec![
             json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "y"},
-                "spec": {"clusterIP": format!("172.20.0.1{index}"), "ports": [{"name": "p", "port": 80, "targetPort": target}, {"name": "q", "port": 443, "protocol": "UDP"}]}}),
+                "spec": {"clusterIP": format!("172.20.0.1{index}"), "externalIPs": rng.some(&["198.51.100.1"], 1),
+                    "internalTrafficPolicy": policies[0], "externalTrafficPolicy": policies[1],
+                    "ports": [{"name": "p", "port": 80, "targetPort": target}, {"name": "q", "port": 443, "protocol": "UDP"}]}}),
             json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
                 "metadata": {"name": format!("{name}-1"), "namespace": "y", "labels": {"kubernetes.io/service-name": name}},
                 "endpoints": endpoints, "ports": [{"name": "p", "port": target}, {"name": "q", "protocol": "UDP", "port": 80}]}),
@@ -254,6 +263,22 @@ fn random_pod(rng: &mut Rng, ns: usize, pod: usize) -> Value {
         "metadata": {"name": PODS[pod], "namespace": NAMESPACES[ns], "labels": labels(rng)},
         "spec": {"nodeName": node, "hostNetwork": host, "containers": [{"name": "c", "ports": ports}]},
         "status": {"phase": if rng.chance(5) { "Succeeded" } else { "Running" }, "podIPs": ips}})
+}
+
+fn random_endpoint(rng: &mut Rng, ip: &str, hinted: bool) -> Value {
+    let mut endpoint = json!({"addresses": [ip], "nodeName": rng.pick(&["n1", "n2"])});
+    if hinted {
+        endpoint["hints"] = json!({"forZones": [{"name": rng.pick(&["a", "b"])}]});
+        if rng.chance(30) {
+            endpoint["hints"]["forNodes"] = json!([{"name": rng.pick(&["n1", "n2"])}]);
+        }
+    }
+    match rng.below(8) {
+        0 => endpoint["conditions"] = json!({"ready": false, "serving": true, "terminating": true}),
+        1 => endpoint["conditions"] = json!({"ready": false}),
+        _ => {}
+    }
+    endpoint
 }
 
 fn selector(rng: &mut Rng, key: &str, values: &[&str]) -> Value {
