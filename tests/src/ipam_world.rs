@@ -19,6 +19,18 @@ use tokio_util::sync::CancellationToken;
 
 use crate::fake_aws::{Clock, Cloud, CloudConfig, DirectEc2, DirectImds, EniEvent, InstanceSpec, SubnetSpec, Timing};
 
+/// The calls of EC2 that change something of an IPv4 node. Faults are drawn by place: another order is another simulation for a seed.
+pub const MUTATING: [&str; 8] = [
+    "CreateNetworkInterface",
+    "AttachNetworkInterface",
+    "ModifyNetworkInterfaceAttribute",
+    "AssignPrivateIpAddresses",
+    "UnassignPrivateIpAddresses",
+    "DetachNetworkInterface",
+    "DeleteNetworkInterface",
+    "CreateTags",
+];
+
 /// A host network that is always as desired, once the interfaces are there.
 #[derive(Clone, Debug, Default)]
 pub struct ModelHost(Arc<Mutex<HostState>>);

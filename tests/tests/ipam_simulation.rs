@@ -17,7 +17,7 @@ use stanchion_core::cloud::Ec2Api as _;
 use stanchion_core::ids::{EniId, PodName};
 use stanchion_core::network::host_veth_name;
 use stanchion_lab::fake_aws::{Bucket, Chaos, DirectEc2, Effect, Fault, Timing};
-use stanchion_lab::ipam_world::{World, WorldSpec, request};
+use stanchion_lab::ipam_world::{MUTATING, World, WorldSpec, request};
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Operations of one world's life.
@@ -36,17 +36,6 @@ const SETTINGS: [&[(&str, &str)]; 6] = [
     &[("WARM_ENI_TARGET", "0"), ("IP_COOLDOWN_PERIOD", "5")],
     &[("MINIMUM_IP_TARGET", "11"), ("MAX_ENI", "2")],
     &[("WARM_IP_TARGET", "1"), ("CLUSTER_NAME", "lab")],
-];
-
-const MUTATING: [&str; 8] = [
-    "CreateNetworkInterface",
-    "AttachNetworkInterface",
-    "ModifyNetworkInterfaceAttribute",
-    "AssignPrivateIpAddresses",
-    "UnassignPrivateIpAddresses",
-    "DetachNetworkInterface",
-    "DeleteNetworkInterface",
-    "CreateTags",
 ];
 
 fn number(name: &str) -> Option<u64> {

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep};
 
 use super::files::LINE;
 use super::{HOUR, MINUTE, SECOND, World, objects, open_files, plugin};
-use crate::ipam_world::NODE;
+use crate::ipam_world::{MUTATING, NODE};
 
 /// Questions about each pod after each step; the space of all has a few hundred.
 const QUESTIONS: usize = 30;
@@ -31,17 +31,6 @@ const PROTOCOLS: [u8; 3] = [6, 17, 1];
 const PORTS: [u16; 3] = [80, 81, 443];
 /// Actions of the pool that may be under way at once: as many as the node has ENIs, and a few.
 const IN_FLIGHT: usize = 8;
-/// Of EC2, what changes something.
-const MUTATING: [&str; 8] = [
-    "CreateNetworkInterface",
-    "AttachNetworkInterface",
-    "ModifyNetworkInterfaceAttribute",
-    "AssignPrivateIpAddresses",
-    "UnassignPrivateIpAddresses",
-    "DetachNetworkInterface",
-    "DeleteNetworkInterface",
-    "CreateTags",
-];
 /// Within which the pool has its size and everything is delivered, once nothing is broken.
 const HEALED_WITHIN: std::time::Duration = std::time::Duration::from_secs(2 * 3_600);
 
