@@ -10,7 +10,7 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{ContainerId, InstanceId, Mac, PodName, SubnetId};
 use stanchion_core::ipam::IpamKey;
-use stanchion_core::network::{HostError, HostNetwork, HostPlan, HostReport, host_veth_name};
+use stanchion_core::network::{HostError, HostNetwork, HostPlan, HostReport, NetOp, host_veth_name};
 use stanchion_daemon::ipamd::{self, AssignError, AssignRequest, Assignment, IpamHandle, IpamdParts, ReleaseError, StartError};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -41,6 +41,7 @@ struct HostState {
     links: BTreeMap<Mac, Instant>,
     plan: HostPlan,
     applied: u64,
+    damage: Vec<NetOp>,
 }
 
 impl ModelHost {
@@ -56,6 +57,11 @@ impl ModelHost {
     /// How often a plan was applied.
     pub fn applied(&self) -> u64 {
         self.with(|state| state.applied)
+    }
+
+    /// Somebody else undoes what these did: the next plan that is applied does them again.
+    pub fn damage(&self, ops: impl IntoIterator<Item = NetOp>) {
+        self.with(|state| state.damage.extend(ops));
     }
 
     /// Takes an interface away for a while.
@@ -94,7 +100,8 @@ impl HostNetwork for ModelHost {
             state.applied += 1;
             state.plan = desired.clone();
             let there = |mac: &Mac| state.links.get(mac).is_some_and(|at| *at <= now);
-            HostReport { missing: desired.enis.iter().map(|eni| eni.mac).filter(|mac| !there(mac)).collect(), ..HostReport::default() }
+            let missing = desired.enis.iter().map(|eni| eni.mac).filter(|mac| !there(mac)).collect();
+            HostReport { missing, applied: std::mem::take(&mut state.damage), ..HostReport::default() }
         }))
     }
 }

@@ -1,9 +1,10 @@
 //! The address actor against the AWS model, on paused time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use stanchion_core::ipam::Checkpoint;
+use stanchion_core::network::NetOp;
 use stanchion_lab::fake_aws::{ApiError, Effect, Fault, Timing};
 use stanchion_lab::ipam_world::{World, WorldSpec, key};
 
@@ -30,6 +31,27 @@ async fn a_fresh_node_warms_up_and_serves() {
     assert_eq!(Checkpoint::parse(&text).expect("aws-node's format").allocations.len(), 1);
     assert_eq!(world.delete("web-0").await, Ok(Some(first)));
     assert_eq!(world.delete("web-0").await, Ok(None), "a second DEL finds nothing and is content");
+    world.stop().await;
+}
+
+/// The healer, whom the kernel tells of every change, is not the only one who mends.
+#[tokio::test(start_paused = true)]
+async fn what_is_mended_with_the_plan_that_is_in_force_is_counted_and_what_a_new_plan_changes_is_not() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[]));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 60).await;
+    let healed = |world: &World| world.handle.snapshot().counters.healed.clone();
+    assert_eq!(healed(&world), BTreeMap::new(), "what the first plan did was missing, not damaged");
+    world.host.damage([NetOp::LinkUp { index: 2 }, NetOp::Mtu { index: 2, mtu: 9_001 }, NetOp::Mtu { index: 3, mtu: 9_001 }]);
+    world.settle(SECOND * 60).await;
+    assert_eq!(healed(&world), BTreeMap::from([("link", 3)]));
+    // A pod, and an ENI that its start brings: the plan is another one.
+    let applied = world.host.applied();
+    world.host.damage([NetOp::LinkUp { index: 3 }]);
+    world.add("web-0", SECOND).await.expect("an address is free");
+    world.settle(SECOND * 60).await;
+    assert!(world.host.applied() > applied);
+    assert_eq!(healed(&world), BTreeMap::from([("link", 3)]));
     world.stop().await;
 }
 

@@ -12,7 +12,7 @@ use stanchion_core::config::Config;
 use stanchion_core::ids::{EniId, PodName, SecurityGroupId, SubnetId, VpcId};
 use stanchion_core::ipam::{Action, Allocation, Blocked, Datastore, Demand, IpamKey, Memory, Placement, PoolLimits, Targets, Time};
 use stanchion_core::limits::InstanceLimits;
-use stanchion_core::network::{HostNetwork, HostReport};
+use stanchion_core::network::{HostNetwork, HostPlan, HostReport};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::{Instant, sleep_until};
@@ -120,8 +120,9 @@ pub(super) struct Actor<E, I, H> {
     pub(super) tagged: BTreeSet<EniId>,
     pub(super) host_due: Option<Instant>,
     pub(super) host_running: bool,
-    /// ENIs of the plan that is being applied.
-    pub(super) host_planned: BTreeSet<EniId>,
+    /// The plan that is being applied, and the one that the host was left with, if nothing of it was missing or refused.
+    pub(super) host_planned: Option<HostPlan>,
+    pub(super) host_in_force: Option<HostPlan>,
     pub(super) host_pause: Duration,
     pub(super) observe_due: Instant,
     pub(super) observing: bool,

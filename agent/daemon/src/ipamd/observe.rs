@@ -110,7 +110,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             self.host_running = true;
             self.host_due = None;
             let (host, plan) = (Arc::clone(&self.host), self.host_plan());
-            self.host_planned = plan.enis.iter().map(|eni| eni.id.clone()).collect();
+            self.host_planned = Some(plan.clone());
             self.tasks.spawn(async move { Work::Host(host.apply(&plan).await.map_err(|error| chain(&error))) });
         }
         if !self.observing && self.observe_due <= now {
@@ -458,15 +458,16 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         for failed in &report.failed {
             self.error_text("host network", format!("{:?}: {}", failed.op, failed.error));
         }
+        let planned = self.host_planned.take();
         if !report.applied.is_empty() {
-            tracing::info!(operations = report.applied.len(), "host network changed");
+            self.host_changed(&report.applied, planned.is_some() && planned == self.host_in_force);
         }
         let trouble = !report.failed.is_empty();
         let mut waits = false;
         let mut ready = Vec::new();
         for eni in self.store.enis().values().filter(|eni| eni.state == EniState::Joining) {
             // One that joined after the plan was made waits for the next.
-            let newer = !self.host_planned.contains(&eni.id);
+            let newer = !planned.as_ref().is_some_and(|plan| plan.enis.iter().any(|planned| planned.id == eni.id));
             let refused = report.failed.iter().any(|failed| concerns(&failed.op, eni));
             if newer || refused || report.missing.contains(&eni.mac) {
                 waits = true;
@@ -489,6 +490,17 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             now + self.host_pause
         };
         self.host_due = Some(self.host_due.map_or(again, |due| due.min(again)));
+        self.host_in_force = planned.filter(|_| !trouble && report.missing.is_empty());
+    }
+
+    /// Tells what was done to the host network. With the plan that was in force it was damage, as what the healer finds.
+    fn host_changed(&mut self, ops: &[NetOp], was_in_force: bool) {
+        if was_in_force {
+            tracing::warn!(?ops, "healed: the host network was not as planned; somebody changed it, or an interface has just come");
+            ops.iter().for_each(|op| *self.counters.healed.entry(op.subject()).or_default() += 1);
+        } else {
+            tracing::info!(operations = ops.len(), "host network changed");
+        }
     }
 
     /// Deletes ENIs that nodes of this cluster left behind.
