@@ -27,6 +27,7 @@ pub mod run;
 pub mod schema;
 mod sctp;
 pub mod simulation;
+pub mod stray;
 pub mod tour;
 pub mod vpc;
 pub mod wait;

@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::netns::{self, Netns};
+use crate::stray;
 
 /// Where runs keep their files.
 pub const RUNS_DIR: &str = "/run/stanchion-lab";
@@ -112,8 +113,9 @@ impl EndSignals {
     }
 }
 
-/// Removes what runs left whose process is gone.
+/// Removes what runs left whose process is gone, and what was made [without a run](crate::stray).
 pub fn sweep() {
+    stray::sweep();
     let Ok(entries) = fs::read_dir(RUNS_DIR) else { return };
     for entry in entries.flatten() {
         let Ok(id) = entry.file_name().into_string() else { continue };
@@ -135,18 +137,23 @@ pub fn sweep() {
     }
 }
 
+/// Removes a namespace and ends what runs in it; says what is left.
+pub(crate) fn remove_netns(name: &str) {
+    for pid in netns::processes(name) {
+        // Our own threads are inside for a moment when they make sockets.
+        if pid != std::process::id().cast_signed() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+    if let Err(error) = netns::remove_name(name) {
+        eprintln!("lab: {error:#}");
+    }
+}
+
 /// Clean-up goes on after a failure and says what is left.
 fn remove_all(id: &str, dir: &Path) {
     for name in netns::names(&format!("{PREFIX}{id}-")) {
-        for pid in netns::processes(&name) {
-            // Our own threads are inside for a moment when they make sockets.
-            if pid != std::process::id().cast_signed() {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-        }
-        if let Err(error) = netns::remove_name(&name) {
-            eprintln!("lab: {error:#}");
-        }
+        remove_netns(&name);
     }
     for at in MOUNTS.map(|(name, _)| dir.join(name)) {
         if at.exists()

@@ -16,6 +16,7 @@ use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::{ActivateIf, ActivateRequest};
 use stanchion_ebpf_abi::{LAYOUT_VERSION, map_name};
 use stanchion_lab::netns::{Netns, ip_batch, ip_json};
+use stanchion_lab::stray::Maker;
 use stanchion_lab::wait::wait_for;
 
 const PODS: u8 = 25;
@@ -79,7 +80,7 @@ fn object(name: &str, node: &str, label: &str, address: Ipv4Addr) -> String {
 
 /// Pods of labels of their own here and elsewhere; those here are made active, and all are gone at the end.
 fn round(world: &mut World, policies: &str, number: usize) {
-    let pods = Netns::create(&format!("stdc{}-{number}", std::process::id())).unwrap();
+    let pods = Netns::create(&Maker::DatapathTest.name(&format!("churn{number}"))).unwrap();
     let links = (1..=PODS).map(|n| format!("link add new{n} type veth peer name p{n} netns {}\n", pods.name()));
     ip_batch(world.node.name(), &links.collect::<String>()).unwrap();
     let shown = ip_json(&world.node, &["link"]).unwrap();

@@ -3,7 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "a failure here is the test's, and names its line")]
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 
 use stanchion_core::policy::image::{EndpointImage, MapOp};
 use stanchion_daemon::netpol::{LoadOptions, POD_EGRESS, POD_INGRESS, load};
@@ -13,6 +12,7 @@ use stanchion_ebpf_abi::{
 };
 use stanchion_lab::datapath::packet::{Fragment, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, arp, flags};
 use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry, key4, take_events};
+use stanchion_lab::stray::Maker;
 
 const IN: u8 = direction::INGRESS;
 const OUT: u8 = direction::EGRESS;
@@ -584,7 +584,7 @@ fn events_say_who_what_and_why() {
 /// The kernel verifies an object once: who comes later takes what is pinned, unless it works on other maps than those pinned.
 #[test]
 fn programs_that_are_pinned_are_taken_as_long_as_the_maps_are_theirs() {
-    let pin_root = PathBuf::from(format!("/sys/fs/bpf/stdp-again-{}", std::process::id()));
+    let pin_root = Maker::Rig.pins("again");
     let programs = || {
         let mut loaded = load(&LoadOptions { pin_root: pin_root.clone(), flow_entries: 1_024 }).unwrap();
         [POD_EGRESS, POD_INGRESS].map(|name| loaded.program(name).unwrap().info().unwrap().id())

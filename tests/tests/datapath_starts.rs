@@ -17,6 +17,7 @@ use datapath_support::{MODES, WORKS, World, policy};
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::{ActivateIf, ActivateRequest, FlowRecord, FlowVerdict};
 use stanchion_lab::netns::{Netns, ip_batch};
+use stanchion_lab::stray::Maker;
 use tokio::sync::broadcast::error::RecvError;
 
 /// Between two packets of a client: also how long it waits for an answer that nobody gives.
@@ -105,7 +106,7 @@ fn starts_under_churn_leak_nothing_and_lose_nothing() {
                 world.extra_pods = object(&name, address);
                 world.apply(&policies());
             }
-            let netns = Netns::create(&format!("stdp{}-{}-{start}", std::process::id(), format!("{mode:?}").to_lowercase())).unwrap();
+            let netns = Netns::create(&Maker::DatapathTest.name(&format!("{}-{start}", format!("{mode:?}").to_lowercase()))).unwrap();
             ip_batch(world.node.name(), &format!("link add new{start} type veth peer name eth0 netns {}\n", netns.name())).unwrap();
             let link = stanchion_lab::netns::ip_json(&world.node, &["link", "show", &format!("new{start}")]).unwrap();
             let (mac, index) = (link[0]["address"].as_str().unwrap(), u32::try_from(link[0]["ifindex"].as_u64().unwrap()).unwrap());

@@ -13,6 +13,7 @@ use stanchion_lab::netns::{self, ip_batch, ip_json};
 use stanchion_lab::node::Node;
 use stanchion_lab::probe::{Answer, PATIENCE, Protocol, Servers, probe};
 use stanchion_lab::router::IMDS_ADDRESS;
+use stanchion_lab::stray::Maker;
 use stanchion_lab::vpc::{EC2_ADDRESS, EXAMPLE_HOST};
 use stanchion_lab::wait::wait_for;
 use stanchion_lab::{Vpc, run};
@@ -160,10 +161,25 @@ async fn what_a_killed_run_left_is_swept_and_a_living_run_is_not() {
     std::fs::create_dir_all(&dir).expect("made");
     std::fs::write(dir.join("lock"), "").expect("made");
     netns::Netns::create(netns).expect("made");
+    // Of a bench, a simulation or a test, which have no directory.
+    let stray = "stdp4999999-0-node";
+    let pins = Path::new("/sys/fs/bpf").join("strig4999999-bench");
+    let (living, living_pins) = (Maker::Rig.name("living"), Maker::Rig.pins("living"));
+    netns::Netns::create(stray).expect("made");
+    let living_netns = netns::Netns::create(&living).expect("made");
+    for dir in [&pins.join("v1"), &living_pins] {
+        std::fs::create_dir_all(dir).expect("made");
+    }
     let vpc = Vpc::builder().start().await.expect("the lab starts");
     assert_eq!(netns::names(netns), Vec::<String>::new());
     assert!(!dir.exists());
+    assert_eq!(netns::names(stray), Vec::<String>::new());
+    assert!(!pins.exists());
     run::sweep();
+    assert_eq!(netns::names(&living), [living]);
+    assert!(living_pins.exists());
+    living_netns.remove().expect("removed");
+    std::fs::remove_dir(&living_pins).expect("removed");
     assert!(vpc.dir().exists());
     assert_eq!(netns::names(vpc.router().name()).len(), 1);
 }

@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Row;
 use crate::netns::{Netns, ip_batch, ip_json, sysctl};
+use crate::stray::Maker;
 
 /// Time for a byte under policy, in times of a bare veth's: 3 % less throughput.
 const POLICED: f64 = 1.03;
@@ -54,7 +55,7 @@ struct Agent {
 
 impl Bed {
     fn new(name: &str) -> anyhow::Result<Self> {
-        let prefix = format!("stbt{}-{name}", std::process::id());
+        let prefix = Maker::ThroughputBench.name(name);
         let node = Netns::create(&format!("{prefix}-node"))?;
         sysctl(&node, "net/ipv4/ip_forward", "1")?;
         let pods = [Netns::create(&format!("{prefix}-client"))?, Netns::create(&format!("{prefix}-server"))?];

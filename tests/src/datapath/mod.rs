@@ -18,6 +18,8 @@ use stanchion_ebpf_abi::{
     map_name,
 };
 
+use crate::stray::Maker;
+
 /// The interface that test runs come from: loopback, which every namespace has.
 pub const IF_INDEX: u32 = 1;
 
@@ -34,12 +36,12 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Loads under `/sys/fs/bpf/stdp-<name>-<pid>`, which goes with the rig.
+    /// Loads under pins of this name, which go with the rig.
     ///
     /// # Errors
     /// The object was not built, or the kernel refuses it.
     pub fn new(name: &str, flow_entries: u32) -> anyhow::Result<Self> {
-        let pin_root = PathBuf::from(format!("/sys/fs/bpf/stdp-{name}-{}", std::process::id()));
+        let pin_root = Maker::Rig.pins(name);
         let mut loaded = load(&LoadOptions { pin_root: pin_root.clone(), flow_entries })?;
         let maps = KernelMaps::new(&mut loaded)?;
         let mut rig = Self { loaded, maps, pin_root };

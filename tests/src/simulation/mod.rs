@@ -45,6 +45,7 @@ use tokio::time::sleep;
 use crate::fake_aws::{Bucket, Chaos, Clock, Cloud, CloudConfig, Effect, Fault, InstanceSpec, SubnetSpec, Timing};
 use crate::ipam_world::{ModelHost, NODE};
 use crate::netns::Netns;
+use crate::stray::Maker;
 use agent::Agent;
 use files::Files;
 use objects::Objects;
@@ -139,7 +140,7 @@ struct Place {
 
 impl Place {
     fn make(seed: u64) -> anyhow::Result<Self> {
-        let name = format!("stsim{}-{seed}", std::process::id());
+        let name = Maker::Simulation.name(&seed.to_string());
         Ok(Self { netns: Netns::create(&name)?, root: PathBuf::from("/sys/fs/bpf").join(name) })
     }
 }

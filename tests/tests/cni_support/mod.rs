@@ -14,6 +14,7 @@ use stanchion_core::ids::PodName;
 use stanchion_core::network::host_veth_name;
 use stanchion_daemon::cni::take_plugins;
 use stanchion_lab::netns::Netns;
+use stanchion_lab::stray::Maker;
 use stanchion_proto as wire;
 use stanchion_proto::cni_server::{Cni, CniServer};
 use tokio::net::UnixListener;
@@ -39,7 +40,7 @@ impl OwnedNetns {
     pub(crate) fn create(role: &str) -> Self {
         assert!(is_root(), "these tests make network namespaces: run them as root");
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Self(Netns::create(&format!("stcni{}-{role}{number}", std::process::id())).unwrap())
+        Self(Netns::create(&Maker::CniTest.name(&format!("{role}{number}"))).unwrap())
     }
 }
 

@@ -18,6 +18,7 @@ use stanchion_daemon::netpol::{
     ActivateError, ActivateIf, ActivateRequest, AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts, load, spawn,
 };
 use stanchion_lab::netns::{Netns, ip_batch};
+use stanchion_lab::stray::Maker;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -66,7 +67,7 @@ impl World {
     /// Pods x/a, x/b, y/a, y/b, none active yet; the agent runs.
     pub(crate) fn new(mode: AttachMode) -> Self {
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
-        let prefix = format!("stdp{}-{number}", std::process::id());
+        let prefix = Maker::DatapathTest.name(&number.to_string());
         let node = Netns::create(&format!("{prefix}-node")).unwrap();
         node.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")).unwrap().unwrap();
         // A rule that asks for a connection's state: without one the kernel tracks nothing.

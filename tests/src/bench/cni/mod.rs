@@ -28,6 +28,7 @@ use self::stub::AtOnce;
 use super::Row;
 use super::plot::Plot;
 use crate::netns::Netns;
+use crate::stray::Maker;
 
 /// Pods that a burst starts at once: a Deployment's, and all that a node of a common size holds.
 const BURSTS: [usize; 2] = [30, 110];
@@ -67,8 +68,7 @@ struct Site {
 /// # Errors
 /// When namespaces cannot be made, the plugin is not built, or a call fails.
 pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
-    let id = std::process::id();
-    let node = Owned(Netns::create(&format!("stcnib{id}-n"))?);
+    let node = Owned(Netns::create(&Maker::CniBench.name("n"))?);
     let site = Site { node, dir: tempfile::tempdir()?, plugin: plugin()? };
     let rounds = if quick { 20 } else { 100 };
     let bursts = if quick { &BURSTS[..1] } else { &BURSTS[..] };
@@ -142,7 +142,7 @@ fn plugin() -> anyhow::Result<PathBuf> {
 }
 
 fn pod_netns(number: usize) -> anyhow::Result<Owned> {
-    Ok(Owned(Netns::create(&format!("stcnib{}-p{number}", std::process::id()))?))
+    Ok(Owned(Netns::create(&Maker::CniBench.name(&format!("p{number}")))?))
 }
 
 fn one_by_one(site: &Site, rounds: usize) -> anyhow::Result<Calls> {
