@@ -84,3 +84,41 @@ fn a_full_map_stops_what_is_new_and_nothing_else() {
     world.works("x/b", "y/b", 80);
     assert!(echoes(&mut open, WORKS));
 }
+
+/// Pods elsewhere that `x/a` lets in, by the last numbers of their addresses.
+fn far(numbers: std::ops::Range<u32>) -> String {
+    let pod = |number| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: far-{number}, namespace: \"y\", labels: {{app: far}}}}\n\
+             spec: {{nodeName: node2, containers: []}}\nstatus: {{phase: Running, podIP: 10.78.0.{number}}}\n"
+        )
+    };
+    numbers.map(pod).collect()
+}
+
+#[test]
+fn addresses_that_go_make_room_for_those_that_come() {
+    let mut world = World::new(MODES[1]);
+    world.stop();
+    layout::shrink(&world.pin_root, map_name::ADDRESSES4, ROOM).unwrap();
+    world.start();
+    let rules = policy("x", "from-far", "a", "  ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {app: far}}}]}]\n");
+    world.extra_pods = far(1..ROOM);
+    world.apply(&rules);
+    world.activate_all();
+    assert!(snapshot(&world).ready, "just as many as there is room for beside the node's address");
+    // All of them are replaced in one change.
+    world.extra_pods = far(100..99 + ROOM);
+    world.apply(&rules);
+    assert!(snapshot(&world).ready, "{}", snapshot(&world).reason);
+    // One too many, and then no longer.
+    world.extra_pods = far(1..1 + ROOM);
+    world.apply(&rules);
+    let full = snapshot(&world);
+    assert!(!full.ready && full.reason.contains("map ADDRESSES4") && full.reason.contains("full"), "{}", full.reason);
+    world.blocked("x/b", "x/a", 80);
+    world.extra_pods = far(200..199 + ROOM);
+    world.apply(&rules);
+    mended(&world);
+    world.blocked("x/b", "x/a", 80);
+}

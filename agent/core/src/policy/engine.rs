@@ -558,6 +558,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_goes_makes_room_for_what_comes() {
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        engine.set_cluster(&cluster(&[CLUSTER, POLICY]));
+        engine.add_endpoint(Slot(1), &PodName::new("x", "a"), "", &["192.168.1.1".parse().unwrap()]);
+        let moved = CLUSTER.replace("192.168.1.2", "192.168.1.4").replace(r#""name":"b""#, r#""name":"b2""#);
+        let ops = engine.set_cluster(&cluster(&[&moved, POLICY]));
+        let at = |wanted: &dyn Fn(&MapOp) -> bool| ops.iter().position(wanted).unwrap_or_else(|| panic!("{ops:?}"));
+        let gone: IpAddr = "192.168.1.2".parse().unwrap();
+        let came: IpAddr = "192.168.1.4".parse().unwrap();
+        let gone = at(&|op| *op == MapOp::RemoveAddress(gone));
+        assert!(gone < at(&|op| matches!(op, MapOp::SetAddress(address, _) if *address == came)), "{ops:?}");
+    }
+
     /// The runtime knows a static pod by another uid than the API server.
     #[test]
     fn a_static_pod_is_policed() {

@@ -6,7 +6,8 @@
 //! atomic write. Where one change brings both, a packet could see the new set with the old identity, which is neither
 //! old nor new. There an address takes a transitional identity on its way, which to sets of before is what the address
 //! was, and to sets of after what it becomes: move, flip, move on. Mostly that is not needed, because the move means
-//! nothing to one of the sides: it is then made on that side of the flips.
+//! nothing to one of the sides: it is then made on that side of the flips. Of the moves that are made first, those of
+//! addresses that go come before those of addresses that come, which may need their room.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -175,6 +176,7 @@ impl<M: Meanings> Writer<'_, M> {
             paths.insert((from, to), path);
         }
         let clones = self.write_temporaries(&paths, &sources, &targets, &sets_in_use);
+        let exact = self.make_room(exact, &paths);
 
         if !flips.is_empty() {
             let identity_at = |from, to| match paths.get(&(from, to)) {
@@ -206,6 +208,18 @@ impl<M: Meanings> Writer<'_, M> {
         }
         self.move_all(&exact, &blocks, &|_, to| to, true);
         self.ops.append(&mut later);
+    }
+
+    /// Forgets the addresses whose moves may be made first, so that a full map takes those that come; gives the other moves.
+    /// Without its entry an address is what its block is: so the block must be the same now and in the end. What goes through
+    /// a transitional identity, or after the flips, keeps its entry until then, and its room.
+    fn make_room(&mut self, exact: Vec<Move<IpAddr>>, paths: &BTreeMap<(u32, u32), Path>) -> Vec<Move<IpAddr>> {
+        let Change { old, cidrs, .. } = self.change;
+        let is_first = |m: &Move<IpAddr>| matches!(paths.get(&(m.from, m.to)), None | Some(Path::First));
+        let is_in_place = |m: &Move<IpAddr>| cidrs.is_none() || longest_match(&old.cidrs, m.place) == m.to;
+        let (gone, others): (Vec<_>, Vec<_>) = exact.into_iter().partition(|m| !m.stays && is_first(m) && is_in_place(m));
+        self.ops.extend(gone.into_iter().map(|m| MapOp::RemoveAddress(m.place)));
+        others
     }
 
     fn direction(&mut self, set: u32) -> u8 {

@@ -232,6 +232,43 @@ fn every_prefix_is_old_or_new(before: &MapImage, ops: &[MapOp], peers: &[IpAddr]
     }
 }
 
+/// Whether both images have the same blocks and every pod of both the same policy sets: nothing but addresses moves.
+fn only_addresses_move(before: &MapImage, after: &MapImage) -> bool {
+    let sets = |image: &MapImage, slot: &Slot| image.endpoints.get(slot).map(|endpoint| (endpoint.ingress, endpoint.egress));
+    let slots = before.endpoints.keys().chain(after.endpoints.keys());
+    before.cidrs == after.cidrs && slots.into_iter().all(|slot| sets(before, slot) == sets(after, slot))
+}
+
+/// A change of as many addresses as go needs no more room than there was.
+#[test]
+fn a_change_of_addresses_needs_no_room_beside_theirs() {
+    let mut replaced = 0;
+    for seed in 0..rounds(40) {
+        let mut scene = Scene::begin(6_000_000 + seed);
+        for step in 0..8 {
+            scene.change(&[2, 4, 8]);
+            let Scene { cluster, node, .. } = &mut scene;
+            let mut image = node.maps.image.clone();
+            let before = image.clone();
+            let ops = node.engine.set_cluster(cluster);
+            let after = node.engine.image();
+            if only_addresses_move(&before, after) {
+                let most = before.addresses.len().max(after.addresses.len());
+                for op in &ops {
+                    image.apply(op);
+                    assert!(image.addresses.len() <= most, "seed {seed} step {step}: {op:?} of {ops:?}");
+                }
+                let goes = before.addresses.keys().any(|address| !after.addresses.contains_key(address));
+                replaced += usize::from(goes && after.addresses.keys().any(|address| !before.addresses.contains_key(address)));
+            }
+            node.apply(&ops);
+            let ops = node.attach(cluster);
+            node.apply(&ops);
+        }
+    }
+    assert!(replaced > 3, "{replaced}");
+}
+
 fn in_use(image: &MapImage, policy: u32) -> bool {
     image.endpoints.values().any(|endpoint| endpoint.ingress == Some(policy) || endpoint.egress == Some(policy))
 }
