@@ -338,14 +338,13 @@ impl Engine {
             if let Some(binding) = self.bindings.get(&slot) {
                 return *binding;
             }
-            return match self.settings.unknown_pod {
-                UnknownPod::Open => Binding { audit, ..Binding::default() },
-                UnknownPod::Closed => Binding {
-                    ingress: Some(self.interned.closed(Direction::Ingress)),
-                    egress: Some(self.interned.closed(Direction::Egress)),
-                    audit,
-                },
-            };
+            // The agent before may have policed it, by policies that are not known any more: what they said of addresses that have
+            // changed since cannot be told. As its object is gone, it ends: until then it is closed rather than open.
+            let before = self.image.endpoints.get(&slot).filter(|before| self.from_before && before.addresses == local.addresses);
+            let [was_ingress, was_egress] = before.map_or([false; 2], |before| [before.ingress.is_some(), before.egress.is_some()]);
+            let is_strict = self.settings.unknown_pod == UnknownPod::Closed;
+            let mut closed = |direction, was_isolated| (is_strict || was_isolated).then(|| self.interned.closed(direction));
+            return Binding { ingress: closed(Direction::Ingress, was_ingress), egress: closed(Direction::Egress, was_egress), audit };
         };
         let [ingress, egress] = Direction::BOTH.map(|direction| self.interned.set_of(cluster, pod, direction));
         Binding { ingress, egress, audit }
@@ -556,6 +555,40 @@ mod tests {
             engine.add_endpoint(Slot(1), &PodName::new("x", "new"), "", &[own]);
             assert_eq!(from(&engine, "192.168.1.3"), unknown_pod == UnknownPod::Open);
         }
+    }
+
+    /// The maps remember that it was policed, and not by what.
+    #[test]
+    fn a_pod_whose_object_went_while_no_agent_ran_is_not_opened() {
+        let (name, own) = (PodName::new("x", "a"), "192.168.1.1".parse().unwrap());
+        let without: Vec<&str> = CLUSTER.lines().filter(|line| !line.contains(r#""name":"a""#)).collect();
+        let without = cluster(&[&without.join("\n"), POLICY]);
+        let engine = || Engine::new(Settings { node_name: "n1".into(), unknown_pod: UnknownPod::Open, ..Settings::default() });
+        let passes =
+            |engine: &Engine, direction, peer: &str, port| image_allows(engine.image(), Slot(1), direction, peer.parse().unwrap(), 6, port);
+        let mut first = engine();
+        first.set_cluster(&cluster(&[CLUSTER, POLICY]));
+        first.add_endpoint(Slot(1), &name, "", &[own]);
+        let mut next = engine();
+        next.rebase(first.image().clone());
+        next.add_endpoint(Slot(1), &name, "", &[own]);
+        assert!(passes(&next, Direction::Ingress, "192.168.1.2", 80), "what was in force stays until the cluster is known");
+        let ops = next.set_cluster(&without);
+        let mut image = first.image().clone();
+        for op in &ops {
+            image.apply(op);
+            assert!(!image_allows(&image, Slot(1), Direction::Ingress, "192.168.1.3".parse().unwrap(), 6, 80), "{op:?}");
+        }
+        assert!(!passes(&next, Direction::Ingress, "192.168.1.2", 81));
+        assert!(passes(&next, Direction::Ingress, "10.0.0.1", 81), "the own node");
+        assert!(passes(&next, Direction::Egress, "192.168.1.3", 80), "what was not isolated is not");
+        // Its object comes again, or it was only late.
+        next.set_cluster(&cluster(&[CLUSTER, POLICY]));
+        assert!(passes(&next, Direction::Ingress, "192.168.1.2", 80) && !passes(&next, Direction::Ingress, "192.168.1.3", 80));
+        // A pod that comes now and is not known has nothing of it.
+        next.set_cluster(&without);
+        next.add_endpoint(Slot(2), &PodName::new("x", "new"), "", &["192.168.1.9".parse().unwrap()]);
+        assert!(image_allows(next.image(), Slot(2), Direction::Ingress, "192.168.1.3".parse().unwrap(), 6, 80));
     }
 
     #[test]
