@@ -8,7 +8,7 @@ use stanchion_lab::Vpc;
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::fake_aws::SubnetSpec;
 use stanchion_lab::node::Node;
-use stanchion_lab::pod::PodSpec;
+use stanchion_lab::pod::{CNI_VERSION, PodSpec};
 use stanchion_lab::probe::{Answer, Protocol};
 use stanchion_lab::vpc::EXAMPLE_HOST;
 use stanchion_proto as wire;
@@ -116,16 +116,33 @@ async fn a_pod_without_an_address_is_told_which_eni_and_which_subnet_is_full_sin
         pods.push(node.add_pod(PodSpec::new("x", &format!("a-{}", pods.len()))).await.expect("an address that was warm"));
     }
     assert!(!pods.is_empty());
-    let words = refusal(&node, "late");
-    for word in [
-        "no free address after 2",
-        "of 1 ENIs full (limit 3)",
-        "subnet-0c000000000000003 has 0 free of 11 since 20",
-        "EC2 said InsufficientFreeAddressesInSubnet",
-        "see `stanchion enis` on the node",
-    ] {
-        assert!(words.contains(word), "{word:?} is not in {words}");
-    }
+    let told = |words: &str, waited: &str| {
+        for word in [
+            waited,
+            "of 1 ENIs full (limit 3)",
+            "subnet-0c000000000000003 has 0 free of 11 since 20",
+            "EC2 said InsufficientFreeAddressesInSubnet",
+            "see `stanchion enis` on the node",
+        ] {
+            assert!(words.contains(word), "{word:?} is not in {words}");
+        }
+    };
+    told(&refusal(&node, "late"), "no free address after 2");
+
+    // The same from the plugin, as the runtime gets it and the kubelet's event says it: after all of the plugin's patience.
+    let error = node.add_pod(PodSpec::new("x", "later")).await.expect_err("there is no address").root_cause().to_string();
+    let answer = error.strip_prefix("ADD x/later: ").unwrap_or_else(|| panic!("the plugin did not answer: {error}"));
+    let mut answer = serde_json::Deserializer::from_str(answer).into_iter::<serde_json::Value>();
+    let answer = answer.next().expect("a CNI error").expect("in JSON");
+    assert_eq!((&answer["code"], &answer["cniVersion"]), (&11.into(), &CNI_VERSION.into()), "try again later: {answer}");
+    let words = answer["msg"].as_str().expect("a text");
+    told(words, "no free address after 3");
+    assert!(words.starts_with("get an address for the pod: "), "{words}");
+    // It left nothing behind.
+    let netns = stanchion_lab::netns::names(&format!("stlab{}-pod-x-later", vpc.run_id()));
+    assert_eq!(netns, Vec::<String>::new());
+    let status = node.cli_json(&["status"]).expect("answers");
+    assert_eq!(status["ipam"]["pools"][0]["assigned"].as_u64(), Some(pods.len() as u64), "{status:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
