@@ -7,10 +7,12 @@ mod datapath_support;
 use datapath_support::*;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::flow_log::{self, FlowLogSettings};
 use stanchion_daemon::netpol::{ActivateError, AttachMode, FlowRecord, FlowVerdict};
@@ -267,6 +269,38 @@ fn an_agent_that_is_replaced_keeps_flows_and_policy() {
     }
 }
 
+/// What is there now is of a layout that the next agent does not read. Gives where the pins of both are.
+fn make_another_layout(world: &World, layout: u16) -> [PathBuf; 2] {
+    let (present, other) = (world.pin_root.join(format!("v{LAYOUT_VERSION}")), world.pin_root.join(format!("v{layout}")));
+    std::fs::rename(&present, &other).unwrap();
+    if world.mode == AttachMode::Clsact {
+        world.pods.iter().for_each(|pod| move_filters(&world.node, &pod.host_if.host_if_name, layout).unwrap());
+    }
+    [present, other]
+}
+
+#[test]
+fn in_strict_mode_a_pod_that_nobody_knows_is_closed_after_another_layout_too() {
+    for mode in MODES {
+        let mut world = World::new(mode);
+        world.apply("");
+        world.activate_all();
+        world.works("x/a", "y/b", 80);
+        world.stop();
+        make_another_layout(&world, u16::try_from(LAYOUT_VERSION).unwrap() - 1);
+        // Its object goes while no agent runs.
+        let unknown = world.pods.pop().unwrap();
+        world.cluster.send_replace(Arc::new(ClusterState::default()));
+        world.start();
+        world.apply("");
+        world.works("x/a", "x/b", 80);
+        let server = (unknown.address, 80).into();
+        let reached = world.pod("x/a").netns.run(|| TcpStream::connect_timeout(&server, BLOCKED)).unwrap();
+        world.pods.push(unknown);
+        assert!(reached.is_err(), "{mode:?}: it is not known what it may receive");
+    }
+}
+
 #[test]
 fn an_agent_of_another_layout_takes_over_without_a_gap() {
     let older = u16::try_from(LAYOUT_VERSION).unwrap() - 1;
@@ -277,12 +311,7 @@ fn an_agent_of_another_layout_takes_over_without_a_gap() {
         world.activate_all();
         let mut open = world.works("x/b", "x/a", 80);
         world.stop();
-        // What is there now is of a layout that the next agent does not read.
-        let (present, other) = (world.pin_root.join(format!("v{LAYOUT_VERSION}")), world.pin_root.join(format!("v{layout}")));
-        std::fs::rename(&present, &other).unwrap();
-        if mode == AttachMode::Clsact {
-            world.pods.iter().for_each(|pod| move_filters(&world.node, &pod.host_if.host_if_name, layout).unwrap());
-        }
+        let [present, other] = make_another_layout(&world, layout);
         // From outside a pod and from inside, without a pause, while one takes over from the other.
         let stop = Arc::new(AtomicBool::new(false));
         let hammers = [hammer(&world, "y/a", "x/a", 80, &stop), hammer(&world, "x/b", "x/a", 81, &stop)];

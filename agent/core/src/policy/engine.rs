@@ -125,6 +125,11 @@ impl Engine {
         }
     }
 
+    /// Another answer for pods that are not known, from now on.
+    pub fn set_unknown_pod(&mut self, unknown_pod: UnknownPod) {
+        self.settings.unknown_pod = unknown_pod;
+    }
+
     /// What the maps hold once every operation given so far was applied.
     pub fn image(&self) -> &MapImage {
         &self.image

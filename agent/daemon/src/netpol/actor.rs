@@ -118,12 +118,8 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     let kernel = maps.read().map_err(SpawnError::Maps)?;
     let isolated = kernel.endpoints.iter().filter(|(_, e)| is_isolated(e)).map(|(slot, _)| *slot).collect();
     let replaces = loaded.others().is_ok_and(|others| !others.is_empty());
-    let unknown_pod = match mode {
-        // An agent of another layout was here: its programs stay and enforce until ours know the policies.
-        _ if replaces => UnknownPod::Open,
-        EnforcingMode::Standard => UnknownPod::Open,
-        EnforcingMode::Strict => UnknownPod::Closed,
-    };
+    // An agent of another layout was here: its programs stay and enforce until ours know the policies.
+    let unknown_pod = if replaces { UnknownPod::Open } else { unknown_pod(mode) };
     let mut rules = Engine::new(Settings { source, node_name, unknown_pod });
     rules.rebase(kernel);
     match names::read(&state_dir) {
@@ -174,6 +170,14 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     actor.take_over();
     let handle = NetpolHandle { mailbox, flows: records, listeners: Arc::new(listeners), ready: is_ready };
     Ok((handle, tokio::spawn(actor.run(inbox, frames, shutdown))))
+}
+
+/// What a pod that is not known may do.
+fn unknown_pod(mode: EnforcingMode) -> UnknownPod {
+    match mode {
+        EnforcingMode::Standard => UnknownPod::Open,
+        EnforcingMode::Strict => UnknownPod::Closed,
+    }
 }
 
 /// An interface that has programs and no sandbox.
@@ -326,6 +330,7 @@ impl Actor {
             return;
         }
         let start = Instant::now();
+        self.rules.set_unknown_pod(unknown_pod(self.mode));
         let ops = self.rules.set_cluster(&self.state);
         let count = ops.len();
         self.apply(ops);
