@@ -17,7 +17,7 @@
 //! | `flow_log` | flow records as a log |
 //! | `names` | DNS answers of the pods |
 //! | `attach` | TCX links and clsact filters |
-//! | `object`, `clock` | loading, pinning, time |
+//! | `object`, `verify`, `raw`, `clock` | pinning, loading, the kernel's calls for it, time |
 
 mod actor;
 mod attach;
@@ -37,6 +37,7 @@ mod object;
 mod raw;
 mod ring;
 mod slots;
+mod verify;
 
 pub use actor::{NetpolParts, SpawnError, spawn};
 pub use attach::{AttachError, AttachMode, attach, detach};

@@ -12,11 +12,12 @@ use std::path::{Path, PathBuf};
 use aya::maps::{Map, MapData, MapError, MapInfo};
 use aya::pin::PinError;
 use aya::programs::{ProgramError, SchedClassifier};
-use aya::{EbpfError, EbpfLoader, include_bytes_aligned};
+use aya::{EbpfError, include_bytes_aligned};
 use stanchion_ebpf_abi::{self as abi, LAYOUT_VERSION, map_name};
 use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::clock::Clock;
+use super::verify::verify;
 
 /// Empty when it had not been built; see the build script.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/stanchion-ebpf.o"));
@@ -28,7 +29,7 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 pub const PIN_ROOT: &str = "/sys/fs/bpf/stanchion";
 
 /// Every map that is pinned: all of them.
-const PINNED: [&str; 20] = [
+pub(super) const PINNED: [&str; 20] = [
     map_name::INTERFACES,
     map_name::INTERFACES_FAR,
     map_name::ENDPOINTS,
@@ -104,6 +105,9 @@ pub enum LoadError {
     /// The kernel or the loader refused the object.
     #[error("cannot load the eBPF object")]
     Object(#[from] EbpfError),
+    /// The kernel does not take the object's description of its functions.
+    #[error("cannot load the types of the eBPF object")]
+    Types(#[source] io::Error),
     /// The verifier refused a program.
     #[error("cannot load program {name}")]
     Program {
@@ -225,7 +229,7 @@ pub fn load(options: &LoadOptions) -> Result<Loaded, LoadError> {
             fs::remove_dir_all(&programs).map_err(|source| failed(&programs, source))?;
         }
         fs::create_dir_all(&home).map_err(|source| failed(&home, source))?;
-        verify(options, &pins, &home, clock.shift())?;
+        verify(OBJECT, options, &pins, &home, clock.shift())?;
     }
     let program = |name| {
         let program = SchedClassifier::from_pin(home.join(name)).map_err(|source| LoadError::Program { name, source })?;
@@ -256,27 +260,6 @@ fn are_whole(pins: &Path, home: &Path) -> bool {
         used.extend(maps);
     }
     PINNED.iter().all(|name| MapInfo::from_pin(pins.join(name)).is_ok_and(|map| used.contains(&map.id())))
-}
-
-/// Makes the maps that are not pinned yet, has the kernel verify the programs and pins them in `home`.
-fn verify(options: &LoadOptions, pins: &Path, home: &Path, tick_shift: u32) -> Result<(), LoadError> {
-    let mut loader = EbpfLoader::new();
-    loader.override_global("TICK_SHIFT", &tick_shift, true);
-    for name in PINNED {
-        loader.map_pin_path(name, pins.join(name));
-    }
-    for name in [map_name::FLOWS4, map_name::FLOWS6] {
-        loader.map_max_entries(name, options.flow_entries);
-    }
-    let mut ebpf = loader.load(OBJECT)?;
-    for name in [POD_EGRESS, POD_INGRESS] {
-        let unknown = || EbpfError::MapError(MapError::InvalidName { name: name.to_owned() });
-        let program: &mut SchedClassifier =
-            ebpf.program_mut(name).ok_or_else(unknown)?.try_into().map_err(|source| LoadError::Program { name, source })?;
-        program.load().map_err(|source| LoadError::Program { name, source })?;
-        program.pin(home.join(name)).map_err(|source| LoadError::Pin { name, source })?;
-    }
-    Ok(())
 }
 
 /// Mounts bpffs where the pins are to be, if that is below [`BPFFS`] and nothing is mounted there.
