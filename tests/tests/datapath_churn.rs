@@ -47,7 +47,7 @@ fn keys(world: &World, map: &str) -> usize {
     let size = MapInfo::from_pin(&pin).unwrap().key_size();
     let map = aya::maps::Map::from_map_data(data()).unwrap();
     match (map, size) {
-        (map @ aya::maps::Map::HashMap(_), 4) => aya::maps::HashMap::<_, [u8; 4], [u8; 8]>::try_from(map).unwrap().keys().count(),
+        (map @ aya::maps::Map::HashMap(_), 20) => aya::maps::HashMap::<_, [u8; 20], [u8; 8]>::try_from(map).unwrap().keys().count(),
         (map @ aya::maps::Map::HashMap(_), _) => aya::maps::HashMap::<_, [u8; 24], u32>::try_from(map).unwrap().keys().count(),
         (map, _) => aya::maps::lpm_trie::LpmTrie::<_, [u8; 12], [u8; 8]>::try_from(map).unwrap().keys().count(),
     }
@@ -57,7 +57,7 @@ fn held(world: &World) -> Held {
     Held {
         files: entries("/proc/self/fd"),
         links: entries(world.pin_root.join(format!("v{LAYOUT_VERSION}")).join("links")),
-        addresses: keys(world, map_name::ADDRESSES4),
+        addresses: keys(world, map_name::ADDRESSES),
         own: keys(world, map_name::OWN),
         verdicts: keys(world, map_name::VERDICTS),
         endpoints: world.runtime.block_on(world.agent().snapshot()).endpoints.len(),

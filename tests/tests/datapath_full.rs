@@ -100,7 +100,7 @@ fn far(numbers: std::ops::Range<u32>) -> String {
 fn addresses_that_go_make_room_for_those_that_come() {
     let mut world = World::new(MODES[1]);
     world.stop();
-    layout::shrink(&world.pin_root, map_name::ADDRESSES4, ROOM).unwrap();
+    layout::shrink(&world.pin_root, map_name::ADDRESSES, ROOM).unwrap();
     world.start();
     let rules = policy("x", "from-far", "a", "  ingress: [{from: [{namespaceSelector: {}, podSelector: {matchLabels: {app: far}}}]}]\n");
     world.extra_pods = far(1..ROOM);
@@ -115,7 +115,7 @@ fn addresses_that_go_make_room_for_those_that_come() {
     world.extra_pods = far(1..1 + ROOM);
     world.apply(&rules);
     let full = snapshot(&world);
-    assert!(!full.ready && full.reason.contains("map ADDRESSES4") && full.reason.contains("full"), "{}", full.reason);
+    assert!(!full.ready && full.reason.contains("map ADDRESSES") && full.reason.contains("full"), "{}", full.reason);
     world.blocked("x/b", "x/a", 80);
     world.extra_pods = far(200..199 + ROOM);
     world.apply(&rules);

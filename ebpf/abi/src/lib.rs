@@ -11,8 +11,8 @@ mod maps;
 pub use event::{Event, FRAME_BYTES, FRAME_HEAD, PodFrame, event_verdict, frame_kind, reason};
 pub use flow::{FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts, flow_head, flow_state, timeout};
 pub use maps::{
-    AddressValue, Config, Counter, Counters, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, INTERFACE_PLACES, Interface, OwnKey, address_flag,
-    config_flag, endpoint_flag, interface_flag, map_name, stat,
+    AddressKey, AddressValue, Config, Counter, Counters, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, FAR_PLACES, INTERFACE_PLACES, Interface,
+    OwnKey, address_flag, config_flag, endpoint_flag, interface_flag, map_name, stat,
 };
 
 /// A struct that may be copied to and from a kernel map byte by byte.
@@ -34,7 +34,7 @@ macro_rules! map_data {
 pub(crate) use map_data;
 
 /// Version of everything in this crate; maps are pinned under `…/stanchion/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Direction of a packet as the pod sees it.
 pub mod direction {

@@ -4,18 +4,17 @@ use crate::map_data;
 
 /// Names of the maps in the object and of their pins.
 pub mod map_name {
-    /// ARRAY of [`super::Interface`] by the low bits of the interface index.
+    /// ARRAY of [`super::Interface`] by the low bits of the interface index; behind these places are those of [`INTERFACES_FAR`].
     pub const INTERFACES: &str = "INTERFACES";
-    /// HASH of [`super::Interface`] by interface index, for those whose place in the array is taken.
+    /// HASH by interface index of places in [`INTERFACES`], for those whose own place is taken.
     pub const INTERFACES_FAR: &str = "INTERFACES_FAR";
     /// ARRAY of [`super::Endpoint`] by slot.
     pub const ENDPOINTS: &str = "ENDPOINTS";
     /// HASH of the position in the endpoint's address list by [`super::OwnKey`].
     pub const OWN: &str = "OWN";
-    /// HASH of [`super::AddressValue`] by IPv4 address.
-    pub const ADDRESSES4: &str = "ADDRESSES4";
-    /// HASH of [`super::AddressValue`] by IPv6 address.
-    pub const ADDRESSES6: &str = "ADDRESSES6";
+    /// HASH of [`super::AddressValue`] by [`super::AddressKey`]. One for both families: a cluster's pods have one of them, and the
+    /// kernel takes its time for each bucket.
+    pub const ADDRESSES: &str = "ADDRESSES";
     /// LPM trie of identities by IPv4 prefix.
     pub const CIDRS4: &str = "CIDRS4";
     /// LPM trie of identities by IPv6 prefix.
@@ -46,8 +45,11 @@ pub mod map_name {
     pub const NAMES: &str = "NAMES";
 }
 
-/// Entries of [`map_name::INTERFACES`]; a power of two.
+/// Places of [`map_name::INTERFACES`] that interfaces have by their index; a power of two.
 pub const INTERFACE_PLACES: u32 = 16_384;
+
+/// Places behind these, for interfaces that find their own taken.
+pub const FAR_PLACES: u32 = ENDPOINT_SLOTS;
 
 /// Entries of [`map_name::ENDPOINTS`] and the arrays beside it. EC2's largest instances run 737 pods.
 pub const ENDPOINT_SLOTS: u32 = 4_096;
@@ -134,6 +136,16 @@ pub struct OwnKey {
     pub address: [u32; 4],
 }
 
+/// An address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct AddressKey {
+    /// An IPv4 address in the first word.
+    pub address: [u32; 4],
+    /// 4 or 6.
+    pub family: u32,
+}
+
 /// What an exact address is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
@@ -206,4 +218,14 @@ pub mod config_flag {
     pub const TELL_DENIED: u32 = 2;
 }
 
-map_data!(Interface = 40, Endpoint = 40, EndpointPolicy = 16, OwnKey = 24, AddressValue = 8, Counter = 16, Counters = 64, Config = 8);
+map_data!(
+    Interface = 40,
+    Endpoint = 40,
+    EndpointPolicy = 16,
+    OwnKey = 24,
+    AddressKey = 20,
+    AddressValue = 8,
+    Counter = 16,
+    Counters = 64,
+    Config = 8
+);

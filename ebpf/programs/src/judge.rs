@@ -2,17 +2,17 @@
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_jiffies64};
 use stanchion_ebpf_abi::{
-    EndpointPolicy, Event, FlowEntry, FragmentPorts, IDENTITY_UNKNOWN, Interface, OwnKey, VERDICT_PREFIX_PORT, VerdictKey, address_flag,
-    direction, endpoint_flag, event_verdict, flow_state, frame_kind, interface_flag, reason, stat, timeout, verdict,
+    EndpointPolicy, Event, FlowEntry, FragmentPorts, IDENTITY_UNKNOWN, OwnKey, VERDICT_PREFIX_PORT, VerdictKey, address_flag, direction,
+    endpoint_flag, event_verdict, flow_state, frame_kind, interface_flag, reason, stat, timeout, verdict,
 };
 
 use crate::{
-    family::{Family, Flow, SPREAD, key_start},
+    family::{Address, Flow, Pair, SPREAD, WideKey, key_start},
     maps::{
-        CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICT_CACHE, VERDICTS, cached, count, count_stat,
-        is_told, tell,
+        CACHE, CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICT_CACHE, VERDICTS, cached, count,
+        count_stat, is_told, tell,
     },
-    packet::{ACK, FIN, Kind, NOT_FIRST, Packet, RST, SCTP, SYN, TCP, UDP, fragment_key},
+    packet::{ACK, FIN, InHand, Kind, Packet, RST, SCTP, SYN, TCP, UDP, anew, fragment_key},
 };
 use aya_ebpf::maps::lpm_trie::Key;
 use core::{
@@ -31,48 +31,37 @@ fn ticks() -> u32 {
     unsafe { (bpf_jiffies64() >> TICK_SHIFT.load()) as u32 }
 }
 
-/// A packet in one of its roles.
-pub struct Subject<'a> {
-    pub skb: *mut __sk_buff,
-    pub interface: &'a Interface,
-    pub policy: EndpointPolicy,
-    pub direction: u8,
-}
-
-/// What a policy set says of opening the flow of the packet in hand with `peer`; the rule and the identity are put to the packet.
-pub mod judged {
+mod judged {
     pub const DENIED: i32 = 0;
     pub const ALLOWED: i32 = 1;
     /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry.
     pub const EXEMPT: i32 = 2;
 }
 
+/// What a policy set says of opening the packet's flow with `peer`; the rule and the identity are put to the packet.
 #[inline(always)]
-pub fn judge<F: Family>(opener: u8, set: u32, peer: F::Address) -> i32 {
-    let Some(packet) = F::in_hand() else { return judged::DENIED };
-    // SAFETY: this CPU's own place.
-    let packet = unsafe { &mut *packet };
-    let flow = packet.flow;
+fn judge(packet: &mut Packet, set: u32, peer: Address) -> i32 {
     let generation = generation();
-    let identity = identity::<F>(peer, generation);
+    let identity = identity(packet, peer, generation);
     if identity == NODE {
         return judged::EXEMPT;
     }
     packet.identity = identity;
-    let port = match flow.protocol {
-        TCP | UDP | SCTP if opener == direction::INGRESS => flow.local_port,
-        TCP | UDP | SCTP => flow.remote_port,
-        _ => [0; 2],
-    };
-    let what = u32::from(opener) | u32::from(flow.protocol) << 8 | u32::from(u16::from_ne_bytes(port)) << 16;
+    let protocol = packet.flow_protocol();
+    let opener = anew(&packet.found) & found::OPENER;
+    let mut port = [0; 2];
+    if matches!(protocol, TCP | UDP | SCTP) {
+        port = packet.flow.ports.of_server(opener);
+    }
+    let what = u32::from(opener) | u32::from(protocol) << 8 | u32::from(u16::from_ne_bytes(port)) << 16;
     let spread = (set ^ identity.rotate_left(11) ^ what.rotate_left(22)).wrapping_mul(SPREAD) >> 16;
-    let Some(cached) = cached(&VERDICT_CACHE, spread) else { return judged::DENIED };
+    let Some(cached) = cached(&VERDICT_CACHE, 0, spread) else { return judged::DENIED };
     // SAFETY: this CPU's own place.
     let is_known = unsafe {
         (*cached).generation == generation && (*cached).policy == set && (*cached).identity == identity && (*cached).what == what
     };
     if !is_known {
-        let mut key = Key::new(VERDICT_PREFIX_PORT, VerdictKey { policy: set, identity, direction: opener, protocol: flow.protocol, port });
+        let mut key = Key::new(VERDICT_PREFIX_PORT, VerdictKey { policy: set, identity, direction: opener, protocol, port });
         let mut value = None;
         if identity != IDENTITY_UNKNOWN {
             value = VERDICTS.get(&key);
@@ -121,8 +110,8 @@ const NODE: u32 = u32::MAX;
 
 /// An address whose identity this CPU has looked up. All zero: none, as no generation is 0.
 #[repr(C)]
-pub struct Cached<A> {
-    address: A,
+pub struct Cached {
+    address: Address,
     generation: u32,
     identity: u32,
 }
@@ -130,149 +119,172 @@ pub struct Cached<A> {
 /// What an address is to policies. The tables cost two lookups, of which one grows with the number of CIDRs; so this CPU keeps what
 /// they said, as long as the agent changes nothing in them.
 #[inline(always)]
-fn identity<F: Family>(address: F::Address, generation: u32) -> u32 {
-    let Some(cached) = F::cached(address) else { return IDENTITY_UNKNOWN };
+fn identity(packet: &Packet, address: Address, generation: u32) -> u32 {
+    // 2 for IPv4, 3 for IPv6.
+    let which = u32::from(anew(&packet.pod.family)) >> 1 & 1;
+    let Some(cached) = cached(&CACHE, which, address.hash()) else { return IDENTITY_UNKNOWN };
     // SAFETY: this CPU's own place.
-    unsafe {
-        if (*cached).generation != generation || (*cached).address != address {
-            // Read once; an entry replaced meanwhile gives the old or the new identity.
-            let identity = match F::addresses().get(address) {
-                Some(value) if value.flags & address_flag::NODE != 0 => NODE,
-                Some(value) if value.flags & (address_flag::ADDRESS | address_flag::HOST_CIDR) != 0 => value.identity,
-                _ => F::cidr(address).unwrap_or(IDENTITY_UNKNOWN),
-            };
-            *cached = Cached { address, generation, identity };
+    let cached = unsafe { &mut *cached };
+    if cached.generation != generation || cached.address != address {
+        *cached = Cached { address, generation, identity: IDENTITY_UNKNOWN };
+        match address.exact(anew(&packet.pod.family)) {
+            Some(value) if value.flags & address_flag::NODE != 0 => cached.identity = NODE,
+            Some(value) if value.flags & (address_flag::ADDRESS | address_flag::HOST_CIDR) != 0 => cached.identity = value.identity,
+            _ => {
+                if let Some(identity) = address.cidr(packet.is_ipv4()) {
+                    cached.identity = identity;
+                }
+            }
         }
-        // From memory on every way: the verifier then follows what comes once.
-        addr_of!((*cached).identity).read_volatile()
     }
+    anew(&cached.identity)
 }
 
 /// True if the address is one of the pod's.
 #[inline(always)]
-pub fn is_own<F: Family>(interface: &Interface, address: F::Address) -> bool {
-    let key = OwnKey { slot: u32::from(interface.slot), family: u32::from(F::NUMBER), address: F::words(address) };
+pub fn is_own(slot: u16, family: u8, address: Address) -> bool {
+    let key = OwnKey { slot: u32::from(slot), family: u32::from(family), address: address.words() };
     // SAFETY: only asked whether it is there.
     unsafe { OWN.get(key).is_some() }
 }
 
-/// Idle ticks of a flow in a state.
-#[inline(always)]
-fn timeout(icmp: u8, protocol: u8, state: u8) -> u16 {
-    let replied = state & flow_state::REPLIED != 0;
-    if protocol == TCP {
-        let closed = flow_state::FIN_POD | flow_state::FIN_PEER;
-        return if state & flow_state::RESET != 0 {
+/// Idle ticks of TCP, ICMP, UDP and other flows by their state. A table, because the verifier follows each branch of a decision.
+static TIMEOUTS: [[u16; flow_state::SEEDED as usize]; 4] = {
+    let mut table = [[0; flow_state::SEEDED as usize]; 4];
+    let mut state = 0;
+    while state < flow_state::SEEDED {
+        let replied = state & flow_state::REPLIED != 0;
+        let closed = state & (flow_state::FIN_POD | flow_state::FIN_PEER);
+        let at = state as usize;
+        table[0][at] = if state & flow_state::RESET != 0 {
             timeout::TCP_RESET
-        } else if state & closed == closed {
+        } else if closed == flow_state::FIN_POD | flow_state::FIN_PEER {
             timeout::TCP_CLOSED
-        } else if state & closed != 0 {
+        } else if closed != 0 {
             timeout::TCP_HALF_CLOSED
         } else if replied {
             timeout::TCP_ESTABLISHED
         } else {
             timeout::TCP_OPENING
         };
+        table[1][at] = timeout::ICMP;
+        table[2][at] = if replied { timeout::UDP } else { timeout::DATAGRAM_OPENING };
+        table[3][at] = if replied { timeout::OTHER } else { timeout::DATAGRAM_OPENING };
+        state += 1;
     }
-    if protocol == icmp {
-        timeout::ICMP
-    } else if !replied {
-        timeout::DATAGRAM_OPENING
+    table
+};
+
+/// Idle ticks of the packet's flow in a state.
+#[inline(always)]
+fn timeout(packet: &Packet, state: u8) -> u16 {
+    let protocol = packet.flow_protocol();
+    let kind = if protocol == TCP {
+        0
+    } else if protocol == packet.icmp() {
+        1
     } else if protocol == UDP {
-        timeout::UDP
+        2
     } else {
-        timeout::OTHER
-    }
+        3
+    };
+    TIMEOUTS[kind][usize::from(state) & (flow_state::SEEDED as usize - 1)]
 }
 
 /// State bits after a packet, with TCP's flags; a RST that was followed by something else was forged or is history.
 #[inline(always)]
-fn next_state(state: u8, protocol: u8, flags: u8, direction: u8) -> u8 {
-    let from_pod = direction == direction::EGRESS;
-    let opened_by_pod = state & flow_state::OPENED_BY_POD != 0;
-    let mut next = state;
-    if from_pod != opened_by_pod {
-        next |= flow_state::REPLIED;
-    }
-    if protocol == TCP {
-        next &= !flow_state::RESET;
-        if flags & RST != 0 {
-            next |= flow_state::RESET;
-        } else if flags & FIN != 0 {
-            next |= if from_pod { flow_state::FIN_POD } else { flow_state::FIN_PEER };
-        }
+fn next_state(state: u8, packet: &Packet) -> u8 {
+    let from_pod = anew(&packet.pod.direction);
+    // REPLIED if it is of the other direction than the opener's.
+    let mut next = state | (from_pod ^ state & flow_state::OPENED_BY_POD) << 1;
+    if packet.flow_protocol() == TCP {
+        // By shifts for the same reason as above.
+        let flags = packet.flags();
+        let (reset, fin) = (flags / RST & 1, flags & FIN);
+        next = next & !flow_state::RESET | reset << 4 | (fin & !reset) << (3 - from_pod);
     }
     next
 }
+
+const _: () = assert!(
+    direction::EGRESS == 1
+        && flow_state::OPENED_BY_POD == 1
+        && flow_state::REPLIED == 1 << 1
+        && flow_state::FIN_POD == 1 << 2
+        && flow_state::FIN_PEER == 1 << 3
+        && flow_state::RESET == 1 << 4
+        && FIN == 1
+);
 
 /// Notes a packet of a flow. Two CPUs may write at once: each writes whole fields, and either result is right.
 ///
 /// # Safety
 /// `entry` points into the flow table.
 #[inline(always)]
-unsafe fn touch<F: Family>(entry: *mut FlowEntry, now: u32, packet: &Packet<F::Address>, direction: u8) {
+unsafe fn touch(entry: *mut FlowEntry, now: u32, packet: &Packet) {
     // SAFETY: by the contract.
     unsafe {
         if (*entry).seen != now {
             (*entry).seen = now;
         }
         let state = (*entry).state;
-        let next = next_state(state, packet.flow.protocol, packet.flags, direction);
+        let next = next_state(state, packet);
         if next != state {
             (*entry).state = next;
-            (*entry).timeout = timeout(F::ICMP, packet.flow.protocol, next);
+            (*entry).timeout = timeout(packet, next);
         }
     }
 }
 
-/// Remembers the flow of the packet in hand, unless its pod has as many as it may; or writes it over an expired or closed
-/// one (`over`), which keeps its place in the pod's count.
+/// Remembers the flow of the packet in hand, unless its pod has as many as it may; or writes it over an expired or closed one,
+/// which keeps its place in the pod's count.
 #[inline(always)]
-pub fn open<F: Family>(head: u32, revision: u32, direction: u8, over: bool) {
+fn open(packet: InHand) {
     const ABSENT_OR_NOT: u64 = 0;
     const EXISTING: u64 = 2;
-    let Some(packet) = F::in_hand() else { return };
-    // SAFETY: this CPU's own place.
-    let packet = unsafe { &*packet };
-    let slot = head & 0xffff;
+    let slot = u32::from(packet.pod.slot);
     let (Some(inserted), Some(removed), Some(config)) = (FLOWS_INSERTED.get_ptr_mut(slot), FLOWS_REMOVED.get(slot), CONFIG.get(0)) else {
         return;
     };
     // SAFETY: a value of an array, changed only by atomic additions. That the check and the addition are not one step lets
     // a pod exceed its cap by the number of CPUs.
-    if !over && unsafe { ptr::read_volatile(inserted) }.wrapping_sub(*removed) as i64 >= i64::from(config.pod_flows) {
+    if !packet.has(found::TAKEN) && unsafe { ptr::read_volatile(inserted) }.wrapping_sub(*removed) as i64 >= i64::from(config.pod_flows) {
         count_stat(stat::POD_CAP);
         return;
     }
-    let opened = if direction == direction::EGRESS { flow_state::OPENED_BY_POD } else { 0 };
-    let state = next_state(opened, packet.flow.protocol, packet.flags, direction);
+    let state = next_state(anew(&packet.pod.direction), &packet);
     let entry = FlowEntry {
-        revision,
+        revision: packet.pod.policy.revision,
         seen: ticks(),
         rule: packet.rule,
-        timeout: timeout(F::ICMP, packet.flow.protocol, state),
+        timeout: timeout(&packet, state),
         state,
         reserved: 0,
     };
-    let Flow { protocol, local_port, remote_port, remote } = packet.flow;
-    let key = F::key(key_start(head, protocol, local_port, remote_port), remote);
-    if over {
-        let _gone_meanwhile = F::insert(&key, &entry, EXISTING);
+    let flags = if packet.has(found::TAKEN) { EXISTING } else { ABSENT_OR_NOT };
+    let result = packet.key().insert(packet.is_ipv4(), &entry, flags);
+    if packet.has(found::TAKEN) {
+        // It may be gone meanwhile.
         return;
     }
-    match F::insert(&key, &entry, ABSENT_OR_NOT) {
+    match result {
         // SAFETY: as above. The target has no compare-and-swap, so `core` offers no atomic addition either.
         Ok(()) => unsafe { asm!("lock *(u64 *)({at} + 0) += {one}", at = in(reg) inserted, one = in(reg) 1u64) },
         Err(_) => count_stat(stat::TABLE_FULL),
     }
 }
 
-/// What the flow table said of a packet's flow.
-#[derive(Clone, Copy)]
-pub enum Known {
-    NotAsked,
-    Nothing,
-    Entry(*mut FlowEntry),
+/// Writes to the flow of the packet in hand that another policy allows it.
+#[inline(always)]
+pub fn renew() {
+    let Some(packet) = InHand::get() else { return };
+    let Some(entry) = packet.key().entry(packet.is_ipv4()) else { return };
+    // SAFETY: as in `goes_on`.
+    unsafe {
+        (*entry).rule = packet.rule;
+        (*entry).revision = packet.pod.policy.revision;
+        touch(entry, ticks(), &packet);
+    }
 }
 
 /// Whether a packet belongs to a flow whose policy has not changed since it was judged, and changes nothing about it but
@@ -299,168 +311,198 @@ pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8) ->
     true
 }
 
-/// Decides on a packet of an isolated pod.
-#[inline(always)]
-pub fn police<F: Family>(subject: &Subject<'_>, packet: &mut Packet<F::Address>, asked: Known) -> i32 {
-    let Subject { skb, interface, policy, direction } = subject;
-    let (slot, direction) = (u32::from(interface.slot), *direction);
-    // SAFETY: a field of the context.
-    let length = unsafe { (**skb).len };
-    if packet.kind == Kind::Discovery {
-        count(slot, direction, verdict::ALLOW, length);
-        return PASS;
+/// Bits of [`Packet::found`].
+mod found {
+    /// The flow was opened by the pod ([`super::direction::EGRESS`]) or by its peer.
+    pub const OPENER: u8 = 1;
+    /// It goes on, under another policy.
+    pub const KNOWN: u8 = 2;
+    /// The table has an entry for it, of this flow or of one before.
+    pub const TAKEN: u8 = 4;
+    /// It is back on the veth that it came from.
+    pub const HAIRPIN: u8 = 8;
+    /// The table is known to have none.
+    pub const NEW: u8 = 16;
+}
+
+impl Packet {
+    #[inline(always)]
+    fn has(&self, bit: u8) -> bool {
+        anew(&self.found) & bit != 0
     }
-    let Flow { protocol, local_port, remote_port, remote } = packet.flow;
-    let key = F::key(key_start(F::head(interface), protocol, local_port, remote_port), remote);
-    let now = ticks();
-    let entry = match asked {
-        Known::Entry(entry) => entry,
-        Known::NotAsked if packet.kind != Kind::Stateless => F::entry(&key).unwrap_or(ptr::null_mut()),
-        _ => ptr::null_mut(),
-    };
-    let mut known: *mut FlowEntry = ptr::null_mut();
-    let mut opener = direction;
-    let taken = !entry.is_null();
-    if taken {
+
+    #[inline(always)]
+    fn is_opened_by_pod(&self) -> bool {
+        self.has(found::OPENER)
+    }
+
+    #[inline(always)]
+    fn key(&self) -> WideKey {
+        let Flow { protocol, ports, remote } = self.flow;
+        WideKey::new(key_start(self.pod.head, protocol, ports), remote)
+    }
+}
+
+/// A value of [`Packet::outcome`]: passes, and there is nothing to tell.
+const UNTOLD: u32 = 255;
+
+/// A value of [`Packet::outcome`].
+#[inline(always)]
+fn outcome(verdict: u8, reason: u8) -> u32 {
+    u32::from(verdict) | u32::from(reason) << 8
+}
+
+/// Decides on the packet in hand, of an isolated pod; `is_new`: the table is known to have no flow of it. True if it passes.
+#[inline(always)]
+pub fn police(skb: *mut __sk_buff, mut packet: InHand, is_new: bool) -> bool {
+    // SAFETY: fields of the context.
+    let (length, is_back) = unsafe { ((*skb).len, (*skb).ingress_ifindex == (*skb).ifindex) };
+    packet.found = packet.pod.direction | is_new as u8 * found::NEW;
+    if is_back && !packet.is_egress() {
+        packet.found |= found::HAIRPIN;
+    }
+    packet.outcome = decide(skb, packet);
+    let outcome = anew(&packet.outcome);
+    let passes = outcome as u8 != event_verdict::DENIED;
+    count(u32::from(packet.pod.slot), anew(&packet.pod.direction), u8::from(passes), length);
+    if outcome != UNTOLD {
+        event(&packet, length, outcome);
+    }
+    passes
+}
+
+/// What becomes of the packet.
+#[inline(always)]
+fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
+    if packet.is(Kind::Discovery) {
+        return UNTOLD;
+    }
+    if packet.is_egress() && packet.source() != packet.pod.own && !is_own(packet.pod.slot, packet.pod.family, packet.source()) {
+        return outcome(event_verdict::DENIED, reason::SOURCE);
+    }
+    if !packet.has(found::NEW)
+        && !packet.is(Kind::Stateless)
+        && let Some(entry) = packet.key().entry(packet.is_ipv4())
+    {
+        let now = ticks();
+        packet.found |= found::TAKEN;
         // SAFETY: as in `goes_on`.
         unsafe {
             let state = (*entry).state;
             // A SYN where more than SYNs were seen opens a new connection on the same ports.
-            let opens = protocol == TCP
-                && packet.flags & (SYN | ACK) == SYN
-                && packet.kind == Kind::Member
+            let opens = packet.flow_protocol() == TCP
+                && packet.flags() & (SYN | ACK) == SYN
+                && packet.is(Kind::Member)
                 && state & (flow_state::REPLIED | flow_state::FIN_POD | flow_state::FIN_PEER | flow_state::RESET) != 0;
             if now.wrapping_sub((*entry).seen) <= u32::from((*entry).timeout) && !opens {
-                opener = if state & flow_state::OPENED_BY_POD != 0 { direction::EGRESS } else { direction::INGRESS };
-                if (*entry).revision == policy.revision {
-                    if packet.kind == Kind::Member {
-                        touch::<F>(entry, now, packet, direction);
+                if (*entry).revision == packet.pod.policy.revision {
+                    if packet.is(Kind::Member) {
+                        touch(entry, now, &packet);
                     }
-                    remember_fragment::<F>(packet, direction, interface.slot);
-                    count(slot, direction, verdict::ALLOW, length);
-                    return PASS;
+                    remember_fragment(&packet);
+                    return UNTOLD;
                 }
-                known = entry;
+                packet.found = anew(&packet.found) & !found::OPENER | found::KNOWN | (state & flow_state::OPENED_BY_POD);
             }
         }
     }
-    if packet.kind == Kind::Stateless || (packet.kind == Kind::Related && known.is_null()) {
-        // About no flow that we know: judged as the ICMP packet that it is.
-        let remote = if direction == direction::EGRESS { packet.destination } else { packet.source };
-        packet.flow = Flow { remote, local_port: [0; 2], remote_port: [0; 2], protocol: packet.protocol };
+    if packet.is(Kind::Related) && !packet.has(found::KNOWN) {
+        crate::judge_itself();
     }
     let mut result = judged::ALLOWED;
-    if policy.flags & (1 << opener) != 0 {
-        // Not by index: the policy was copied to the stack, which the verifier lets nobody index by a variable.
-        let set = if opener == direction::EGRESS { policy.policy[1] } else { policy.policy[0] };
+    if packet.pod.policy.flags & (1 << (anew(&packet.found) & found::OPENER)) != 0 {
+        let set = packet.pod.policy.policy[usize::from(anew(&packet.found) & found::OPENER)];
         let remote = packet.flow.remote;
-        let is_own =
-            remote == F::own(interface) || (interface.flags & interface_flag::MORE_ADDRESSES != 0 && is_own::<F>(interface, remote));
-        // Back on the veth that it came from: the pod reaches itself through a service. Who sent it cannot be told from its source,
-        // which is the node's where kube-proxy masquerades.
-        // SAFETY: fields of the context.
-        let is_hairpin = direction == direction::INGRESS && unsafe { (**skb).ingress_ifindex == (**skb).ifindex };
-        result = if is_own && !is_hairpin {
-            judged::EXEMPT
-        } else {
-            F::judge(u32::from(opener), set, if is_hairpin { F::own(interface) } else { remote })
-        };
+        let is_own = remote == packet.pod.own
+            || (packet.pod.flags & interface_flag::MORE_ADDRESSES != 0 && is_own(packet.pod.slot, packet.pod.family, remote));
+        // A hairpin is back on the veth that it came from: the pod reaches itself through a service. Who sent it cannot be told
+        // from its source, which is the node's where kube-proxy masquerades.
+        let peer = if packet.has(found::HAIRPIN) { packet.pod.own } else { remote };
+        result = if is_own && !packet.has(found::HAIRPIN) { judged::EXEMPT } else { judge(&mut packet, set, peer) };
         // Only rules that deny speak of a pod and itself, and those are cluster policies'; isolation does not.
-        if is_hairpin && (result != judged::DENIED || packet.rule == 0) {
+        if packet.has(found::HAIRPIN) && (result != judged::DENIED || packet.rule == 0) {
             result = judged::EXEMPT;
         }
     }
-    let mut told = event_verdict::DENIED;
-    if result != judged::DENIED {
-        told = event_verdict::ALLOWED;
-        if packet.kind == Kind::Member && result != judged::EXEMPT {
-            if known.is_null() {
-                // A reset opens nothing.
-                if packet.flow.protocol != TCP || packet.flags & RST == 0 {
-                    F::open(F::head(interface), policy.revision, u32::from(direction), u32::from(taken));
-                }
-            } else {
-                // SAFETY: as above.
-                unsafe {
-                    (*known).rule = packet.rule;
-                    (*known).revision = policy.revision;
-                    touch::<F>(known, now, packet, direction);
-                }
-            }
+    packet.outcome = result as u32;
+    let result = anew(&packet.outcome) as i32;
+    if result == judged::DENIED {
+        if packet.pod.policy.flags & endpoint_flag::AUDIT != 0 {
+            return outcome(event_verdict::AUDITED, reason::POLICY);
         }
-        remember_fragment::<F>(packet, direction, interface.slot);
-    } else if policy.flags & endpoint_flag::AUDIT != 0 {
-        told = event_verdict::AUDITED;
-    } else if direction == direction::EGRESS && opener == direction::EGRESS && policy.flags & endpoint_flag::BY_NAME != 0 {
-        crate::copy_frame(*skb, slot, u32::from(frame_kind::EARLY));
+        if packet.is_egress() && packet.is_opened_by_pod() && packet.pod.policy.flags & endpoint_flag::BY_NAME != 0 {
+            crate::copy_frame(skb, u32::from(packet.pod.slot), u32::from(frame_kind::EARLY));
+        }
+        return outcome(event_verdict::DENIED, reason::POLICY);
     }
-    let passes = told != event_verdict::DENIED;
-    count(slot, direction, passes as u8, length);
-    if told != event_verdict::ALLOWED || known.is_null() {
-        let why = if result == judged::EXEMPT { reason::EXEMPT } else { reason::POLICY };
-        event::<F>(length, role(interface.slot, direction), outcome(told, why));
+    if packet.is(Kind::Member) && result != judged::EXEMPT {
+        if !packet.has(found::KNOWN) {
+            // A reset opens nothing.
+            if packet.flow_protocol() != TCP || packet.flags() & RST == 0 {
+                open(packet);
+            }
+        } else {
+            crate::renew();
+        }
     }
-    if passes { PASS } else { DROP }
+    remember_fragment(&packet);
+    if packet.has(found::KNOWN) {
+        return UNTOLD;
+    }
+    outcome(event_verdict::ALLOWED, if anew(&packet.outcome) == judged::EXEMPT as u32 { reason::EXEMPT } else { reason::POLICY })
 }
 
-/// A pod and a direction in one argument.
+/// An ICMP error about no flow that we know is judged as the ICMP packet that it is.
 #[inline(always)]
-pub fn role(slot: u16, direction: u8) -> u32 {
-    u32::from(slot) | u32::from(direction) << 16
-}
-
-/// A verdict and its reason in one argument.
-#[inline(always)]
-pub fn outcome(verdict: u8, reason: u8) -> u32 {
-    u32::from(verdict) | u32::from(reason) << 8
+pub fn judge_itself() {
+    let Some(mut packet) = InHand::get() else { return };
+    let remote = packet.ends[usize::from(packet.pod.direction & 1)];
+    packet.flow = Flow { remote, ports: Pair::NONE, protocol: packet.protocol };
 }
 
 /// Lets the fragments that follow a first one pass with it.
 #[inline(always)]
-fn remember_fragment<F: Family>(packet: &Packet<F::Address>, direction: u8, slot: u16) {
-    if packet.first_fragment != NOT_FIRST {
-        F::remember(role(slot, direction));
+fn remember_fragment(packet: &Packet) {
+    if packet.is_first {
+        crate::remember();
     }
 }
 
 /// See [`remember_fragment`]; of the packet in hand.
 #[inline(always)]
-pub fn remember<F: Family>(role: u32) {
-    let Some(packet) = F::in_hand() else { return };
-    // SAFETY: this CPU's own place.
-    let packet = unsafe { &*packet };
-    let Flow { protocol, local_port, remote_port, .. } = packet.flow;
-    let value = FragmentPorts { protocol, reserved: [0; 3], local_port, remote_port };
-    let key = fragment_key::<F>(packet, (role >> 16) as u8, role as u16, packet.first_fragment as u32);
+pub fn remember() {
+    let Some(packet) = InHand::get() else { return };
+    let Flow { protocol, ports, .. } = packet.flow;
+    let value = FragmentPorts { protocol, reserved: [0; 3], local_port: ports.pod(), remote_port: ports.peer() };
+    let key = fragment_key(&packet, packet.identification);
     let _lost_if_full = FRAGMENTS.insert(&key, &value, 0);
 }
 
-/// Tells of the packet in hand.
+/// Tells of a packet.
 #[inline(always)]
-pub fn event<F: Family>(length: u32, role: u32, outcome: u32) {
+fn event(packet: &Packet, length: u32, outcome: u32) {
     if !is_told(outcome as u8) {
         return;
     }
-    let Some(packet) = F::in_hand() else { return };
-    // SAFETY: this CPU's own place.
-    let packet = unsafe { &*packet };
-    let direction = (role >> 16) as u8;
-    let (local, remote) =
-        if direction == direction::EGRESS { (packet.source, packet.destination) } else { (packet.destination, packet.source) };
+    let from_pod = usize::from(anew(&packet.pod.direction) & 1);
+    let (local, remote) = (packet.ends[from_pod ^ 1], packet.ends[from_pod]);
     tell(Event {
-        slot: role as u16,
-        direction,
+        slot: packet.pod.slot,
+        direction: anew(&packet.pod.direction),
         verdict: outcome as u8,
         reason: (outcome >> 8) as u8,
         protocol: packet.protocol,
-        family: F::NUMBER,
+        family: packet.pod.family,
         flags: packet.flags,
         rule: packet.rule,
         identity: packet.identity,
         length,
-        local_port: packet.flow.local_port,
-        remote_port: packet.flow.remote_port,
-        local: F::words(local),
-        remote: F::words(remote),
+        local_port: packet.flow.ports.pod(),
+        remote_port: packet.flow.ports.peer(),
+        local: local.words(),
+        remote: remote.words(),
     });
 }
+
+const _: () =
+    assert!(found::OPENER == direction::EGRESS && found::OPENER == flow_state::OPENED_BY_POD && UNTOLD as u8 != event_verdict::DENIED);

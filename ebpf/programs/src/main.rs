@@ -14,15 +14,14 @@ mod packet;
 
 use aya_ebpf::bindings::__sk_buff;
 use stanchion_ebpf_abi::{
-    EndpointPolicy, Event, IDENTITY_UNKNOWN, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason,
-    stat, verdict,
+    EndpointPolicy, Event, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason, stat, verdict,
 };
 
 use crate::{
-    family::{Address6, Family, V4, V6, key_start},
-    judge::{DROP, Known, PASS, Subject, event, goes_on, is_own, outcome, police, role},
-    maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, PACKET4, PACKET6, WALK, count, count_stat, is_told, tell},
-    packet::{ETHERNET, FIN, Ipv4Header, Kind, NOT_FIRST, Packet, RST, SYN, TCP, UDP, ipv4_general, ipv6_general},
+    family::{Address, Family, Flow, V4, V6, key_start},
+    judge::{DROP, PASS, goes_on, is_own},
+    maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, WALK, count, count_stat, is_told, tell},
+    packet::{ETHERNET, FIN, InHand, Ipv4Header, Plain, Pod, RST, SYN, TCP, UDP, anew, ipv4_general, ipv6_general},
 };
 
 const IPV4: u32 = 0x0800_u16.to_be() as u32;
@@ -47,13 +46,9 @@ pub extern "C" fn pod_ingress(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn run(skb: *mut __sk_buff, direction: u8) -> i32 {
-    let Some(interface) = interface(skb) else {
+    let Some((interface, policy)) = pod(skb) else {
         return stranger();
     };
-    let Some(endpoint) = ENDPOINTS.get(u32::from(interface.slot)) else {
-        return stranger();
-    };
-    let policy = &endpoint.halves[usize::from(endpoint.sequence & 1)];
     if policy.flags & (endpoint_flag::ISOLATED_INGRESS | endpoint_flag::ISOLATED_EGRESS) == 0 {
         if policy.flags & endpoint_flag::READY == 0 {
             return stranger();
@@ -74,11 +69,22 @@ fn run(skb: *mut __sk_buff, direction: u8) -> i32 {
 fn interface(skb: *mut __sk_buff) -> Option<&'static Interface> {
     // SAFETY: a field of the context.
     let if_index = unsafe { (*skb).ifindex };
-    match INTERFACES.get(if_index & (INTERFACE_PLACES - 1)) {
-        Some(place) if place.if_index == if_index => Some(place),
-        // SAFETY: read while the program runs; the agent replaces records, it does not change them.
-        _ => unsafe { INTERFACES_FAR.get(if_index) },
+    let place = INTERFACES.get(if_index & (INTERFACE_PLACES - 1))?;
+    if place.if_index == if_index {
+        return Some(place);
     }
+    // SAFETY: a number, read at once.
+    let place = INTERFACES.get(unsafe { *INTERFACES_FAR.get(if_index)? })?;
+    // The agent may have given the place away meanwhile.
+    (place.if_index == if_index).then_some(place)
+}
+
+/// The pod behind the interface that a packet goes through.
+#[inline(always)]
+fn pod(skb: *mut __sk_buff) -> Option<(&'static Interface, &'static EndpointPolicy)> {
+    let interface = interface(skb)?;
+    let endpoint = ENDPOINTS.get(u32::from(interface.slot))?;
+    Some((interface, &endpoint.halves[usize::from(endpoint.sequence & 1)]))
 }
 
 /// No record: the agent writes them before it attaches, so this is damage, and closed.
@@ -88,78 +94,39 @@ fn stranger() -> i32 {
     DROP
 }
 
-/// A packet of a pod with policy. The common one is done when its flow is found; whatever else there is to know of others
-/// is read only after that.
+/// A packet of a pod with policy. The common one is done when its flow is found; others are only taken in hand here.
 #[inline(always)]
 fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, policy: &EndpointPolicy, direction: u8) -> i32 {
-    let mut known = Known::NotAsked;
-    if let Some(plain) = F::plain(skb, direction)
-        && (direction == direction::INGRESS || plain.source == F::own(interface))
-        && (plain.protocol != TCP || plain.flags & (SYN | FIN | RST) == 0)
-    {
-        let flow = plain.flow;
-        let key = F::key(key_start(F::head(interface), flow.protocol, flow.local_port, flow.remote_port), flow.remote);
-        known = match F::entry(&key) {
+    let Some(plain) = F::plain(skb, direction) else {
+        return match InHand::get() {
+            Some(mut packet) => {
+                packet.pod.fill::<F>(interface, policy, direction);
+                police(skb, in_hand::NOTHING)
+            }
+            None => DROP,
+        };
+    };
+    let Plain { source, destination, flow, flags } = plain;
+    let mut state = in_hand::PACKET;
+    if (direction == direction::INGRESS || source == F::own(interface)) && (flow.protocol != TCP || flags & (SYN | FIN | RST) == 0) {
+        let key = F::key(key_start(F::head(interface), flow.protocol, flow.ports), flow.remote);
+        match F::entry(&key) {
             Some(entry) => {
-                let is_answer = direction == direction::INGRESS && flow.remote_port == DNS;
+                let is_answer = direction == direction::INGRESS && flow.ports.peer() == DNS;
                 if !(is_answer && policy.flags & endpoint_flag::BY_NAME != 0) && goes_on(entry, policy, direction) {
                     // SAFETY: a field of the context.
                     count(u32::from(interface.slot), direction, verdict::ALLOW, unsafe { (*skb).len });
                     return PASS;
                 }
-                Known::Entry(entry)
             }
-            None => Known::Nothing,
-        };
-    }
-    let Some(packet) = F::in_hand() else { return DROP };
-    // SAFETY: this CPU's own copy; programs on one CPU do not interrupt each other in tc.
-    let packet = unsafe { &mut *packet };
-    match F::plain(skb, direction) {
-        Some(plain) => {
-            *packet = Packet {
-                source: plain.source,
-                destination: plain.destination,
-                flow: plain.flow,
-                flags: plain.flags,
-                protocol: plain.protocol,
-                kind: Kind::Member,
-                first_fragment: NOT_FIRST,
-                fragment_protocol: 0,
-                rule: 0,
-                identity: IDENTITY_UNKNOWN,
-            }
-        }
-        None => {
-            let why = F::read(skb, u32::from(direction), u32::from(interface.slot));
-            if why != 0 {
-                return refuse(skb, interface.slot, direction, why as u8, F::NUMBER);
-            }
+            None => state = in_hand::NEW,
         }
     }
-    let policy = *policy;
-    let subject = Subject { skb, interface, policy, direction };
-    if direction == direction::EGRESS
-        && packet.source != F::own(interface)
-        && packet.kind != Kind::Discovery
-        && !is_own::<F>(interface, packet.source)
-    {
-        // SAFETY: a field of the context.
-        let length = unsafe { (*skb).len };
-        count(u32::from(interface.slot), direction, verdict::DENY, length);
-        event::<F>(length, role(interface.slot, direction), outcome(event_verdict::DENIED, reason::SOURCE));
-        return DROP;
-    }
-    let result = police::<F>(&subject, packet, known);
-    if result == PASS
-        && direction == direction::INGRESS
-        && policy.flags & endpoint_flag::BY_NAME != 0
-        && matches!(packet.flow.protocol, TCP | UDP)
-        && packet.flow.remote_port == DNS
-    {
-        copy_frame(skb, u32::from(interface.slot), u32::from(frame_kind::ANSWER));
-    }
-    result
+    let Some(mut packet) = InHand::get() else { return DROP };
+    let Flow { remote, ports, protocol } = flow;
+    packet.pod.fill::<F>(interface, policy, direction);
+    packet.begin(F::wide(source), F::wide(destination), Flow { remote: F::wide(remote), ports, protocol }, flags);
+    police(skb, state)
 }
 
 const DNS: [u8; 2] = 53u16.to_be_bytes();
@@ -174,7 +141,7 @@ fn unpoliced(skb: *mut __sk_buff, interface: &Interface) -> i32 {
         if protocol == IPV4 && data + ETHERNET + 20 <= end && (*((data + ETHERNET) as *const Ipv4Header)).source == interface.ipv4 {
             return PASS;
         }
-        if protocol == IPV6 && data + ETHERNET + 40 <= end && Address6::at::<22, 30>(data as *const u8) == V6::own(interface) {
+        if protocol == IPV6 && data + ETHERNET + 40 <= end && Address::at::<22, 30>(data as *const u8) == V6::own(interface) {
             return PASS;
         }
         if protocol == ARP {
@@ -184,30 +151,78 @@ fn unpoliced(skb: *mut __sk_buff, interface: &Interface) -> i32 {
     unpoliced_general(skb)
 }
 
-// What follows is called, not inlined: the verifier goes through each once, by itself. What every denied packet needs is
-// inlined all the same: a return costs as much as a map lookup where the kernel guards it.
+// What follows is called, not inlined: the verifier goes through each once, by itself, and not once for every way to it. A packet
+// that no flow decides costs one call: a return takes as long as a map lookup where the kernel guards it.
+
+/// What the caller of [`police`] knows of the packet, beside whose it is.
+mod in_hand {
+    /// It is to be read yet.
+    pub const NOTHING: u32 = 0;
+    /// It was read.
+    pub const PACKET: u32 = 1;
+    /// The same, and the table has no flow of it.
+    pub const NEW: u32 = 2;
+}
+
+/// Decides on the packet in hand, of a pod with policy.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn police(skb: *mut __sk_buff, known: u32) -> i32 {
+    let Some(packet) = InHand::get() else { return DROP };
+    if known == in_hand::NOTHING {
+        let why = if packet.is_ipv4() { read4(skb) } else { read6(skb) };
+        if why != 0 {
+            let Pod { slot, direction, family, .. } = packet.pod;
+            return refuse(skb, slot, direction, why as u8, family);
+        }
+    }
+    if !judge::police(skb, packet, known == in_hand::NEW) {
+        return DROP;
+    }
+    if !packet.is_egress()
+        && packet.pod.policy.flags & endpoint_flag::BY_NAME != 0
+        && matches!(packet.flow_protocol(), TCP | UDP)
+        && packet.flow.ports.peer() == DNS
+    {
+        copy_frame(skb, u32::from(packet.pod.slot), u32::from(frame_kind::ANSWER));
+    }
+    PASS
+}
 
 /// Further addresses, neighbour discovery from link-local ones, headers outside the linear part; and what is refused.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn unpoliced_general(skb: *mut __sk_buff) -> i32 {
+    let Some(mut packet) = InHand::get() else { return DROP };
+    // SAFETY: a field of the context.
+    let protocol = unsafe { (*skb).protocol };
+    let read = match protocol {
+        IPV4 => packet::addresses4(skb),
+        IPV6 => packet::addresses6(skb, direction::EGRESS),
+        _ => None,
+    };
+    packet.outcome = match read {
+        Some((_, true)) => return PASS,
+        Some((source, _)) => {
+            packet.ends[0] = source;
+            u32::from(reason::SOURCE)
+        }
+        None => u32::from(reason::MALFORMED),
+    };
     let Some(interface) = interface(skb) else {
         return stranger();
     };
-    // SAFETY: a field of the context.
-    let (why, family) = match unsafe { (*skb).protocol } {
-        IPV4 => match packet::addresses4(skb) {
-            Some(source) if source == interface.ipv4 || is_own::<V4>(interface, source) => return PASS,
-            Some(_) => (reason::SOURCE, 4),
-            None => (reason::MALFORMED, 4),
-        },
-        IPV6 => match packet::addresses6(skb, direction::EGRESS) {
-            Some((source, discovery)) if discovery || source == V6::own(interface) || is_own::<V6>(interface, source) => return PASS,
-            Some(_) => (reason::SOURCE, 6),
-            None => (reason::MALFORMED, 6),
-        },
-        _ => (reason::ETHERTYPE, 0),
+    let (family, why) = match protocol {
+        IPV4 => (V4::NUMBER, anew(&packet.outcome) as u8),
+        IPV6 => (V6::NUMBER, anew(&packet.outcome) as u8),
+        _ => (0, reason::ETHERTYPE),
     };
+    if why == reason::SOURCE {
+        let source = packet.source();
+        if source == Address::own(interface, family == V4::NUMBER) || is_own(interface.slot, family, source) {
+            return PASS;
+        }
+    }
     refuse(skb, interface.slot, direction::EGRESS, why, family)
 }
 
@@ -251,48 +266,38 @@ extern "C" fn refused(skb: *mut __sk_buff, slot: u32, direction: u32, why: u32, 
 /// Puts an IPv4 packet of any shape in hand: 0, or a [`reason`] to refuse it.
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn read4(skb: *mut __sk_buff, direction: u32, slot: u32) -> i32 {
-    // SAFETY: this CPU's own place.
-    let refusal =
-        PACKET4.get_ptr_mut(0).map_or(reason::MALFORMED, |place| ipv4_general(skb, direction as u8, slot as u16, unsafe { &mut *place }));
-    i32::from(refusal)
+extern "C" fn read4(skb: *mut __sk_buff) -> i32 {
+    InHand::get().map_or(i32::from(reason::MALFORMED), |mut packet| i32::from(ipv4_general(skb, &mut packet)))
 }
 
 /// The same for IPv6.
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn read6(skb: *mut __sk_buff, direction: u32, slot: u32) -> i32 {
-    // SAFETY: this CPU's own place.
-    let refusal =
-        PACKET6.get_ptr_mut(0).map_or(reason::MALFORMED, |place| ipv6_general(skb, direction as u8, slot as u16, unsafe { &mut *place }));
-    i32::from(refusal)
+extern "C" fn read6(skb: *mut __sk_buff) -> i32 {
+    InHand::get().map_or(i32::from(reason::MALFORMED), |mut packet| i32::from(ipv6_general(skb, &mut packet)))
 }
 
+/// See [`judge::remember`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn open4(head: u32, revision: u32, direction: u32, over: u32) -> i32 {
-    judge::open::<V4>(head, revision, direction as u8, over != 0);
+extern "C" fn remember() -> i32 {
+    judge::remember();
     0
 }
 
+/// See [`judge::judge_itself`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn remember4(role: u32) -> i32 {
-    judge::remember::<V4>(role);
+extern "C" fn judge_itself() -> i32 {
+    judge::judge_itself();
     0
 }
 
+/// See [`judge::renew`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn open6(head: u32, revision: u32, direction: u32, over: u32) -> i32 {
-    judge::open::<V6>(head, revision, direction as u8, over != 0);
-    0
-}
-
-#[inline(never)]
-#[unsafe(no_mangle)]
-extern "C" fn remember6(role: u32) -> i32 {
-    judge::remember::<V6>(role);
+extern "C" fn renew() -> i32 {
+    judge::renew();
     0
 }
 
@@ -300,20 +305,15 @@ extern "C" fn remember6(role: u32) -> i32 {
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn walk6(skb: *mut __sk_buff, protocol: u32) -> i32 {
-    // SAFETY: this CPU's own place.
     WALK.get_ptr_mut(0).map_or(i32::from(reason::MALFORMED), |walk| i32::from(packet::extensions(skb, walk, ETHERNET + 40, protocol as u8)))
 }
 
+/// See [`packet::step`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn judge4(opener: u32, set: u32, peer: u32) -> i32 {
-    judge::judge::<V4>(opener as u8, set, peer)
-}
-
-#[inline(never)]
-#[unsafe(no_mangle)]
-extern "C" fn judge6(opener: u32, set: u32, first: u64, second: u64) -> i32 {
-    judge::judge::<V6>(opener as u8, set, Address6(first, second))
+extern "C" fn step6(skb: *mut __sk_buff) -> i32 {
+    // SAFETY: this CPU's own place.
+    WALK.get_ptr_mut(0).map_or(-1, |walk| packet::step(skb, unsafe { &mut *walk }))
 }
 
 /// See [`names::copy`].

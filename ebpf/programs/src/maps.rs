@@ -6,12 +6,12 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
 };
 use stanchion_ebpf_abi::{
-    AddressValue, Config, Counters, ENDPOINT_SLOTS, Endpoint, Event, FlowEntry, FlowKey4, FlowKey6, FragmentKey, FragmentPorts,
-    INTERFACE_PLACES, Interface, OwnKey, PodFrame, VerdictKey, VerdictValue, config_flag, event_verdict, stat,
+    AddressKey, AddressValue, Config, Counters, ENDPOINT_SLOTS, Endpoint, Event, FAR_PLACES, FlowEntry, FlowKey4, FlowKey6, FragmentKey,
+    FragmentPorts, INTERFACE_PLACES, Interface, OwnKey, PodFrame, VerdictKey, VerdictValue, config_flag, event_verdict, stat,
 };
 
 use crate::{
-    family::Address6,
+    family::Address,
     judge::{Cached, CachedVerdict},
     packet::{Packet, Walk},
 };
@@ -24,21 +24,19 @@ const NO_PREALLOC: u32 = 1;
 pub static TICK_SHIFT: Global<u32> = Global::new(8);
 
 #[map]
-pub static INTERFACES: Array<Interface> = Array::with_max_entries(INTERFACE_PLACES, 0);
+pub static INTERFACES: Array<Interface> = Array::with_max_entries(INTERFACE_PLACES + FAR_PLACES, 0);
 #[map]
-pub static INTERFACES_FAR: HashMap<u32, Interface> = HashMap::with_max_entries(ENDPOINT_SLOTS, NO_PREALLOC);
+pub static INTERFACES_FAR: HashMap<u32, u32> = HashMap::with_max_entries(FAR_PLACES, NO_PREALLOC);
 #[map]
 pub static ENDPOINTS: Array<Endpoint> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
 #[map]
 pub static OWN: HashMap<OwnKey, u32> = HashMap::with_max_entries(16_384, NO_PREALLOC);
 #[map]
-pub static ADDRESSES4: HashMap<u32, AddressValue> = HashMap::with_max_entries(262_144, NO_PREALLOC);
-#[map]
-pub static ADDRESSES6: HashMap<Address6, AddressValue> = HashMap::with_max_entries(262_144, NO_PREALLOC);
+pub static ADDRESSES: HashMap<AddressKey, AddressValue> = HashMap::with_max_entries(262_144, NO_PREALLOC);
 #[map]
 pub static CIDRS4: LpmTrie<u32, u32> = LpmTrie::with_max_entries(1_048_576, 0);
 #[map]
-pub static CIDRS6: LpmTrie<Address6, u32> = LpmTrie::with_max_entries(1_048_576, 0);
+pub static CIDRS6: LpmTrie<Address, u32> = LpmTrie::with_max_entries(1_048_576, 0);
 #[map]
 pub static VERDICTS: LpmTrie<VerdictKey, VerdictValue> = LpmTrie::with_max_entries(4_194_304, 0);
 // Flow tables are preallocated: an insert cannot fail for want of memory, and the bound is the size.
@@ -72,20 +70,16 @@ pub const NAMES_BYTES: u32 = 262_144;
 #[map]
 pub static FRAME: PerCpuArray<PodFrame> = PerCpuArray::with_max_entries(1, 0);
 
-/// The packet in hand. In a map and not on the stack, so that the verifier forgets by which way each field was read: it then
-/// follows the judgement once, not once for every way.
+/// The packet in hand. In a map and not on the stack, so that the verifier forgets by which way each field was written: it then
+/// follows what comes once, not once for every way.
 #[map]
-pub static PACKET4: PerCpuArray<Packet<u32>> = PerCpuArray::with_max_entries(1, 0);
-#[map]
-pub static PACKET6: PerCpuArray<Packet<Address6>> = PerCpuArray::with_max_entries(1, 0);
+pub static PACKET: PerCpuArray<Packet> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static WALK: PerCpuArray<Walk> = PerCpuArray::with_max_entries(1, 0);
 
-/// Identities by a hash of the address, see [`Cached`].
+/// Identities by a hash of the address, see [`Cached`]: of IPv4, then of IPv6.
 #[map]
-pub static CACHE4: PerCpuArray<Cache<Cached<u32>>> = PerCpuArray::with_max_entries(1, 0);
-#[map]
-pub static CACHE6: PerCpuArray<Cache<Cached<Address6>>> = PerCpuArray::with_max_entries(1, 0);
+pub static CACHE: PerCpuArray<Cache<Cached>> = PerCpuArray::with_max_entries(2, 0);
 
 /// Verdicts by a hash of the question.
 #[map]
@@ -97,10 +91,10 @@ pub type Cache<T> = [T; CACHED as usize];
 /// Entries of each of these; a power of two. A per-CPU value has at most 32 KiB.
 pub const CACHED: u32 = 1_024;
 
-/// The place for a hash.
+/// The place for a hash in one of the map's caches.
 #[inline(always)]
-pub fn cached<T>(cache: &PerCpuArray<Cache<T>>, hash: u32) -> Option<*mut T> {
-    let first = cache.get_ptr_mut(0)?.cast::<T>();
+pub fn cached<T>(caches: &PerCpuArray<Cache<T>>, which: u32, hash: u32) -> Option<*mut T> {
+    let first = caches.get_ptr_mut(which)?.cast::<T>();
     // SAFETY: within the value.
     Some(unsafe { first.add((hash & (CACHED - 1)) as usize) })
 }

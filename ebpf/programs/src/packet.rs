@@ -3,15 +3,16 @@
 
 use core::{
     mem::{MaybeUninit, offset_of},
-    ptr::{addr_of, addr_of_mut},
+    ops::{Deref, DerefMut},
+    ptr::{self, addr_of, addr_of_mut},
 };
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use stanchion_ebpf_abi::{FragmentKey, FragmentPorts, IDENTITY_UNKNOWN, direction, reason};
+use stanchion_ebpf_abi::{Endpoint, EndpointPolicy, FragmentKey, FragmentPorts, IDENTITY_UNKNOWN, Interface, direction, reason};
 
 use crate::{
-    family::{Address6, Family, Flow, V4, V6},
-    maps::{FRAGMENTS, WALK},
+    family::{Address, Family, Flow, Pair, V4, V6},
+    maps::{FRAGMENTS, PACKET, WALK},
 };
 
 pub const ETHERNET: usize = 14;
@@ -53,9 +54,6 @@ pub struct Ipv6Header {
     pub destination: [u32; 4],
 }
 
-/// No identification: these have 32 bits at most.
-pub const NOT_FIRST: u64 = u64::MAX;
-
 /// How a packet relates to the flow it names.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -70,24 +68,169 @@ pub enum Kind {
     Discovery,
 }
 
-#[derive(Clone, Copy)]
+/// What is known of a packet that its flow alone did not decide. What every such packet sets to zero lies together.
 #[repr(C)]
-pub struct Packet<A> {
-    pub source: A,
-    pub destination: A,
-    pub flow: Flow<A>,
+pub struct Packet {
+    /// Source and destination.
+    pub ends: [Address; 2],
+    pub flow: Flow<Address>,
     /// TCP flags, or the ICMP type.
     pub flags: u8,
     /// The packet's own protocol; differs from the flow's for [`Kind::Related`].
     pub protocol: u8,
     pub kind: Kind,
-    /// The identification, if it is the first of several fragments; else [`NOT_FIRST`].
-    pub first_fragment: u64,
-    /// Protocol number that all fragments carry.
-    pub fragment_protocol: u8,
-    /// Of its judgement: the rule that decided, and what its peer is.
+    /// It is the first of several fragments, and the two fields that follow are theirs.
+    pub is_first: bool,
+    pub identification: u32,
+    /// The rule that decided, and what the peer is.
     pub rule: u32,
     pub identity: u32,
+    /// What becomes of it, see `judge`.
+    pub outcome: u32,
+    /// What its judgement has found out so far, see `judge`.
+    pub found: u8,
+    /// Protocol number that all fragments carry.
+    pub fragment_protocol: u8,
+    pub pod: Pod,
+}
+
+/// Whose a packet is, and of which family.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Pod {
+    /// Its address behind the interface.
+    pub own: Address,
+    pub policy: EndpointPolicy,
+    /// Where keys of its flows begin.
+    pub head: u32,
+    pub slot: u16,
+    pub direction: u8,
+    /// [`stanchion_ebpf_abi::Interface::flags`].
+    pub flags: u8,
+    pub family: u8,
+}
+
+impl Pod {
+    /// Field by field: a copy as a whole goes by the stack, in narrow pieces that the processor cannot read wide at once.
+    #[inline(always)]
+    pub fn fill<F: Family>(&mut self, interface: &Interface, policy: &EndpointPolicy, direction: u8) {
+        self.own = F::wide(F::own(interface));
+        // SAFETY: both are two words long, and lie in map values at a multiple of eight bytes. Volatile, or it becomes a call.
+        unsafe {
+            let (from, to) = (ptr::from_ref(policy).cast::<u64>(), ptr::from_mut(&mut self.policy).cast::<u64>());
+            to.write_volatile(from.read_volatile());
+            to.add(1).write_volatile(from.add(1).read_volatile());
+        }
+        self.head = F::head(interface);
+        self.slot = interface.slot;
+        self.direction = direction;
+        self.flags = interface.flags;
+        self.family = F::NUMBER;
+    }
+}
+
+const _: () = assert!(
+    size_of::<EndpointPolicy>() == 16
+        && offset_of!(Endpoint, halves) == 8
+        && (offset_of!(Packet, pod) + offset_of!(Pod, policy)).is_multiple_of(8)
+);
+
+impl Packet {
+    #[inline(always)]
+    fn ports(&mut self, ports: Ports, from_pod: bool) {
+        self.flow.ports = if from_pod { Pair::new(ports.source, ports.destination) } else { Pair::new(ports.destination, ports.source) };
+    }
+
+    // What ways part by is read anew wherever it is asked for: neither the compiler nor the verifier then follows each way to the end.
+
+    #[inline(always)]
+    pub fn is_ipv4(&self) -> bool {
+        anew(&self.pod.family) == V4::NUMBER
+    }
+
+    #[inline(always)]
+    pub fn is_egress(&self) -> bool {
+        anew(&self.pod.direction) == direction::EGRESS
+    }
+
+    #[inline(always)]
+    pub fn is(&self, kind: Kind) -> bool {
+        // SAFETY: an enumeration of one byte.
+        let present = unsafe { addr_of!(self.kind).cast::<u8>().read_volatile() };
+        present == kind as u8
+    }
+
+    /// Of its flow.
+    #[inline(always)]
+    pub fn flow_protocol(&self) -> u8 {
+        anew(&self.flow.protocol)
+    }
+
+    #[inline(always)]
+    pub fn flags(&self) -> u8 {
+        anew(&self.flags)
+    }
+
+    /// The family's protocol number of ICMP.
+    #[inline(always)]
+    pub fn icmp(&self) -> u8 {
+        V4::ICMP + (anew(&self.pod.family) >> 1 & 1) * (V6::ICMP - V4::ICMP)
+    }
+
+    #[inline(always)]
+    pub fn source(&self) -> Address {
+        self.ends[0]
+    }
+
+    /// A packet of its flow, until headers say otherwise.
+    #[inline(always)]
+    pub fn begin(&mut self, source: Address, destination: Address, flow: Flow<Address>, flags: u8) {
+        self.ends = [source, destination];
+        self.flow.remote = flow.remote;
+        self.flow.ports = flow.ports;
+        self.flow.protocol = flow.protocol;
+        self.flags = flags;
+        self.protocol = flow.protocol;
+        self.kind = Kind::Member;
+        self.is_first = false;
+        self.rule = 0;
+        self.identity = IDENTITY_UNKNOWN;
+    }
+}
+
+/// This CPU's packet in hand. A pointer, dereferenced access by access: what is called by who has it changes it too.
+#[derive(Clone, Copy)]
+pub struct InHand(*mut Packet);
+
+impl InHand {
+    #[inline(always)]
+    pub fn get() -> Option<Self> {
+        PACKET.get_ptr_mut(0).map(Self)
+    }
+}
+
+impl Deref for InHand {
+    type Target = Packet;
+
+    #[inline(always)]
+    fn deref(&self) -> &Packet {
+        // SAFETY: this CPU's own place; programs on one CPU do not interrupt each other in tc.
+        unsafe { &*self.0 }
+    }
+}
+
+impl DerefMut for InHand {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut Packet {
+        // SAFETY: as above.
+        unsafe { &mut *self.0 }
+    }
+}
+
+#[inline(always)]
+pub fn anew<T: Copy>(value: &T) -> T {
+    // SAFETY: a reference.
+    unsafe { ptr::from_ref(value).read_volatile() }
 }
 
 /// How far the headers of an IPv6 packet have been read. In a map and not on the stack, see `maps`.
@@ -113,7 +256,6 @@ pub struct Plain<A> {
     pub flow: Flow<A>,
     /// TCP flags.
     pub flags: u8,
-    pub protocol: u8,
 }
 
 /// A [`reason`].
@@ -135,11 +277,6 @@ fn load<T: Copy>(skb: *mut __sk_buff, offset: usize) -> Result<T, Refusal> {
 #[inline(always)]
 fn ends<T>(direction: u8, source: T, destination: T) -> (T, T) {
     if direction == direction::EGRESS { (source, destination) } else { (destination, source) }
-}
-
-#[inline(always)]
-fn reversed(direction: u8) -> u8 {
-    direction ^ 1
 }
 
 /// Bytes of the shortest header of a protocol.
@@ -191,11 +328,11 @@ fn is_discovery<F: Family>(direction: u8, kind: u8) -> bool {
 
 /// Reads the transport header at `offset`. Of an ICMP error the flow is left to the caller.
 #[inline(always)]
-fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, direction: u8, packet: &mut Packet<F::Address>) -> Refusal {
+fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, packet: &mut Packet) -> Refusal {
     let protocol = packet.flow.protocol;
     if protocol == TCP || protocol == UDP || protocol == SCTP {
         let Ok(ports) = load::<Ports>(skb, offset) else { return reason::MALFORMED };
-        (packet.flow.local_port, packet.flow.remote_port) = ends(direction, ports.source, ports.destination);
+        packet.ports(ports, packet.is_egress());
         // The last byte of the header, and of TCP the flags too, must be there.
         let last = if protocol == TCP {
             12
@@ -216,11 +353,11 @@ fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, direction: u8, packe
         packet.flags = header.kind;
         if is_query::<F>(header.kind) {
             // The identifier stands on the pod's side of the key in both directions.
-            packet.flow.local_port = header.identifier;
+            packet.flow.ports = Pair::new(header.identifier, [0; 2]);
         } else {
             packet.kind = if is_error::<F>(header.kind) {
                 Kind::Related
-            } else if is_discovery::<F>(direction, header.kind) {
+            } else if is_discovery::<F>(anew(&packet.pod.direction), header.kind) {
                 Kind::Discovery
             } else {
                 Kind::Stateless
@@ -232,36 +369,28 @@ fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, direction: u8, packe
     if offset > unsafe { (*skb).len } as usize { reason::MALFORMED } else { 0 }
 }
 
-/// Makes the flow that of the packet quoted by an ICMP error, which travelled against `direction`.
+/// Makes the flow that of the packet quoted by an ICMP error, which travelled the other way.
 #[inline(always)]
-fn quoted<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, direction: u8, packet: &mut Packet<F::Address>) -> Refusal {
+fn quoted<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, packet: &mut Packet) -> Refusal {
     packet.flow.protocol = protocol;
     if protocol == F::ICMP {
         let Ok(header) = load::<Icmp>(skb, offset) else { return reason::MALFORMED };
-        packet.flow.local_port = header.identifier;
+        packet.flow.ports = Pair::new(header.identifier, [0; 2]);
     } else if protocol == TCP || protocol == UDP || protocol == SCTP {
         let Ok(ports) = load::<Ports>(skb, offset) else { return reason::MALFORMED };
-        (packet.flow.local_port, packet.flow.remote_port) = ends(reversed(direction), ports.source, ports.destination);
+        packet.ports(ports, !packet.is_egress());
     }
     0
 }
 
 /// Begins a packet: everything but what further headers say.
 #[inline(always)]
-fn begin<A: Copy>(packet: &mut Packet<A>, direction: u8, source: A, destination: A, protocol: u8) {
-    let (_, remote) = ends(direction, source, destination);
-    *packet = Packet {
-        source,
-        destination,
-        flow: Flow { remote, local_port: [0; 2], remote_port: [0; 2], protocol },
-        flags: 0,
-        protocol,
-        kind: Kind::Member,
-        first_fragment: NOT_FIRST,
-        fragment_protocol: protocol,
-        rule: 0,
-        identity: IDENTITY_UNKNOWN,
-    };
+fn begin(packet: &mut Packet, source: Address, destination: Address, protocol: u8) {
+    packet.fragment_protocol = protocol;
+    packet.begin(source, destination, Flow { remote: source, ports: Pair::NONE, protocol }, 0);
+    if packet.is_egress() {
+        packet.flow.remote = destination;
+    }
 }
 
 /// Reads the common IPv4 packet in place; `None` for every other.
@@ -282,13 +411,12 @@ pub fn ipv4_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<u32>> {
             {
                 let ports = &*l4.cast::<Ports>();
                 let (_, remote) = ends(direction, ip.source, ip.destination);
-                let (local_port, remote_port) = ends(direction, ports.source, ports.destination);
+                let (local, peer) = ends(direction, ports.source, ports.destination);
                 return Some(Plain {
                     source: ip.source,
                     destination: ip.destination,
-                    flow: Flow { remote, local_port, remote_port, protocol },
+                    flow: Flow { remote, ports: Pair::new(local, peer), protocol },
                     flags: if protocol == TCP { *l4.add(13) } else { 0 },
-                    protocol,
                 });
             }
         }
@@ -298,7 +426,7 @@ pub fn ipv4_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<u32>> {
 
 /// Reads any IPv4 packet: 0, or a reason to refuse it.
 #[inline(always)]
-pub fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut Packet<u32>) -> Refusal {
+pub fn ipv4_general(skb: *mut __sk_buff, packet: &mut Packet) -> Refusal {
     let Ok(ip) = load::<Ipv4Header>(skb, ETHERNET) else { return reason::MALFORMED };
     let header = usize::from(ip.version_length & 15) * 4;
     let total = usize::from(u16::from_be_bytes(ip.total));
@@ -308,7 +436,7 @@ pub fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut 
     }
     let offset = ETHERNET + header;
     let protocol = ip.protocol;
-    begin(packet, direction, ip.source, ip.destination, protocol);
+    begin(packet, Address::of4(ip.source), Address::of4(ip.destination), protocol);
     let fragment = u16::from_be_bytes(ip.fragment) & 0x3fff;
     let identification = u32::from(u16::from_be_bytes(ip.identification));
     if fragment & 0x1fff != 0 {
@@ -316,15 +444,15 @@ pub fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut 
         if protocol == TCP && fragment & 0x1fff == 1 {
             return reason::MALFORMED;
         }
-        return later_fragment::<V4>(packet, direction, slot, identification);
+        return later_fragment(packet, identification);
     }
     if fragment != 0 {
-        packet.first_fragment = u64::from(identification);
+        (packet.is_first, packet.identification) = (true, identification);
     }
     if total != 0 && total < header + least(V4::ICMP, protocol) {
         return reason::MALFORMED;
     }
-    let refusal = transport::<V4>(skb, offset, direction, packet);
+    let refusal = transport::<V4>(skb, offset, packet);
     if refusal != 0 || packet.kind != Kind::Related {
         return refusal;
     }
@@ -337,13 +465,13 @@ pub fn ipv4_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut 
         packet.kind = Kind::Stateless;
         return 0;
     }
-    (_, packet.flow.remote) = ends(reversed(direction), inner.source, inner.destination);
-    quoted::<V4>(skb, offset + 8 + inner_header, inner.protocol, direction, packet)
+    packet.flow.remote = Address::of4(if packet.is_egress() { inner.source } else { inner.destination });
+    quoted::<V4>(skb, offset + 8 + inner_header, inner.protocol, packet)
 }
 
 /// Reads the common IPv6 packet in place; `None` for every other.
 #[inline(always)]
-pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<Address6>> {
+pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<Address>> {
     // SAFETY: as in `ipv4`.
     unsafe {
         let data = (*skb).data as usize;
@@ -354,15 +482,14 @@ pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<Address6>>
             if ip.version_class[0] >> 4 == 6 && (protocol == TCP || protocol == UDP) && u16::from_be_bytes(ip.payload) >= 20 {
                 let ports = &*l4.cast::<Ports>();
                 let at = data as *const u8;
-                let (source, destination) = (Address6::at::<22, 30>(at), Address6::at::<38, 46>(at));
+                let (source, destination) = (Address::at::<22, 30>(at), Address::at::<38, 46>(at));
                 let (_, remote) = ends(direction, source, destination);
-                let (local_port, remote_port) = ends(direction, ports.source, ports.destination);
+                let (local, peer) = ends(direction, ports.source, ports.destination);
                 return Some(Plain {
                     source,
                     destination,
-                    flow: Flow { remote, local_port, remote_port, protocol },
+                    flow: Flow { remote, ports: Pair::new(local, peer), protocol },
                     flags: if protocol == TCP { *l4.add(13) } else { 0 },
-                    protocol,
                 });
             }
         }
@@ -373,44 +500,58 @@ pub fn ipv6_plain(skb: *mut __sk_buff, direction: u8) -> Option<Plain<Address6>>
 /// Walks extension headers; stops at the transport header or at a fragment that is not the first.
 #[inline(always)]
 pub fn extensions(skb: *mut __sk_buff, walk: *mut Walk, offset: usize, protocol: u8) -> Refusal {
-    // SAFETY: this CPU's own place. Volatile, so that the compiler does not carry over from one turn to the next what the
-    // verifier is to forget.
+    // SAFETY: this CPU's own place. Volatile, because the call below changes it, and so that the verifier forgets what it was.
     unsafe {
         (*walk).fragmented = 0;
         addr_of_mut!((*walk).offset).write_volatile(offset as u32);
         addr_of_mut!((*walk).protocol).write_volatile(u32::from(protocol));
         for _ in 0..MAX_EXTENSIONS {
-            let offset = addr_of_mut!((*walk).offset).read_volatile();
             let protocol = addr_of_mut!((*walk).protocol).read_volatile();
             if !matches!(protocol, 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140) {
                 return 0;
             }
-            let Ok(header) = load::<[u8; 8]>(skb, offset as usize) else { return reason::MALFORMED };
-            addr_of_mut!((*walk).protocol).write_volatile(u32::from(header[0]));
-            let mut length = (u32::from(header[1]) + 1) * 8;
-            if protocol == 51 {
-                length = (u32::from(header[1]) + 2) * 4;
+            match crate::step6(skb) {
+                GOES_ON => {}
+                ENDS => return 0,
+                _ => return reason::MALFORMED,
             }
-            if protocol == 44 {
-                length = 8;
-                let place = u16::from_be_bytes([header[2], header[3]]) & 0xfff9;
-                (*walk).identification = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-                (*walk).place = place;
-                (*walk).next = header[0];
-                (*walk).fragmented = 1;
-                if place & 0xfff8 != 0 {
-                    return 0;
-                }
-            }
-            addr_of_mut!((*walk).offset).write_volatile(offset + length);
         }
     }
     reason::MALFORMED
 }
 
+/// Answers of [`step`]; everything else is damage.
+const ENDS: i32 = 0;
+const GOES_ON: i32 = 1;
+
+/// Goes over the extension header at which the walk is.
+#[inline(always)]
+pub fn step(skb: *mut __sk_buff, walk: &mut Walk) -> i32 {
+    let Walk { offset, protocol, .. } = *walk;
+    let Ok(header) = load::<[u8; 8]>(skb, offset as usize) else { return -1 };
+    walk.protocol = u32::from(header[0]);
+    let mut length = (u32::from(header[1]) + 1) * 8;
+    if protocol == 51 {
+        length = (u32::from(header[1]) + 2) * 4;
+    }
+    if protocol == 44 {
+        length = 8;
+        let place = u16::from_be_bytes([header[2], header[3]]) & 0xfff9;
+        walk.identification = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+        walk.place = place;
+        walk.next = header[0];
+        walk.fragmented = 1;
+        if place & 0xfff8 != 0 {
+            return ENDS;
+        }
+    }
+    walk.offset = offset + length;
+    GOES_ON
+}
+
 /// Reads any IPv6 packet: 0, or a reason to refuse it.
 #[inline(always)]
-pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut Packet<Address6>) -> Refusal {
+pub fn ipv6_general(skb: *mut __sk_buff, packet: &mut Packet) -> Refusal {
     let (Ok(ip), Some(walk)) = (load::<Ipv6Header>(skb, ETHERNET), WALK.get_ptr_mut(0)) else { return reason::MALFORMED };
     if ip.version_class[0] >> 4 != 6 || crate::walk6(skb, u32::from(ip.next)) != 0 {
         return reason::MALFORMED;
@@ -421,7 +562,7 @@ pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut 
         let offset = addr_of!(walk.offset).read_volatile() as usize;
         (offset, addr_of!(walk.protocol).read_volatile() as u8, walk.fragmented != 0, walk.place, walk.identification, walk.next)
     };
-    begin(packet, direction, Address6::of(ip.source), Address6::of(ip.destination), protocol);
+    begin(packet, Address::of(ip.source), Address::of(ip.destination), protocol);
     packet.fragment_protocol = 0;
     if fragmented {
         packet.fragment_protocol = next;
@@ -429,10 +570,10 @@ pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut 
             if protocol == TCP && place >> 3 == 1 {
                 return reason::MALFORMED;
             }
-            return later_fragment::<V6>(packet, direction, slot, identification);
+            return later_fragment(packet, identification);
         }
         if place & 1 != 0 {
-            packet.first_fragment = u64::from(identification);
+            (packet.is_first, packet.identification) = (true, identification);
         }
     }
     // A payload length of 0 is a segmentation-offloaded packet of more than 64 KiB.
@@ -440,7 +581,7 @@ pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut 
     if payload != 0 && ETHERNET + 40 + payload < offset + least(V6::ICMP, protocol) {
         return reason::MALFORMED;
     }
-    let refusal = transport::<V6>(skb, offset, direction, packet);
+    let refusal = transport::<V6>(skb, offset, packet);
     if refusal != 0 || packet.kind != Kind::Related {
         return refusal;
     }
@@ -448,44 +589,43 @@ pub fn ipv6_general(skb: *mut __sk_buff, direction: u8, slot: u16, packet: &mut 
     if inner.version_class[0] >> 4 != 6 {
         return reason::MALFORMED;
     }
-    (_, packet.flow.remote) = ends(reversed(direction), Address6::of(inner.source), Address6::of(inner.destination));
+    packet.flow.remote = Address::of(if packet.is_egress() { inner.source } else { inner.destination });
     let at = offset + 8 + size_of::<Ipv6Header>();
     if inner.next != 44 {
-        return quoted::<V6>(skb, at, inner.next, direction, packet);
+        return quoted::<V6>(skb, at, inner.next, packet);
     }
     let Ok(header) = load::<[u8; 8]>(skb, at) else { return reason::MALFORMED };
     if u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 {
-        packet.flow.remote = ends(direction, packet.source, packet.destination).1;
+        packet.flow.remote = packet.ends[usize::from(packet.pod.direction & 1)];
         packet.kind = Kind::Stateless;
         return 0;
     }
-    quoted::<V6>(skb, at + 8, header[0], direction, packet)
+    quoted::<V6>(skb, at + 8, header[0], packet)
 }
 
 #[inline(always)]
-pub fn fragment_key<F: Family>(packet: &Packet<F::Address>, direction: u8, slot: u16, identification: u32) -> FragmentKey {
+pub fn fragment_key(packet: &Packet, identification: u32) -> FragmentKey {
     FragmentKey {
-        slot,
-        direction,
+        slot: packet.pod.slot,
+        direction: packet.pod.direction,
         protocol: packet.fragment_protocol,
         identification,
-        source: F::words(packet.source),
-        destination: F::words(packet.destination),
+        source: packet.ends[0].words(),
+        destination: packet.ends[1].words(),
     }
 }
 
 /// Gives a fragment the ports of the first one, which passed.
 #[inline(always)]
-fn later_fragment<F: Family>(packet: &mut Packet<F::Address>, direction: u8, slot: u16, identification: u32) -> Refusal {
-    let key = fragment_key::<F>(packet, direction, slot, identification);
+fn later_fragment(packet: &mut Packet, identification: u32) -> Refusal {
+    let key = fragment_key(packet, identification);
     // SAFETY: the value is copied at once; an entry reused meanwhile gives ports of another datagram of the same table.
     let Some(FragmentPorts { protocol, local_port, remote_port, .. }) = (unsafe { FRAGMENTS.get(&key) }) else {
         return reason::FRAGMENT;
     };
     packet.protocol = *protocol;
     packet.flow.protocol = *protocol;
-    packet.flow.local_port = *local_port;
-    packet.flow.remote_port = *remote_port;
+    packet.flow.ports = Pair::new(*local_port, *remote_port);
     // No flags of its own: it belongs to what the first fragment opened.
     packet.flags = ACK;
     0
@@ -493,32 +633,32 @@ fn later_fragment<F: Family>(packet: &mut Packet<F::Address>, direction: u8, slo
 
 const _: () = assert!(offset_of!(Ipv4Header, source) == 12 && size_of::<Ipv4Header>() == 20 && size_of::<Ipv6Header>() == 40);
 
-/// The source of an IPv4 packet, if it is one.
+/// The source of an IPv4 packet, if it is one, and that it is not neighbour discovery.
 #[inline(always)]
-pub fn addresses4(skb: *mut __sk_buff) -> Option<u32> {
+pub fn addresses4(skb: *mut __sk_buff) -> Option<(Address, bool)> {
     let ip: Ipv4Header = load(skb, ETHERNET).ok()?;
-    (ip.version_length >> 4 == 4).then_some(ip.source)
+    (ip.version_length >> 4 == 4).then_some((Address::of4(ip.source), false))
 }
 
 /// The source of an IPv6 packet, and whether it is neighbour discovery.
 #[inline(always)]
-pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<(Address6, bool)> {
+pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<(Address, bool)> {
     let ip: Ipv6Header = load(skb, ETHERNET).ok()?;
     if ip.version_class[0] >> 4 != 6 {
         return None;
     }
     let walk = WALK.get_ptr_mut(0)?;
     if crate::walk6(skb, u32::from(ip.next)) != 0 {
-        return Some((Address6::of(ip.source), false));
+        return Some((Address::of(ip.source), false));
     }
     // SAFETY: this CPU's own place.
     let (offset, protocol, fragmented) =
         unsafe { (addr_of!((*walk).offset).read_volatile(), addr_of!((*walk).protocol).read_volatile(), (*walk).fragmented != 0) };
     if fragmented || protocol != u32::from(V6::ICMP) {
-        return Some((Address6::of(ip.source), false));
+        return Some((Address::of(ip.source), false));
     }
     let kind = load::<u8>(skb, offset as usize).unwrap_or(0);
-    Some((Address6::of(ip.source), is_discovery::<V6>(direction, kind)))
+    Some((Address::of(ip.source), is_discovery::<V6>(direction, kind)))
 }
 
 /// Source and destination for an event, zero where they cannot be read.

@@ -58,6 +58,15 @@ impl Rig {
         Ok(())
     }
 
+    /// What an agent with another object of the same layout does: it takes the maps.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn load_programs_again(&self) -> anyhow::Result<()> {
+        fs::remove_dir_all(self.pin_root.join(format!("v{LAYOUT_VERSION}")).join("programs"))?;
+        self.load_again()
+    }
+
     fn pin(&self, name: &str) -> anyhow::Result<MapData> {
         MapData::from_pin(self.pin_root.join(format!("v{LAYOUT_VERSION}")).join(name)).with_context(|| format!("open the pin of {name}"))
     }

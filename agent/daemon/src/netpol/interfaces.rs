@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use aya::maps::{Array, HashMap, MapData as AyaMap, MapError as AyaError};
 use stanchion_core::policy::image::MapError;
-use stanchion_ebpf_abi::{INTERFACE_PLACES, Interface, flow_head, interface_flag, ipv4_word, ipv6_words, map_name};
+use stanchion_ebpf_abi::{FAR_PLACES, INTERFACE_PLACES, Interface, flow_head, interface_flag, ipv4_word, ipv6_words, map_name};
 use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::maps::refused;
@@ -14,13 +14,14 @@ use super::slots::Sandbox;
 
 /// The interface records.
 pub(super) struct Interfaces {
-    near: Array<AyaMap, Raw<Interface>>,
-    far: HashMap<AyaMap, u32, Raw<Interface>>,
+    places: Array<AyaMap, Raw<Interface>>,
+    /// Places of those whose own is taken.
+    far: HashMap<AyaMap, u32, u32>,
 }
 
 impl Interfaces {
     pub(super) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
-        Ok(Self { near: loaded.map(map_name::INTERFACES)?, far: loaded.map(map_name::INTERFACES_FAR)? })
+        Ok(Self { places: loaded.map(map_name::INTERFACES)?, far: loaded.map(map_name::INTERFACES_FAR)? })
     }
 
     /// Writes the records of a sandbox's host veths.
@@ -48,30 +49,54 @@ impl Interfaces {
         Ok(())
     }
 
+    fn at(&self, place: u32) -> Result<Interface, MapError> {
+        refused(map_name::INTERFACES, &place, self.places.get(&place, 0)).map(|Raw(present)| present)
+    }
+
+    fn write(&mut self, place: u32, interface: Interface) -> Result<(), MapError> {
+        refused(map_name::INTERFACES, &place, self.places.set(place, Raw(interface), 0))
+    }
+
+    fn far(&self, index: u32) -> Result<Option<u32>, MapError> {
+        match self.far.get(&index, 0) {
+            Ok(place) => Ok(Some(place)),
+            Err(AyaError::KeyNotFound) => Ok(None),
+            Err(error) => refused(map_name::INTERFACES_FAR, &index, Err(error)),
+        }
+    }
+
     fn set_one(&mut self, interface: Interface) -> Result<(), MapError> {
-        let (index, place) = (interface.if_index, interface.if_index % INTERFACE_PLACES);
-        let Raw(present) = refused(map_name::INTERFACES, &index, self.near.get(&place, 0))?;
+        let (index, own) = (interface.if_index, interface.if_index % INTERFACE_PLACES);
+        let present = self.at(own)?;
         if present == interface {
             return Ok(());
         }
         if present.if_index == 0 || present.if_index == index {
-            return refused(map_name::INTERFACES, &index, self.near.set(place, Raw(interface), 0));
+            return self.write(own, interface);
         }
-        refused(map_name::INTERFACES_FAR, &index, self.far.insert(index, Raw(interface), 0))
+        if let Some(place) = self.far(index)? {
+            return self.write(place, interface);
+        }
+        for place in INTERFACE_PLACES..INTERFACE_PLACES + FAR_PLACES {
+            if self.at(place)?.if_index == 0 {
+                // The record first: who finds the place finds it there.
+                self.write(place, interface)?;
+                return refused(map_name::INTERFACES_FAR, &index, self.far.insert(index, place, 0));
+            }
+        }
+        let message = format!("{FAR_PLACES} interfaces have their places behind the others'");
+        Err(MapError { map: map_name::INTERFACES, operation: format!("{index:?}"), full: true, message })
     }
 
     /// Forgets an interface; programs still attached there let nothing pass.
     pub(super) fn remove(&mut self, index: u32) -> Result<(), MapError> {
-        let place = index % INTERFACE_PLACES;
-        let Raw(present) = refused(map_name::INTERFACES, &index, self.near.get(&place, 0))?;
-        if present.if_index == index {
-            return refused(map_name::INTERFACES, &index, self.near.set(place, Raw(Interface::default()), 0));
+        let own = index % INTERFACE_PLACES;
+        if self.at(own)?.if_index == index {
+            self.write(own, Interface::default())?;
         }
-        match self.far.remove(&index) {
-            Ok(()) | Err(AyaError::KeyNotFound) => Ok(()),
-            Err(AyaError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            other => refused(map_name::INTERFACES_FAR, &index, other),
-        }
+        let Some(place) = self.far(index)? else { return Ok(()) };
+        refused(map_name::INTERFACES_FAR, &index, self.far.remove(&index))?;
+        if self.at(place)?.if_index == index { self.write(place, Interface::default()) } else { Ok(()) }
     }
 }
 
@@ -98,4 +123,57 @@ pub(super) fn node_addresses() -> Result<BTreeSet<IpAddr>, NetlinkError> {
     let interfaces: BTreeSet<u32> = addresses.iter().map(|present| present.index).collect();
     let ipvs = interfaces.into_iter().find(|index| exists(IPVS, *index));
     Ok(addresses.into_iter().filter(|present| Some(present.index) != ipvs).map(|present| present.address.addr()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::super::object::{LoadOptions, load};
+    use super::*;
+
+    #[test]
+    fn interfaces_whose_indices_share_a_place_have_one_each() {
+        let pin_root = PathBuf::from(format!("/sys/fs/bpf/strig{}-interfaces", std::process::id()));
+        let mut loaded = load(&LoadOptions { pin_root: pin_root.clone(), flow_entries: 16 }).unwrap();
+        let interfaces = RefCell::new(Interfaces::new(&mut loaded).unwrap());
+        // What the programs do.
+        let find = |interfaces: &Interfaces, index: u32| {
+            let own = interfaces.at(index % INTERFACE_PLACES).unwrap();
+            let found = if own.if_index == index { Some(own) } else { interfaces.far(index).unwrap().map(|at| interfaces.at(at).unwrap()) };
+            found.filter(|found| found.if_index == index).map(|found| found.slot)
+        };
+        let step = (prop_oneof![Just(5u32), Just(5 + INTERFACE_PLACES), Just(5 + 2 * INTERFACE_PLACES), Just(6)], 0u16..4);
+        let model: RefCell<BTreeMap<u32, u16>> = RefCell::default();
+        let mut runner = proptest::test_runner::TestRunner::deterministic();
+        runner
+            .run(&prop::collection::vec(step, 1..40), |steps| {
+                let (mut interfaces, mut model) = (interfaces.borrow_mut(), model.borrow_mut());
+                for (if_index, slot) in steps {
+                    if slot == 0 {
+                        interfaces.remove(if_index).unwrap();
+                        model.remove(&if_index);
+                    } else {
+                        interfaces.set_one(Interface { if_index, slot, ..Interface::default() }).unwrap();
+                        model.insert(if_index, slot);
+                    }
+                    for index in [5, 5 + INTERFACE_PLACES, 5 + 2 * INTERFACE_PLACES, 6] {
+                        prop_assert_eq!(find(&interfaces, index), model.get(&index).copied());
+                    }
+                }
+                Ok(())
+            })
+            .unwrap();
+        let mut interfaces = interfaces.into_inner();
+        for index in model.into_inner().into_keys() {
+            interfaces.remove(index).unwrap();
+        }
+        assert_eq!(interfaces.far.keys().count(), 0);
+        assert!((INTERFACE_PLACES..INTERFACE_PLACES + FAR_PLACES).all(|place| interfaces.at(place).unwrap().if_index == 0));
+        std::fs::remove_dir_all(pin_root).unwrap();
+    }
 }

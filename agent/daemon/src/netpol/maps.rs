@@ -14,8 +14,8 @@ use aya::maps::{Array, HashMap, MapData as AyaMap};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use stanchion_core::policy::image::{EndpointImage, MapError, MapImage, MapOp, PolicyMaps, Slot};
 use stanchion_ebpf_abi::{
-    AddressValue, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, OwnKey, VerdictKey, VerdictValue, address_flag, endpoint_flag, ipv4_octets,
-    ipv4_word, ipv6_octets, ipv6_words, map_name,
+    AddressKey, AddressValue, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, OwnKey, VerdictKey, VerdictValue, address_flag, endpoint_flag,
+    ipv4_octets, ipv4_word, ipv6_octets, ipv6_words, map_name,
 };
 
 use super::object::{LoadError, Loaded, Raw};
@@ -24,8 +24,7 @@ use super::object::{LoadError, Loaded, Raw};
 pub struct KernelMaps {
     endpoints: Array<AyaMap, Raw<Endpoint>>,
     own: HashMap<AyaMap, Raw<OwnKey>, u32>,
-    addresses4: HashMap<AyaMap, u32, Raw<AddressValue>>,
-    addresses6: HashMap<AyaMap, [u32; 4], Raw<AddressValue>>,
+    addresses: HashMap<AyaMap, Raw<AddressKey>, Raw<AddressValue>>,
     cidrs4: LpmTrie<AyaMap, u32, u32>,
     cidrs6: LpmTrie<AyaMap, [u32; 4], u32>,
     verdicts: LpmTrie<AyaMap, Raw<VerdictKey>, Raw<VerdictValue>>,
@@ -53,8 +52,7 @@ impl KernelMaps {
         let mut maps = Self {
             endpoints: loaded.map(map_name::ENDPOINTS)?,
             own: loaded.map(map_name::OWN)?,
-            addresses4: loaded.map(map_name::ADDRESSES4)?,
-            addresses6: loaded.map(map_name::ADDRESSES6)?,
+            addresses: loaded.map(map_name::ADDRESSES)?,
             cidrs4: loaded.map(map_name::CIDRS4)?,
             cidrs6: loaded.map(map_name::CIDRS6)?,
             verdicts: loaded.map(map_name::VERDICTS)?,
@@ -140,14 +138,10 @@ impl KernelMaps {
     }
 
     fn address(&self, address: IpAddr) -> Result<AddressValue, MapError> {
-        let found = match address {
-            IpAddr::V4(a) => self.addresses4.get(&ipv4_word(a.octets()), 0),
-            IpAddr::V6(a) => self.addresses6.get(&ipv6_words(a.octets()), 0),
-        };
-        match found {
+        match self.addresses.get(&Raw(address_key(address)), 0) {
             Ok(Raw(value)) => Ok(value),
             Err(aya::maps::MapError::KeyNotFound) => Ok(AddressValue::default()),
-            Err(error) => refused(address_map(address), &address, Err(error)),
+            Err(error) => refused(map_name::ADDRESSES, &address, Err(error)),
         }
     }
 
@@ -159,19 +153,11 @@ impl KernelMaps {
             return Ok(());
         }
         self.writes += 1;
-        let map = address_map(address);
+        let key = Raw(address_key(address));
         if next.flags == 0 {
-            let result = match address {
-                IpAddr::V4(a) => self.addresses4.remove(&ipv4_word(a.octets())),
-                IpAddr::V6(a) => self.addresses6.remove(&ipv6_words(a.octets())),
-            };
-            return absent_is_fine(map, &address, result);
+            return absent_is_fine(map_name::ADDRESSES, &address, self.addresses.remove(&key));
         }
-        let result = match address {
-            IpAddr::V4(a) => self.addresses4.insert(ipv4_word(a.octets()), Raw(next), 0),
-            IpAddr::V6(a) => self.addresses6.insert(ipv6_words(a.octets()), Raw(next), 0),
-        };
-        refused(map, &address, result)
+        refused(map_name::ADDRESSES, &address, self.addresses.insert(key, Raw(next), 0))
     }
 
     fn set_address(&mut self, address: IpAddr, identity: u32) -> Result<(), MapError> {
@@ -306,13 +292,9 @@ impl PolicyMaps for KernelMaps {
 
     fn read(&self) -> Result<MapImage, MapError> {
         let mut image = MapImage::default();
-        for item in self.addresses4.iter() {
-            let (word, Raw(value)) = refused(map_name::ADDRESSES4, &"read", item)?;
-            read_address(&mut image, Ipv4Addr::from(ipv4_octets(word)).into(), value);
-        }
-        for item in self.addresses6.iter() {
-            let (words, Raw(value)) = refused(map_name::ADDRESSES6, &"read", item)?;
-            read_address(&mut image, Ipv6Addr::from(ipv6_octets(words)).into(), value);
+        for item in self.addresses.iter() {
+            let (Raw(key), Raw(value)) = refused(map_name::ADDRESSES, &"read", item)?;
+            read_address(&mut image, address_of(key.family, key.address), value);
         }
         for item in self.cidrs4.iter() {
             let (key, identity) = refused(map_name::CIDRS4, &"read", item)?;
@@ -330,12 +312,7 @@ impl PolicyMaps for KernelMaps {
         }
         let mut addresses: BTreeMap<u32, BTreeMap<u32, IpAddr>> = BTreeMap::new();
         for (key, position) in self.own_keys()? {
-            let address: IpAddr = if key.family == 4 {
-                Ipv4Addr::from(ipv4_octets(key.address[0])).into()
-            } else {
-                Ipv6Addr::from(ipv6_octets(key.address)).into()
-            };
-            addresses.entry(key.slot).or_default().insert(position, address);
+            addresses.entry(key.slot).or_default().insert(position, address_of(key.family, key.address));
         }
         for (index, item) in (0..).zip(self.endpoints.iter()) {
             let Raw(record) = refused(map_name::ENDPOINTS, &"read", item)?;
@@ -371,19 +348,23 @@ fn read_address(image: &mut MapImage, address: IpAddr, value: AddressValue) {
 
 /// The key of a pod's address.
 pub(super) fn own_key(slot: Slot, address: IpAddr) -> OwnKey {
-    let (family, address) = match address {
-        IpAddr::V4(a) => (4, [ipv4_word(a.octets()), 0, 0, 0]),
-        IpAddr::V6(a) => (6, ipv6_words(a.octets())),
-    };
+    let AddressKey { address, family } = address_key(address);
     OwnKey { slot: u32::from(slot.0), family, address }
+}
+
+fn address_key(address: IpAddr) -> AddressKey {
+    match address {
+        IpAddr::V4(a) => AddressKey { address: [ipv4_word(a.octets()), 0, 0, 0], family: 4 },
+        IpAddr::V6(a) => AddressKey { address: ipv6_words(a.octets()), family: 6 },
+    }
+}
+
+fn address_of(family: u32, address: [u32; 4]) -> IpAddr {
+    if family == 4 { Ipv4Addr::from(ipv4_octets(address[0])).into() } else { Ipv6Addr::from(ipv6_octets(address)).into() }
 }
 
 fn prefix(bits: u32) -> u8 {
     u8::try_from(bits).expect("the kernel bounds prefixes")
-}
-
-fn address_map(address: IpAddr) -> &'static str {
-    if address.is_ipv4() { map_name::ADDRESSES4 } else { map_name::ADDRESSES6 }
 }
 
 /// Puts the map and what was tried to a refusal.

@@ -20,7 +20,7 @@ use super::clock::Clock;
 use super::verify::verify;
 
 /// Empty when it had not been built; see the build script.
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/stanchion-ebpf.o"));
+pub(super) static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/stanchion-ebpf.o"));
 
 /// Where bpffs is expected, and mounted if it is not.
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -29,13 +29,12 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 pub const PIN_ROOT: &str = "/sys/fs/bpf/stanchion";
 
 /// Every map that is pinned: all of them.
-pub(super) const PINNED: [&str; 20] = [
+pub(super) const PINNED: [&str; 19] = [
     map_name::INTERFACES,
     map_name::INTERFACES_FAR,
     map_name::ENDPOINTS,
     map_name::OWN,
-    map_name::ADDRESSES4,
-    map_name::ADDRESSES6,
+    map_name::ADDRESSES,
     map_name::CIDRS4,
     map_name::CIDRS6,
     map_name::VERDICTS,

@@ -123,8 +123,7 @@ pub(super) fn set_constants(map: BorrowedFd<'_>, value: &[u8]) -> io::Result<()>
     const MAP_FREEZE: libc::c_int = 22;
     let key = 0u32;
     let map = number(map.as_raw_fd());
-    let mut attribute =
-        Element { map, key: (&raw const key).addr() as u64, value: value.as_ptr().addr() as u64, ..Element::default() };
+    let mut attribute = Element { map, key: (&raw const key).addr() as u64, value: value.as_ptr().addr() as u64, ..Element::default() };
     bpf(MAP_UPDATE_ELEM, &mut attribute)?;
     // The rest of the attribute must be zero.
     bpf(MAP_FREEZE, &mut Element { map, ..Element::default() }).map(drop)

@@ -13,11 +13,11 @@ use aya::programs::ProgramError;
 use aya::sys::SyscallError;
 use aya::{EbpfError, pin::PinError};
 use aya_obj::btf::BtfFeatures;
-use aya_obj::{EbpfSectionKind, Function, Object, VerifierLog};
+use aya_obj::{EbpfSectionKind, Object, VerifierLog};
 use stanchion_ebpf_abi::map_name;
 
 use super::object::{LoadError, LoadOptions, PINNED, POD_EGRESS, POD_INGRESS};
-use super::raw::{self, Types};
+use super::raw::{self, Program, Verified};
 
 /// What every kernel since 5.10 knows in the types of an object; the rest of them is put in older words for all kernels alike.
 const TYPES: BtfFeatures = BtfFeatures::new(true, true, true, false, false, false, false, false);
@@ -45,12 +45,18 @@ pub(super) fn verify(object: &[u8], options: &LoadOptions, pins: &Path, home: &P
         let unknown = || EbpfError::MapError(MapError::InvalidName { name: name.to_owned() });
         let program = object.programs.get(name).ok_or_else(unknown)?;
         let function = object.functions.get(&program.function_key()).ok_or_else(unknown)?;
-        let program = load(name, &program.license, function, &types).map_err(|source| LoadError::Program { name, source })?;
-        let path = home.join(name);
-        raw::pin(&program, &path).map_err(|io_error| LoadError::Pin {
-            name,
-            source: PinError::SyscallError(SyscallError { call: "BPF_OBJ_PIN", io_error }),
-        })?;
+        let (functions, lines) = (function.func_info.func_info_bytes(), function.line_info.line_info_bytes());
+        let program = load(&Verified {
+            name: &CString::new(name).expect("no NUL in a constant"),
+            license: &program.license,
+            instructions: &function.instructions,
+            types: &types,
+            functions: (&functions, function.func_info_rec_size),
+            lines: (&lines, function.line_info_rec_size),
+        });
+        let program = program.map_err(|source| LoadError::Program { name, source })?;
+        raw::pin(&program, &home.join(name))
+            .map_err(|io_error| LoadError::Pin { name, source: PinError::SyscallError(SyscallError { call: "BPF_OBJ_PIN", io_error }) })?;
     }
     Ok(())
 }
@@ -81,23 +87,39 @@ fn map(name: &str, definition: &aya_obj::Map, options: &LoadOptions, pins: &Path
 }
 
 /// Loads a program; what the verifier had to say comes with the error.
-fn load(name: &str, license: &CString, function: &Function, types: &Types) -> Result<raw::Program, ProgramError> {
+fn load(verified: &Verified<'_>) -> Result<Program, ProgramError> {
     const LOG_BYTES: usize = 16 << 20;
-    let name = CString::new(name).expect("no NUL in a constant");
-    let (functions, lines) = (function.func_info.func_info_bytes(), function.line_info.line_info_bytes());
-    let verified = raw::Verified {
-        name: &name,
-        license,
-        instructions: &function.instructions,
-        types,
-        functions: (&functions, function.func_info_rec_size),
-        lines: (&lines, function.line_info_rec_size),
-    };
-    raw::Program::verify(&verified, &mut []).or_else(|_| {
+    Program::verify(verified, &mut []).or_else(|_| {
         let mut log = vec![0; LOG_BYTES];
-        raw::Program::verify(&verified, &mut log).map_err(|io_error| {
+        Program::verify(verified, &mut log).map_err(|io_error| {
             let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
             ProgramError::LoadError { io_error, verifier_log: VerifierLog::new(String::from_utf8_lossy(&log[..end]).into_owned()) }
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use aya_obj::generated::bpf_insn;
+
+    use super::super::object::OBJECT;
+    use super::*;
+
+    #[test]
+    fn what_the_verifier_says_is_part_of_the_error() {
+        let mut object = Object::parse(OBJECT).unwrap();
+        let types = raw::load_types(&object.fixup_and_sanitize_btf(&TYPES).unwrap().unwrap().to_bytes()).unwrap();
+        let license = c"GPL";
+        let load = |instructions: &[bpf_insn]| {
+            load(&Verified { name: c"a_test", license, instructions, types: &types, functions: (&[], 0), lines: (&[], 0) })
+        };
+        let [answer, exit] =
+            [0xb7, 0x95].map(|code| bpf_insn { code, _bitfield_align_1: [], _bitfield_1: Default::default(), off: 0, imm: 0 });
+        load(&[answer, exit]).unwrap();
+        let refused = load(&[exit]).unwrap_err();
+        assert!(refused.to_string().contains("R0 !read_ok"), "{refused}");
+        assert_eq!(refused.source().unwrap().downcast_ref::<std::io::Error>().unwrap().raw_os_error(), Some(libc::EACCES));
+    }
 }
