@@ -137,9 +137,6 @@ impl World {
         if let Some(positions) = self.positions()? {
             self.files.check(&positions, &arrived)?;
         }
-        if self.random.random_bool(0.1) {
-            self.files.collect(&arrived)?;
-        }
         Ok(())
     }
 
@@ -152,7 +149,7 @@ impl World {
     }
 
     /// Numbers of the lines that CloudWatch has.
-    fn arrived(&self) -> HashSet<u64> {
+    pub(super) fn arrived(&self) -> HashSet<u64> {
         let cloud = &self.ground.cloud;
         let streams = cloud.log_groups().into_iter().flat_map(|group| {
             let streams = cloud.log_streams(&group);

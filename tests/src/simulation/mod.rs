@@ -267,6 +267,10 @@ impl World {
             let what = self.step().await.with_context(|| format!("step {step}"))?;
             *self.told.events.entry(what).or_default() += 1;
             self.told.steps += 1;
+            // Here and not in a check: what looks whether anything moves must move nothing itself.
+            if self.random.random_bool(0.1) {
+                self.files.collect(&self.arrived())?;
+            }
             self.check().await.with_context(|| format!("step {step}, after {what}"))?;
         }
         self.rest().await.with_context(|| format!("at rest after {steps} steps"))?;
