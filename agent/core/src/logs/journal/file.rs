@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::io::Read as _;
 
 use ruzstd::decoding::StreamingDecoder;
+use xz4rust::{XzDecoder, XzNextBlockResult};
 
 /// Bytes of the header that are read: up to its last field that is used.
 const HEADER_BYTES: usize = 208;
@@ -15,6 +16,10 @@ const HEADER_BYTES: usize = 208;
 const MAX_OBJECT: u64 = 8 << 20;
 /// Most bytes of a field once inflated; the rest is left out.
 const MAX_FIELD: usize = 1 << 20;
+/// Largest dictionary of an XZ stream, in bytes: what systemd's encoder is set to (`compress_blob_xz` in its src/basic/compress.c).
+const XZ_DICTIONARY: usize = 1 << 20;
+/// Bytes that an XZ stream is inflated by at a time.
+const XZ_PORTION: usize = 16 << 10;
 
 /// Flags of the header that change how objects lie; a file with others is not read.
 const KEYED_HASH: u32 = 4;
@@ -235,9 +240,9 @@ impl Header {
         take(read, at + payload, object)?;
         match head[1] & 7 {
             0 => Ok(Cow::Borrowed(object)),
+            1 => xz(object).map(Cow::Owned).ok_or(JournalError::Compression(at)),
             2 => lz4(object).map(Cow::Owned).ok_or(JournalError::Compression(at)),
             4 => zstd(object).map(Cow::Owned).ok_or(JournalError::Compression(at)),
-            // XZ, which systemd uses where it was built without the others.
             _ => Err(JournalError::Compression(at)),
         }
     }
@@ -246,6 +251,27 @@ impl Header {
 fn zstd(frame: &[u8]) -> Option<Vec<u8>> {
     let mut text = Vec::new();
     StreamingDecoder::new(frame).ok()?.take(MAX_FIELD as u64).read_to_end(&mut text).ok()?;
+    Some(text)
+}
+
+/// A whole `.xz` stream, as systemd writes it where it was built without the others.
+fn xz(stream: &[u8]) -> Option<Vec<u8>> {
+    let mut decoder = XzDecoder::in_heap_with_alloc_dict_size(0, XZ_DICTIONARY);
+    let (mut text, mut portion, mut at) = (Vec::new(), vec![0; XZ_PORTION], 0);
+    while text.len() < MAX_FIELD {
+        let step = decoder.decode(stream.get(at..)?, &mut portion).ok()?;
+        let (used, filled) = (step.input_consumed(), step.output_produced());
+        text.extend_from_slice(&portion[..filled]);
+        at += used;
+        if matches!(step, XzNextBlockResult::EndOfStream(..)) {
+            return Some(text);
+        }
+        // What ends too early asks for more for ever.
+        if used == 0 && filled == 0 {
+            return None;
+        }
+    }
+    text.truncate(MAX_FIELD);
     Some(text)
 }
 
@@ -347,6 +373,52 @@ mod tests {
         assert_eq!(header(&later), JournalError::Features(0x10c));
     }
 
+    /// Of [`TEXT`], with systemd's filter and without a checksum, as liblzma 5.4 encodes it.
+    const XZ: &str = "fd377a585a000000ff12d9410200210110000000a8708e86e00e1c002f5d00269146acd06f74b8a61d01d7f1a9ee27714df9fa052e4646bd3c06\
+                      69175bcec43212f12161750a333d26087d9b620000000001439d1c00000099a7c079a8000afc020000000000595a";
+    static TEXT: LazyLock<Vec<u8>> = LazyLock::new(|| format!("MESSAGE=long {}", "abcdefgh ".repeat(400)).into_bytes());
+
+    fn xz_stream() -> Vec<u8> {
+        XZ.as_bytes().chunks(2).map(|digits| u8::from_str_radix(std::str::from_utf8(digits).unwrap(), 16).unwrap()).collect()
+    }
+
+    #[test]
+    fn an_xz_stream_is_inflated() {
+        let stream = xz_stream();
+        assert_eq!(xz(&stream).unwrap(), *TEXT);
+        for end in 0..stream.len() {
+            assert_eq!(xz(&stream[..end]), None, "it ends after {end} bytes");
+        }
+    }
+
+    #[test]
+    fn a_field_in_xz_is_read_as_in_zstd() {
+        for (name, (payload, pointer)) in FILES.into_iter().zip([(64, 8), (72, 4)]) {
+            let mut bytes = file(name);
+            let zstd = bytes.windows(4).position(|four| four == [0x28, 0xb5, 0x2f, 0xfd]).unwrap() - payload;
+            // The object anew, behind all others, and the entry points there.
+            let stream = xz_stream();
+            let place = bytes.len().next_multiple_of(8);
+            bytes.resize(place, 0);
+            bytes.extend([DATA, 1, 0, 0, 0, 0, 0, 0]);
+            bytes.extend(((payload + stream.len()) as u64).to_le_bytes());
+            bytes.resize(place + payload, 0);
+            bytes.extend(stream);
+            let (old, new) = (zstd.to_le_bytes(), place.to_le_bytes());
+            let pointers: Vec<usize> = (0..place - 8).step_by(4).filter(|at| bytes[*at..*at + pointer] == old[..pointer]).collect();
+            for at in pointers {
+                bytes[at..at + pointer].copy_from_slice(&new[..pointer]);
+            }
+            let read = in_memory(&bytes);
+            let header = Header::read(&read).unwrap();
+            let (mut cursor, mut seen) = (Cursor::default(), 0);
+            while let Some(offset) = header.next(&read, &mut cursor).unwrap() {
+                header.entry(&read, offset, |field| seen += usize::from(field == *TEXT)).unwrap();
+            }
+            assert_eq!(seen, 1, "{name}");
+        }
+    }
+
     #[test]
     fn an_lz4_block_is_inflated() {
         // "abcabcabcabcabc!": three literals, a match of twelve that overlaps itself, one literal.
@@ -381,8 +453,9 @@ mod tests {
 
         #[test]
         fn any_block_ends(block in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = lz4(&block);
+            let _ = (lz4(&block), xz(&block));
             let _ = zstd(&block);
+            let _ = xz(&block);
         }
     }
 }
