@@ -220,6 +220,8 @@ pub struct BatchBuilder {
     max_span_ms: i64,
     /// Room that the buffer may keep when what was in it is compressed or gone, in bytes.
     kept: usize,
+    /// Bytes of the buffer that the last batch needed: the next one's are had at once instead of doubling up to them.
+    usual: usize,
     /// The request's head, then events separated by commas; nothing at all before the first event. Without what is in `member`.
     body: Vec<u8>,
     /// The beginning of the body, compressed already.
@@ -245,6 +247,7 @@ impl BatchBuilder {
             limits: LIMITS,
             max_span_ms: MAX_SPAN_MS,
             kept: usize::MAX,
+            usual: 0,
             body: Vec::new(),
             member: Member::default(),
             head: 0,
@@ -301,6 +304,7 @@ impl BatchBuilder {
     }
 
     fn begin(&mut self) {
+        self.body.reserve(self.usual.min(self.kept));
         self.body.extend_from_slice(b"{\"logGroupName\":\"");
         json::escape(&mut self.body, self.group.as_bytes());
         self.body.extend_from_slice(b"\",\"logStreamName\":\"");
@@ -428,6 +432,7 @@ impl BatchBuilder {
             self.body = self.in_time_order();
         }
         self.body.extend_from_slice(END);
+        self.usual = if self.compressor.is_some() && member.plain_bytes() > 0 { Member::PART } else { self.body.len() };
         let body = if let Some(compressor) = &self.compressor {
             let gzip = compressor.finish(member, &self.body);
             if goes_on {

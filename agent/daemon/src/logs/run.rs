@@ -78,7 +78,7 @@ impl<S: LogSink> Runner<S> {
                 self.save();
                 save_at = Instant::now() + SAVE;
             }
-            let mut wake = if turn.progress { Instant::now() } else { self.clock.instant(turn.next_ms).min(sweep_at) };
+            let mut wake = self.clock.instant(turn.next_ms).min(sweep_at);
             if self.tailer.has_changed_positions() {
                 wake = wake.min(save_at);
             }

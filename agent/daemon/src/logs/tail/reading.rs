@@ -8,18 +8,29 @@ use super::super::container::Container;
 use super::super::source::Source;
 use super::{Drain, Now, ROTATE_WAIT_MS, Tailer};
 
+/// What a look at a container's files found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// Nothing new.
+    Nothing,
+    /// A block, perhaps with more behind it.
+    Block,
+    /// All that the live file had.
+    Rest,
+}
+
 impl Tailer {
     /// Reads one block of the oldest generation that has one.
-    pub(super) fn read(&mut self, container: &mut Container, portion: usize, now: Now) -> bool {
+    pub(super) fn read(&mut self, container: &mut Container, portion: usize, now: Now) -> Found {
         let mut whole = std::mem::take(&mut self.block);
         let block = &mut whole[..portion];
-        let mut progress = false;
+        let mut found = Found::Nothing;
         for index in 0..container.generations.len() {
             if container.generations[index].finished {
                 continue;
             }
             match self.read_generation(container, index, block, now) {
-                Ok(read) => progress = read,
+                Ok(read) => found = read,
                 Err(error) => {
                     self.counters.file_errors += 1;
                     let generation = &mut container.generations[index];
@@ -31,18 +42,19 @@ impl Tailer {
                     generation.last_error = Some(error.to_string());
                 }
             }
-            if progress {
+            if found != Found::Nothing {
                 break;
             }
         }
         self.block = whole;
-        progress
+        found
     }
 
-    pub(super) fn read_generation(&mut self, container: &mut Container, index: usize, block: &mut [u8], now: Now) -> io::Result<bool> {
+    fn read_generation(&mut self, container: &mut Container, index: usize, block: &mut [u8], now: Now) -> io::Result<Found> {
+        let newest = index + 1 == container.generations.len();
         let generation = &mut container.generations[index];
         if !generation.source.may_read(&self.decoders)? {
-            return Ok(false);
+            return Ok(Found::Nothing);
         }
         // What is compressed does not change any more, and cannot be read again from its beginning.
         let plain = matches!(generation.source, Source::Plain(_));
@@ -53,7 +65,8 @@ impl Tailer {
         (generation.size, generation.modified_ns) = (size, modified_ns);
         let truncated = plain && size < generation.offset;
         if truncated || (grown && !generation.source.begins_with(generation.fingerprint)?) {
-            return self.restart(container, index, now);
+            self.restart(container, index, now)?;
+            return Ok(Found::Block);
         }
         let generation = &mut container.generations[index];
         let read = if plain && generation.offset >= size { 0 } else { generation.source.read_at(generation.offset, block)? };
@@ -69,14 +82,14 @@ impl Tailer {
         generation.last_error = None;
         if used > 0 {
             generation.behind_since_ms.get_or_insert(now.mono);
-            return Ok(true);
+            return Ok(if plain && newest && !full { Found::Rest } else { Found::Block });
         }
         let waited = generation.rotated_ms.is_some_and(|since| self.single_pass || now.mono - since >= ROTATE_WAIT_MS);
         if waited && read < block.len() {
             self.finish_generation(container, index, &block[..read], now);
-            return Ok(read > 0);
+            return Ok(if read > 0 { Found::Block } else { Found::Nothing });
         }
-        Ok(false)
+        Ok(Found::Nothing)
     }
 
     /// Nothing more comes: a line without its end is complete.
@@ -89,7 +102,7 @@ impl Tailer {
 
     /// The file is shorter than what was read, or begins with other bytes: it was truncated and is written anew. What was
     /// not read before is lost by the nature of it.
-    pub(super) fn restart(&mut self, container: &mut Container, index: usize, now: Now) -> io::Result<bool> {
+    pub(super) fn restart(&mut self, container: &mut Container, index: usize, now: Now) -> io::Result<()> {
         self.counters.truncations += 1;
         let generation = &mut container.generations[index];
         warn!(path = %container.live.display(), offset = generation.offset, size = generation.size, "truncated; reading from its beginning");
@@ -102,7 +115,7 @@ impl Tailer {
             container.push_again(index, source, rotated_ms)?;
         }
         self.positions_dirty = true;
-        Ok(true)
+        Ok(())
     }
 
     /// Forgets generations that are done; true when the container has none left and is gone.
