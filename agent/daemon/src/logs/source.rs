@@ -94,18 +94,20 @@ impl Source {
         Ok((metadata.dev(), metadata.ino()))
     }
 
-    /// Size in uncompressed bytes; of a compressed file what is known so far, one more than that until it ended.
-    pub(super) fn size(&self) -> io::Result<u64> {
-        match self {
-            Self::Plain(file) => Ok(file.metadata()?.len()),
-            Self::Gz(gz) => Ok(gz.kept_at + gz.kept.len() as u64 + u64::from(!gz.ended)),
-        }
+    /// Size in uncompressed bytes, of a compressed file what is known so far and one more than that until it ended; and the time of its
+    /// last change, in nanoseconds since 1970.
+    pub(super) fn state(&self) -> io::Result<(u64, i128)> {
+        let metadata = self.metadata()?;
+        let size = match self {
+            Self::Plain(_) => metadata.len(),
+            Self::Gz(gz) => gz.kept_at + gz.kept.len() as u64 + u64::from(!gz.ended),
+        };
+        Ok((size, i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec())))
     }
 
-    /// Time of its last change, in nanoseconds since 1970.
-    pub(super) fn modified_ns(&self) -> io::Result<i128> {
-        let metadata = self.metadata()?;
-        Ok(i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()))
+    /// Size, as in [`Self::state`].
+    pub(super) fn size(&self) -> io::Result<u64> {
+        self.state().map(|(size, _)| size)
     }
 
     /// Of its first bytes.

@@ -58,9 +58,8 @@ impl Tailer {
         }
         // What is compressed does not change any more, and cannot be read again from its beginning.
         let plain = matches!(generation.source, Source::Plain(_));
-        let size = generation.source.size()?;
         // A file that was truncated may have the same size again.
-        let modified_ns = generation.source.modified_ns()?;
+        let (size, modified_ns) = generation.source.state()?;
         let grown = plain && (size, modified_ns) != (generation.size, generation.modified_ns);
         (generation.size, generation.modified_ns) = (size, modified_ns);
         let truncated = plain && size < generation.offset;
