@@ -114,7 +114,6 @@ pub(super) struct Container {
     pub(super) wait_until_ms: i64,
     /// When it is looked at next, as in the tailer's list; `None` while it waits for an acknowledgement.
     pub(super) due: Option<(i64, u64)>,
-    pub(super) poll_ms: i64,
     /// Since when nothing was read.
     pub(super) quiet_ms: i64,
     /// An event of its directory wakes it: it need not be looked at.

@@ -262,13 +262,12 @@ impl Tailer {
         let idle = ready_ms <= now.mono && room && !read;
         let mut pause_ms = POLL_MS.0;
         if read {
-            (container.poll_ms, container.quiet_ms) = (POLL_MS.0, now.mono);
+            container.quiet_ms = now.mono;
             self.watches.leave(&mut container);
-        } else if idle {
+        } else if idle && now.mono - container.quiet_ms >= WATCHED_MS.1 {
             let sleeps = container.watched && !container.joiner.is_open();
-            pause_ms = if sleeps { WATCHED_MS.0 } else { container.poll_ms };
-            container.poll_ms = (container.poll_ms * 2).min(POLL_MS.1);
-            if now.mono - container.quiet_ms >= WATCHED_MS.1 && !self.single_pass && container.gone_ms.is_none() {
+            pause_ms = if sleeps { WATCHED_MS.0 } else { POLL_MS.1 };
+            if !self.single_pass && container.gone_ms.is_none() {
                 self.watches.ask(&mut container);
             }
         }
@@ -328,9 +327,6 @@ impl Tailer {
     /// Something happened to a file, or to a directory of some.
     pub(super) fn touched(&mut self, path: &Path, now: Now) {
         if let Some(id) = self.by_path.get(path).copied() {
-            if let Some(container) = self.containers.get_mut(&id) {
-                container.poll_ms = POLL_MS.0;
-            }
             self.schedule(id, now.mono);
         }
     }

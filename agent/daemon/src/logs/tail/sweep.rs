@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::super::container::Container;
 use super::super::discover::{self, Found, Siblings};
 use super::super::follow::{follow, open_generations};
-use super::{METADATA_WAIT_MS, Now, POLL_MS, ROTATE_WAIT_MS, Tailer};
+use super::{METADATA_WAIT_MS, Now, ROTATE_WAIT_MS, Tailer};
 
 impl Tailer {
     /// Looks which files there are, and follows what is new, renamed or gone. Safe to call at any time; the truth when events of
@@ -67,7 +67,6 @@ impl Tailer {
             gone_ms: None,
             wait_until_ms: now.mono + METADATA_WAIT_MS,
             due: None,
-            poll_ms: POLL_MS.0,
             quiet_ms: now.mono,
             watched: false,
             open_bytes: 0,
