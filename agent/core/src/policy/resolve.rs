@@ -266,7 +266,8 @@ fn cluster_peer(
 ) -> bool {
     let given =
         [peer.namespaces.is_some(), peer.pods.is_some(), peer.nodes.is_some(), peer.networks.is_some(), peer.domain_names.is_some()];
-    if given.iter().filter(|there| **there).count() != 1 {
+    let empty = [&peer.networks, &peer.domain_names].into_iter().flatten().any(Vec::is_empty);
+    if given.iter().filter(|there| **there).count() != 1 || empty {
         let remedy = "Give exactly one of namespaces, pods, nodes, networks, domainNames.";
         report.tell(field.to_owned(), "not exactly one kind of peer".to_owned(), consequence, remedy);
         return false;
@@ -398,4 +399,182 @@ pub fn all(cluster: &ClusterState, source: Source, problems: &mut Vec<Problem>) 
     let mut policies: Vec<Policy> = cluster.network_policies.values().map(|object| network_policy(object, problems)).collect();
     policies.extend(cluster.cluster_network_policies.values().filter_map(|object| cluster_network_policy(object, problems)));
     policies
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::model::PacketProtocol;
+    use super::super::names::Names;
+    use super::super::verdict::{End, Evaluator};
+    use super::*;
+    use crate::manifests;
+
+    /// The policy is x/a's; x/b is a peer that asks it, 203.0.113.9 one that it asks.
+    const PODS: &str = "---
+{apiVersion: v1, kind: Pod, metadata: {name: a, namespace: x, labels: {app: a}}, spec: {nodeName: n1, containers: []}, status: {podIP: 192.168.1.1}}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: b, namespace: x}, spec: {nodeName: n1, containers: []}, status: {podIP: 192.168.1.2}}
+---
+{apiVersion: v1, kind: Namespace, metadata: {name: x}}
+---
+";
+
+    struct Judged {
+        problems: Vec<String>,
+        cluster: ClusterState,
+    }
+
+    impl Judged {
+        fn of(policy: &str) -> Self {
+            let objects = manifests::parse("test.yaml", &format!("{PODS}{policy}")).unwrap();
+            let cluster = ClusterState::default().replaced_by(objects);
+            let problems = Evaluator::new(&cluster, Source::Policies, Names::default()).problems.iter().map(Problem::to_string).collect();
+            Self { problems, cluster }
+        }
+
+        /// Exactly one problem, at this field.
+        fn tells(&self, field: &str, about: &str) {
+            let [problem] = self.problems.as_slice() else { panic!("{about}: {:?}", self.problems) };
+            assert!(problem.contains(&format!(": {field}: ")), "{about}: {problem}");
+        }
+
+        fn allows(&self, from: &str, to: &str, port: u16) -> bool {
+            let (from, to): (End, End) = (from.parse().unwrap(), to.parse().unwrap());
+            let evaluator = Evaluator::new(&self.cluster, Source::Policies, Names::default());
+            evaluator.verdict(&from, &to, 4, PacketProtocol::from_number(6), port).unwrap().allowed
+        }
+
+        fn ingress(&self, port: u16) -> bool {
+            self.allows("x/b", "x/a", port)
+        }
+
+        fn egress(&self, port: u16) -> bool {
+            self.allows("x/a", "203.0.113.9", port)
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_rule_that_allows_matches_nothing_and_isolation_stays() {
+        for (rule, field) in [
+            ("from: [{ipBlock: {cidr: 192.168.1.0/24}, podSelector: {}}]", "spec.ingress[0].from[0]"),
+            ("from: [{ipBlock: {cidr: 192.168.1.0/24}, namespaceSelector: {}}]", "spec.ingress[0].from[0]"),
+            ("from: [{}]", "spec.ingress[0].from[0]"),
+            ("from: [{ipBlock: {cidr: 192.168.1.0/33}}]", "spec.ingress[0].from[0].ipBlock.cidr"),
+            ("from: [{ipBlock: {cidr: 192.168.1.0/24, except: [192.168.1.9, some]}}]", "spec.ingress[0].from[0].ipBlock.except[1]"),
+            ("ports: [{port: 80, endPort: 79}]", "spec.ingress[0].ports[0].endPort"),
+            ("ports: [{port: http, endPort: 90}]", "spec.ingress[0].ports[0].endPort"),
+            ("ports: [{endPort: 90}]", "spec.ingress[0].ports[0].endPort"),
+        ] {
+            let judged = Judged::of(&format!(
+                "{{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {{name: p, namespace: x}}, spec: \
+                 {{podSelector: {{}}, ingress: [{{{rule}}}, {{ports: [{{port: 81}}]}}]}}}}"
+            ));
+            judged.tells(field, rule);
+            assert!(!judged.ingress(80), "{rule}: opened");
+            assert!(judged.ingress(81), "{rule}: the rule beside it");
+            assert!(judged.egress(80), "{rule}: the other direction");
+        }
+    }
+
+    #[test]
+    fn a_direction_that_is_none_isolates_both() {
+        let judged = Judged::of(
+            "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: p, namespace: x}, spec: \
+             {podSelector: {}, policyTypes: [Ingress, egress], egress: [{ports: [{port: 81}]}]}}",
+        );
+        judged.tells("spec.policyTypes[1]", "egress in small letters");
+        assert!(!judged.ingress(80) && !judged.egress(80));
+        assert!(judged.egress(81), "the rules of the direction hold");
+    }
+
+    fn cluster_policy(group: &str, spec: &str) -> Judged {
+        Judged::of(&format!("{{apiVersion: {group}, kind: ClusterNetworkPolicy, metadata: {{name: c}}, spec: {{priority: 5, {spec}}}}}"))
+    }
+
+    const KUBERNETES: &str = "policy.networking.k8s.io/v1alpha2";
+    const AWS: &str = "networking.k8s.aws/v1alpha1";
+    const ONE: &str = "subject: {pods: {podSelector: {matchLabels: {app: a}}}}";
+
+    #[test]
+    fn what_is_wrong_in_a_cluster_rule_opens_nothing_whatever_its_action() {
+        const ANY: &str = "to: [{networks: [0.0.0.0/0]}]";
+        for (group, body, field) in [
+            (KUBERNETES, "to: []", "to"),
+            (KUBERNETES, "to: [{}]", "to[0]"),
+            (KUBERNETES, "to: [{namespaces: {}, networks: [0.0.0.0/0]}]", "to[0]"),
+            (KUBERNETES, "to: [{networks: []}]", "to[0]"),
+            (KUBERNETES, "to: [{domainNames: []}]", "to[0]"),
+            (KUBERNETES, "to: [{networks: [203.0.113.0/33]}]", "to[0].networks[0]"),
+            (KUBERNETES, "to: [{domainNames: [exa mple.com]}]", "to[0].domainNames[0]"),
+            (KUBERNETES, &format!("{ANY}, protocols: [{{}}]"), "protocols[0]"),
+            (KUBERNETES, &format!("{ANY}, protocols: [{{tcp: {{}}, udp: {{}}}}]"), "protocols[0]"),
+            (KUBERNETES, &format!("{ANY}, protocols: [{{tcp: {{destinationPort: {{}}}}}}]"), "protocols[0]"),
+            (KUBERNETES, &format!("{ANY}, protocols: [{{tcp: {{destinationPort: {{range: {{start: 81, end: 80}}}}}}}}]"), "protocols[0]"),
+            (KUBERNETES, &format!("{ANY}, protocols: [{{destinationNamedPort: ''}}]"), "protocols[0]"),
+            (KUBERNETES, &format!("{ANY}, ports: [{{portNumber: {{port: 80}}}}]"), "ports"),
+            (AWS, &format!("{ANY}, protocols: [{{tcp: {{}}}}]"), "protocols"),
+            (AWS, &format!("{ANY}, ports: [{{}}]"), "ports[0]"),
+            (AWS, &format!("{ANY}, ports: [{{portNumber: {{port: 80}}, namedPort: http}}]"), "ports[0]"),
+            (AWS, &format!("{ANY}, ports: [{{portRange: {{start: 81, end: 80}}}}]"), "ports[0]"),
+        ] {
+            for action in ["Accept", "Pass", "Deny"] {
+                let but =
+                    if group == AWS { "ports: [{portNumber: {port: 81}}]" } else { "protocols: [{tcp: {destinationPort: {number: 81}}}]" };
+                // Of AWS's kind, Deny comes before Accept wherever it is written: what nothing matches is denied by another tier.
+                let rest = if group == AWS { String::new() } else { format!(", {{action: Deny, {ANY}}}") };
+                let judged = cluster_policy(
+                    group,
+                    &format!("tier: Admin, {ONE}, egress: [{{action: {action}, {body}}}, {{action: Accept, {ANY}, {but}}}{rest}]"),
+                );
+                let about = format!("{action}, {body}");
+                judged.tells(&format!("spec.egress[0].{field}"), &about);
+                let allows = action == "Accept";
+                assert_eq!(judged.egress(80), allows && group == AWS, "{about}: what only the wrong rule could speak of");
+                assert_eq!(judged.egress(81), allows, "{about}: a rule that denies or passes closes, one that allows is as if not there");
+                assert!(judged.ingress(80), "{about}: the other direction");
+            }
+        }
+    }
+
+    #[test]
+    fn a_rule_of_no_known_action_or_with_peers_of_the_other_direction_closes() {
+        for (rules, field) in [
+            ("egress: [{action: Drop, to: [{networks: [198.51.100.0/24]}]}]", "spec.egress[0].action"),
+            ("egress: [{action: Deny, to: [{domainNames: [example.com]}]}]", "spec.egress[0].to[0].domainNames[0]"),
+        ] {
+            let judged = cluster_policy(KUBERNETES, &format!("tier: Admin, {ONE}, {rules}"));
+            judged.tells(field, rules);
+            assert!(!judged.egress(80) && judged.ingress(80), "{rules}");
+        }
+        for peer in ["networks: [198.51.100.0/24]", "nodes: {}", "domainNames: [example.com]"] {
+            let rules = format!("ingress: [{{action: Deny, from: [{{{peer}}}]}}]");
+            let judged = cluster_policy(KUBERNETES, &format!("tier: Admin, {ONE}, {rules}"));
+            judged.tells("spec.ingress[0].from[0]", &rules);
+            assert!(!judged.ingress(80) && judged.egress(80), "{rules}");
+        }
+    }
+
+    #[test]
+    fn a_cluster_policy_of_no_known_tier_or_subject_is_told_and_not_applied() {
+        const RULES: &str = "ingress: [{action: Deny, from: [{namespaces: {}}]}]";
+        for (spec, field) in [
+            ("tier: admin, subject: {namespaces: {}}", "spec.tier"),
+            ("tier: Admin, subject: {}", "spec.subject"),
+            ("tier: Admin, subject: {namespaces: {}, pods: {}}", "spec.subject"),
+        ] {
+            let judged = cluster_policy(KUBERNETES, &format!("{spec}, {RULES}"));
+            judged.tells(field, spec);
+            assert!(judged.problems[0].contains("the policy is not applied"), "{spec}");
+            assert!(judged.ingress(80), "{spec}");
+        }
+    }
+
+    #[test]
+    fn a_good_peer_beside_a_bad_one_still_counts_where_it_allows() {
+        let rules =
+            "egress: [{action: Accept, to: [{networks: [203.0.113.0/24, nonsense]}]}, {action: Deny, to: [{networks: [0.0.0.0/0]}]}]";
+        let judged = cluster_policy(KUBERNETES, &format!("tier: Admin, {ONE}, {rules}"));
+        judged.tells("spec.egress[0].to[0].networks[1]", rules);
+        assert!(judged.egress(80) && !judged.allows("x/a", "198.51.100.1", 80));
+    }
 }
