@@ -10,6 +10,7 @@ use anyhow::Context;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::binaries::counters;
 use crate::netns::Netns;
 use crate::wait::wait_for;
 
@@ -34,7 +35,7 @@ impl Agent {
     pub(crate) fn start(netns: &Netns, start: &Start) -> anyhow::Result<Self> {
         let output: File = OpenOptions::new().create(true).append(true).open(&start.output)?;
         let mut command = Command::new(&start.program);
-        command.args(&start.args).env_clear().envs(&start.env).stdin(Stdio::null());
+        command.args(&start.args).env_clear().envs(counters()).envs(&start.env).stdin(Stdio::null());
         command.stdout(output.try_clone()?).stderr(output);
         let child = netns.spawn(&mut command).with_context(|| format!("start {}", start.program.display()))?;
         Ok(Self { child, output: start.output.clone() })

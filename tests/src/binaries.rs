@@ -1,5 +1,6 @@
 //! The real binaries, as cargo built them beside this one.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// What the lab runs.
@@ -9,6 +10,12 @@ pub struct Binaries {
     pub stanchion: PathBuf,
     /// `stanchion-cni`: the plugin.
     pub plugin: PathBuf,
+}
+
+/// Where `cargo xtask coverage` has a process leave its counters: the one variable that outlives a cleared environment.
+pub fn counters() -> Option<(&'static str, OsString)> {
+    const NAME: &str = "LLVM_PROFILE_FILE";
+    std::env::var_os(NAME).map(|value| (NAME, value))
 }
 
 impl Binaries {

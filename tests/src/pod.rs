@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use stanchion_core::branch::POD_ENI;
 
+use crate::binaries::counters;
 use crate::container_log::ContainerLog;
 use crate::netns::{Netns, feed_for_output};
 use crate::node::Node;
@@ -199,7 +200,7 @@ pub(crate) fn plugin_command(node: &Node, verb: &str, sandbox: &Sandbox, prev_re
     }
     let Sandbox { container_id, netns, namespace, name, uid, annotations: _ } = sandbox;
     let mut command = Command::new(&node.binaries().plugin);
-    command.env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).envs([
+    command.env_clear().envs(counters()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).envs([
         ("CNI_COMMAND", verb),
         ("CNI_CONTAINERID", container_id),
         ("CNI_NETNS", netns),

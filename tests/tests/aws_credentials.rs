@@ -14,6 +14,7 @@ use aws_common::{Bed, bed, listen};
 use stanchion_aws::{AwsClients, Overrides};
 use stanchion_core::cloud::{Ec2Api as _, LogEvent, LogSink as _};
 use stanchion_core::logs::LogBatch;
+use stanchion_lab::binaries::counters;
 use stanchion_lab::fake_aws::{TEST_CA_PEM, serve_credentials, serve_logs, test_acceptor};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
 use tokio::net::{TcpListener, TcpStream};
@@ -34,7 +35,7 @@ impl Putter {
     fn start(environment: &[(&str, String)]) -> Self {
         let program = std::env::current_exe().expect("a test has a file");
         let mut command = Command::new(program);
-        command.args(["--ignored", "--exact", "puts_for_each_line", "--nocapture", "--test-threads=1"]).env_clear();
+        command.args(["--ignored", "--exact", "puts_for_each_line", "--nocapture", "--test-threads=1"]).env_clear().envs(counters());
         command.envs(environment.iter().map(|(name, value)| (name, value.as_str())));
         command.env("AWS_REGION", "eu-west-1").env("HOME", "/nonexistent");
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);

@@ -9,11 +9,12 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use cni_support::{Pod, Site};
 use serde_json::json;
+use stanchion_lab::binaries::counters;
 
 /// ADD under strace; `inject` is its fault, `log` gets the system calls.
 fn add(site: &Site, pod: &Pod, log: &std::path::Path, inject: Option<&str>) -> ExitStatus {
     let mut command = Command::new("/usr/bin/strace");
-    command.env_clear().arg("-o").arg(log);
+    command.env_clear().envs(counters()).arg("-o").arg(log);
     if let Some(inject) = inject {
         command.args(["-e", inject]);
     }

@@ -5,6 +5,7 @@ mod cni_support;
 
 use cni_support::{Site, attachment, ip, recorded, run};
 use serde_json::{Value, json};
+use stanchion_lab::binaries::counters;
 use stanchion_proto as wire;
 use tonic::Status;
 
@@ -300,7 +301,12 @@ fn executed_as_loopback_it_brings_up_lo() {
     let sandbox = pod.0.path().display().to_string();
     let call = |verb: &str| {
         let mut command = std::process::Command::new(&program);
-        command.env_clear().envs([("CNI_COMMAND", verb), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "lo"), ("CNI_NETNS", &sandbox)]);
+        command.env_clear().envs(counters()).envs([
+            ("CNI_COMMAND", verb),
+            ("CNI_CONTAINERID", "c1"),
+            ("CNI_IFNAME", "lo"),
+            ("CNI_NETNS", &sandbox),
+        ]);
         command.env("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=x;K8S_POD_NAME=a").env("CNI_PATH", directory.path());
         command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
         let mut child = command.spawn().unwrap();

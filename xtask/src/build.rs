@@ -25,14 +25,19 @@ impl Profile {
     }
 }
 
-/// Builds every binary.
-pub(crate) fn workspace(root: &Path, profile: Profile) -> Result<()> {
+/// What builds every binary.
+pub(crate) fn command(root: &Path, profile: Profile) -> Command {
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--workspace", "--bins"]).current_dir(root);
     if matches!(profile, Profile::Release) {
         cargo.arg("--release");
     }
-    ui::step("build the binaries (the first time takes some minutes: the EC2 SDK)", &mut cargo)?;
+    cargo
+}
+
+/// Builds every binary.
+pub(crate) fn workspace(root: &Path, profile: Profile) -> Result<()> {
+    ui::step("build the binaries (the first time takes some minutes: the EC2 SDK)", &mut command(root, profile))?;
     if matches!(profile, Profile::Release) {
         plugin(root)?;
     }

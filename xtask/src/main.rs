@@ -3,6 +3,7 @@
 mod bpf;
 mod build;
 mod chart;
+mod coverage;
 mod image;
 mod setup;
 mod ui;
@@ -54,6 +55,11 @@ enum Task {
     },
     /// Everything that CI checks: format, lints, every test with real namespaces and eBPF
     Test {
+        /// Only tests whose name contains one of these
+        filter: Vec<String>,
+    },
+    /// Run the tests with counters and say which lines none reaches: target/coverage/
+    Coverage {
         /// Only tests whose name contains one of these
         filter: Vec<String>,
     },
@@ -133,6 +139,12 @@ fn run() -> Result<ExitCode> {
             return ui::become_command(soak.current_dir(&root));
         }
         Task::Test { filter } => return test(&root, &filter),
+        Task::Coverage { filter } => {
+            setup::everything(&root)?;
+            setup::test_runner()?;
+            bpf::build(&root)?;
+            return coverage::run(&root, &filter);
+        }
         Task::Image { dev } => {
             let profile = if dev { build::Profile::Dev } else { build::Profile::Release };
             prepare(&root, profile)?;

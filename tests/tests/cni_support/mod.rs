@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use stanchion_core::ids::PodName;
 use stanchion_core::network::host_veth_name;
 use stanchion_daemon::cni::take_plugins;
+use stanchion_lab::binaries::counters;
 use stanchion_lab::netns::Netns;
 use stanchion_lab::stray::Maker;
 use stanchion_proto as wire;
@@ -278,7 +279,7 @@ impl Site {
 
 fn run_plugin(node: &Netns, env: Vec<(String, String)>, text: &str) -> Answer {
     let mut command = Command::new(plugin());
-    command.env_clear().envs(env).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env_clear().envs(counters()).envs(env).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = node.spawn(&mut command).unwrap();
     child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
