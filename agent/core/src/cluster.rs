@@ -271,4 +271,48 @@ mod tests {
         assert!(!second.pods.contains_key(&key("c")));
         assert!(second.synced);
     }
+
+    #[test]
+    fn an_object_of_every_kind_comes_changes_and_goes() {
+        let mut kinds = Vec::new();
+        for (kind, spec) in [
+            ("Namespace", ""),
+            ("Pod", ""),
+            ("Node", ""),
+            ("Service", ""),
+            ("EndpointSlice", ""),
+            ("NetworkPolicy", "apiVersion: networking.k8s.io/v1"),
+            ("ClusterNetworkPolicy", "apiVersion: networking.k8s.aws/v1alpha1"),
+            ("PolicyEndpoint", ""),
+            ("ClusterPolicyEndpoint", ""),
+            ("ENIConfig", ""),
+            ("ConfigMap", ""),
+        ] {
+            let (name, namespace) = match kind {
+                "ConfigMap" => ("amazon-vpc-cni", "namespace: kube-system,"),
+                "Namespace" | "Node" | "ClusterNetworkPolicy" | "ClusterPolicyEndpoint" | "ENIConfig" => ("a", ""),
+                _ => ("a", "namespace: x,"),
+            };
+            let object = |label: &str| {
+                let text =
+                    format!("kind: {kind}\n{spec}\nmetadata: {{name: {name}, {namespace} labels: {{v: {label}}}}}\ndata: {{v: {label}}}\n");
+                crate::manifests::parse("f.yaml", &text).unwrap().pop().unwrap_or_else(|| panic!("{kind} is known"))
+            };
+            let key = object("one").key();
+            kinds.push(key.kind);
+            let mut state = ClusterState::default();
+            assert!(state.apply(object("one")), "{kind}");
+            let first = state.clone();
+            assert!(!state.apply(object("one")), "{kind}: nothing changed");
+            assert!(state == first && state.apply(object("two")) && state != first, "{kind}");
+            assert_eq!(state.keys(key.kind), [key.clone()], "{kind}");
+            assert!(Kind::ALL.into_iter().all(|other| other == key.kind || state.keys(other).is_empty()), "{kind}");
+            state.remove(&key);
+            assert!(state == ClusterState::default(), "{kind}: nothing is left");
+            state.remove(&key);
+            let replaced = first.replaced_by([]);
+            assert!(replaced.keys(key.kind).is_empty(), "{kind}");
+        }
+        assert_eq!(kinds, Kind::ALL);
+    }
 }

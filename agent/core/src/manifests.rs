@@ -183,5 +183,25 @@ mod tests {
         assert!(error.to_string().starts_with("f.yaml: Pod a: "), "{error}");
         assert!(matches!(parse("f.yaml", "a: [").unwrap_err(), ManifestError::Syntax { .. }));
         assert!(matches!(parse("f.yaml", "kind: Pod\n").unwrap_err(), ManifestError::NoObject { index: 1, .. }));
+        assert!(matches!(parse("f.json", "{]").unwrap_err(), ManifestError::Syntax { .. }));
+        assert!(matches!(
+            parse("f.yaml", "kind: List\nitems:\n- {metadata: {name: a}}\n").unwrap_err(),
+            ManifestError::NoObject { index: 1, .. }
+        ));
+        for (kind, field) in [
+            ("Namespace", "metadata: {name: a, labels: 1}"),
+            ("Node", "metadata: {name: a}, status: 1"),
+            ("Service", "metadata: {name: a}, spec: 1"),
+            ("EndpointSlice", "metadata: {name: a}, endpoints: 1"),
+            ("NetworkPolicy", "metadata: {name: a}, spec: {ingress: 1}"),
+            ("NetworkPolicy", "metadata: {name: a}, spec: {ingress: [{ports: [{port: 70000}]}]}"),
+            ("ClusterNetworkPolicy", "metadata: {name: a}, spec: {priority: high}"),
+            ("PolicyEndpoint", "metadata: {name: a}, spec: {podIsolation: Ingress}"),
+            ("ClusterPolicyEndpoint", "metadata: {name: a}, spec: {priority: high}"),
+            ("ENIConfig", "metadata: {name: a}, spec: {subnet: [a]}"),
+        ] {
+            let error = parse("f.yaml", &format!("---\n{{kind: {kind}, {field}}}\n")).unwrap_err();
+            assert!(error.to_string().starts_with(&format!("f.yaml: {kind} a: ")), "{error}");
+        }
     }
 }

@@ -802,7 +802,18 @@ mod tests {
         for (text, want) in [("100m", 0.1), ("128Mi", 134_217_728.0), ("2", 2.0), ("1.5", 1.5), ("12e3", 12_000.0), ("1k", 1e3)] {
             assert!((Quantity(text.into()).value().unwrap() - want).abs() < 1e-9, "{text}");
         }
-        assert_eq!(Quantity("12 apples".into()).value(), None);
+        let suffixes = ["n", "u", "m", "", "k", "M", "G", "T", "P", "E"];
+        for (power, suffix) in (-3..).map(|power| power * 3).zip(suffixes) {
+            assert_eq!(Quantity(format!("-2{suffix}")).value(), format!("-2e{power}").parse().ok(), "{suffix}");
+        }
+        for (power, suffix) in (1..).map(|power| power * 10).zip(["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]) {
+            assert_eq!(Quantity(format!("1.5{suffix}")).value(), Some(1.5 * 2f64.powi(power)), "{suffix}");
+        }
+        for text in ["12 apples", "", "m", "1KiB", "1.2.3", "--1"] {
+            assert_eq!(Quantity(text.into()).value(), None, "{text}");
+        }
+        let read = |text: &str| serde_json::from_str::<Quantity>(text).unwrap().value();
+        assert_eq!([read("3"), read("0.5"), read(r#""500m""#)], [Some(3.0), Some(0.5), Some(0.5)]);
     }
 
     #[test]

@@ -70,6 +70,27 @@ fn every_error_at_once_with_its_remedy() {
 }
 
 #[test]
+fn settings_that_exclude_each_other_are_refused_by_name() {
+    const V6: [(&str, &str); 2] = [("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "true")];
+    const PREFIXES: [(&str, &str); 2] = [("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
+    let v6 = [&V6[..], &PREFIXES].concat();
+    assert!(read(&v6).is_ok());
+    for (settings, name) in [
+        (V6.to_vec(), "ENABLE_IPv6"),
+        ([&v6[..], &[("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true")]].concat(), "ENABLE_IPv6"),
+        ([&v6[..], &[("ENABLE_MULTI_NIC", "true")]].concat(), "ENABLE_MULTI_NIC"),
+        (vec![("ENABLE_IPv6", "true")], "ENABLE_IPv6"),
+        (PREFIXES[..1].to_vec(), "ENABLE_PREFIX_DELEGATION"),
+        (vec![("STANCHION_LOG_RETENTION_DAYS", "8")], "STANCHION_LOG_RETENTION_DAYS"),
+        (vec![("AWS_VPC_K8S_CNI_VETHPREFIX", "vlan")], "AWS_VPC_K8S_CNI_VETHPREFIX"),
+        (vec![("AWS_VPC_K8S_CNI_VETHPREFIX", "e-i")], "AWS_VPC_K8S_CNI_VETHPREFIX"),
+    ] {
+        let errors = read(&settings).unwrap_err();
+        assert!(errors.iter().any(|error| error.name == name && !error.remedy.is_empty()), "{settings:?}: {errors:?}");
+    }
+}
+
+#[test]
 fn what_means_nothing_is_said_and_what_is_off_is_accepted() {
     let config = read(&[("ENABLE_NFTABLES", "true"), ("ENABLE_POD_ENI", "false"), ("ENABLE_MULTI_NIC", "0")]).unwrap();
     assert_eq!(config.notices.len(), 1);

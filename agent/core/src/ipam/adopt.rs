@@ -295,3 +295,244 @@ fn subnet_is_usable(subnet: &Subnet, primary: &SubnetId, cluster: &str) -> bool 
     let of_clusters: Vec<_> = subnet.tags.keys().filter_map(|key| key.strip_prefix(TAG_SUBNET_CLUSTER)).collect();
     !is_excluded(subnet) && (tagged || subnet.id == *primary) && (of_clusters.is_empty() || of_clusters.contains(&cluster))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cloud::Attachment;
+    use crate::ids::{EniId, Mac};
+    use crate::objects::{EniConfigSpec, Meta};
+
+    const PRIMARY: Mac = Mac([2, 0, 0, 0, 0, 1]);
+    const OTHER: Mac = Mac([2, 0, 0, 0, 0, 2]);
+    const NOW: Time = Time(1_700_000_600_000);
+
+    fn identity() -> InstanceIdentity {
+        InstanceIdentity {
+            instance: InstanceId::from("i-1"),
+            instance_type: "p4d.24xlarge".to_owned(),
+            region: "eu-west-1".to_owned(),
+            availability_zone: "eu-west-1a".to_owned(),
+            primary_mac: PRIMARY,
+            local_ipv4: None,
+            ipv6: None,
+            auto_scaling_group: None,
+        }
+    }
+
+    /// An ENI of card 0 and device 1 that was made for this instance.
+    fn eni() -> Eni {
+        Eni {
+            id: EniId::new("eni-1".to_owned()),
+            mac: OTHER,
+            kind: EniKind::Interface,
+            subnet: SubnetId::from("subnet-a"),
+            vpc: "vpc-1".into(),
+            status: "in-use".to_owned(),
+            description: "aws-K8S-i-1".to_owned(),
+            primary_ipv4: Some([10, 0, 0, 4].into()),
+            secondary_ipv4: vec![[10, 0, 0, 5].into()],
+            prefixes_v4: Vec::new(),
+            ipv6: Vec::new(),
+            prefixes_v6: Vec::new(),
+            security_groups: Vec::new(),
+            attachment: Some(Attachment {
+                id: "eni-attach-1".into(),
+                instance: InstanceId::from("i-1"),
+                device_index: 1,
+                network_card: 0,
+                delete_on_termination: true,
+            }),
+            tags: BTreeMap::from([(TAG_INSTANCE.to_owned(), "i-1".to_owned())]),
+        }
+    }
+
+    fn shown(eni: &Eni) -> ImdsEni {
+        ImdsEni {
+            mac: eni.mac,
+            id: eni.id.clone(),
+            device_index: 1,
+            network_card: 0,
+            subnet: eni.subnet.clone(),
+            subnet_cidr: None,
+            subnet_ipv6_cidrs: Vec::new(),
+            vpc: eni.vpc.clone(),
+            security_groups: Vec::new(),
+            local_ipv4s: eni.primary_ipv4.into_iter().chain(eni.secondary_ipv4.clone()).collect(),
+            prefixes_v4: Vec::new(),
+            ipv6s: Vec::new(),
+            prefixes_v6: Vec::new(),
+        }
+    }
+
+    fn tagged(tags: &[(&str, &str)]) -> Eni {
+        Eni { tags: tags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(), ..eni() }
+    }
+
+    #[test]
+    fn pods_get_addresses_of_enis_that_are_ours_and_of_no_other() {
+        let identity = identity();
+        let excluded = BTreeSet::from([SubnetId::from("subnet-x")]);
+        let ours = Adoption {
+            identity: &identity,
+            custom_networking: false,
+            manage_untagged: false,
+            cards: &[(0, 4), (1, 4)],
+            excluded_subnets: &excluded,
+            slots: 9,
+            now: NOW,
+        };
+        let untagged_too = Adoption { manage_untagged: true, ..ours.clone() };
+        let custom = Adoption { custom_networking: true, ..ours.clone() };
+        let card = |network_card| {
+            let attachment = eni().attachment.map(|attachment| Attachment { network_card, ..attachment });
+            Eni { attachment, ..eni() }
+        };
+        let kind = |kind| Eni { kind, ..eni() };
+        let primary = Eni { mac: PRIMARY, tags: BTreeMap::new(), ..eni() };
+        let in_excluded = |eni: Eni| Eni { subnet: SubnetId::from("subnet-x"), ..eni };
+        for (adoption, eni, role) in [
+            (&ours, eni(), EniRole::Pods),
+            (&ours, primary.clone(), EniRole::Pods),
+            (&custom, primary.clone(), EniRole::PrimaryOfCustomNetworking),
+            (&ours, in_excluded(primary), EniRole::ExcludedSubnet),
+            (&ours, in_excluded(eni()), EniRole::ExcludedSubnet),
+            (&ours, tagged(&[]), EniRole::Unmanaged),
+            (&ours, tagged(&[(TAG_INSTANCE, "i-2")]), EniRole::Unmanaged),
+            (&untagged_too, tagged(&[]), EniRole::Pods),
+            (&ours, tagged(&[(TAG_INSTANCE, "i-1"), (TAG_NO_MANAGE, "true")]), EniRole::Unmanaged),
+            (&untagged_too, tagged(&[(TAG_NO_MANAGE, "true")]), EniRole::Unmanaged),
+            (&ours, tagged(&[(TAG_INSTANCE, "i-1"), (TAG_NO_MANAGE, "false")]), EniRole::Pods),
+            (&ours, kind(EniKind::EfaOnly), EniRole::EfaOnly),
+            (&ours, kind(EniKind::Branch), EniRole::Unmanaged),
+            (&ours, kind(EniKind::Other), EniRole::Unmanaged),
+            // The VPC resource controller makes the trunk, and tags it as it likes.
+            (&ours, Eni { kind: EniKind::Trunk, ..tagged(&[]) }, EniRole::Trunk),
+            (&ours, Eni { kind: EniKind::Trunk, ..tagged(&[(TAG_NO_MANAGE, "true")]) }, EniRole::Unmanaged),
+            (&ours, card(1), EniRole::Pods),
+            (&ours, card(2), EniRole::OtherCard),
+        ] {
+            assert_eq!(adoption.role(None, Some(&eni)), role, "by EC2: {eni:?}");
+            let imds = ImdsEni { network_card: eni.attachment.as_ref().map_or(0, |attachment| attachment.network_card), ..shown(&eni) };
+            assert_eq!(adoption.role(Some(&imds), Some(&eni)), role, "by both: {eni:?}");
+        }
+        // Where EC2 is never asked, an ENI without any address is EFA's.
+        let imds = shown(&eni());
+        assert_eq!(ours.role(Some(&imds), None), EniRole::Pods);
+        assert_eq!(ours.role(Some(&ImdsEni { local_ipv4s: Vec::new(), ..imds.clone() }), None), EniRole::EfaOnly);
+        assert_eq!(ours.role(Some(&ImdsEni { subnet: SubnetId::from("subnet-x"), ..imds }), None), EniRole::ExcludedSubnet);
+    }
+
+    #[test]
+    fn what_ec2_says_of_addresses_outweighs_imds_and_an_enis_own_is_never_a_pods() {
+        let identity = identity();
+        let adoption = Adoption {
+            identity: &identity,
+            custom_networking: false,
+            manage_untagged: false,
+            cards: &[(0, 4)],
+            excluded_subnets: &BTreeSet::new(),
+            slots: 9,
+            now: NOW,
+        };
+        let addresses = |imds: Option<&ImdsEni>, ec2: Option<&Eni>| {
+            adoption.record(imds, ec2, None).map(|record| record.cidrs.keys().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        let stale = ImdsEni { local_ipv4s: vec![[10, 0, 0, 4].into(), [10, 0, 0, 6].into()], ..shown(&eni()) };
+        assert_eq!(addresses(Some(&stale), Some(&eni())).unwrap(), ["10.0.0.5/32"]);
+        assert_eq!(addresses(Some(&stale), None).unwrap(), ["10.0.0.6/32"]);
+        let own_twice = Eni { secondary_ipv4: vec![[10, 0, 0, 4].into(), [10, 0, 0, 5].into()], ..eni() };
+        assert_eq!(addresses(None, Some(&own_twice)).unwrap(), ["10.0.0.5/32"]);
+        assert_eq!(addresses(None, Some(&Eni { attachment: None, ..eni() })), None, "attached nowhere");
+        assert_eq!(addresses(None, None), None);
+    }
+
+    #[test]
+    fn only_what_was_surely_left_behind_is_deleted() {
+        let available = |tags: &[(&str, &str)]| Eni { attachment: None, status: "available".to_owned(), ..tagged(tags) };
+        let other = (TAG_INSTANCE, "i-2");
+        let own = InstanceId::from("i-1");
+        // NOW is 22:23:20.
+        for (eni, in_hand, leak) in [
+            (available(&[(TAG_INSTANCE, "i-1")]), false, Leak::Delete),
+            (available(&[(TAG_INSTANCE, "i-1")]), true, Leak::Leave),
+            (available(&[other, (TAG_CREATED, "2023-11-14T22:18:19Z")]), false, Leak::Delete),
+            (available(&[other, (TAG_CREATED, "2023-11-14T22:18:20Z")]), false, Leak::Leave),
+            (available(&[other, (TAG_CREATED, "2023-11-14T22:30:00Z")]), false, Leak::Leave),
+            (available(&[other, (TAG_CREATED, "yesterday")]), false, Leak::TagAge),
+            (available(&[other, (TAG_CREATED, "1960-01-01T00:00:00Z")]), false, Leak::TagAge),
+            (available(&[other]), false, Leak::TagAge),
+            (Eni { description: "a person's".to_owned(), ..available(&[(TAG_INSTANCE, "i-1")]) }, false, Leak::Leave),
+            (Eni { status: "in-use".to_owned(), ..available(&[(TAG_INSTANCE, "i-1")]) }, false, Leak::Leave),
+            (Eni { status: "available".to_owned(), ..eni() }, false, Leak::Leave),
+        ] {
+            assert_eq!(judge_leak(&eni, &own, in_hand, NOW), leak, "in hand: {in_hand}, {eni:?}");
+        }
+    }
+
+    fn subnet(id: &str, free: u32, tags: &[(&str, &str)]) -> Subnet {
+        Subnet {
+            id: SubnetId::from(id),
+            vpc: "vpc-1".into(),
+            availability_zone: "eu-west-1a".to_owned(),
+            cidr: "10.0.0.0/24".parse().unwrap(),
+            ipv6_cidrs: Vec::new(),
+            available_addresses: free,
+            tags: tags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        }
+    }
+
+    #[test]
+    fn new_enis_go_where_tags_let_them() {
+        let primary = SubnetId::from("p");
+        let of = |cluster: &str| format!("{TAG_SUBNET_CLUSTER}{cluster}");
+        let chosen = |subnets: &[Subnet], discovery| match place_by_discovery(subnets, &primary, "mine", discovery, &[]) {
+            Placement::Subnets { subnets, .. } => subnets.iter().map(|subnet| subnet.as_str().to_owned()).collect(),
+            Placement::Nowhere(why) => vec![why],
+        };
+        let all = [
+            subnet("p", 10, &[]),
+            subnet("untagged", 500, &[]),
+            subnet("role", 100, &[(TAG_SUBNET_ROLE, "1")]),
+            subnet("excluded", 200, &[(TAG_SUBNET_ROLE, "0")]),
+            subnet("mine", 50, &[(TAG_SUBNET_ROLE, "1"), (&of("mine"), "shared"), (&of("theirs"), "shared")]),
+            subnet("theirs", 300, &[(TAG_SUBNET_ROLE, "1"), (&of("theirs"), "owned")]),
+        ];
+        assert_eq!(chosen(&all, true), ["role", "mine", "p"]);
+        assert_eq!(chosen(&all, false), ["p"]);
+        assert_eq!(chosen(&[], true), ["p"]);
+        assert_eq!(chosen(&[subnet("p", 10, &[(TAG_SUBNET_ROLE, "0")])], true), ["every subnet of the zone is excluded by its tags"]);
+        assert_eq!(excluded_subnets(&all), BTreeSet::from([SubnetId::from("excluded")]));
+    }
+
+    #[test]
+    fn an_eni_config_that_is_not_there_or_says_nothing_makes_no_eni() {
+        let node = |labels: &[(&str, &str)], annotations: &[(&str, &str)]| {
+            let owned = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            Node { metadata: Meta { labels: owned(labels), annotations: owned(annotations), ..Meta::default() }, ..Node::default() }
+        };
+        let external = ("vpc.amazonaws.com/externalEniConfig", "external");
+        for (node, name) in [
+            (node(&[external, ("zone", "label")], &[("a", "annotation")]), "external"),
+            (node(&[("zone", "label")], &[("a", "annotation")]), "annotation"),
+            (node(&[("zone", "label")], &[]), "label"),
+            (node(&[], &[]), "default"),
+        ] {
+            assert_eq!(eni_config_name(&node, "a", "zone"), name);
+        }
+        let config = |subnet: &str, groups: &[&str]| EniConfig {
+            spec: EniConfigSpec { subnet: subnet.to_owned(), security_groups: groups.iter().map(|group| (*group).to_owned()).collect() },
+            ..EniConfig::default()
+        };
+        let primary = [SecurityGroupId::from("sg-p")];
+        let place = |config: Option<&EniConfig>| place_by_eni_config("c", config, &primary);
+        let of = |groups: &[&str]| Placement::Subnets {
+            subnets: vec![SubnetId::from("s")],
+            security_groups: groups.iter().map(|group| SecurityGroupId::from(*group)).collect(),
+        };
+        assert!(matches!(place(None), Placement::Nowhere(why) if why.contains("\"c\", which does not exist")));
+        assert!(matches!(place(Some(&config("", &["sg-1"]))), Placement::Nowhere(why) if why.contains("names no subnet")));
+        assert_eq!(place(Some(&config("s", &[]))), of(&["sg-p"]));
+        assert_eq!(place(Some(&config("s", &["sg-2", "sg-1"]))), of(&["sg-1", "sg-2"]));
+    }
+}

@@ -574,7 +574,8 @@ impl<'a> CardPlanner<'a> {
         if primary.cidrs.keys().any(|cidr| matches!(cidr, IpNet::V6(_))) {
             return;
         }
-        if self.input.provisioning != Provisioning::On {
+        // A cordoned node's DaemonSet pods need it too.
+        if !matches!(self.input.provisioning, Provisioning::On | Provisioning::Unschedulable) {
             return out.blocked.push((self.card, Blocked::Provisioning(self.input.provisioning)));
         }
         let mut growth = Growth { left: 1, for_pods: 1, ..Growth::default() };

@@ -410,6 +410,20 @@ mod tests {
         for length in 0..ETHERNET + 44 {
             assert_eq!(Datagram::read(&frame[..length]), None, "{length}");
         }
+        for part in [fragment(false, 1, 48, true, &[7; 40]), fragment(true, 1, 48, true, &[7; 40])] {
+            let whole = part.len();
+            for length in 0..whole {
+                assert_eq!(Ip::read(&part[..length]).map(|ip| ip.part), None, "{length} of {whole}");
+            }
+            assert_eq!(Ip::read(&part).and_then(|ip| ip.part), Some((1, 48, true)));
+            assert_eq!(Datagram::read(&part), None);
+        }
+        for (byte, value) in [(12, 0x88), (14, 0x44), (23, 1)] {
+            let mut other = frame.clone();
+            other[byte] = value;
+            assert_eq!(Datagram::read(&other), None, "another kind of frame, a header that is too short, ICMP");
+            assert!(Messages::default().of(SLOT, &other).is_empty());
+        }
         let mut fragment = frame.clone();
         fragment[20] = 0x20;
         assert_eq!(Datagram::read(&fragment), None);

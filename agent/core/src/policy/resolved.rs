@@ -346,4 +346,66 @@ spec:
         };
         assert!(to("203.0.113.9", 443) && !to("203.0.113.9", 80) && !to("203.0.113.8", 443));
     }
+
+    /// The fields that are told.
+    fn told(cluster: &ClusterState) -> Vec<String> {
+        Evaluator::new(cluster, Source::Endpoints, Names::default()).problems.iter().map(|problem| problem.field.clone()).collect()
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_part_opens_nothing() {
+        for (rule, field) in [
+            ("{cidr: 203.0.113.0/33}", "cidr"),
+            ("{cidr: 203.0.113.0/24, except: [some]}", "cidr"),
+            ("{ports: [{port: 80}]}", "cidr"),
+            ("{domainName: exa mple.com}", "domainName"),
+            ("{cidr: 0.0.0.0/0, domainName: example.com}", ""),
+            ("{cidr: 0.0.0.0/0, ports: [{port: 80, endPort: 79}]}", "ports[0]"),
+            ("{cidr: 0.0.0.0/0, ports: [{port: http, endPort: 90}]}", "ports[0]"),
+            ("{cidr: 0.0.0.0/0, ports: [{endPort: 90}]}", "ports[0]"),
+        ] {
+            let field = |part: &str| format!("{part} spec.egress[0]{}{field}", if field.is_empty() { "" } else { "." });
+            let part = format!(
+                "---\napiVersion: networking.k8s.aws/v1alpha1\nkind: PolicyEndpoint\nmetadata: {{name: p-1, namespace: x}}\nspec: {{policyRef: {{name: p}}, \
+                 podIsolation: [Egress], podSelectorEndpoints: [{{name: a, namespace: x}}], egress: [{rule}, {{cidr: 0.0.0.0/0, ports: [{{port: 81}}]}}]}}\n"
+            );
+            let state = cluster(&[PODS, &part]);
+            assert_eq!(told(&state), [field("p-1")], "{rule}");
+            let egress = |state: &ClusterState, port| allowed(state, Source::Endpoints, "x/a", "203.0.113.9", 6, port);
+            assert!(!egress(&state, 80) && egress(&state, 81), "{rule}");
+            for action in ["Deny", "Pass", "Drop"] {
+                let rule = format!("{}, action: {action}}}", rule.strip_suffix('}').unwrap());
+                let part = format!(
+                    "---\napiVersion: networking.k8s.aws/v1alpha1\nkind: ClusterPolicyEndpoint\nmetadata: {{name: c-1}}\nspec: {{policyRef: {{name: c}}, tier: Admin, \
+                     podSelectorEndpoints: [{{name: a, namespace: x}}], egress: [{rule}, {{cidr: 0.0.0.0/0, action: Accept}}]}}\n"
+                );
+                let state = cluster(&[PODS, &part]);
+                let field = if action == "Drop" { "c-1 spec.egress[0].action".to_owned() } else { field("c-1") };
+                assert_eq!(told(&state), [field], "{rule}");
+                assert!(!egress(&state, 80) && !egress(&state, 81), "{rule}: it closes the direction");
+                assert!(allowed(&state, Source::Endpoints, "x/b", "x/a", 6, 80), "{rule}: the other direction");
+            }
+        }
+    }
+
+    #[test]
+    fn a_direction_that_is_none_or_missing_isolates() {
+        let part = |isolation: &str, rules: &str| {
+            format!(
+                "---\napiVersion: networking.k8s.aws/v1alpha1\nkind: PolicyEndpoint\nmetadata: {{name: p-1, namespace: x}}\nspec: {{policyRef: {{name: p}}, \
+                 podIsolation: {isolation}, podSelectorEndpoints: [{{name: a, namespace: x}}]{rules}}}\n"
+            )
+        };
+        for (isolation, rules, problems, ingress, egress) in [
+            ("[ingress]", "", 1, false, false),
+            ("[Ingress]", "", 0, false, true),
+            ("[]", "", 0, false, true),
+            ("[]", ", egress: [{cidr: 10.0.0.0/8}]", 0, false, false),
+        ] {
+            let state = cluster(&[PODS, &part(isolation, rules)]);
+            assert_eq!(told(&state).len(), problems, "{isolation}{rules}");
+            assert_eq!(allowed(&state, Source::Endpoints, "x/b", "x/a", 6, 80), ingress, "{isolation}{rules}");
+            assert_eq!(allowed(&state, Source::Endpoints, "x/a", "8.8.8.8", 6, 80), egress, "{isolation}{rules}");
+        }
+    }
 }

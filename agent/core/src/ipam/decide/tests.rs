@@ -120,6 +120,7 @@ struct Scene {
     limits: PoolLimits,
     demand: Demand,
     subnets: Vec<SubnetId>,
+    provisioning: Provisioning,
 }
 
 impl Scene {
@@ -133,6 +134,7 @@ impl Scene {
             limits: PoolLimits { cards: vec![(0, 4)], slots_per_eni: 9, max_pods: 110 },
             demand: Demand::default(),
             subnets: vec![SubnetId::from("subnet-a")],
+            provisioning: Provisioning::On,
         };
         scene.add(0, "subnet-a", 0, EniState::Serving);
         scene
@@ -164,7 +166,7 @@ impl Scene {
             limits: &self.limits,
             demand: &demand,
             placement: &Placement::Subnets { subnets: self.subnets.clone(), security_groups: Vec::new() },
-            provisioning: Provisioning::On,
+            provisioning: self.provisioning,
             now: NOW,
         })
     }
@@ -442,4 +444,72 @@ proptest! {
             prop_assert!(!attaches, "room {} for at most {}: {:?}", room, most_missing, planned.actions);
         }
     }
+}
+
+#[test]
+fn a_cordoned_node_serves_those_that_wait_and_attaches_nothing() {
+    let mut scene = Scene::new(warm_ip(5));
+    scene.provisioning = Provisioning::Unschedulable;
+    assert_eq!(scene.plan().actions, [], "no warm addresses");
+    scene.demand.waiting = 3;
+    let plan = scene.plan();
+    assert!(matches!(plan.actions.as_slice(), [Action::Assign { request: AddressRequest::Ipv4(3), .. }]), "{:?}", plan.actions);
+    scene.demand.waiting = 12;
+    let plan = scene.plan();
+    assert!(matches!(plan.actions.as_slice(), [Action::Assign { request: AddressRequest::Ipv4(9), .. }]), "{:?}", plan.actions);
+    assert_eq!(plan.blocked, [(0, Blocked::Provisioning(Provisioning::Unschedulable))], "three of them wait, and are told why");
+}
+
+#[test]
+fn a_node_that_something_else_provides_for_asks_for_nothing() {
+    for provisioning in [Provisioning::Disabled, Provisioning::Terminating] {
+        for mode in [PoolMode::SecondaryIps, PoolMode::Prefixes, PoolMode::Ipv6Prefixes] {
+            let mut scene = Scene::new(Targets { mode, warm_ip: 5, ..Targets::default() });
+            scene.provisioning = provisioning;
+            scene.demand.waiting = 3;
+            let plan = scene.plan();
+            assert_eq!((plan.actions.as_slice(), plan.blocked), (&[][..], vec![(0, Blocked::Provisioning(provisioning))]), "{mode:?}");
+        }
+    }
+}
+
+fn ipv6() -> Scene {
+    Scene::new(Targets { mode: PoolMode::Ipv6Prefixes, ..Targets::default() })
+}
+
+#[test]
+fn an_ipv6_node_gets_its_prefix_once_cordoned_or_not() {
+    for provisioning in [Provisioning::On, Provisioning::Unschedulable] {
+        let mut scene = ipv6();
+        scene.provisioning = provisioning;
+        let plan = scene.plan();
+        assert!(
+            matches!(plan.actions.as_slice(), [Action::Assign { request: AddressRequest::Ipv6Prefixes(1), .. }]),
+            "a node that is cordoned at its first start runs DaemonSets too ({provisioning:?}): {plan:?}"
+        );
+        scene.in_flight = plan.actions;
+        assert_eq!(scene.plan().actions, [], "it is asked for");
+        scene.in_flight.clear();
+        scene.store.add_cidrs(&"eni-0".into(), ["2600:1::/80".parse().expect("CIDR")].into_iter());
+        assert_eq!(scene.plan().actions, [], "it is there");
+    }
+}
+
+#[test]
+fn an_ipv6_prefix_that_is_refused_is_asked_for_again_later() {
+    let subnet = SubnetId::from("subnet-a");
+    let asked = Some((&subnet, AddressRequest::Ipv6Prefixes(1)));
+    let action = Ec2Action::AssignIpv6Addresses;
+    let refused = Ec2Error::InsufficientAddresses { action, code: "InsufficientCidrBlocks".to_owned(), message: String::new() };
+    let mut scene = ipv6();
+    scene.memory.failed(&refused, asked, NOW);
+    let plan = scene.plan();
+    assert_eq!(plan.actions, []);
+    let [(0, Blocked::Subnet { until, .. })] = plan.blocked.as_slice() else { panic!("{plan:?}") };
+    assert_eq!(plan.wake_at, Some(*until), "and not before");
+    let mut scene = ipv6();
+    scene.memory.failed(&throttled(action), asked, NOW);
+    let plan = scene.plan();
+    assert_eq!(plan.actions, []);
+    assert!(plan.wake_at.is_some_and(|at| at > NOW), "{plan:?}");
 }
