@@ -6,7 +6,8 @@ mod aws_common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use aws_common::{Bed, bed, bed_at};
+use aws_common::{Bed, bed, bed_at, listen};
+use stanchion_aws::{AwsClients, CloudWatchSink, Overrides};
 use stanchion_core::cloud::{LogEvent, LogGroupSpec, LogSink as _, Rejected, SinkError};
 use stanchion_core::cluster::{ClusterState, Object};
 use stanchion_core::logs::LogBatch;
@@ -14,6 +15,7 @@ use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::settings::LogSettings;
 use stanchion_daemon::logs::{TailerParts, ship_once};
 use stanchion_lab::fake_aws::{ApiError, Bucket, Clock, DirectLogs, Effect, Fault};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const GROUP: &str = "/aws/containerinsights/demo/application";
 const STREAM: &str = "node1-application.var.log.containers.web";
@@ -136,6 +138,51 @@ async fn each_error_is_what_the_shipper_takes_it_for() {
     assert!(matches!(&error, SinkError::Unauthorized(text) if text.contains("expired")), "{error:?}");
     assert_eq!(bed.cloud.count("PutLogEvents"), 9);
     assert_eq!(messages(&bed), Vec::<String>::new());
+}
+
+/// An endpoint that answers everything with this.
+async fn stranger(status: u16, body: &'static str) -> CloudWatchSink {
+    let (listener, at) = listen().await;
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let length = body.len();
+            let answer =
+                format!("HTTP/1.1 {status} So\r\nContent-Type: text/html\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}");
+            let mut request = vec![0; 65_536];
+            let _ = stream.read(&mut request).await;
+            let _ = stream.write_all(answer.as_bytes()).await;
+        }
+    });
+    let overrides = Overrides {
+        region: Some("eu-west-1".to_owned()),
+        logs_endpoint: Some(format!("http://{at}")),
+        static_keys: Some(("AKIDTEST".to_owned(), "secret".to_owned())),
+        ..Overrides::default()
+    };
+    AwsClients::load(overrides).await.expect("no CA bundle to read").logs()
+}
+
+#[tokio::test]
+async fn what_a_stranger_on_the_way_says_is_not_the_batchs_fault() {
+    const PAGE: &str = "<html><body>Blocked by your administrator</body></html>";
+    // A proxy's page, a gateway's, a service that invents a code tomorrow: the events are kept.
+    for (status, body) in [
+        (302, PAGE),
+        (400, PAGE),
+        (403, PAGE),
+        (404, PAGE),
+        (407, PAGE),
+        (408, ""),
+        (418, PAGE),
+        (451, PAGE),
+        (502, PAGE),
+        (503, ""),
+        (400, r#"{"__type":"NewlyInventedException","message":"later"}"#),
+        (403, r#"{"message":"Forbidden"}"#),
+    ] {
+        let error = stranger(status, body).await.put(&batch(&[(1_795_168_813_000, "x")])).await.unwrap_err();
+        assert!(!matches!(error, SinkError::Invalid(_)), "{status} {body}: {error:?}");
+    }
 }
 
 #[tokio::test]

@@ -64,9 +64,20 @@ pub fn sink_error(code: &str, status: u16, message: &str, retry_after: Option<Du
         | "SlowDown" => SinkError::Throttled { message: text(), retry_after },
         "AccessDeniedException" | "AccessDenied" | "UnauthorizedOperation" => SinkError::Unauthorized(text()),
         _ if is_bad_credentials(code) => SinkError::Unauthorized(text()),
+        // What is known to speak of the request: the shipper drops events for it.
+        "InvalidParameterException"
+        | "InvalidParameterValue"
+        | "InvalidParameterCombination"
+        | "ValidationException"
+        | "ValidationError"
+        | "SerializationException"
+        | "DataAlreadyAcceptedException"
+        | "ResourceAlreadyExistsException" => SinkError::Invalid(text()),
+        _ if status == 413 => SinkError::Invalid(text()),
         _ if status == 429 => SinkError::Throttled { message: text(), retry_after },
-        _ if status >= 500 => SinkError::Unavailable(text()),
-        _ => SinkError::Invalid(text()),
+        _ if matches!(status, 401 | 403 | 407) => SinkError::Unauthorized(text()),
+        // A proxy's page, or a code that we do not know: the events are kept.
+        _ => SinkError::Unavailable(text()),
     }
 }
 
@@ -170,6 +181,12 @@ mod tests {
             ("ExpiredTokenException", 400, "Unauthorized"),
             ("InvalidParameterException", 400, "Invalid"),
             ("SerializationException", 400, "Invalid"),
+            ("ValidationException", 400, "Invalid"),
+            ("", 413, "Invalid"),
+            ("HTTP 403", 403, "Unauthorized"),
+            ("HTTP 407", 407, "Unauthorized"),
+            ("HTTP 404", 404, "Unavailable"),
+            ("NewlyInventedException", 400, "Unavailable"),
         ] {
             assert_eq!(name(code, status), want, "{code} {status}");
         }

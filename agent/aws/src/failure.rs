@@ -146,4 +146,51 @@ mod tests {
         struct Outer(#[source] std::io::Error);
         assert_eq!(chain(&Outer(std::io::Error::other("inner"))), "outer: inner");
     }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("refused")]
+    struct Told(#[source] aws_smithy_types::error::ErrorMetadata);
+
+    impl ProvideErrorMetadata for Told {
+        fn meta(&self) -> &aws_smithy_types::error::ErrorMetadata {
+            &self.0
+        }
+    }
+
+    fn response(status: u16, headers: &[(&'static str, &'static str)]) -> HttpResponse {
+        let status = aws_smithy_runtime_api::http::StatusCode::try_from(status).expect("a status");
+        let mut response = HttpResponse::new(status, aws_smithy_types::body::SdkBody::empty());
+        headers.iter().for_each(|(name, value)| drop(response.headers_mut().insert(*name, *value)));
+        response
+    }
+
+    /// What decides whether a call is repeated, and whether what it asked for may have happened.
+    #[test]
+    fn each_way_to_fail_is_told_apart() {
+        let no_keys = || CredentialsError::not_loaded("no provider has any");
+        let told = |code: Option<&str>| {
+            let meta = aws_smithy_types::error::ErrorMetadata::builder().message("because");
+            Told(code.into_iter().fold(meta, |meta, code| meta.code(code)).build())
+        };
+        let broken = || std::io::Error::other("broken");
+        let name = |error: SdkError<Told, HttpResponse>| match Failure::from(error) {
+            Failure::Refused { code, status, retry_after, .. } => format!("{code} {status} {retry_after:?}"),
+            Failure::NoCredentials(_) => "no credentials".to_owned(),
+            Failure::NotSent(_) => "not sent".to_owned(),
+            Failure::NoReply(_) => "no reply".to_owned(),
+        };
+        for (error, want) in [
+            (SdkError::construction_failure(no_keys()), "no credentials"),
+            (SdkError::construction_failure(broken()), "not sent"),
+            (SdkError::timeout_error(broken()), "no reply"),
+            (SdkError::response_error(broken(), response(200, &[])), "no reply"),
+            (SdkError::response_error(broken(), response(404, &[])), "no reply"),
+            (SdkError::response_error(broken(), response(503, &[("retry-after", "7")])), "HTTP 503 503 Some(7s)"),
+            (SdkError::service_error(told(Some("Busy")), response(400, &[])), "Busy 400 None"),
+            (SdkError::service_error(told(None), response(502, &[("retry-after", "soon")])), "HTTP 502 502 None"),
+            (SdkError::service_error(told(Some("Odd")), response(200, &[])), "no reply"),
+        ] {
+            assert_eq!(name(error), want);
+        }
+    }
 }

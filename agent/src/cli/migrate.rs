@@ -43,3 +43,23 @@ fn included(dir: &Path, name: &str) -> Vec<String> {
     files.sort();
     files.iter().filter_map(|file| std::fs::read_to_string(file).ok()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_configuration_includes_is_read_beside_it_in_the_order_of_names() {
+        let directory = tempfile::tempdir().expect("a directory");
+        std::fs::create_dir(directory.path().join("parts")).expect("made");
+        for (name, text) in [("parts/b.conf", "second"), ("parts/a.conf", "first"), ("parts/a.yaml", "another"), ("main.conf", "main")] {
+            std::fs::write(directory.path().join(name), text).expect("written");
+        }
+        let read = |name: &str| included(directory.path(), name);
+        assert_eq!(read("parts/*.conf"), ["first", "second"]);
+        assert_eq!(read("main.conf"), ["main"]);
+        assert_eq!(read("nowhere/*.conf"), [""; 0]);
+        let absolute = directory.path().join("parts/a.yaml");
+        assert_eq!(read(&absolute.display().to_string()), ["another"]);
+    }
+}

@@ -60,3 +60,29 @@ fn write_pages(command: &Command, parent: &str, directory: &Path) -> Result<()> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_command_has_a_page_that_names_it() {
+        fn count(command: &Command) -> usize {
+            1 + command.get_subcommands().filter(|sub| sub.get_name() != "help" && !sub.is_hide_set()).map(count).sum::<usize>()
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut command = crate::Args::command();
+        command.build();
+        man(&ManArgs { dir: Some(directory.path().join("man1")) }, command.clone()).expect("written");
+        let pages: Vec<_> =
+            std::fs::read_dir(directory.path().join("man1")).expect("made").map(|page| page.expect("read").path()).collect();
+        assert_eq!(pages.len(), count(&command));
+        for page in pages {
+            let name = page.file_stem().expect("a name").to_string_lossy().into_owned();
+            let text = std::fs::read_to_string(&page).expect("text");
+            assert!(name.starts_with("stanchion") && text.contains(&name.replace('-', "\\-")), "{name}");
+        }
+    }
+}

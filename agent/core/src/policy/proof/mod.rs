@@ -50,6 +50,7 @@ fn defined(evaluator: &Evaluator<'_>, pod: &PodName, direction: Direction, peer:
 
 /// The engine, the maps it has written, and the local pods by slot.
 struct Node {
+    source: Source,
     engine: Engine,
     maps: ModelMaps,
     local: BTreeMap<Slot, PodName>,
@@ -57,8 +58,12 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        let engine = Engine::new(Settings { node_name: "n1".to_owned(), ..Settings::default() });
-        Self { engine, maps: ModelMaps::default(), local: BTreeMap::new() }
+        Self::of(Source::Policies)
+    }
+
+    fn of(source: Source) -> Self {
+        let engine = Engine::new(Settings { node_name: "n1".to_owned(), source, ..Settings::default() });
+        Self { source, engine, maps: ModelMaps::default(), local: BTreeMap::new() }
     }
 
     /// Takes a cluster over: its pods are attached, and the maps are written.
@@ -116,7 +121,7 @@ impl Node {
     }
 
     fn agrees(&self, cluster: &ClusterState, peers: &[IpAddr], told: &str) {
-        let evaluator = Evaluator::new(cluster, Source::Policies, self.engine.names().clone());
+        let evaluator = Evaluator::new(cluster, self.source, self.engine.names().clone());
         let slots: Vec<Slot> = self.local.keys().copied().collect();
         for (slot, direction, peer, protocol, port) in questions(&slots, peers) {
             let pod = &self.local[&slot];
@@ -206,6 +211,83 @@ fn a_changed_world_is_as_one_compiled_afresh_and_no_prefix_opens_more() {
                 node.agrees(cluster, &peers, &told);
             }
             same_size_as_fresh(node, cluster, &told);
+        }
+    }
+}
+
+/// Policies as AWS's controller writes them: parts that come, change and go.
+#[test]
+fn parts_of_resolved_policies_change_as_if_compiled_afresh() {
+    for seed in 0..rounds(4) {
+        let mut rng = Rng::new(6_000_000 + seed);
+        let world = World::random(&mut rng);
+        let mut node = Node::of(Source::Endpoints);
+        let mut cluster = Arc::new(world.cluster());
+        let mut parts = BTreeMap::new();
+        for step in 0..6 {
+            let told = format!("seed {seed} step {step}");
+            for _ in 0..=rng.below(3) {
+                let name = (rng.chance(30), rng.below(2), rng.below(2));
+                if rng.chance(25) {
+                    parts.remove(&name);
+                } else {
+                    parts.insert(name, random::part(&mut rng, name));
+                }
+            }
+            cluster = Arc::new(cluster.replaced_by(world.objects().into_iter().chain(random::objects(parts.values()))));
+            let before = node.maps.image.clone();
+            let ops = node.engine.set_cluster(&cluster);
+            every_prefix_is_old_or_new(&before, &ops, &world.peers(), &told);
+            node.apply(&ops);
+            let ops = node.attach(&cluster);
+            node.apply(&ops);
+            node.agrees(&cluster, &world.peers(), &told);
+            assert!(node.engine.set_cluster(&cluster).is_empty(), "{told}: nothing changed");
+        }
+        cluster = Arc::new(cluster.replaced_by(world.objects()));
+        node.follow(&cluster);
+        assert!(node.maps.image.endpoints.values().all(|endpoint| (endpoint.ingress, endpoint.egress) == (None, None)), "seed {seed}");
+    }
+}
+
+/// Each takes over the sets of another, while all of them are peers that the sets speak of.
+#[test]
+fn pods_that_change_places_disturb_no_verdict() {
+    let cluster = |labels: [&str; 3]| {
+        let pods = labels.iter().zip(["a", "b", "c"]).zip(1..).map(|((label, name), last)| {
+            format!(
+                "{{\"apiVersion\": \"v1\", \"kind\": \"Pod\", \"metadata\": {{\"name\": \"{name}\", \"namespace\": \"x\", \"labels\": {{\"l\": \"{label}\"}}}}, \
+                 \"spec\": {{\"nodeName\": \"n1\", \"containers\": []}}, \"status\": {{\"podIPs\": [{{\"ip\": \"192.168.1.{last}\"}}]}}}}"
+            )
+        });
+        let allows = |label: &str, direction: &str, end: &str, peer: &str, port: u16| {
+            format!(
+                "{{\"apiVersion\": \"networking.k8s.io/v1\", \"kind\": \"NetworkPolicy\", \"metadata\": {{\"name\": \"{label}-{direction}-{peer}\", \"namespace\": \"x\"}}, \
+                 \"spec\": {{\"podSelector\": {{\"matchLabels\": {{\"l\": \"{label}\"}}}}, \"policyTypes\": [\"Ingress\", \"Egress\"], \"{direction}\": [{{\"{end}\": \
+                 [{{\"podSelector\": {{\"matchLabels\": {{\"l\": \"{peer}\"}}}}}}], \"ports\": [{{\"port\": {port}}}]}}]}}}}"
+            )
+        };
+        let policies = [("1", "2", 80), ("2", "3", 81), ("3", "1", 82), ("1", "3", 443), ("2", "1", 79)];
+        let policies = policies
+            .into_iter()
+            .flat_map(|(label, peer, port)| [allows(label, "ingress", "from", peer, port), allows(label, "egress", "to", peer, port)]);
+        let text = pods.chain(policies).collect::<Vec<_>>().join("\n");
+        Arc::new(ClusterState::default().replaced_by(crate::manifests::parse("world.json", &text).expect("valid")))
+    };
+    let peers: Vec<IpAddr> =
+        ["192.168.1.1", "192.168.1.2", "192.168.1.3", "203.0.113.10"].map(|text| text.parse().expect("an address")).to_vec();
+    let orders = [["1", "2", "3"], ["2", "1", "3"], ["2", "3", "1"], ["3", "1", "2"], ["1", "3", "2"], ["1", "1", "2"], ["2", "1", "1"]];
+    for from in orders {
+        for to in orders {
+            let told = format!("{from:?} to {to:?}");
+            let mut node = Node::new();
+            node.follow(&cluster(from));
+            let (before, after) = (node.maps.image.clone(), cluster(to));
+            let ops = node.engine.set_cluster(&after);
+            every_prefix_is_old_or_new(&before, &ops, &peers, &told);
+            node.apply(&ops);
+            node.agrees(&after, &peers, &told);
+            same_size_as_fresh(&node, &after, &told);
         }
     }
 }

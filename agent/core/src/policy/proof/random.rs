@@ -158,8 +158,7 @@ impl World {
 
     pub(super) fn objects(&self) -> Vec<Object> {
         let all = self.namespaces.iter().chain(&self.nodes).chain(&self.pods).chain(&self.services).chain(&self.policies);
-        let text = all.map(ToString::to_string).collect::<Vec<_>>().join("\n");
-        manifests::parse("world.json", &text).expect("random worlds are valid")
+        objects(all)
     }
 
     pub(super) fn cluster(&self) -> ClusterState {
@@ -420,4 +419,41 @@ fn aws_cluster_policy(rng: &mut Rng, number: usize) -> Value {
     json!({"apiVersion": "networking.k8s.aws/v1alpha1", "kind": "ClusterNetworkPolicy", "metadata": {"name": format!("c{number}")},
         "spec": {"tier": rng.pick(&["Admin", "Baseline"]), "priority": rng.below(3), "subject": cluster_subject(rng),
             "ingress": cluster_rules(rng, false, port, "ports"), "egress": cluster_rules(rng, true, port, "ports")}})
+}
+
+pub(super) fn objects<'a>(all: impl Iterator<Item = &'a Value>) -> Vec<Object> {
+    let text = all.map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    if text.is_empty() { Vec::new() } else { manifests::parse("world.json", &text).expect("random worlds are valid") }
+}
+
+/// A part of a resolved policy: whether of a cluster's, of which, and which part of it.
+pub(super) fn part(rng: &mut Rng, (clusterwide, policy, part): (bool, usize, usize)) -> Value {
+    let mut spec = json!({"policyRef": {"name": format!("r{policy}"), "namespace": "x"}});
+    // A NetworkPolicy's pods are those of its namespace.
+    let namespaces: &[&str] = if clusterwide { &NAMESPACES } else { &["x"] };
+    let listed: Vec<Value> = (0..rng.below(4)).map(|_| json!({"name": rng.pick(&PODS), "namespace": rng.pick(namespaces)})).collect();
+    spec["podSelectorEndpoints"] = json!(listed);
+    for direction in ["ingress", "egress"] {
+        let rules: Vec<Value> = (0..rng.below(3)).map(|_| part_rule(rng, clusterwide)).collect();
+        spec[direction] = json!(rules);
+    }
+    let (kind, metadata) = if clusterwide {
+        spec["tier"] = json!(rng.pick(&["Admin", "Baseline"]));
+        spec["priority"] = json!(rng.below(3));
+        ("ClusterPolicyEndpoint", json!({"name": format!("r{policy}-{part}")}))
+    } else {
+        spec["podIsolation"] = json!(rng.some(&["Ingress", "Egress"], 2));
+        ("PolicyEndpoint", json!({"name": format!("r{policy}-{part}"), "namespace": "x"}))
+    };
+    json!({"apiVersion": "networking.k8s.aws/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec})
+}
+
+fn part_rule(rng: &mut Rng, clusterwide: bool) -> Value {
+    let blocks: &[&str] = if rng.chance(70) { &V4_BLOCKS } else { &V6_BLOCKS };
+    let ports: Vec<Value> = (0..rng.below(3)).map(|_| network_port(rng)).collect();
+    let mut rule = json!({"cidr": rng.pick(blocks), "except": rng.some(blocks, 1), "ports": ports});
+    if clusterwide {
+        rule["action"] = json!(rng.pick(&["Accept", "Deny", "Pass"]));
+    }
+    rule
 }
