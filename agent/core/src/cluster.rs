@@ -305,7 +305,7 @@ mod tests {
             let first = state.clone();
             assert!(!state.apply(object("one")), "{kind}: nothing changed");
             assert!(state == first && state.apply(object("two")) && state != first, "{kind}");
-            assert_eq!(state.keys(key.kind), [key.clone()], "{kind}");
+            assert_eq!(state.keys(key.kind), std::slice::from_ref(&key), "{kind}");
             assert!(Kind::ALL.into_iter().all(|other| other == key.kind || state.keys(other).is_empty()), "{kind}");
             state.remove(&key);
             assert!(state == ClusterState::default(), "{kind}: nothing is left");

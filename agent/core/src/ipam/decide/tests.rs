@@ -490,7 +490,7 @@ fn an_ipv6_node_gets_its_prefix_once_cordoned_or_not() {
         scene.in_flight = plan.actions;
         assert_eq!(scene.plan().actions, [], "it is asked for");
         scene.in_flight.clear();
-        scene.store.add_cidrs(&"eni-0".into(), ["2600:1::/80".parse().expect("CIDR")].into_iter());
+        scene.store.add_cidrs(&"eni-0".into(), ["2600:1::/80".parse().expect("CIDR")]);
         assert_eq!(scene.plan().actions, [], "it is there");
     }
 }
