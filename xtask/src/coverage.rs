@@ -168,3 +168,27 @@ fn ranges(lines: &[usize]) -> String {
         .collect::<Vec<_>>()
         .join(", ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_tests_are_left_out_and_missed_ones_are_named() {
+        let source = "fn a() {}\n\n\nfn b() {}\n#[cfg(test)]\nmod tests {\n}\n";
+        let tests = tests_of("agent/core/src/a.rs", source);
+        assert!(!tests.contains(&4) && tests.contains(&5) && tests.contains(&9));
+        assert!(!tests_of("agent/core/src/a.rs", "fn a() {}\n#[cfg(test)]\nmod tests;\n").contains(&2));
+        assert!(tests_of("agent/core/src/config/tests.rs", source).contains(&1));
+        assert_eq!(["DA:7,0", "DA:8,12,x", "LF:3"].map(counter), [Some((7, 0)), Some((8, 12)), None]);
+        assert_eq!(ranges(&[1, 3, 4, 5, 9, 10]), "1, 3-5, 9-10");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+        let lcov = format!(
+            "SF:{}/agent/core/src/lib.rs\nDA:1,3\nDA:2,0\nend_of_record\nSF:/elsewhere/a.rs\nDA:1,0\nend_of_record\n",
+            root.display()
+        );
+        let report = report(root, &lcov).expect("a report");
+        assert_eq!(report.files, "agent/core/src/lib.rs: 1 of 2 lines: 2\n");
+        assert!(report.crates.starts_with("agent/core            1 of      2 lines   50.0 %\n"), "{}", report.crates);
+    }
+}
