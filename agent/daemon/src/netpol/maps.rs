@@ -408,7 +408,8 @@ mod tests {
 
     impl Pins {
         fn new(name: &str) -> Self {
-            Self(format!("/sys/fs/bpf/stdp-{name}-{}", std::process::id()).into())
+            // As the lab names what a datapath test makes, so that its sweep knows what a killed one left.
+            Self(format!("/sys/fs/bpf/stdp{}-{name}", std::process::id()).into())
         }
 
         fn maps(&self) -> KernelMaps {
