@@ -1,5 +1,6 @@
 //! The service `Cni` of `stanchion.proto`.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use super::branch::{Branches, Ready};
 use super::convert::{Caller, activate_status, assign_status, attachments, caller, chain, endpoint, key, release_status};
 use crate::cluster::tell::Events;
 use crate::cluster::write::Writer;
-use crate::ipamd::{AssignRequest, Assignment, IpamHandle};
+use crate::ipamd::{AddressView, AssignRequest, Assignment, IpamHandle};
 use crate::netpol::{ActivateIf, ActivateRequest, NetpolHandle};
 
 /// The longest wait for an address that a request may ask for.
@@ -220,8 +221,12 @@ impl Cni for CniService {
         let living: Vec<ContainerId> = valid.iter().map(|attachment| ContainerId::new(attachment.container_id.as_str())).collect();
         let keys = valid.into_iter().map(|a| key(network_name.clone(), &a.container_id, a.if_name)).collect();
         if let Some(netpol) = &self.netpol {
-            for endpoint in netpol.snapshot().await.endpoints.iter().filter(|endpoint| !living.contains(&endpoint.container_id)) {
-                netpol.deactivate(endpoint.container_id.clone()).await;
+            let policed = netpol.snapshot().await;
+            let others = held_elsewhere(&self.ipam.snapshot().addresses, &network_name);
+            for container in policed.endpoints.iter().map(|endpoint| &endpoint.container_id) {
+                if !living.contains(container) && !others.contains(container) {
+                    netpol.deactivate(container.clone()).await;
+                }
             }
         }
         let released = self.ipam.collect_garbage(&network_name, keys).await.map_err(|error| release_status(&error))?;
@@ -243,6 +248,12 @@ impl Cni for CniService {
         }
         Ok(Response::new(wire::StatusReply { ready: true, reason: String::new() }))
     }
+}
+
+/// Containers that are attached to other networks: their policy is not this network's garbage.
+fn held_elsewhere(addresses: &[AddressView], network_name: &str) -> BTreeSet<ContainerId> {
+    let keys = addresses.iter().filter_map(|address| address.key.as_ref());
+    keys.filter(|key| key.network_name != network_name).map(|key| key.container_id.clone()).collect()
 }
 
 /// What the books hold against what the plugin saw on the veths.
@@ -270,6 +281,28 @@ mod tests {
 
     fn veth(ipv4: &str) -> ActivateIf {
         ActivateIf { host_if_name: "eni1".into(), host_if_index: 7, ipv4: Some(ipv4.parse().unwrap()), ipv6: None }
+    }
+
+    #[test]
+    fn what_another_network_holds_is_not_this_ones_garbage() {
+        let view = |address: &str, held: Option<(&str, &str)>| AddressView {
+            address: address.parse().unwrap(),
+            eni: "eni-1".into(),
+            state: if held.is_some() { "assigned" } else { "cooling" },
+            pod: None,
+            key: held.map(|(network, container)| key(network.to_owned(), container, "eth0".to_owned())),
+            time: stanchion_core::ipam::Time::default(),
+        };
+        let addresses = [
+            view("10.0.0.9", Some(("aws-cni", "a"))),
+            view("10.0.0.10", Some(("renamed", "b"))),
+            view("10.0.0.11", None),
+            view("10.0.0.12", Some(("renamed", "a"))),
+        ];
+        let held = |network| held_elsewhere(&addresses, network).iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(held("aws-cni"), ["a", "b"]);
+        assert_eq!(held("renamed"), ["a"]);
+        assert_eq!(held("third"), ["a", "b"]);
     }
 
     #[test]
