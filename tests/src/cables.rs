@@ -59,6 +59,11 @@ impl Cables {
     /// in an interface of the name that the VLAN's would have, with the branch's Ethernet address, as if the trunk's had been split.
     pub(crate) async fn add_branch(&self, branch: EniId, instance: InstanceId, vlan_id: u16) -> anyhow::Result<()> {
         self.lock().branches.insert(branch, (instance, vlan_id));
+        self.settled().await
+    }
+
+    /// The wiring is what the cloud says now.
+    pub(crate) async fn settled(&self) -> anyhow::Result<()> {
         let cables = self.clone();
         tokio::task::spawn_blocking(move || cables.sync(Instant::now())).await?
     }

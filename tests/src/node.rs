@@ -14,6 +14,7 @@ use stanchion_core::ids::InstanceId;
 
 use crate::agent::{Agent, Start};
 use crate::binaries::Binaries;
+use crate::cables::Cables;
 use crate::cluster::SOON;
 use crate::container_log::ContainerLog;
 use crate::manifests::{ContainerSpec, Manifests, PodManifest};
@@ -51,6 +52,7 @@ pub(crate) struct Inner {
     /// Endpoints, region, credentials: what every agent of the lab is told.
     pub(crate) aws_env: BTreeMap<String, String>,
     pub(crate) pods: AtomicU32,
+    pub(crate) cables: Cables,
 }
 
 /// A pod that was scheduled here and is not connected yet.
@@ -280,6 +282,8 @@ impl Node {
         };
         let address = result["ips"][0]["address"].as_str().with_context(|| format!("{what}: no address in {result}"))?;
         let address: ipnet::IpNet = address.parse()?;
+        // The router hears of an address a moment after EC2 has told the agent: what a pod sent before would be lost there.
+        self.inner.cables.settled().await?;
         bound.manifest.ips.push(address.addr());
         self.inner.manifests.pod(&bound.manifest)?;
         let Bound { spec, netns, sandbox, log_id, .. } = bound;

@@ -33,8 +33,10 @@ pub enum Answer {
         /// The client as the server sees it.
         seen_as: IpAddr,
     },
-    /// The other end, or a router, said no.
+    /// The other end said no.
     Refused,
+    /// A router knows no way there.
+    Unreachable,
     /// Nothing within the time.
     Silent,
 }
@@ -119,11 +121,8 @@ pub fn probe(netns: &Netns, protocol: Protocol, to: SocketAddr, patience: Durati
             Ok(seen_as) => Ok(Answer::Reached { seen_as }),
             Err(error) => match error.kind() {
                 io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Ok(Answer::Silent),
-                io::ErrorKind::ConnectionRefused
-                | io::ErrorKind::ConnectionReset
-                | io::ErrorKind::HostUnreachable
-                | io::ErrorKind::NetworkUnreachable
-                | io::ErrorKind::UnexpectedEof => Ok(Answer::Refused),
+                io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof => Ok(Answer::Refused),
+                io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Ok(Answer::Unreachable),
                 _ => Err(error),
             },
         }

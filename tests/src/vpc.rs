@@ -223,6 +223,7 @@ impl Vpc {
                 manifests: self.manifests.clone(),
                 aws_env: aws_env(&self.cloud.region(), &format!("http://{EC2_ADDRESS}"), &format!("http://{LOGS_ADDRESS}")),
                 pods: AtomicU32::new(0),
+                cables: self.cables.clone(),
             }),
         })
     }
