@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -195,11 +195,66 @@ async fn every_json_document_is_what_the_schema_says() {
     check("flow", &serde_json::from_str(&line).expect("JSON"));
 }
 
+/// What a person sees who opens the node's page: in a real browser, whose console must have nothing to say.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_page_shows_addresses_policy_flows_and_logs_in_a_browser() {
+    let mut cluster = one_pod().await;
+    cluster.vpc().manifests().apply("p.yaml", DENY_A).expect("written");
+    cluster.add_pod(0, PodSpec::new("x", "other")).await.expect("a pod");
+    cluster.settles(Protocol::Tcp, 80, |_, to| !to.starts_with("x/app")).await.expect("the policy holds");
+    write(&mut cluster, lines("line", 10));
+    arrive(&cluster, |d| d.exactly_once(lines("line", 10))).await;
+    let remote = SocketAddr::new(cluster.pod("x/other").address(), 80);
+    let open = Conversation::start(cluster.pod("x/app-0").netns(), remote).expect("connected");
+    let node = cluster.node(0).clone();
+    wait_for("warm addresses", SOON, || async {
+        let enis = node.cli_json(&["enis"])?;
+        let (held, total) = (enis["enis"][0]["assigned"].as_u64(), enis["enis"][0]["total"].as_u64());
+        ensure!(held == Some(2) && total > held, "{enis:#}");
+        Ok(())
+    })
+    .await
+    .expect("the pool is filled again");
+    let home = node.state_dir().with_file_name("chromium");
+    let mut browser = Command::new("/usr/bin/chromium");
+    browser.env("HOME", &home).arg(format!("--user-data-dir={}", home.display()));
+    browser.args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"]);
+    browser.args(["--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr"]);
+    // The page asks the agent at once and every three seconds.
+    browser.args(["--virtual-time-budget=6000", "--dump-dom", "http://127.0.0.1:61679/"]);
+    let at_work = node.clone();
+    let shown = tokio::task::spawn_blocking(move || at_work.netns().output(&mut browser)).await.expect("no panic").expect("it runs");
+    let (dom, said) = (String::from_utf8_lossy(&shown.stdout), String::from_utf8_lossy(&shown.stderr));
+    assert!(!said.contains("CONSOLE"), "{said}");
+    let section = |from: &str, to: &str| dom.split(from).nth(1).and_then(|rest| rest.split(to).next()).unwrap_or_default().to_owned();
+    let summary = section("<p id=\"summary\">", "</p>");
+    assert!(summary.contains("addresses: ready") && summary.contains("policy: ready"), "{summary}\n{said}");
+    let enis = section("<div id=\"enis\">", "<h2>");
+    for eni in node.cli_json(&["enis"]).expect("JSON")["enis"].as_array().expect("a list") {
+        assert!(enis.contains(eni["id"].as_str().expect("an id")), "{eni}: {enis}");
+    }
+    for pod in ["x/app-0", "x/other"] {
+        let dot = format!("<i class=\"assigned\" title=\"{} assigned {pod}\">", cluster.pod(pod).address());
+        assert_eq!(enis.matches(&dot).count(), 1, "{dot}: {enis}");
+    }
+    assert!(enis.contains("<i></i>"), "warm addresses are free: {enis}");
+    let endpoints = section("<table id=\"endpoints\">", "</table>");
+    let row = endpoints.split("<tr>").find(|row| row.contains("<td>x/app-0</td>")).expect("a row of the pod");
+    assert!(row.contains(&cluster.pod("x/app-0").address().to_string()) && row.contains("<td>isolated</td><td>open</td>"), "{row}");
+    let flows = section("<table id=\"flows\">", "</table>");
+    let flow = flows.split("<tr>").find(|row| row.contains(&remote.to_string())).unwrap_or_default();
+    assert!(flow.contains("<td>x/app-0</td>") && flow.contains("<td>established</td>"), "{flows}");
+    let logs = section("<table id=\"logs\">", "</table>");
+    assert!(logs.contains("app-0_x_main") || logs.contains("x_app-0"), "{logs}");
+    assert!(logs.contains("<td>0</td><td>0</td>"), "nothing is behind: {logs}");
+    assert_eq!(open.stop().broken, None);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_question_is_asked_again_and_again_until_its_reader_goes() {
     let cluster = Cluster::start(&["m5.large"], &[]).await.expect("the cluster starts");
     let node = cluster.node(0);
-    let mut command = std::process::Command::new(&node.binaries().stanchion);
+    let mut command = Command::new(&node.binaries().stanchion);
     command.args(["status", "--watch=1", "-o", "json"]).env("STANCHION_SOCKET", node.socket()).stdout(Stdio::piped());
     let mut watching = command.spawn().expect("it runs");
     let mut answers = BufReader::new(watching.stdout.take().expect("stdout is piped")).lines();

@@ -33,8 +33,12 @@ pub(crate) fn everything(_root: &Path) -> Result<()> {
     bpf::ensure_toolchain()
 }
 
-/// The test runner, which only tests need. Unoptimized, as it builds in a third of the time and only starts processes.
+/// The browser and the test runner, which only tests need. The runner unoptimized, as it builds in a third of the time and only starts
+/// processes.
 pub(crate) fn test_runner() -> Result<()> {
+    if !Path::new("/usr/bin/chromium").exists() {
+        apt_install("install the browser that the status page is opened in", &["chromium"])?;
+    }
     if has_nextest() {
         return Ok(());
     }
