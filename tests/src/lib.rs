@@ -22,6 +22,7 @@ pub mod node;
 pub mod pod;
 pub mod pod_cgroups;
 pub mod probe;
+pub mod refusals;
 pub mod router;
 pub mod run;
 pub mod schema;

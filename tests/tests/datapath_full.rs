@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use datapath_support::{MODES, WORKS, World, deny_in, echoes, policy};
+use stanchion_core::policy::image::Refusal;
 use stanchion_daemon::netpol::{ActivateError, NetpolSnapshot};
 use stanchion_ebpf_abi::map_name;
 use stanchion_lab::datapath::layout;
@@ -67,7 +68,10 @@ fn a_full_map_stops_what_is_new_and_nothing_else() {
             world.works("x/b", "y/a", 81);
         }
         let refused = world.activate("y/b").unwrap_err();
-        assert!(matches!(&refused, ActivateError::Maps(cause) if cause.full && cause.map == map_name::VERDICTS), "{refused:?}");
+        assert!(
+            matches!(&refused, ActivateError::Maps(cause) if cause.refusal == Refusal::Full && cause.map == map_name::VERDICTS),
+            "{refused:?}"
+        );
         assert_eq!(snapshot(&world).endpoints.len(), 3, "nothing is left of it");
 
         // What it becomes fits: first what was written of the other goes.

@@ -544,6 +544,19 @@ fn a_verdict_changes_with_the_next_packet() {
 }
 
 #[test]
+fn what_an_agent_wrote_before_it_was_killed_is_in_force_with_the_next_one() {
+    let mut rig = rig("killed");
+    for cast in casts() {
+        let opens = |port| Packet::tcp((cast.friend, port), (cast.pod, 80), flags::SYN);
+        check(&mut rig, IN, &opens(4_000), true, "allowed, and remembered");
+        rig.killed_after(&[MapOp::RemoveAddress(cast.friend)]).unwrap();
+        check(&mut rig, IN, &opens(4_001), false, "what the agent had written");
+        rig.apply(&[MapOp::SetAddress(cast.friend, FRIEND)]).unwrap();
+        check(&mut rig, IN, &opens(4_002), true, "as before");
+    }
+}
+
+#[test]
 fn audit_tells_and_lets_pass() {
     let mut rig = rig("audit");
     let mut ring = rig.events().unwrap();

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::flow_log::{self, FlowLogSettings};
-use stanchion_daemon::netpol::{ActivateError, AttachMode, FlowRecord, FlowVerdict};
+use stanchion_daemon::netpol::{ActivateError, AttachMode, EnforcingMode, FlowRecord, FlowVerdict};
 use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_lab::datapath::layout::move_filters;
 use stanchion_lab::datapath::packet::{Packet, flags};
@@ -298,6 +298,41 @@ fn in_strict_mode_a_pod_that_nobody_knows_is_closed_after_another_layout_too() {
         let reached = world.pod("x/a").netns.run(|| TcpStream::connect_timeout(&server, BLOCKED)).unwrap();
         world.pods.push(unknown);
         assert!(reached.is_err(), "{mode:?}: it is not known what it may receive");
+    }
+}
+
+/// In standard mode what is not known is open, but not where the agent before policed it.
+#[test]
+fn a_policed_pod_whose_object_went_while_no_agent_ran_is_not_opened_by_another_layout() {
+    for mode in MODES {
+        let mut world = World::new(mode);
+        world.stop();
+        world.enforcing = EnforcingMode::Standard;
+        world.start();
+        world.apply(&policy("y", "from-nobody", "b", "  policyTypes: [Ingress]\n"));
+        world.activate_all();
+        world.blocked("x/a", "y/b", 80);
+        world.stop();
+        make_another_layout(&world, u16::try_from(LAYOUT_VERSION).unwrap() - 1);
+        // Its object goes while no agent runs.
+        let unknown = world.pods.pop().unwrap();
+        let policies = world.policies.clone();
+        world.cluster.send_replace(Arc::new(ClusterState::default()));
+        // The first agent of the new layout ends before it knows the cluster.
+        world.start();
+        world.stop();
+        for _ in 0..2 {
+            world.start();
+            world.apply(&policies);
+            world.works("x/a", "x/b", 80);
+            let (into, out_of) = ((unknown.address, 80).into(), world.server("x/a", 80));
+            let reached = world.pod("x/a").netns.run(|| TcpStream::connect_timeout(&into, BLOCKED)).unwrap();
+            let reaches = unknown.netns.run(|| TcpStream::connect_timeout(&out_of, WORKS)).unwrap();
+            assert!(reached.is_err(), "{mode:?}: it was closed in this direction");
+            assert!(reaches.is_ok(), "{mode:?}: and never in the other: {reaches:?}");
+            world.stop();
+        }
+        world.pods.push(unknown);
     }
 }
 

@@ -6,12 +6,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Directories (or files) that may have it, and what for.
-const PLACES: [(&str, &str); 6] = [
+const PLACES: [(&str, &str); 7] = [
     ("agent/daemon/src/netpol", "bpf system calls, maps of plain data, ring buffers"),
     ("agent/netlink/src", "ioctls and socket options without a safe wrapper, the state of the calling process"),
     ("ebpf/abi/src", "the mark of plain data"),
     ("ebpf/programs/src", "what the verifier checks, not the compiler"),
     ("tests/src/datapath", "the same maps and system calls, by test"),
+    ("tests/src/refusals.rs", "a seccomp filter and its notifications"),
     ("tests/tests/datapath_sockets.rs", "raw sockets"),
 ];
 

@@ -67,6 +67,20 @@ impl Rig {
         self.load_again()
     }
 
+    /// What an agent leaves that is killed when it has applied operations and not yet told the programs, and what the next one does.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn killed_after(&mut self, ops: &[MapOp]) -> anyhow::Result<()> {
+        let mut generation: Array<MapData, u32> = Map::Array(self.pin(map_name::GENERATION)?).try_into()?;
+        let before = generation.get(&0, 0)?;
+        self.apply(ops)?;
+        generation.set(0, before, 0)?;
+        self.loaded = load(&LoadOptions { pin_root: self.pin_root.clone(), flow_entries: 0 })?;
+        self.maps = KernelMaps::new(&mut self.loaded)?;
+        Ok(())
+    }
+
     fn pin(&self, name: &str) -> anyhow::Result<MapData> {
         MapData::from_pin(self.pin_root.join(format!("v{LAYOUT_VERSION}")).join(name)).with_context(|| format!("open the pin of {name}"))
     }

@@ -18,6 +18,7 @@ use stanchion_daemon::netpol::{
     ActivateError, ActivateIf, ActivateRequest, AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts, load, spawn,
 };
 use stanchion_lab::netns::{Netns, ip_batch};
+use stanchion_lab::refusals::Refusals;
 use stanchion_lab::stray::Maker;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -49,6 +50,7 @@ pub(crate) struct Agent {
 /// A node with pods.
 pub(crate) struct World {
     pub(crate) mode: AttachMode,
+    pub(crate) enforcing: EnforcingMode,
     pub(crate) node: Netns,
     pub(crate) pods: Vec<Pod>,
     pub(crate) cluster: watch::Sender<Arc<ClusterState>>,
@@ -57,6 +59,8 @@ pub(crate) struct World {
     pub(crate) extra_pods: String,
     pub(crate) pin_root: PathBuf,
     pub(crate) state: tempfile::TempDir,
+    /// What the agent is refused; it is started anew for it.
+    pub(crate) refusals: Option<Refusals>,
     pub(crate) agent: Option<Agent>,
     pub(crate) runtime: tokio::runtime::Runtime,
 }
@@ -78,6 +82,7 @@ impl World {
         let pin_root = PathBuf::from(format!("/sys/fs/bpf/{prefix}"));
         let mut world = Self {
             mode,
+            enforcing: EnforcingMode::Strict,
             node,
             pods: Vec::new(),
             cluster,
@@ -86,6 +91,7 @@ impl World {
             extra_pods: String::new(),
             pin_root,
             state: tempfile::tempdir().unwrap(),
+            refusals: None,
             agent: None,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
         };
@@ -124,11 +130,15 @@ impl World {
 
     pub(crate) fn start(&mut self) {
         let (send, receive) = mpsc::channel();
-        let (node, mode, shutdown) = (self.node.clone(), self.mode, CancellationToken::new());
+        let (node, mode, enforcing, shutdown) = (self.node.clone(), self.mode, self.enforcing, CancellationToken::new());
         let (pin_root, state_dir, cluster, token) =
             (self.pin_root.clone(), self.state.path().to_owned(), self.handle.clone(), shutdown.clone());
+        let refusals = self.refusals.clone();
         let thread = std::thread::spawn(move || {
             node.run(|| {
+                if let Some(refusals) = &refusals {
+                    refusals.install().unwrap();
+                }
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 runtime.block_on(async {
                     let parts = NetpolParts {
@@ -137,7 +147,7 @@ impl World {
                         cluster,
                         node_name: "node1".to_owned(),
                         source: Source::Policies,
-                        mode: EnforcingMode::Strict,
+                        mode: enforcing,
                         sync_wait: Duration::from_millis(300),
                         pod_flows: 4_096,
                         flow_capacity: 4_096,

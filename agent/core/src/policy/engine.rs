@@ -106,6 +106,8 @@ pub struct Engine {
     extra_node_addresses: Vec<IpAddr>,
     /// The image has numbers that an earlier agent gave.
     from_before: bool,
+    /// The directions in which an earlier agent policed pods; of use until the first snapshot.
+    policed_before: BTreeMap<Slot, [bool; 2]>,
     image: MapImage,
 }
 
@@ -121,6 +123,7 @@ impl Engine {
             subjects: Subjects::default(),
             extra_node_addresses: Vec::new(),
             from_before: false,
+            policed_before: BTreeMap::new(),
             image: MapImage::default(),
         }
     }
@@ -211,6 +214,7 @@ impl Engine {
         if let Some(replaced) = self.local.insert(slot, local) {
             if replaced.name != *pod || replaced.uid != uid {
                 self.bindings.remove(&slot);
+                self.policed_before.remove(&slot);
             }
             dirty.pods.insert(replaced.name);
         }
@@ -219,6 +223,7 @@ impl Engine {
 
     /// A pod was detached.
     pub fn remove_endpoint(&mut self, slot: Slot) -> Vec<MapOp> {
+        self.policed_before.remove(&slot);
         let Some(gone) = self.local.remove(&slot) else { return Vec::new() };
         self.update(Dirty { pods: BTreeSet::from([gone.name]), slots: BTreeSet::from([slot]), ..Dirty::default() })
     }
@@ -249,6 +254,11 @@ impl Engine {
             // An earlier agent had the same bound.
             let _no_room = self.subjects.names.keep(name, address, until);
         }
+    }
+
+    /// The directions in which an earlier agent policed pods, for what its maps do not tell; before the first snapshot.
+    pub fn remember_policed(&mut self, policed: impl IntoIterator<Item = (Slot, [bool; 2])>) {
+        self.policed_before.extend(policed);
     }
 
     /// Forgets names whose time has come at `now` (seconds), unless flows to their addresses are open.
@@ -346,7 +356,9 @@ impl Engine {
             // The agent before may have policed it, by policies that are not known any more: what they said of addresses that have
             // changed since cannot be told. As its object is gone, it ends: until then it is closed rather than open.
             let before = self.image.endpoints.get(&slot).filter(|before| self.from_before && before.addresses == local.addresses);
-            let [was_ingress, was_egress] = before.map_or([false; 2], |before| [before.ingress.is_some(), before.egress.is_some()]);
+            let in_maps = before.map_or([false; 2], EndpointImage::isolated);
+            let noted = self.policed_before.get(&slot).filter(|_| self.from_before).copied().unwrap_or_default();
+            let [was_ingress, was_egress] = [in_maps[0] || noted[0], in_maps[1] || noted[1]];
             let is_strict = self.settings.unknown_pod == UnknownPod::Closed;
             let mut closed = |direction, was_isolated| (is_strict || was_isolated).then(|| self.interned.closed(direction));
             return Binding { ingress: closed(Direction::Ingress, was_ingress), egress: closed(Direction::Egress, was_egress), audit };
@@ -358,6 +370,7 @@ impl Engine {
     /// From what the maps hold to what they are to hold: by what has changed, or by `all` that the image has.
     fn write(&mut self, all: bool) -> Vec<MapOp> {
         let from_before = std::mem::take(&mut self.from_before);
+        self.policed_before.clear();
         let all = all || from_before;
         if from_before {
             self.recognise_identities();

@@ -2,6 +2,7 @@
 //! to the next. The compiler makes it, [`PolicyMaps`] implementations (the kernel's maps, a model in tests) apply it.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -26,6 +27,13 @@ pub struct EndpointImage {
     pub audit: bool,
     /// Its egress rules speak of DNS names: the answers it gets are of interest.
     pub by_name: bool,
+}
+
+impl EndpointImage {
+    /// Whether ingress and egress are isolated.
+    pub fn isolated(&self) -> [bool; 2] {
+        [self.ingress.is_some(), self.egress.is_some()]
+    }
 }
 
 /// Everything that the maps hold. A policy set is immutable once an endpoint points at it, unless the change is
@@ -71,16 +79,37 @@ pub enum MapOp {
 
 /// A write that the kernel refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("map {map}: {operation}: {message}{}", if *.full { " (the map is full)" } else { "" })]
+#[error("map {map}: {operation}: {message}{refusal}")]
 pub struct MapError {
     /// The map.
     pub map: &'static str,
     /// What was tried.
     pub operation: String,
-    /// The map has no room: an alarm, not a retry.
-    pub full: bool,
+    /// What it was for want of.
+    pub refusal: Refusal,
     /// What the kernel said.
     pub message: String,
+}
+
+/// What a write was refused for want of. Each is told and tried again in the same way: the one who asks for more room is another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The map has as many entries as it may.
+    Full,
+    /// The kernel has no memory for an entry, or the agent's control group may have no more.
+    NoMemory,
+    /// Anything else.
+    Other,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Full => " (the map is full)",
+            Self::NoMemory => " (no memory for it: the node has none free, or the agent's memory limit is reached)",
+            Self::Other => "",
+        })
+    }
 }
 
 /// The kernel's policy maps, or a model of them.

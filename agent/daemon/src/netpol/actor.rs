@@ -17,7 +17,7 @@ use stanchion_core::ids::ContainerId;
 use stanchion_core::policy::RuleName;
 use stanchion_core::policy::engine::{Engine, Settings, Source, UnknownPod};
 use stanchion_core::policy::frames::Messages;
-use stanchion_core::policy::image::{EndpointImage, MapError, PolicyMaps as _, Slot};
+use stanchion_core::policy::image::{EndpointImage, MapError, PolicyMaps as _, Refusal, Slot};
 use stanchion_ebpf_abi::{Config, FlowEntry, flow_state, frame_kind};
 use stanchion_netlink::NetlinkError;
 use stanchion_netlink::monitor::AddressChanges;
@@ -122,6 +122,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     let unknown_pod = if replaces { UnknownPod::Open } else { unknown_pod(mode) };
     let mut rules = Engine::new(Settings { source, node_name, unknown_pod });
     rules.rebase(kernel);
+    rules.remember_policed(slots.policed());
     match names::read(&state_dir) {
         Ok(known) => rules.remember(known.iter().map(|(address, name, until)| (*address, name.as_str(), *until))),
         Err(cause) => {
@@ -342,6 +343,9 @@ impl Actor {
         self.problems = problems;
         if !self.synced {
             self.synced = true;
+            if self.note_exactly_policed() {
+                self.save();
+            }
             let interfaces: Vec<u32> = self.slots.iter().flat_map(|sandbox| &sandbox.interfaces).map(|interface| interface.index).collect();
             if let Err(cause) = retire(&self.loaded, &interfaces) {
                 self.fail("cannot remove what another version left", &cause);
@@ -408,7 +412,6 @@ impl Actor {
     }
 
     fn try_activate(&mut self, sandbox: &Sandbox, mode: AttachMode) -> Result<(), ActivateError> {
-        self.slots.save().map_err(|source| ActivateError::NotDurable { path: self.slots.path(), source })?;
         if self.address_changes.any() {
             self.refresh_node_addresses();
         }
@@ -416,6 +419,8 @@ impl Actor {
             self.flows.clear_counters(sandbox.slot).map_err(ActivateError::Maps)?;
         }
         let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, &sandbox.addresses());
+        self.note_policed(&ops);
+        self.slots.save().map_err(|source| ActivateError::NotDurable { path: self.slots.path(), source })?;
         // Its first packet is still to come: there is nothing to seed.
         self.isolated.extend(ops.iter().filter_map(newly_isolated));
         self.try_apply(ops).map_err(ActivateError::Maps)?;
@@ -545,7 +550,7 @@ impl Actor {
         let result = self.loaded.clock.now().map_err(|cause| MapError {
             map: "clock",
             operation: "read".to_owned(),
-            full: false,
+            refusal: Refusal::Other,
             message: cause.to_string(),
         });
         let purge = self.slots.cooling().to_vec();

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use aya::maps::{Array, HashMap, MapData as AyaMap, MapError as AyaError, PerCpuArray};
-use stanchion_core::policy::image::MapError;
+use stanchion_core::policy::image::{MapError, Refusal};
 use stanchion_ebpf_abi::{
     Config, Counters, FlowEntry, FlowKey4, FlowKey6, config_flag, flow_state, ipv4_octets, ipv4_word, ipv6_octets, ipv6_words, map_name,
     stat, timeout,
@@ -200,7 +200,7 @@ impl Flows {
         let zeros = zeros.try_into().map_err(|error: std::io::Error| MapError {
             map: map_name::COUNTERS,
             operation: "clear".to_owned(),
-            full: false,
+            refusal: Refusal::Other,
             message: error.to_string(),
         })?;
         refused(map_name::COUNTERS, &slot, self.counters.set(index, zeros, 0))
@@ -249,7 +249,7 @@ fn collect_one<K: Copy + stanchion_ebpf_abi::MapData + Into<FlowKey>>(
     batch::for_each(fd, &mut look).map_err(|error| MapError {
         map: name,
         operation: "collect".to_owned(),
-        full: false,
+        refusal: Refusal::Other,
         message: error.to_string(),
     })?;
     for (key, slot) in dead {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use aya::maps::{Array, HashMap, MapData as AyaMap, MapError as AyaError};
-use stanchion_core::policy::image::MapError;
+use stanchion_core::policy::image::{MapError, Refusal};
 use stanchion_ebpf_abi::{FAR_PLACES, INTERFACE_PLACES, Interface, flow_head, interface_flag, ipv4_word, ipv6_words, map_name};
 use stanchion_netlink::{Netlink, NetlinkError};
 
@@ -81,11 +81,14 @@ impl Interfaces {
             if self.at(place)?.if_index == 0 {
                 // The record first: who finds the place finds it there.
                 self.write(place, interface)?;
-                return refused(map_name::INTERFACES_FAR, &index, self.far.insert(index, place, 0));
+                let result = refused(map_name::INTERFACES_FAR, &index, self.far.insert(index, place, 0));
+                // Nobody would find the place again.
+                // Nobody would find the place again.
+                return result.or_else(|refusal| self.write(place, Interface::default()).and(Err(refusal)));
             }
         }
         let message = format!("{FAR_PLACES} interfaces have their places behind the others'");
-        Err(MapError { map: map_name::INTERFACES, operation: format!("{index:?}"), full: true, message })
+        Err(MapError { map: map_name::INTERFACES, operation: format!("{index:?}"), refusal: Refusal::Full, message })
     }
 
     /// Forgets an interface; programs still attached there let nothing pass.
@@ -135,6 +138,25 @@ mod tests {
 
     use super::super::object::{LoadOptions, load};
     use super::*;
+
+    #[test]
+    fn an_interface_whose_place_cannot_be_found_has_none() {
+        let pin_root = PathBuf::from(format!("/sys/fs/bpf/strig{}-far", std::process::id()));
+        let mut loaded = load(&LoadOptions { pin_root: pin_root.clone(), flow_entries: 16 }).unwrap();
+        let mut interfaces = Interfaces::new(&mut loaded).unwrap();
+        interfaces.set_one(Interface { if_index: 5, slot: 1, ..Interface::default() }).unwrap();
+        let others = 1_000_000..1_000_000 + FAR_PLACES;
+        others.clone().for_each(|index| interfaces.far.insert(index, 0, 0).unwrap());
+        let second = Interface { if_index: 5 + INTERFACE_PLACES, slot: 2, ..Interface::default() };
+        for _ in 0..2 {
+            assert_eq!(interfaces.set_one(second).unwrap_err().refusal, Refusal::Full);
+            assert_eq!(interfaces.at(INTERFACE_PLACES).unwrap(), Interface::default(), "its place is free again");
+        }
+        others.for_each(|index| interfaces.far.remove(&index).unwrap());
+        interfaces.set_one(second).unwrap();
+        assert_eq!(interfaces.far(second.if_index).unwrap(), Some(INTERFACE_PLACES));
+        std::fs::remove_dir_all(pin_root).unwrap();
+    }
 
     #[test]
     fn interfaces_whose_indices_share_a_place_have_one_each() {

@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, MapData as AyaMap};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use stanchion_core::policy::image::{EndpointImage, MapError, MapImage, MapOp, PolicyMaps, Slot};
+use stanchion_core::policy::image::{EndpointImage, MapError, MapImage, MapOp, PolicyMaps, Refusal, Slot};
 use stanchion_ebpf_abi::{
     AddressKey, AddressValue, ENDPOINT_SLOTS, Endpoint, EndpointPolicy, OwnKey, VerdictKey, VerdictValue, address_flag, endpoint_flag,
     ipv4_octets, ipv4_word, ipv6_octets, ipv6_words, map_name,
@@ -65,6 +65,8 @@ impl KernelMaps {
             let (Raw(key), position) = item.map_err(|source| LoadError::Map { name: map_name::OWN, source })?;
             maps.owned.entry(key.slot).or_default().push((key, position));
         }
+        // The agent before may have been killed between a change and its word of it.
+        maps.forget().map_err(|source| LoadError::Map { name: map_name::GENERATION, source })?;
         Ok(maps)
     }
 
@@ -96,11 +98,15 @@ impl KernelMaps {
     /// Makes the programs forget what they remember, if any of it has changed.
     fn settle(&mut self) -> Result<(), MapError> {
         if self.changed.is_some() {
-            let present = refused(map_name::GENERATION, &"read", self.generation.get(&0, 0))?;
-            refused(map_name::GENERATION, &"next", self.generation.set(0, present.wrapping_add(1), 0))?;
+            refused(map_name::GENERATION, &"next", self.forget())?;
             self.changed = None;
         }
         Ok(())
+    }
+
+    fn forget(&mut self) -> Result<(), aya::maps::MapError> {
+        let present = self.generation.get(&0, 0)?;
+        self.generation.set(0, present.wrapping_add(1), 0)
     }
 
     fn one(&mut self, op: &MapOp) -> Result<(), MapError> {
@@ -182,8 +188,9 @@ impl KernelMaps {
 
     fn remove_cidr(&mut self, net: IpNet) -> Result<(), MapError> {
         if net.prefix_len() == net.max_prefix_len() && self.address(net.addr())?.flags & address_flag::HOST_CIDR != 0 {
-            return self.change_address(net.addr(), |value| AddressValue { identity: 0, flags: value.flags & !address_flag::HOST_CIDR });
+            self.change_address(net.addr(), |value| AddressValue { identity: 0, flags: value.flags & !address_flag::HOST_CIDR })?;
         }
+        // From both: the kernel may have refused the second write of a move.
         self.remove_trie(net)
     }
 
@@ -232,7 +239,7 @@ impl KernelMaps {
         let index = u32::from(slot.0);
         if index == 0 || index >= ENDPOINT_SLOTS {
             let message = format!("slots are 1 to {}", ENDPOINT_SLOTS - 1);
-            return Err(MapError { map: map_name::ENDPOINTS, operation: format!("{slot:?}"), full: true, message });
+            return Err(MapError { map: map_name::ENDPOINTS, operation: format!("{slot:?}"), refusal: Refusal::Full, message });
         }
         let Raw(mut record) = refused(map_name::ENDPOINTS, &slot, self.endpoints.get(&index, 0))?;
         if record.halves[usize::from(record.sequence & 1)] == policy {
@@ -299,12 +306,13 @@ impl PolicyMaps for KernelMaps {
         for item in self.cidrs4.iter() {
             let (key, identity) = refused(map_name::CIDRS4, &"read", item)?;
             let net = Ipv4Net::new(ipv4_octets(key.data()).into(), prefix(key.prefix_len())).expect("the kernel bounds prefixes");
-            image.cidrs.insert(net.into(), identity);
+            // The hash decides where both have it.
+            image.cidrs.entry(net.into()).or_insert(identity);
         }
         for item in self.cidrs6.iter() {
             let (key, identity) = refused(map_name::CIDRS6, &"read", item)?;
             let net = Ipv6Net::new(ipv6_octets(key.data()).into(), prefix(key.prefix_len())).expect("the kernel bounds prefixes");
-            image.cidrs.insert(net.into(), identity);
+            image.cidrs.entry(net.into()).or_insert(identity);
         }
         for item in self.verdicts.iter() {
             let (key, Raw(value)) = refused(map_name::VERDICTS, &"read", item)?;
@@ -370,14 +378,17 @@ fn prefix(bits: u32) -> u8 {
 /// Puts the map and what was tried to a refusal.
 pub(super) fn refused<T>(map: &'static str, what: &dyn Debug, result: Result<T, aya::maps::MapError>) -> Result<T, MapError> {
     result.map_err(|error| {
-        let errno = errno(&error);
-        // The hash says E2BIG, the trie ENOSPC.
-        let full = matches!(errno, Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM));
+        let refusal = match errno(&error) {
+            // The hash says the one, the trie the other.
+            Some(libc::E2BIG | libc::ENOSPC) => Refusal::Full,
+            Some(libc::ENOMEM) => Refusal::NoMemory,
+            _ => Refusal::Other,
+        };
         let message = match &error {
             aya::maps::MapError::SyscallError(syscall) => syscall.io_error.to_string(),
             other => other.to_string(),
         };
-        MapError { map, operation: format!("{what:?}"), full, message }
+        MapError { map, operation: format!("{what:?}"), refusal, message }
     })
 }
 
@@ -513,11 +524,24 @@ mod tests {
         }
     }
 
+    /// Each of the two writes by which one goes from a table to the other may be the last.
+    #[test]
+    fn a_cidr_of_one_address_that_stands_in_both_tables_is_what_the_programs_take_it_for_and_goes_from_both() {
+        let pins = Pins::new("both");
+        let mut maps = pins.maps();
+        let net = net("10.1.1.1/32");
+        maps.apply(&[MapOp::SetCidr(net, 3)]).unwrap();
+        maps.set_trie(net, 2).unwrap();
+        assert_eq!(maps.read().unwrap().cidrs, BTreeMap::from([(net, 3)]), "the hash is asked first");
+        maps.apply(&[MapOp::RemoveCidr(net)]).unwrap();
+        assert_eq!(maps.read().unwrap(), MapImage::default());
+    }
+
     #[test]
     fn a_slot_out_of_range_is_refused_by_name() {
         let pins = Pins::new("range");
         let mut maps = pins.maps();
         let (index, error) = maps.apply(&[MapOp::SetEndpoint(Slot(60_000), EndpointImage::default())]).unwrap_err();
-        assert_eq!((index, error.map, error.full), (0, "ENDPOINTS", true));
+        assert_eq!((index, error.map, error.refusal), (0, "ENDPOINTS", Refusal::Full));
     }
 }

@@ -1,4 +1,5 @@
-//! Which sandbox holds which endpoint slot, in a file so that the next agent finds the kernel's records again.
+//! Which sandbox holds which endpoint slot, in a file so that the next agent finds the kernel's records again; and in which directions
+//! it is policed, which an agent of another layout does not find in its maps.
 //!
 //! The file is replaced by rename without fsync: what it describes dies with the kernel's maps, so it need only survive
 //! this process.
@@ -67,12 +68,16 @@ impl Sandbox {
 struct Written<'a> {
     version: u32,
     endpoints: Vec<&'a Sandbox>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    policed: &'a BTreeMap<u16, [bool; 2]>,
 }
 
 #[derive(Deserialize)]
 struct File {
     version: u32,
     endpoints: Vec<Sandbox>,
+    #[serde(default)]
+    policed: BTreeMap<u16, [bool; 2]>,
 }
 
 /// The slot table.
@@ -80,6 +85,8 @@ struct File {
 pub(super) struct Slots {
     path: PathBuf,
     sandboxes: BTreeMap<u16, Sandbox>,
+    /// Ingress and egress of the sandboxes that are policed in one of them.
+    policed: BTreeMap<u16, [bool; 2]>,
     /// Freed slots whose flows are not collected yet: a new pod must not find them.
     cooling: Vec<u16>,
     /// Where the search for a free one goes on, so that a slot rests as long as possible.
@@ -90,23 +97,24 @@ impl Slots {
     /// Reads the table; none is an empty one.
     pub(super) fn open(state_dir: &Path) -> io::Result<Self> {
         let path = state_dir.join(ENDPOINTS);
-        let sandboxes = match fs::read(&path) {
+        let (sandboxes, mut policed) = match fs::read(&path) {
             Ok(bytes) => {
                 let file: File = serde_json::from_slice(&bytes)?;
                 if file.version != VERSION {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, format!("version {} is not {VERSION}", file.version)));
                 }
-                file.endpoints
+                (file.endpoints, file.policed)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 fs::create_dir_all(state_dir)?;
-                Vec::new()
+                (Vec::new(), BTreeMap::new())
             }
             Err(error) => return Err(error),
         };
         let sandboxes: BTreeMap<u16, Sandbox> = sandboxes.into_iter().map(|sandbox| (sandbox.slot, sandbox)).collect();
+        policed.retain(|slot, _| sandboxes.contains_key(slot));
         let next = sandboxes.last_key_value().map_or(1, |(slot, _)| slot + 1);
-        Ok(Self { path, sandboxes, cooling: Vec::new(), next })
+        Ok(Self { path, sandboxes, policed, cooling: Vec::new(), next })
     }
 
     pub(super) fn path(&self) -> String {
@@ -153,8 +161,27 @@ impl Slots {
     /// Takes a sandbox out; its slot cools until [`Self::cooled`].
     pub(super) fn release(&mut self, slot: Slot) -> Option<Sandbox> {
         let sandbox = self.sandboxes.remove(&slot.0)?;
+        self.policed.remove(&slot.0);
         self.cooling.push(slot.0);
         Some(sandbox)
+    }
+
+    /// The directions in which sandboxes are policed.
+    pub(super) fn policed(&self) -> impl Iterator<Item = (Slot, [bool; 2])> {
+        self.policed.iter().map(|(slot, directions)| (Slot(*slot), *directions))
+    }
+
+    /// Those of one.
+    pub(super) fn policed_in(&self, slot: Slot) -> [bool; 2] {
+        self.policed.get(&slot.0).copied().unwrap_or_default()
+    }
+
+    /// Notes the directions in which a sandbox is policed; true if that is new. Not in the file before [`Self::save`].
+    pub(super) fn note_policed(&mut self, slot: Slot, directions: [bool; 2]) -> bool {
+        if directions == [false; 2] || !self.sandboxes.contains_key(&slot.0) {
+            return self.policed.remove(&slot.0).is_some();
+        }
+        self.policed.insert(slot.0, directions) != Some(directions)
     }
 
     /// The slots that cool.
@@ -169,7 +196,7 @@ impl Slots {
 
     /// Writes the table.
     pub(super) fn save(&self) -> io::Result<()> {
-        let file = Written { version: VERSION, endpoints: self.sandboxes.values().collect() };
+        let file = Written { version: VERSION, endpoints: self.sandboxes.values().collect(), policed: &self.policed };
         let fresh = self.path.with_extension("json.new");
         fs::write(&fresh, serde_json::to_vec(&file)?)?;
         fs::rename(&fresh, &self.path)
@@ -224,6 +251,22 @@ mod tests {
         let again = Slots::open(dir.path()).unwrap();
         assert_eq!(again.of(&ContainerId::from("b")), Some(&second));
         assert_eq!(again.len(), 2);
+    }
+
+    #[test]
+    fn the_directions_in_which_a_sandbox_is_policed_go_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut slots = Slots::open(dir.path()).unwrap();
+        let [a, b] = ["a", "b"].map(|name| slots.assign(request(name)).unwrap().slot());
+        assert!(slots.note_policed(a, [true, false]) && !slots.note_policed(a, [true, false]));
+        assert!(slots.note_policed(b, [true, true]) && !slots.note_policed(Slot(99), [true, true]));
+        slots.save().unwrap();
+        let mut slots = Slots::open(dir.path()).unwrap();
+        assert_eq!(slots.policed().collect::<Vec<_>>(), [(a, [true, false]), (b, [true, true])]);
+        slots.release(a);
+        assert!(slots.note_policed(b, [false; 2]));
+        slots.save().unwrap();
+        assert_eq!(Slots::open(dir.path()).unwrap().policed().count(), 0);
     }
 
     #[test]

@@ -72,8 +72,8 @@ impl Actor {
 
     /// Writes to the kernel; with a failure, how many operations are missing.
     fn write(&mut self, ops: &[MapOp]) -> (usize, Result<(), MapError>) {
-        if ops.is_empty() {
-            return (0, Ok(()));
+        if self.note_policed(ops) {
+            self.save();
         }
         let first: BTreeSet<Slot> = ops.iter().filter_map(newly_isolated).filter(|slot| !self.isolated.contains(slot)).collect();
         self.seed(&first);
@@ -84,10 +84,35 @@ impl Actor {
             Ok(()) => {
                 let endpoints = &self.rules.image().endpoints;
                 self.isolated = endpoints.iter().filter(|(_, endpoint)| is_isolated(endpoint)).map(|(slot, _)| *slot).collect();
+                if self.synced && self.note_exactly_policed() {
+                    self.save();
+                }
                 (0, Ok(()))
             }
             Err((index, cause)) => (ops.len() - index, Err(cause)),
         }
+    }
+
+    /// Notes the directions in which pods will be policed beside those in which they are: before the kernel does, as this process may
+    /// end between the two. True if there is something new to save.
+    pub(super) fn note_policed(&mut self, ops: &[MapOp]) -> bool {
+        let mut is_new = false;
+        for op in ops {
+            let MapOp::SetEndpoint(slot, image) = op else { continue };
+            let ([was_ingress, was_egress], [ingress, egress]) = (self.slots.policed_in(*slot), image.isolated());
+            is_new |= self.slots.note_policed(*slot, [was_ingress || ingress, was_egress || egress]);
+        }
+        is_new
+    }
+
+    /// Notes the directions in which pods are policed, now that the kernel does as the engine says. Not before the cluster is known: until
+    /// then what the agent before noted holds.
+    pub(super) fn note_exactly_policed(&mut self) -> bool {
+        let mut is_new = false;
+        for (slot, image) in &self.rules.image().endpoints {
+            is_new |= self.slots.note_policed(*slot, image.isolated());
+        }
+        is_new
     }
 
     /// Gives pods that get their first policy the flows they have, from the kernel's connection tracking.
