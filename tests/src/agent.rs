@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 
 use crate::binaries::counters;
 use crate::netns::Netns;
+use crate::refusals::Refusals;
 use crate::wait::wait_for;
 
 /// A running agent; dropping it kills it.
@@ -29,6 +30,8 @@ pub(crate) struct Start {
     pub(crate) env: BTreeMap<String, String>,
     /// Gets stdout and stderr, appended.
     pub(crate) output: PathBuf,
+    /// What it may be refused.
+    pub(crate) refusals: Option<Refusals>,
 }
 
 impl Agent {
@@ -37,7 +40,13 @@ impl Agent {
         let mut command = Command::new(&start.program);
         command.args(&start.args).env_clear().envs(counters()).envs(&start.env).stdin(Stdio::null());
         command.stdout(output.try_clone()?).stderr(output);
-        let child = netns.spawn(&mut command).with_context(|| format!("start {}", start.program.display()))?;
+        let child = netns.run(|| {
+            if let Some(refusals) = &start.refusals {
+                refusals.install()?;
+            }
+            command.spawn()
+        })?;
+        let child = child.with_context(|| format!("start {}", start.program.display()))?;
         Ok(Self { child, output: start.output.clone() })
     }
 

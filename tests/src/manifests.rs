@@ -1,18 +1,47 @@
 //! The cluster's state as the agent reads it with `--manifests`: a directory that the lab writes as an API server would
 //! show it.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Value, json};
+
+use crate::fake_kube::FakeKube;
 
 /// The directory; a file an object, each replaced at once.
 #[derive(Clone, Debug)]
 pub struct Manifests {
     dir: PathBuf,
+    /// Shows the same objects, where it is asked for.
+    api: Arc<OnceLock<Api>>,
 }
+
+struct Api(FakeKube);
+
+impl fmt::Debug for Api {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Api")
+    }
+}
+
+/// Where an API server has the objects of a kind; `None` for kinds that the lab's server does not show.
+fn collection(kind: &str) -> Option<&'static str> {
+    Some(match kind {
+        "Pod" => "/api/v1/pods",
+        "Node" => "/api/v1/nodes",
+        "Namespace" => "/api/v1/namespaces",
+        "NetworkPolicy" => "/apis/networking.k8s.io/v1/networkpolicies",
+        _ => return None,
+    })
+}
+
+/// Collections that are there and empty.
+const EMPTY: [&str; 4] =
+    ["/api/v1/configmaps", "/api/v1/services", "/apis/discovery.k8s.io/v1/endpointslices", "/apis/events.k8s.io/v1/events"];
 
 /// A container as a pod's spec lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +81,25 @@ impl Manifests {
     /// Makes the directory.
     pub fn create(dir: PathBuf) -> io::Result<Self> {
         fs::create_dir_all(&dir)?;
-        Ok(Self { dir })
+        Ok(Self { dir, api: Arc::default() })
+    }
+
+    /// An API server that shows what the directory has, from now on and as it changes: a file an object.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn api(&self) -> io::Result<FakeKube> {
+        if let Some(Api(kube)) = self.api.get() {
+            return Ok(kube.clone());
+        }
+        let kube = FakeKube::default();
+        for name in EMPTY.into_iter().chain(["Pod", "Node", "Namespace", "NetworkPolicy"].into_iter().filter_map(collection)) {
+            kube.serve_collection(name);
+        }
+        for entry in fs::read_dir(&self.dir)? {
+            show(&kube, &fs::read_to_string(entry?.path())?)?;
+        }
+        Ok(self.api.get_or_init(|| Api(kube)).0.clone())
     }
 
     /// Where it is.
@@ -122,7 +169,15 @@ impl Manifests {
 
     /// Removes a file.
     pub fn delete(&self, file: &str) -> io::Result<()> {
-        fs::remove_file(self.dir.join(file))
+        let path = self.dir.join(file);
+        if let Some(Api(kube)) = self.api.get() {
+            let object: Value = parsed(&fs::read_to_string(&path)?)?;
+            if let Some(collection) = object["kind"].as_str().and_then(collection) {
+                let part = |name: &str| object["metadata"][name].as_str().unwrap_or_default().to_owned();
+                kube.delete(collection, &format!("{}/{}", part("namespace"), part("name")));
+            }
+        }
+        fs::remove_file(path)
     }
 
     fn pod_file(namespace: &str, name: &str) -> String {
@@ -133,6 +188,22 @@ impl Manifests {
     fn write(&self, file: &str, text: &str) -> io::Result<()> {
         let temporary = self.dir.join(format!(".{file}.new"));
         fs::write(&temporary, text)?;
-        fs::rename(temporary, self.dir.join(file))
+        fs::rename(temporary, self.dir.join(file))?;
+        match self.api.get() {
+            Some(Api(kube)) => show(kube, text),
+            None => Ok(()),
+        }
     }
+}
+
+fn parsed(text: &str) -> io::Result<Value> {
+    serde_saphyr::from_str(text).map_err(io::Error::other)
+}
+
+fn show(kube: &FakeKube, text: &str) -> io::Result<()> {
+    let object = parsed(text)?;
+    if let Some(collection) = object["kind"].as_str().and_then(collection) {
+        kube.put(collection, object);
+    }
+    Ok(())
 }

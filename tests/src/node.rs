@@ -1,10 +1,11 @@
 //! A node: a network namespace with an instance's interfaces, its agent, and its pods.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -17,10 +18,12 @@ use crate::binaries::Binaries;
 use crate::cables::Cables;
 use crate::cluster::SOON;
 use crate::container_log::ContainerLog;
+use crate::fake_kube::FakeKube;
 use crate::manifests::{ContainerSpec, Manifests, PodManifest};
 use crate::netns::Netns;
 use crate::pod::{PluginReply, Pod, PodSpec, Sandbox, call_plugin, plugin_command};
 use crate::probe::{End, Servers};
+use crate::refusals::Refusals;
 use crate::router::IMDS_ADDRESS;
 use crate::wait::wait_for;
 
@@ -53,6 +56,10 @@ pub(crate) struct Inner {
     pub(crate) aws_env: BTreeMap<String, String>,
     pub(crate) pods: AtomicU32,
     pub(crate) cables: Cables,
+    /// The API server that its agents read, if not the manifests.
+    pub(crate) kubeconfig: OnceLock<PathBuf>,
+    /// What its agents may be refused.
+    pub(crate) refusals: OnceLock<Refusals>,
 }
 
 /// A pod that was scheduled here and is not connected yet.
@@ -156,6 +163,11 @@ impl Node {
         End { name: format!("node:{}", self.name()), netns: self.netns().clone(), address: self.primary() }
     }
 
+    /// What the node's agents can be refused: those that are started from now on.
+    pub fn refusals(&self) -> &Refusals {
+        self.inner.refusals.get_or_init(Refusals::default)
+    }
+
     /// Starts the real agent in the node's namespace with aws-node's environment names; what is given is added.
     pub fn start_agent(&self, settings: &[(&str, &str)]) -> anyhow::Result<Agent> {
         self.start_agent_with(settings, &[])
@@ -175,7 +187,29 @@ impl Node {
     /// As [`Node::start_agent`], with the binary of another build.
     pub fn start_other_agent(&self, program: &Path, settings: &[(&str, &str)]) -> anyhow::Result<Agent> {
         let manifests = self.inner.manifests.dir().display().to_string();
-        self.start_build(program, ("--manifests", &manifests), settings, &[])
+        match self.inner.kubeconfig.get() {
+            Some(kubeconfig) => self.start_build(program, ("--kubeconfig", &kubeconfig.display().to_string()), settings, &[]),
+            None => self.start_build(program, ("--manifests", &manifests), settings, &[]),
+        }
+    }
+
+    /// From now on [`Node::start_other_agent`] gives the agents an API server of this node's that shows the manifests.
+    ///
+    /// # Errors
+    /// It cannot be served.
+    pub fn reads_an_api_server(&self) -> anyhow::Result<FakeKube> {
+        let kube = self.inner.manifests.api()?;
+        let listener = self.netns().tcp_listener((Ipv4Addr::LOCALHOST, 0).into())?;
+        let config = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts: [{{name: c, context: {{cluster: k, user: u}}}}]\n\
+             clusters: [{{name: k, cluster: {{server: \"http://{}\"}}}}]\nusers: [{{name: u, user: {{token: t}}}}]\n",
+            listener.local_addr()?
+        );
+        let path = self.inner.dir.join("kubeconfig");
+        std::fs::write(&path, config)?;
+        tokio::spawn(kube.clone().serve(listener));
+        self.inner.kubeconfig.get_or_init(|| path);
+        Ok(kube)
     }
 
     fn start_build(
@@ -207,6 +241,7 @@ impl Node {
             args: std::iter::once("agent".to_owned()).chain(args.into_iter().flat_map(|(k, v)| [k.to_owned(), v])).collect(),
             env,
             output: self.agent_output(),
+            refusals: self.inner.refusals.get().cloned(),
         };
         Agent::start(self.netns(), &start)
     }
@@ -216,6 +251,21 @@ impl Node {
         let told = [("MY_NODE_NAME", self.name()), ("CLUSTER_NAME", CLUSTER_NAME)];
         let aws = self.inner.aws_env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         aws.chain(told).map(|(name, value)| format!("{name}={value}")).collect()
+    }
+
+    /// The text of the agent's `:61678/metrics`.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn metrics(&self) -> anyhow::Result<String> {
+        let text = self.netns().run(|| -> std::io::Result<String> {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, 61_678))?;
+            stream.set_read_timeout(Some(SOON))?;
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text).map(|_| text)
+        })?;
+        Ok(text?)
     }
 
     /// Waits until the agent says that a pod could be connected.

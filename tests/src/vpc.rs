@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
@@ -224,6 +225,8 @@ impl Vpc {
                 aws_env: aws_env(&self.cloud.region(), &format!("http://{EC2_ADDRESS}"), &format!("http://{LOGS_ADDRESS}")),
                 pods: AtomicU32::new(0),
                 cables: self.cables.clone(),
+                kubeconfig: OnceLock::new(),
+                refusals: OnceLock::new(),
             }),
         })
     }

@@ -1,10 +1,8 @@
 //! The metric settings of the real agent: each shows in what it tells.
 #![allow(clippy::unwrap_used, reason = "a test panics")]
 
-use std::io::{Read as _, Write as _};
-use std::net::{TcpStream, UdpSocket};
+use std::net::UdpSocket;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use axum::Router;
@@ -22,18 +20,6 @@ fn documents(cluster: &Cluster, group: &str) -> Vec<Value> {
     let cloud = cluster.vpc().cloud();
     let events = cloud.events(&format!("/aws/containerinsights/{CLUSTER_NAME}/{group}"), "node1");
     events.iter().map(|event| serde_json::from_str(&event.message).unwrap()).collect()
-}
-
-/// The text of :61678/metrics.
-fn scrape(node: &Node) -> anyhow::Result<String> {
-    node.netns().run(|| {
-        let mut stream = TcpStream::connect("127.0.0.1:61678")?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node1\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })?
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -65,7 +51,7 @@ async fn every_metric_setting_shows() {
     let metrics = pod["CloudWatchMetrics"].to_string();
     assert!(metrics.contains("\"pod_status_running\"") && !metrics.contains("\"pod_status_ready\""), "{metrics}");
     let node = cluster.node(0);
-    let text = scrape(node).expect("the metrics listener answers");
+    let text = node.metrics().expect("the metrics listener answers");
     for name in ["node_load1 ", "node_memory_MemTotal_bytes ", "awscni_connmark_backend{backend=\"nftables\"} 1"] {
         assert!(text.contains(name), "{name} in {text}");
     }
@@ -127,7 +113,7 @@ async fn what_is_asked_over_http_is_asked() {
     });
     cluster.vpc().manifests().apply("pod-x-scraped.json", &pod.to_string()).expect("written");
     wait_for("each of them to be counted", SOON, || async {
-        let text = scrape(node)?;
+        let text = node.metrics()?;
         let missing =
             ["kubelet_summaries_total{outcome=\"read\"}", "otlp_requests_total{outcome=\"sent\"}", "scrapes_total{outcome=\"read\"}"]
                 .into_iter()

@@ -11,7 +11,7 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, RngExt as _};
 use tokio::time::sleep;
 
-use crate::chaos::{GUARDED, NODE, World};
+use crate::chaos::{GUARDED, NODE, ONLY_FRIEND, VERDICTS, World};
 use crate::cluster::SOON;
 use crate::fake_aws::{Chaos, Effect, Fault as Scripted};
 use crate::netns::ip_batch;
@@ -43,6 +43,14 @@ pub(super) enum Fault {
     DiskFull(Duration),
     /// The agent may open no more files.
     NoFiles(Duration),
+    /// The kernel takes no entries into BPF maps: it has no memory, or says that they are full.
+    NoEntries { errno: i32, lasts: Duration },
+    /// The map of verdicts is full, with a policy's entries.
+    MapFull(Duration),
+    /// The agent's netlink sockets and requests fail.
+    Netlink(Duration),
+    /// The API server refuses everything, or ends every watch as soon as it has told what is there.
+    Api { outage: bool, lasts: Duration },
 }
 
 impl Fault {
@@ -50,7 +58,7 @@ impl Fault {
     pub(super) fn draw(rng: &mut StdRng) -> Self {
         let mut lasts = |most: u64| Duration::from_millis(rng.random_range(0..most));
         let (short, long) = (lasts(1_000), lasts(3_000));
-        match rng.random_range(0..12) {
+        match rng.random_range(0..16) {
             0 => Self::Kill(short),
             1 => Self::Terminate(short),
             2 => Self::Freeze(long),
@@ -62,7 +70,11 @@ impl Fault {
             8 => Self::RouteGone(short),
             9 => Self::TablesGone(short),
             10 => Self::DiskFull(long),
-            _ => Self::NoFiles(long),
+            11 => Self::NoFiles(long),
+            12 => Self::NoEntries { errno: if rng.random_bool(0.7) { libc::ENOMEM } else { libc::E2BIG }, lasts: long },
+            13 => Self::MapFull(long),
+            14 => Self::Netlink(long),
+            _ => Self::Api { outage: rng.random_bool(0.5), lasts: long },
         }
     }
 
@@ -84,6 +96,12 @@ impl Fault {
             Self::TablesGone(for_) => ("nft tables deleted", for_),
             Self::DiskFull(for_) => ("disk full", for_),
             Self::NoFiles(for_) => ("no file descriptors", for_),
+            Self::NoEntries { errno: libc::ENOMEM, lasts } => ("no memory for map entries", lasts),
+            Self::NoEntries { lasts, .. } => ("map entries refused", lasts),
+            Self::MapFull(for_) => ("verdict map full", for_),
+            Self::Netlink(for_) => ("netlink fails", for_),
+            Self::Api { outage: true, lasts } => ("API server away", lasts),
+            Self::Api { lasts, .. } => ("watches cut", lasts),
         }
     }
 }
@@ -176,6 +194,38 @@ impl World {
                 limit_files(pid, Some(&open.to_string()))?;
                 sleep(lasts).await;
                 limit_files(pid, Some(&before))?;
+            }
+            Fault::NoEntries { errno, lasts } => {
+                node.refusals().refuse_map_updates(0, errno);
+                self.churn().await?;
+                sleep(lasts).await;
+                node.refusals().lift();
+            }
+            Fault::MapFull(lasts) => {
+                let ports: Vec<String> = (0..VERDICTS + 50).map(|n| format!("{{port: {}}}", 1_001 + 2 * n)).collect();
+                let more = format!("ingress: [{{ports: [{}]}}, {{from:", ports.join(", "));
+                let text = ONLY_FRIEND.replace("name: only-b", "name: full").replace("ingress: [{from:", &more);
+                self.cluster.vpc().manifests().apply("full.yaml", &text)?;
+                sleep(lasts).await;
+                self.cluster.vpc().manifests().delete("full.yaml")?;
+            }
+            Fault::Netlink(lasts) => {
+                node.refusals().refuse_netlink(libc::ENOBUFS);
+                sleep(lasts).await;
+                node.refusals().lift();
+            }
+            Fault::Api { outage, lasts } => {
+                if outage {
+                    self.api.outage(Some(503));
+                    self.api.disconnect();
+                } else {
+                    self.api.cut_watches(true);
+                    self.api.compact(false);
+                }
+                self.churn().await?;
+                sleep(lasts).await;
+                self.api.outage(None);
+                self.api.cut_watches(false);
             }
         }
         Ok(())

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use stanchion_ebpf_abi::map_name;
 use tokio::task::JoinSet;
 
 use crate::chaos::disk::SmallDisk;
@@ -25,6 +26,8 @@ use crate::chaos::witness::Intruder;
 use crate::cloudwatch::Delivered;
 use crate::cluster::{Cluster, SOON};
 use crate::container_log::Output;
+use crate::datapath::layout::shrink;
+use crate::fake_kube::FakeKube;
 use crate::pod::{Pod, PodSpec};
 use crate::probe::{Conversation, Protocol};
 use crate::wait::wait_for;
@@ -40,6 +43,8 @@ kind: NetworkPolicy
 metadata: {namespace: x, name: only-b}
 spec: {podSelector: {matchLabels: {app: a}}, ingress: [{from: [{podSelector: {matchLabels: {app: b}}}]}]}
 ";
+/// Room of the node's map of verdicts: what it needs, and little more.
+const VERDICTS: u32 = 200;
 /// Lines that the guarded pod writes in a storm.
 const LINES: u32 = 120;
 /// Churning pods at the same time, at most.
@@ -111,6 +116,8 @@ pub async fn run(seed: u64, until: Until, say: impl Fn(&str)) -> anyhow::Result<
 struct World {
     // Before the cluster, whose directory it is mounted in.
     disk: SmallDisk,
+    /// What the node's agent reads.
+    api: FakeKube,
     intruder: Intruder,
     talk: Conversation,
     cluster: Cluster,
@@ -128,6 +135,10 @@ impl World {
         let mut cluster = Cluster::start(&["m5.large", "t3.small"], &settings).await?;
         cluster.agent(NODE)?.kill()?;
         let disk = SmallDisk::over(&cluster.node(NODE).state_dir())?;
+        let api = cluster.node(NODE).reads_an_api_server()?;
+        // Its agents can be refused things from here on.
+        cluster.node(NODE).refusals();
+        shrink(cluster.node(NODE).bpf_dir(), map_name::VERDICTS, VERDICTS)?;
         cluster.start_agent(NODE).await?;
         cluster.vpc().manifests().apply("only-b.yaml", ONLY_FRIEND)?;
         for (node, name) in [(NODE, "a-0"), (1, "b-0"), (1, "c-0")] {
@@ -140,7 +151,7 @@ impl World {
         let mut report = Report::default();
         report.held[0] = Held::of(cluster.agent(NODE)?.pid())?;
         let rng = StdRng::seed_from_u64(seed);
-        Ok(Self { disk, intruder, talk, cluster, rng, churned: Vec::new(), starting: JoinSet::new(), named: 0, report })
+        Ok(Self { disk, api, intruder, talk, cluster, rng, churned: Vec::new(), starting: JoinSet::new(), named: 0, report })
     }
 
     /// A few faults in a row, pods coming and going, lines being written. Says what was done.
@@ -226,6 +237,7 @@ impl World {
     async fn calm(&mut self) -> anyhow::Result<()> {
         self.cluster.vpc().cloud().clear_faults();
         self.disk.empty()?;
+        self.cluster.node(NODE).refusals().lift();
         self.collect(true).await?;
         let node = self.cluster.node(NODE).clone();
         node.ready(self.cluster.agent(NODE)?, SOON).await?;
@@ -257,6 +269,16 @@ impl World {
         Ok(())
     }
 
+    /// An agent that starts now finds the maps as it would have written them.
+    async fn restart_writes_nothing(&mut self) -> anyhow::Result<()> {
+        self.cluster.agent(NODE)?.kill()?;
+        self.cluster.start_agent(NODE).await?;
+        let text = self.cluster.node(NODE).metrics()?;
+        let writes = text.lines().find_map(|line| line.strip_prefix("stanchion_policy_map_writes_total "));
+        ensure!(writes == Some("0"), "a restart wrote to the policy maps: {writes:?}");
+        Ok(())
+    }
+
     /// Ends every pod and looks for what is left.
     async fn end(mut self) -> anyhow::Result<Report> {
         let node = self.cluster.node(NODE).clone();
@@ -272,6 +294,7 @@ impl World {
             Ok(held)
         })
         .await?;
+        self.restart_writes_nothing().await?;
         let intrusions = self.intruder.stop();
         ensure!(intrusions.got_through == 0, "{} connections got past the policy", intrusions.got_through);
         self.report.intrusions = intrusions.attempts;
