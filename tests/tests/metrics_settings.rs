@@ -12,7 +12,7 @@ use axum::routing::{get, post};
 use serde_json::Value;
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::fake_aws::signed_scope;
-use stanchion_lab::node::{ACCESS_KEY, CLUSTER_NAME, Node};
+use stanchion_lab::node::{ACCESS_KEY, CLUSTER_NAME};
 use stanchion_lab::pod::PodSpec;
 use stanchion_lab::wait::wait_for;
 
