@@ -12,8 +12,10 @@ use stanchion_core::logs::names::ContainerRef;
 use stanchion_core::logs::positions::{Fingerprint, Position};
 use stanchion_core::logs::record::RecordWriter;
 use stanchion_core::logs::settings::LogSettings;
+use tracing::warn;
 
 use super::counters::LogCounters;
+use super::discover::Unread;
 use super::source::Source;
 use super::streams::{StreamId, Streams};
 
@@ -122,6 +124,8 @@ pub(super) struct Container {
     pub(super) open_bytes: usize,
     /// A file of the node itself, by which entry of the settings.
     pub(super) host: Option<usize>,
+    /// Rotated files that could not be opened, and why.
+    pub(super) unopened: Vec<(PathBuf, String)>,
 }
 
 /// What reading needs besides the container.
@@ -158,6 +162,16 @@ impl Context<'_> {
 }
 
 impl Container {
+    /// Goes on without rotated files that cannot be opened, and says so; how many.
+    pub(super) fn pass_over(&mut self, unread: Unread) -> u64 {
+        let count = unread.len() as u64;
+        for (path, error) in unread {
+            warn!(path = %path.display(), %error, "a rotated file cannot be opened: lines of it that were not read before are lost");
+            self.unopened.push((path, error.to_string()));
+        }
+        count
+    }
+
     /// Takes the block that begins at the generation's offset; returns how many bytes of it were used. A line that the block
     /// cuts off is left for the next read, unless it fills the whole block: then it is taken in pieces.
     pub(super) fn take_block(&mut self, index: usize, block: &[u8], full: bool, context: &mut Context<'_>) -> usize {

@@ -1,6 +1,6 @@
 //! Which log files there are: the flat directory of links, or the tree of pods.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::DirEntry;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,8 +21,16 @@ pub(super) struct Found {
     pub(super) host: Option<usize>,
 }
 
+/// What cannot be read, and why: of it nothing is known, and of the rest all.
+pub(super) type Unread = BTreeMap<PathBuf, io::Error>;
+
+/// The process or the kernel has no room for what was asked: it would fail for any other file too.
+pub(super) fn is_want_of_room(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+}
+
 /// Lists the live log files under `dir`; `known` names need no resolving. A link whose file does not exist is left out.
-pub(super) fn list(dir: &Path, settings: &LogSettings, known: &HashMap<String, PathBuf>) -> io::Result<Vec<Found>> {
+pub(super) fn list(dir: &Path, settings: &LogSettings, known: &HashMap<String, PathBuf>, unread: &mut Unread) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
@@ -39,11 +47,11 @@ pub(super) fn list(dir: &Path, settings: &LogSettings, known: &HashMap<String, P
                 found.push(Found { live, file_name: name.to_owned(), names, host: None });
             }
         } else if name.contains('_') && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            pod_dir(&entry.path(), name, settings, &mut found)?;
+            pod_dir(&entry.path(), name, settings, &mut found, unread)?;
         }
     }
     for (index, entry) in settings.host_files.iter().enumerate() {
-        host_files(index, &entry.path, &mut found)?;
+        host_files(index, &entry.path, &mut found, unread)?;
     }
     found.sort_by(|a, b| a.live.cmp(&b.live));
     found.dedup_by(|a, b| a.live == b.live);
@@ -63,8 +71,21 @@ fn names_of_flat(name: &str, live: &Path) -> Option<ContainerRef> {
     Some(names)
 }
 
-/// Entries of a directory; one that is not there has none. Any other error is one: a file that is not seen because the
-/// process has no descriptor left to list with would be a lost file.
+/// Entries of a directory, or word that it cannot be listed: others are not to wait for it.
+///
+/// # Errors
+/// There is no room to list anything: a file that is not seen because the process has no descriptor left would be a lost file.
+fn entries_if_readable(dir: &Path, unread: &mut Unread) -> io::Result<Vec<DirEntry>> {
+    entries(dir).or_else(|error| {
+        if is_want_of_room(&error) {
+            return Err(error);
+        }
+        unread.insert(dir.to_owned(), error);
+        Ok(Vec::new())
+    })
+}
+
+/// Entries of a directory; one that is not there has none.
 fn entries(dir: &Path) -> io::Result<Vec<DirEntry>> {
     match std::fs::read_dir(dir) {
         Ok(entries) => entries.collect(),
@@ -73,11 +94,11 @@ fn entries(dir: &Path) -> io::Result<Vec<DirEntry>> {
     }
 }
 
-fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Found>) -> io::Result<()> {
-    for container in entries(path)? {
+fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Found>, unread: &mut Unread) -> io::Result<()> {
+    for container in entries_if_readable(path, unread)? {
         let container_name = container.file_name();
         let Some(names) = container_name.to_str().and_then(|container| parse_pod_dir(name, container)) else { continue };
-        for file in entries(&container.path())? {
+        for file in entries_if_readable(&container.path(), unread)? {
             let file_name = file.file_name();
             let Some(number) = file_name.to_str().and_then(|file| file.strip_suffix(".log")) else { continue };
             let flat = format!("{}_{}_{}-{}-{number}.log", names.pod, names.namespace, names.container, names.uid);
@@ -91,9 +112,9 @@ fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Foun
     Ok(())
 }
 
-fn host_files(index: usize, path: &str, found: &mut Vec<Found>) -> io::Result<()> {
+fn host_files(index: usize, path: &str, found: &mut Vec<Found>, unread: &mut Unread) -> io::Result<()> {
     let Some((dir, pattern)) = path.rsplit_once('/') else { return Ok(()) };
-    for entry in entries(Path::new(if dir.is_empty() { "/" } else { dir }))? {
+    for entry in entries_if_readable(Path::new(if dir.is_empty() { "/" } else { dir }), unread)? {
         let name = entry.file_name();
         if let Some(name) = name.to_str()
             && glob(pattern, name)
@@ -142,21 +163,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_that_cannot_be_listed_is_an_error_and_not_an_empty_one() {
+    fn a_directory_that_cannot_be_listed_is_told_and_not_an_empty_one() {
         let dir = tempfile::tempdir().unwrap();
         let in_the_way = dir.path().join("pods");
         let rotated = |path: &Path| Siblings::default().rotated(&path.join("0.log"));
         assert_eq!(rotated(&in_the_way).unwrap(), [], "not there");
         std::fs::write(&in_the_way, "a file").unwrap();
         assert_eq!(rotated(&in_the_way).unwrap_err().kind(), io::ErrorKind::NotADirectory);
-        let host = |path: &Path| host_files(0, &path.join("*.log").display().to_string(), &mut Vec::new());
-        assert_eq!(host(&in_the_way).unwrap_err().kind(), io::ErrorKind::NotADirectory);
-        host(&dir.path().join("none")).unwrap();
-        assert_eq!(
-            pod_dir(&in_the_way, "ns_pod_uid", &LogSettings::new(stanchion_core::logs::record::Layout::Raw), &mut Vec::new())
-                .unwrap_err()
-                .kind(),
-            io::ErrorKind::NotADirectory
-        );
+        let told = |list: &dyn Fn(&mut Unread)| {
+            let mut unread = Unread::default();
+            list(&mut unread);
+            unread.into_iter().map(|(path, error)| (path, error.kind())).collect::<Vec<_>>()
+        };
+        let host = |path: &Path| {
+            let path = path.join("*.log").display().to_string();
+            told(&|unread| host_files(0, &path, &mut Vec::new(), unread).unwrap())
+        };
+        assert_eq!(host(&in_the_way), [(in_the_way.clone(), io::ErrorKind::NotADirectory)]);
+        assert_eq!(host(&dir.path().join("none")), []);
+        let settings = LogSettings::new(stanchion_core::logs::record::Layout::Raw);
+        let pod = told(&|unread| pod_dir(&in_the_way, "ns_pod_uid", &settings, &mut Vec::new(), unread).unwrap());
+        assert_eq!(pod, [(in_the_way, io::ErrorKind::NotADirectory)]);
+        assert!(is_want_of_room(&io::Error::from_raw_os_error(libc::EMFILE)));
     }
 }

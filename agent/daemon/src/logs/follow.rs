@@ -8,16 +8,17 @@ use stanchion_core::logs::positions::Position;
 use stanchion_core::logs::settings::ReadFrom;
 
 use super::container::Container;
-use super::discover::Siblings;
+use super::discover::{Siblings, Unread, is_want_of_room};
 use super::source::Source;
 
-/// Opens what of a container's family has unacknowledged bytes, oldest first.
+/// Opens what of a container's family has unacknowledged bytes, oldest first; what of it cannot be opened is told in `unread`.
 pub(super) fn open_generations(
     container: &mut Container,
     positions: &[Position],
     begin: ReadFrom,
     siblings: &mut Siblings,
     now_ms: i64,
+    unread: &mut Unread,
 ) -> io::Result<()> {
     let mut family = Vec::new();
     for (rotated, path) in siblings.rotated(&container.live)? {
@@ -28,7 +29,8 @@ pub(super) fn open_generations(
             Ok(source) => family.push((source, true, rotated.gz)),
             // Compressed or deleted since the listing; its bytes may be gone, or in the next sweep's listing.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+            Err(error) if is_want_of_room(&error) => return Err(error),
+            Err(error) => drop(unread.insert(path, error)),
         }
     }
     family.push((Source::open(&container.live)?, false, false));
@@ -68,8 +70,8 @@ pub(super) fn open_generations(
 }
 
 /// The live path may name another file than the newest generation: then that was renamed, perhaps more than once. True
-/// when there is something new.
-pub(super) fn follow(container: &mut Container, now_ms: i64) -> io::Result<bool> {
+/// when there is something new. A sibling that cannot be opened is told in `unread`, once.
+pub(super) fn follow(container: &mut Container, now_ms: i64, unread: &mut Unread) -> io::Result<bool> {
     let metadata = std::fs::metadata(&container.live)?;
     container.gone_ms = None;
     let newest = container.generations.back();
@@ -84,7 +86,15 @@ pub(super) fn follow(container: &mut Container, now_ms: i64) -> io::Result<bool>
         if container.known_rotated.contains(&rotated.suffix) {
             continue;
         }
-        let missed = if rotated.gz { Source::open_gz(&path)? } else { Source::open(&path)? };
+        let missed = match if rotated.gz { Source::open_gz(&path) } else { Source::open(&path) } {
+            Ok(missed) => missed,
+            Err(error) if error.kind() == io::ErrorKind::NotFound || is_want_of_room(&error) => return Err(error),
+            Err(error) => {
+                unread.insert(path, error);
+                container.known_rotated.insert(rotated.suffix);
+                continue;
+            }
+        };
         let identity = missed.identity()?;
         // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already.
         let known = if rotated.gz {

@@ -113,7 +113,7 @@ pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
 pub struct ShipReport {
     /// Totals.
     pub counters: LogCounters,
-    /// Files that could not be read, with the reason.
+    /// Files and directories that could not be read, with the reason.
     pub failed: Vec<(String, String)>,
 }
 
@@ -153,6 +153,6 @@ pub async fn ship_once<S: LogSink>(
         }
     }
     let snapshot = tailer.snapshot(clock.now());
-    let failed = snapshot.files.into_iter().filter_map(|file| Some((file.path, file.last_error?))).collect();
+    let failed = snapshot.files.into_iter().filter_map(|file| Some((file.path, file.last_error?))).chain(tailer.unread()).collect();
     Ok(ShipReport { counters: snapshot.counters, failed })
 }

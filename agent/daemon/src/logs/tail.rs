@@ -131,6 +131,8 @@ pub struct Tailer {
     decoders: Decoders,
     watches: Watches,
     journals: journal::Journals,
+    /// Directories that could not be listed at the last sweep, and why.
+    unread: BTreeMap<PathBuf, String>,
 }
 
 impl Tailer {
@@ -176,6 +178,7 @@ impl Tailer {
             decoders: Decoders::default(),
             watches: Watches::default(),
             journals: journal::Journals::default(),
+            unread: BTreeMap::new(),
         }
     }
 

@@ -31,6 +31,13 @@ impl Tailer {
         Positions { version: VERSION, node: self.parts.node.clone(), files }
     }
 
+    /// What could not be read although it is there, beside files that are followed: directories, rotated files; with the reason.
+    pub fn unread(&self) -> impl Iterator<Item = (String, String)> {
+        let directories = self.unread.iter();
+        let files = self.containers.values().flat_map(|container| &container.unopened).map(|(path, error)| (path, error));
+        directories.chain(files).map(|(path, error)| (path.display().to_string(), error.clone()))
+    }
+
     /// The state for people.
     pub fn snapshot(&self, now: Now) -> LogsSnapshot {
         let mut files = Vec::new();

@@ -10,7 +10,7 @@ use stanchion_core::logs::settings::ReadFrom;
 use tracing::{info, warn};
 
 use super::super::container::Container;
-use super::super::discover::{self, Found, Siblings};
+use super::super::discover::{self, Found, Siblings, Unread};
 use super::super::follow::{follow, open_generations};
 use super::{METADATA_WAIT_MS, Now, ROTATE_WAIT_MS, Tailer};
 
@@ -21,7 +21,8 @@ impl Tailer {
     /// # Errors
     /// The directory cannot be listed; nothing changed then.
     pub fn scan(&mut self, now: Now) -> io::Result<()> {
-        let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name)?;
+        let mut unread = Unread::default();
+        let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name, &mut unread)?;
         let mut unopened = HashSet::new();
         let mut siblings = Siblings::default();
         for found in found {
@@ -39,13 +40,26 @@ impl Tailer {
         // What follows appears while we are here: it is read from its first byte.
         self.begin = ReadFrom::Head;
         self.fresh = false;
-        self.restored.retain(|path, _| unopened.contains(path));
+        // What is in a directory that cannot be listed may be there.
+        self.restored.retain(|path, _| !unread.is_empty() || unopened.contains(path));
+        self.tell_unread(unread);
         let ids: Vec<_> = self.containers.keys().copied().collect();
         for id in ids {
             self.check_gone(id, now);
         }
         self.evict(now);
         Ok(())
+    }
+
+    /// Directories are told until they can be listed, and said once.
+    fn tell_unread(&mut self, unread: Unread) {
+        for (path, error) in &unread {
+            self.counters.file_errors += 1;
+            if !self.unread.contains_key(path) {
+                warn!(path = %path.display(), %error, "cannot list log files; tried again at every sweep");
+            }
+        }
+        self.unread = unread.into_iter().map(|(path, error)| (path, error.to_string())).collect();
     }
 
     pub(super) fn begin_container(&mut self, found: Found, siblings: &mut Siblings, now: Now) {
@@ -71,10 +85,13 @@ impl Tailer {
             watched: false,
             open_bytes: 0,
             host: found.host,
+            unopened: Vec::new(),
         };
         let positions = self.restored.remove(&container.live).unwrap_or_default();
-        match open_generations(&mut container, &positions, self.begin, siblings, now.mono) {
+        let mut unread = Unread::default();
+        match open_generations(&mut container, &positions, self.begin, siblings, now.mono, &mut unread) {
             Ok(()) => {
+                self.counters.file_errors += container.pass_over(unread);
                 self.next_container += 1;
                 self.identify(&mut container);
                 info!(path = %container.live.display(), generations = container.generations.len(), "following");
@@ -96,7 +113,10 @@ impl Tailer {
 
     pub(super) fn follow_rotation(&mut self, id: u64, now: Now) {
         let Some(container) = self.containers.get_mut(&id) else { return };
-        match follow(container, now.mono) {
+        let mut unread = Unread::default();
+        let result = follow(container, now.mono, &mut unread);
+        self.counters.file_errors += container.pass_over(unread);
+        match result {
             Ok(false) => {}
             Ok(true) => {
                 self.positions_dirty = true;
@@ -112,7 +132,7 @@ impl Tailer {
 
     pub(super) fn check_gone(&mut self, id: u64, now: Now) {
         let Some(container) = self.containers.get_mut(&id) else { return };
-        if container.gone_ms.is_none() && !container.live.exists() {
+        if container.gone_ms.is_none() && container.live.try_exists().is_ok_and(|exists| !exists) {
             container.gone_ms = Some(now.mono);
             for generation in container.generations.iter_mut().filter(|generation| generation.rotated_ms.is_none()) {
                 generation.rotated_ms = Some(now.mono);
