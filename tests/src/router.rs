@@ -23,7 +23,7 @@ pub const MTU: u32 = 9001;
 /// The metadata service's address, as every instance sees it.
 pub const IMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
-/// The router's address on every cable, where the VPC has IPv6.
+/// The router's address on every cable, where the VPC has IPv6; beside AWS's own.
 pub const ROUTER_IPV6: &str = "fe80::1";
 
 const TABLE: &str = "stanchion_lab";
@@ -197,7 +197,9 @@ impl Router {
             wire.gateway()
         );
         if self.has_ipv6 {
-            writeln!(lines, "addr add {ROUTER_IPV6}/64 dev {name} nodad")?;
+            for address in [ROUTER_IPV6, "fe80:ec2::1"] {
+                writeln!(lines, "addr add {address}/64 dev {name} nodad")?;
+            }
             writeln!(lines, "neigh add {} lladdr {mac} nud permanent dev {name}", wire.link_local())?;
         }
         lines.extend(wire.secondary.iter().map(|net| route("add", wire, *net)));

@@ -5,6 +5,7 @@ mod cni_support;
 
 use cni_support::{Site, attachment, ip, recorded, run};
 use serde_json::{Value, json};
+use stanchion_core::network::host_veth_name;
 use stanchion_lab::binaries::counters;
 use stanchion_proto as wire;
 use tonic::Status;
@@ -79,6 +80,68 @@ async fn an_ipv6_pod_has_its_address_at_once() {
     assert_eq!(site.picture(), before);
     let rules = ip(&site.node.0, &["-6", "rule"]);
     assert!(!rules.to_string().contains("2001:db8::9"), "{rules}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ipv6_pod_of_several_interfaces_answers_on_each() {
+    const ADDRESSES: [&str; 2] = ["2001:db8::9", "2001:db8:1::9"];
+    let site = Site::start().await;
+    let six = |(address, table): (&str, u32)| wire::Attachment { ipv6: address.into(), route_table: table, ..wire::Attachment::default() };
+    let held = ADDRESSES.into_iter().zip([254, 10_101]).map(six).collect::<Vec<_>>();
+    run(&site.node.0, "sysctl -qw net.ipv6.conf.all.forwarding=1");
+    run(&site.node.0, "ip addr add 2001:db8:2::1/128 dev lo");
+    run(&site.node.0, "ip link set lo up");
+    let before = site.picture();
+    let about = || {
+        let rules = ip(&site.node.0, &["-6", "rule"]).as_array().unwrap().clone();
+        let of_pod = |rule: &&Value| ADDRESSES.iter().any(|address| rule["src"] == *address || rule["dst"] == *address);
+        rules.iter().filter(of_pod).map(|rule| (rule["priority"].as_u64().unwrap(), rule["table"].clone())).collect::<Vec<_>>()
+    };
+
+    // What fails on the way leaves nothing on either.
+    let pod = site.pod("wide");
+    {
+        let mut script = site.script.lock().unwrap();
+        (script.at_a_time, script.free) = (2, held.clone().into());
+        script.fail_activate = Some(Status::internal("no map"));
+    }
+    assert!(!site.call("ADD", &pod, json!({})).await.ok);
+    assert!(site.script.lock().unwrap().held.is_empty(), "both addresses are given back");
+    assert_eq!((about(), site.picture()), (Vec::new(), before.clone()));
+    assert_eq!(ip(&pod.netns.0, &["link"]).as_array().unwrap().len(), 1, "only lo is left in the pod");
+
+    {
+        let mut script = site.script.lock().unwrap();
+        (script.free, script.fail_activate) = (held.into(), None);
+    }
+    let result = site.add(&pod).await;
+    assert_eq!(
+        result["ips"],
+        json!([
+            {"address": "2001:db8::9/128", "gateway": "fe80::1", "interface": 1},
+            {"address": "2001:db8:1::9/128", "gateway": "fe80::2", "interface": 3}
+        ])
+    );
+    let names: Vec<_> = result["interfaces"].as_array().unwrap().iter().map(|interface| interface["name"].clone()).collect();
+    let host_ends = [0, 1].map(|index| host_veth_name("eni", &pod.name, index));
+    assert_eq!(names, [json!(host_ends[0]), json!("eth0"), json!(host_ends[1]), json!("mNicIf1")]);
+    let told = site.script.lock().unwrap().activations.last().unwrap().endpoints.clone();
+    let told: Vec<_> = told.iter().map(|endpoint| (endpoint.host_if_name.as_str(), endpoint.ipv6.as_str())).collect();
+    assert_eq!(told, [(host_ends[0].as_str(), ADDRESSES[0]), (host_ends[1].as_str(), ADDRESSES[1])], "policy is put on each");
+    assert_eq!(about(), [(512, json!("main")), (512, json!("main")), (1536, json!("10101"))]);
+    for (address, interface) in ADDRESSES.into_iter().zip(["eth0", "mNicIf1"]) {
+        let route = ip(&pod.netns.0, &["-6", "route", "get", "2001:db8:2::1", "from", address]);
+        assert_eq!(route[0]["dev"], interface, "{route}");
+        run(&site.node.0, &format!("ping -6 -c 1 -W 2 -I 2001:db8:2::1 {address}"));
+    }
+
+    let check = site.call("CHECK", &pod, json!({"prevResult": result})).await;
+    assert!(check.ok, "{check:?}");
+    let del = site.call("DEL", &pod, json!({"prevResult": result})).await;
+    assert!(del.ok, "{del:?}");
+    assert_eq!((about(), site.picture()), (Vec::new(), before));
+    assert_eq!(ip(&pod.netns.0, &["link"]).as_array().unwrap().len(), 1);
+    assert!(site.script.lock().unwrap().held.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -394,6 +394,54 @@ async fn a_pod_on_every_network_card_keeps_its_addresses_through_a_restart() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn each_network_card_of_an_ipv6_node_has_one_prefix_for_pods_of_several_interfaces() {
+    let env = [("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "true"), ("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
+    let mut world = World::start(WorldSpec::new("c6in.32xlarge", &[&env[..], &[("ENABLE_MULTI_NIC", "true")]].concat()));
+    world.handle.ready().await.expect("ready");
+    let wide =
+        |name: &str| stanchion_daemon::ipamd::AssignRequest { multi_nic: true, ..stanchion_lab::ipam_world::request(name, SECOND * 30) };
+    let held = world.handle.assign(wide("wide")).await.expect("an address of either card");
+    let cards: Vec<_> = held.attachments.iter().map(|attachment| (attachment.network_card, attachment.route_table)).collect();
+    assert_eq!(cards, [(0, 254), (1, 10_101)]);
+    let addresses: Vec<_> = held.attachments.iter().map(|attachment| attachment.ipv6.expect("IPv6")).collect();
+    assert!(addresses.iter().all(|address| world.cloud.owner_of((*address).into()).is_some()));
+    assert_eq!(world.add("plain", SECOND).await.expect("served").attachments.len(), 1);
+    world.veths.insert(stanchion_core::network::host_veth_name("eni", &stanchion_core::ids::PodName::new("default", "wide"), 0));
+    world.settle(SECOND * 60).await;
+    let calls = (world.cloud.count("AssignIpv6Addresses"), world.cloud.count("CreateNetworkInterface"));
+    assert_eq!((world.per_eni(), calls), (vec![1, 1], (1, 1)), "one /80 a card, and nothing more");
+
+    world.restart();
+    world.handle.ready().await.expect("ready");
+    assert_eq!(world.handle.lookup(key("wide")).await, Ok(Some(held.clone())));
+    let hosts = world.host.plan().pods;
+    assert_eq!(hosts.iter().filter(|pod| addresses.iter().any(|address| pod.address == *address)).count(), 2);
+    assert_eq!(world.delete("wide").await, Ok(Some(held)));
+    let second_file = world.checkpoint().with_file_name("ipam-nic-1.json");
+    let left = Checkpoint::parse(&std::fs::read_to_string(&second_file).expect("written")).expect("aws-node's format");
+    assert_eq!(left.allocations.len(), 0);
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_ipv6_pod_that_gets_no_address_of_a_card_keeps_none_of_the_others() {
+    let env = [("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "true"), ("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
+    let spec = WorldSpec::new("c6in.32xlarge", &[&env[..], &[("ENABLE_MULTI_NIC", "true")]].concat());
+    let denied = ApiError::with_status(403, "UnauthorizedOperation", "You are not authorized to perform this operation.");
+    let mut world = World::start_with(spec, |cloud, _| cloud.inject(Fault::always("CreateNetworkInterface", Effect::Error(denied))));
+    world.handle.ready().await.expect("ready");
+    let wide = || stanchion_daemon::ipamd::AssignRequest { multi_nic: true, ..stanchion_lab::ipam_world::request("wide", SECOND * 10) };
+    let error = world.handle.assign(wide()).await.expect_err("card 1 has no ENI").to_string();
+    assert!(error.contains("UnauthorizedOperation"), "{error}");
+    assert_eq!(world.handle.lookup(key("wide")).await, Ok(None));
+    assert_eq!(world.add("plain", SECOND).await.expect("the first card serves").attachments.len(), 1);
+    world.cloud.clear_faults();
+    world.settle(SECOND * 60).await;
+    assert_eq!(world.handle.assign(wide()).await.expect("tried again when the permission came").attachments.len(), 2);
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_the_switch_only_the_first_card_is_managed() {
     let mut world = World::start(WorldSpec::new("c6in.32xlarge", &[("WARM_IP_TARGET", "2")]));
     world.handle.ready().await.expect("ready");

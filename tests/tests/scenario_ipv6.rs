@@ -93,3 +93,57 @@ async fn pods_of_an_ipv6_cluster_reach_each_other_and_ipv4_destinations() {
     .await
     .expect("nothing stays");
 }
+
+const ONLY_FAR: &str = "\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {namespace: x, name: only-far}
+spec: {podSelector: {matchLabels: {app: wide}}, ingress: [{from: [{podSelector: {matchLabels: {app: far}}}]}]}
+";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ipv6_pod_with_an_interface_on_every_network_card_is_reached_on_each() {
+    let settings = [&IPV6[..], &[("ENABLE_MULTI_NIC", "true")]].concat();
+    let mut cluster =
+        Cluster::start_in(Vpc::builder().ipv6(), &["c6in.32xlarge", "m5.large"], &settings).await.expect("the cluster starts");
+    let wide = PodSpec::new("x", "wide-0").annotation("k8s.amazonaws.com/nicConfig", "multi-nic-attachment");
+    cluster.add_pod(0, wide).await.expect("an address of either card");
+    cluster.add_pod(0, PodSpec::new("x", "near-0")).await.expect("a pod with one");
+    cluster.add_pod(1, PodSpec::new("x", "far-0")).await.expect("a pod elsewhere");
+    let ips = cluster.pod("x/wide-0").result()["ips"].as_array().cloned().expect("addresses");
+    let address = |ip: &serde_json::Value| ip["address"].as_str()?.parse::<ipnet::IpNet>().ok().map(|net| net.addr());
+    let held: Vec<IpAddr> = ips.iter().map(|ip| address(ip).expect("an address")).filter(IpAddr::is_ipv6).collect();
+    let card_of = |address: &IpAddr| {
+        let eni = cluster.vpc().cloud().owner_of(*address).unwrap_or_else(|| panic!("{address} is nobody's in EC2"));
+        cluster.vpc().cloud().eni(&eni).and_then(|eni| eni.attachment).expect("attached").network_card
+    };
+    assert_eq!(held.iter().map(card_of).collect::<Vec<_>>(), [0, 1]);
+
+    // The answer leaves by the ENI that has the address: the router drops it on any other.
+    let reached = async |cluster: &Cluster, from: &str| {
+        let pod = cluster.pod(from);
+        let mut seen = Vec::new();
+        for address in &held {
+            seen.push(
+                pod.probe(Protocol::Tcp, *address, 80).await.expect("the socket works") == Answer::Reached { seen_as: pod.address() },
+            );
+        }
+        seen
+    };
+    for from in ["x/near-0", "x/far-0"] {
+        assert_eq!(reached(&cluster, from).await, [true, true], "{from}");
+    }
+    // Policy holds on each interface, without the agent and with the next one.
+    cluster.vpc().manifests().apply("p.yaml", ONLY_FAR).expect("written");
+    let allowed = |from: &str, to: &str| to != "x/wide-0" || from == "x/far-0";
+    cluster.settles(Protocol::Tcp, 80, allowed).await.expect("the policy holds");
+    assert_eq!((reached(&cluster, "x/near-0").await, reached(&cluster, "x/far-0").await), (vec![false, false], vec![true, true]));
+    cluster.agent(0).expect("started").kill().expect("killed");
+    assert_eq!((reached(&cluster, "x/near-0").await, reached(&cluster, "x/far-0").await), (vec![false, false], vec![true, true]));
+    cluster.start_agent(0).await.expect("it starts again");
+    cluster.settles(Protocol::Tcp, 80, allowed).await.expect("the policy holds");
+    assert_eq!((reached(&cluster, "x/near-0").await, reached(&cluster, "x/far-0").await), (vec![false, false], vec![true, true]));
+
+    assert_eq!(cluster.vpc().refused().expect("counters").wrong_source, 0);
+    cluster.empty().await.expect("nothing of the pods stays");
+}

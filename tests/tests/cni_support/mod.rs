@@ -61,8 +61,10 @@ fn is_root() -> bool {
 pub(crate) struct Script {
     /// Addresses to give, in order.
     pub(crate) free: VecDeque<wire::Attachment>,
+    /// Addresses that a pod gets; 0 is one.
+    pub(crate) at_a_time: usize,
     /// Container to what it holds.
-    pub(crate) held: BTreeMap<String, wire::Attachment>,
+    pub(crate) held: BTreeMap<String, Vec<wire::Attachment>>,
     pub(crate) fail_assign: Option<Status>,
     pub(crate) fail_activate: Option<Status>,
     /// For each activation: the host end was down, and existed.
@@ -95,13 +97,19 @@ impl Cni for Agent {
         if let Some(status) = &script.fail_assign {
             return Err(status.clone());
         }
-        let attachment = match script.held.get(&sandbox.container_id) {
+        let attachments = match script.held.get(&sandbox.container_id) {
             Some(held) => held.clone(),
-            None => script.free.pop_front().ok_or_else(|| Status::resource_exhausted("no free address: subnet-1 has 0 free of 251"))?,
+            None => {
+                let wanted = script.at_a_time.max(1);
+                if script.free.len() < wanted {
+                    return Err(Status::resource_exhausted("no free address: subnet-1 has 0 free of 251"));
+                }
+                script.free.drain(..wanted).collect()
+            }
         };
-        script.held.insert(sandbox.container_id, attachment.clone());
+        script.held.insert(sandbox.container_id, attachments.clone());
         Ok(Response::new(wire::AddNetworkReply {
-            attachments: vec![attachment],
+            attachments,
             policy_mode: if script.no_policy { String::new() } else { "standard".to_owned() },
             pod_mtu: 1500,
             veth_prefix: "eni".to_owned(),
@@ -137,7 +145,7 @@ impl Cni for Agent {
         let container = request.sandbox.unwrap().container_id;
         let mut script = self.script.lock().unwrap();
         script.released.push((container.clone(), request.reason));
-        let attachments = script.held.remove(&container).into_iter().collect();
+        let attachments = script.held.remove(&container).unwrap_or_default();
         Ok(Response::new(wire::DelNetworkReply { attachments, vlan_id: 0 }))
     }
 

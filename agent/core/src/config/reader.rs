@@ -343,10 +343,6 @@ impl<'a> Reader<'a> {
         if pool.ipv6 && pool.custom_networking {
             self.error("ENABLE_IPv6", "true", "custom networking is for IPv4", "unset AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG");
         }
-        if pool.ipv6 && pool.multi_nic {
-            let remedy = "unset ENABLE_MULTI_NIC: on IPv6 nodes the primary ENI alone has pods";
-            self.error("ENABLE_MULTI_NIC", "true", "pods with several interfaces are for IPv4", remedy);
-        }
         if pool.pod_eni && pool.imds_only {
             let remedy = "unset ENABLE_IMDS_ONLY_MODE or ENABLE_POD_ENI";
             self.error("ENABLE_POD_ENI", "true", "only EC2 tells which ENI is the trunk", remedy);

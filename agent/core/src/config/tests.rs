@@ -75,10 +75,10 @@ fn settings_that_exclude_each_other_are_refused_by_name() {
     const PREFIXES: [(&str, &str); 2] = [("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
     let v6 = [&V6[..], &PREFIXES].concat();
     assert!(read(&v6).is_ok());
+    assert!(read(&[&v6[..], &[("ENABLE_MULTI_NIC", "true")]].concat()).is_ok_and(|config| config.pool.multi_nic));
     for (settings, name) in [
         (V6.to_vec(), "ENABLE_IPv6"),
         ([&v6[..], &[("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true")]].concat(), "ENABLE_IPv6"),
-        ([&v6[..], &[("ENABLE_MULTI_NIC", "true")]].concat(), "ENABLE_MULTI_NIC"),
         (vec![("ENABLE_IPv6", "true")], "ENABLE_IPv6"),
         (PREFIXES[..1].to_vec(), "ENABLE_PREFIX_DELEGATION"),
         (vec![("STANCHION_LOG_RETENTION_DAYS", "8")], "STANCHION_LOG_RETENTION_DAYS"),

@@ -402,6 +402,7 @@ impl<'a> CardPlanner<'a> {
                 self.ask(subnet, AddressKind::Prefixes, prefixes, room, growth)
                     .or_else(|| self.ask(subnet, AddressKind::Addresses, singles, room, growth))
             }
+            PoolMode::Ipv6Prefixes => self.ask(subnet, AddressKind::Ipv6, growth.left, room, growth),
             _ if missing.whole => self.ask(subnet, AddressKind::Addresses, u64::from(room), room, growth),
             _ => self.ask(subnet, AddressKind::Addresses, growth.left, room, growth),
         }
@@ -568,32 +569,30 @@ impl<'a> CardPlanner<'a> {
             && eni.cidrs.iter().all(|(cidr, leaving)| !leaving && self.input.store.is_idle(*cidr, now))
     }
 
-    /// One /80 on the primary ENI holds more pods than any node; there is no pool to keep warm.
+    /// One /80 on a card's first ENI holds more pods than any node; there is no pool to keep warm. Card 0's first is the primary ENI, which
+    /// is always there; another card may have none yet.
     fn plan_ipv6(&self, budget: &mut Memory, out: &mut Plan) {
-        let Some(primary) = self.enis().find(|eni| eni.is_primary() && eni.serves_pods() && !self.busy(eni)) else { return };
-        if primary.cidrs.keys().any(|cidr| matches!(cidr, IpNet::V6(_))) {
+        let of_pods: Vec<_> = self.enis().filter(|eni| if self.card == 0 { eni.is_primary() } else { eni.role == EniRole::Pods }).collect();
+        if self.attaching > 0 || of_pods.iter().any(|eni| eni.cidrs.keys().any(|cidr| matches!(cidr, IpNet::V6(_)))) {
             return;
         }
-        // A cordoned node's DaemonSet pods need it too.
-        if !matches!(self.input.provisioning, Provisioning::On | Provisioning::Unschedulable) {
-            return out.blocked.push((self.card, Blocked::Provisioning(self.input.provisioning)));
-        }
+        let missing = Missing { short: 1, for_pods: 1, reason: Reason::NoIpv6Prefix, whole: false };
         let mut growth = Growth { left: 1, for_pods: 1, ..Growth::default() };
-        match self.input.memory.allowance(&primary.subnet, AddressKind::Ipv6, 1, self.input.now) {
-            Ok(_) if growth.afford(&[Ec2Action::AssignIpv6Addresses], budget, self.input.now) => out.actions.push(Action::Assign {
-                eni: primary.id.clone(),
-                subnet: primary.subnet.clone(),
-                request: AddressRequest::Ipv6Prefixes(1),
-                reason: Reason::NoIpv6Prefix,
-            }),
-            Ok(_) => {}
-            Err(until) => {
-                growth.wake(until);
-                if let Some(shortage) = self.input.memory.shortage(&primary.subnet, AddressKind::Ipv6) {
-                    let (since, error) = (shortage.since, shortage.error.clone());
-                    growth.blocked.push(Blocked::Subnet { subnet: primary.subnet.clone(), since, until, error });
+        match (of_pods.into_iter().min_by_key(|eni| eni.device_index), self.input.provisioning) {
+            (Some(first), _) if !first.serves_pods() || self.busy(first) => return,
+            // A cordoned node's DaemonSet pods need it too.
+            (Some(first), Provisioning::On | Provisioning::Unschedulable) => {
+                if let Some(request) = self.request(&first.subnet, 1, 0, &missing, &mut growth)
+                    && growth.afford(&[Ec2Action::AssignIpv6Addresses], budget, self.input.now)
+                {
+                    growth.got(request);
+                    let (eni, subnet) = (first.id.clone(), first.subnet.clone());
+                    out.actions.push(Action::Assign { eni, subnet, request, reason: missing.reason });
                 }
             }
+            (None, _) if self.card == 0 => return,
+            (None, Provisioning::On) => self.attach(&missing, &mut growth, budget, out),
+            (_, state) => growth.blocked.push(Blocked::Provisioning(state)),
         }
         out.blocked.extend(growth.blocked.into_iter().map(|blocked| (self.card, blocked)));
         out.wake_at = [out.wake_at, growth.wake_at].into_iter().flatten().min();

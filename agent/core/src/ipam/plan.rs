@@ -275,7 +275,7 @@ pub enum Reason {
     },
     /// Nothing is free and the targets are 0.
     NothingFree,
-    /// IPv6 mode, and the primary ENI has no /80.
+    /// IPv6 mode, and no ENI of the card has a /80.
     NoIpv6Prefix,
     /// More free than every target asks for, long enough.
     AboveTargets {
@@ -298,7 +298,7 @@ impl fmt::Display for Reason {
             Self::BelowWarmEni { short } => write!(f, "{short} below WARM_ENI_TARGET"),
             Self::BelowWarmPrefix { short } => write!(f, "{short} below WARM_PREFIX_TARGET"),
             Self::NothingFree => f.write_str("nothing is free"),
-            Self::NoIpv6Prefix => f.write_str("the primary ENI has no /80"),
+            Self::NoIpv6Prefix => f.write_str("no ENI of the card has a /80"),
             Self::AboveTargets { over } => write!(f, "{over} above the targets"),
             Self::OtherKind => f.write_str("idle and of the kind that is no longer used"),
             Self::ExcludedSubnet => f.write_str("its subnet is tagged kubernetes.io/role/cni=0"),

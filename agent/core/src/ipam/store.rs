@@ -24,7 +24,7 @@ pub enum PoolMode {
     SecondaryIps,
     /// /28 prefixes, and single addresses where a subnet has no /28 left.
     Prefixes,
-    /// One /80 on the primary ENI.
+    /// One /80 on the first ENI of each managed card.
     Ipv6Prefixes,
 }
 

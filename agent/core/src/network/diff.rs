@@ -27,7 +27,7 @@ pub fn diff(desired: &HostPlan, observed: &HostObserved) -> Vec<NetOp> {
     }
     for eni in &desired.enis {
         if let Some(link) = observed.link_with_mac(eni.mac) {
-            eni_ops(eni, link, observed, &mut ops);
+            eni_ops(eni, link, desired.ipv6, observed, &mut ops);
         }
     }
     let primary_if = desired.primary().and_then(|eni| observed.link_with_mac(eni.mac));
@@ -95,7 +95,7 @@ pub fn wanted_sysctls(desired: &HostPlan, observed: &HostObserved) -> Vec<(Strin
     wanted
 }
 
-fn eni_ops(eni: &EniPlan, link: &NodeIf, observed: &HostObserved, ops: &mut Vec<NetOp>) {
+fn eni_ops(eni: &EniPlan, link: &NodeIf, ipv6: bool, observed: &HostObserved, ops: &mut Vec<NetOp>) {
     let index = link.index;
     if link.mtu != eni.mtu {
         ops.push(NetOp::Mtu { index, mtu: eni.mtu });
@@ -117,22 +117,28 @@ fn eni_ops(eni: &EniPlan, link: &NodeIf, observed: &HostObserved, ops: &mut Vec<
         if !observed.addresses.iter().any(|present| present.index == index && present.address == address) {
             ops.push(NetOp::AddAddress { index, address });
         }
-        let (gateway, default): (IpAddr, IpNet) = match address {
-            IpNet::V4(net) => (subnet_gateway(net).into(), Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into()),
-            IpNet::V6(_) => (V6_GATEWAY.into(), Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0).into()),
-        };
-        for route in [
-            Route { dst: gateway.into(), table: eni.table, via: None, index },
-            Route { dst: default, table: eni.table, via: Some(gateway), index },
-        ] {
-            if !observed.routes.contains(&route) {
-                ops.push(NetOp::ReplaceRoute(route));
-            }
-        }
+        table_routes(eni.table, address, index, observed, ops);
         // Other hosts of the subnet are reached by the primary ENI: the router drops the node's own address on this one.
         let connected = Route { dst: address.trunc(), table: MAIN_TABLE, via: None, index };
         if observed.routes.contains(&connected) {
             ops.push(NetOp::DeleteRoute(connected));
+        }
+    }
+    // The pods' addresses are of a prefix; the ENI itself needs none of their family.
+    if ipv6 && eni.ipv6.is_none() && eni.role == EniRole::Secondary {
+        table_routes(eni.table, IpAddr::from(V6_GATEWAY).into(), index, observed, ops);
+    }
+}
+
+/// The way out of an ENI's table, of the address's family.
+fn table_routes(table: u32, address: IpNet, index: u32, observed: &HostObserved, ops: &mut Vec<NetOp>) {
+    let (gateway, default): (IpAddr, IpNet) = match address {
+        IpNet::V4(net) => (subnet_gateway(net).into(), Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into()),
+        IpNet::V6(_) => (V6_GATEWAY.into(), Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0).into()),
+    };
+    for route in [Route { dst: gateway.into(), table, via: None, index }, Route { dst: default, table, via: Some(gateway), index }] {
+        if !observed.routes.contains(&route) {
+            ops.push(NetOp::ReplaceRoute(route));
         }
     }
 }

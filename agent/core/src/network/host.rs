@@ -19,8 +19,9 @@ pub const PRIORITY_EXTERNAL_SERVICE: u32 = 1535;
 pub const PRIORITY_FROM_POD: u32 = 1536;
 /// `from <ENI primary address> lookup <table>`.
 pub const PRIORITY_FROM_ENI: u32 = 32_765;
-/// The VPC router's link-local address for IPv6.
-pub const V6_GATEWAY: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0xec2, 0, 0, 1);
+/// The VPC router's link-local address for IPv6 in every subnet, beside one that is made of its Ethernet address ("VPC router" in the
+/// VPC user guide).
+pub const V6_GATEWAY: Ipv6Addr = Ipv6Addr::new(0xfe80, 0xec2, 0, 0, 0, 0, 0, 1);
 /// `AWS_VPC_K8S_CNI_CONNMARK` when nobody says otherwise.
 pub const DEFAULT_MARK: u32 = 0x80;
 /// `AWS_VPC_ENI_MTU` when nobody says otherwise: jumbo frames, the most a VPC carries.

@@ -133,7 +133,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
         if self.sweep_due <= now {
             self.sweep_due = now + SWEEP_EVERY;
-            if !self.config.pool.disable_leaked_eni_cleanup && !self.config.pool.ipv6 && !self.config.pool.disable_provisioning {
+            // With IPv6 only nodes with several network cards make ENIs.
+            let pool = &self.config.pool;
+            let makes_enis = !pool.disable_provisioning && (!pool.ipv6 || pool.multi_nic);
+            if makes_enis && !pool.disable_leaked_eni_cleanup {
                 self.sweep();
             }
         }

@@ -496,6 +496,49 @@ fn an_ipv6_node_gets_its_prefix_once_cordoned_or_not() {
 }
 
 #[test]
+fn each_network_card_of_an_ipv6_node_gets_one_prefix() {
+    let mut scene = ipv6();
+    scene.store.add_cidrs(&"eni-0".into(), ["2600:1::/80".parse().expect("CIDR")]);
+    scene.limits.cards = vec![(0, 4), (1, 2)];
+    let made = scene.plan().actions;
+    let [Action::AttachEni { network_card: 1, device_index: 1, request: AddressRequest::Ipv6Prefixes(1), .. }] = made.as_slice() else {
+        panic!("card 1 has no ENI yet: {made:?}");
+    };
+    scene.in_flight = made;
+    assert_eq!(scene.plan().actions, [], "it is asked for");
+    scene.in_flight.clear();
+
+    // One that the instance was launched with: it is there without a prefix, and serves when its interface does.
+    let mut first = StoredEni { network_card: 1, state: EniState::Joining, ..stored_eni(1, "subnet-a", 9) };
+    let id = first.id.clone();
+    scene.store.put_eni(first.clone());
+    assert_eq!(scene.plan().actions, []);
+    first.state = EniState::Serving;
+    scene.store.put_eni(first);
+    for provisioning in [Provisioning::On, Provisioning::Unschedulable] {
+        scene.provisioning = provisioning;
+        let asked = scene.plan().actions;
+        let [Action::Assign { eni, request: AddressRequest::Ipv6Prefixes(1), .. }] = asked.as_slice() else { panic!("{asked:?}") };
+        assert_eq!(*eni, id);
+    }
+    scene.store.add_cidrs(&id, ["2600:2::/80".parse().expect("CIDR")]);
+    assert_eq!(scene.plan().actions, [], "one holds more pods than any node");
+}
+
+#[test]
+fn a_card_of_an_ipv6_node_that_can_have_no_eni_says_why() {
+    let mut scene = ipv6();
+    scene.store.add_cidrs(&"eni-0".into(), ["2600:1::/80".parse().expect("CIDR")]);
+    scene.limits.cards = vec![(0, 4), (1, 0)];
+    let plan = scene.plan();
+    assert!(plan.actions.is_empty() && matches!(plan.blocked[..], [(1, Blocked::AllFull { enis: 0, of: 0, .. })]), "{plan:?}");
+    scene.limits.cards = vec![(0, 4), (1, 2)];
+    scene.provisioning = Provisioning::Unschedulable;
+    let plan = scene.plan();
+    assert_eq!((plan.actions, plan.blocked), (Vec::new(), vec![(1, Blocked::Provisioning(Provisioning::Unschedulable))]));
+}
+
+#[test]
 fn an_ipv6_prefix_that_is_refused_is_asked_for_again_later() {
     let subnet = SubnetId::from("subnet-a");
     let asked = Some((&subnet, AddressRequest::Ipv6Prefixes(1)));

@@ -352,6 +352,32 @@ fn the_other_mode_puts_the_rule_for_the_nodes_addresses_back() {
 }
 
 #[test]
+fn another_cards_eni_on_an_ipv6_node_carries_pods_without_an_address_of_its_own() {
+    let pod: IpAddr = "2600:1f18:0:7:9::2".parse().unwrap();
+    let card = EniPlan { network_card: 1, table: eni_route_table(1, 1), ..eni(1, 2, "10.0.0.20/24") };
+    let desired = HostPlan {
+        enis: vec![eni(0, 1, "10.0.0.5/24"), card],
+        pods: vec![PodHost { address: pod, host_if: "eni1234".into(), table: 10_101 }],
+        ipv6: true,
+        ..HostPlan::default()
+    };
+    let mut state = fresh();
+    let ops = diff(&desired, &state);
+    perform(&mut state, &ops, &desired);
+    assert_eq!(diff(&desired, &state), []);
+    let route = |dst: &str, via: Option<IpAddr>| Route { dst: net(dst), table: 10_101, via, index: 3 };
+    for wanted in [route("fe80:ec2::1/128", None), route("::/0", Some(V6_GATEWAY.into()))] {
+        assert!(state.routes.contains(&wanted), "{wanted:?} in {:?}", state.routes);
+    }
+    assert!(state.rules.contains(&Rule::to_host(PRIORITY_TO_POD, pod, MAIN_TABLE)));
+    assert!(state.rules.contains(&Rule::from_host(PRIORITY_FROM_POD, pod, 10_101)));
+    assert!(state.routes.iter().all(|route| route.table != MAIN_TABLE || route.index == 4), "the primary's routes are the system's");
+    // The interface was down for a moment: the kernel threw its IPv6 routes away.
+    state.routes.retain(|route| route.table != 10_101 || route.dst.addr().is_ipv4());
+    assert_eq!(diff(&desired, &state).len(), 2);
+}
+
+#[test]
 fn an_ipv6_branch_hears_the_router_although_its_table_does_not_know_it() {
     let address: IpAddr = "2001:db8::30".parse().unwrap();
     let link = BranchLink { vlan_id: 7, mac: mac(7), trunk: mac(1), gateway: None, strict: true };
