@@ -238,7 +238,7 @@ fn dress(site: &mut Site<'_>, plans: &[PodPlan], indices: &[VethIndices]) -> Res
     site.pod.perform_all(&ops).map_err(|error| sandbox::kernel_error(&error))?;
     for plan in plans {
         // A pod must not advertise itself as the node's router.
-        let _ = sysctl::ensure(&format!("net/ipv6/conf/{}/accept_ra", plan.host_if), "0");
+        let _ = sysctl::write(&format!("net/ipv6/conf/{}/accept_ra", plan.host_if), "0");
     }
     Ok(())
 }

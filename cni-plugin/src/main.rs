@@ -2,7 +2,7 @@
 //!
 //! The CNI environment and standard input in, one JSON document out. It asks the agent for addresses and policy over the
 //! root-only socket and builds the pod's network itself: two calls on one connection, one deadline, every step undone on
-//! failure. One file a verb. One thread and no runtime: it lives for two milliseconds.
+//! failure. One file a verb. One thread and no runtime: it lives for a millisecond.
 
 mod add;
 mod agent;
@@ -22,8 +22,12 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use stanchion_core::cni::{CniError, ErrorCode, Invocation, NetConf, Verb, Version};
+use stanchion_netlink::arena::Arena;
 
 use crate::journal::Journal;
+
+#[global_allocator]
+static MEMORY: Arena = Arena::new();
 
 fn main() -> ExitCode {
     let mut stdin = Vec::new();

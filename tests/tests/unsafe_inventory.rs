@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// Directories (or files) that may have it, and what for.
 const PLACES: [(&str, &str); 7] = [
     ("agent/daemon/src/netpol", "bpf system calls, maps of plain data, ring buffers"),
-    ("agent/netlink/src", "ioctls and socket options without a safe wrapper, the state of the calling process"),
+    ("agent/netlink/src", "ioctls and socket options without a safe wrapper, the state and the memory of the calling process"),
     ("ebpf/abi/src", "the mark of plain data"),
     ("ebpf/programs/src", "what the verifier checks, not the compiler"),
     ("tests/src/datapath", "the same maps and system calls, by test"),

@@ -2,7 +2,7 @@
 //! package manager), packed as an OCI archive that `ctr images import`, `podman load`, `skopeo copy oci-archive:` and
 //! `docker load` take.
 //!
-//! The binaries are linked to glibc, as this toolchain has no static target; so the libraries that `ldd` names come along,
+//! The agent is linked to glibc, whose allocator gives memory back when it is told to; so the libraries that `ldd` names come along,
 //! and `nft` with its own. Same inputs give the same bytes.
 
 use std::collections::BTreeSet;

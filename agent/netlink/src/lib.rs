@@ -9,6 +9,7 @@
 //! | [`monitor`] | the kernel's multicast groups | "something changed" | when its receiver is dropped |
 
 pub mod apply;
+pub mod arena;
 pub mod ethtool;
 mod host;
 mod legacy;

@@ -3,8 +3,8 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkDeserializable,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -153,7 +153,7 @@ impl Netlink {
         let mut missing = words.len();
         while missing > 0 {
             self.receive()?;
-            for message in parse(&self.buffer, "a batch")? {
+            for message in parse::<RouteNetlinkMessage>(&self.buffer, "a batch")? {
                 let Some(index) = usize::try_from(message.header.sequence_number.wrapping_sub(first)).ok() else { continue };
                 if let (NetlinkPayload::Error(error), Some(slot @ None)) = (message.payload, results.get_mut(index)) {
                     *slot = Some(match error.code {
@@ -177,7 +177,7 @@ impl Netlink {
     }
 
     /// One request that makes an object, and what the kernel made of it; `None` from kernels that do not tell (links: before 6.2).
-    pub(crate) fn create(&mut self, request: Request) -> Result<Option<RouteNetlinkMessage>, NetlinkError> {
+    pub(crate) fn create<T: NetlinkDeserializable>(&mut self, request: Request) -> Result<Option<T>, NetlinkError> {
         let Request { message, mode, words } = request;
         let mut out = Vec::with_capacity(256);
         self.emit(message, mode.flags() | NLM_F_ECHO, &mut out);
@@ -203,7 +203,7 @@ impl Netlink {
     }
 
     /// Asks for one object; the kernel answers with it, or with an error. Only for kinds of objects that it does answer for.
-    pub(crate) fn get(&mut self, message: RouteNetlinkMessage, words: &str) -> Result<RouteNetlinkMessage, NetlinkError> {
+    pub(crate) fn get<T: NetlinkDeserializable>(&mut self, message: RouteNetlinkMessage, words: &str) -> Result<T, NetlinkError> {
         let mut out = Vec::with_capacity(128);
         self.emit(message, NLM_F_REQUEST, &mut out);
         self.send(&out)?;
@@ -245,7 +245,7 @@ impl Netlink {
         let mut torn = false;
         loop {
             self.receive()?;
-            for message in parse(&self.buffer, words)? {
+            for message in parse::<RouteNetlinkMessage>(&self.buffer, words)? {
                 if message.header.sequence_number != self.sequence {
                     continue;
                 }
@@ -303,11 +303,11 @@ impl Netlink {
     }
 }
 
-fn parse(mut bytes: &[u8], words: &str) -> Result<Vec<NetlinkMessage<RouteNetlinkMessage>>, NetlinkError> {
+fn parse<T: NetlinkDeserializable>(mut bytes: &[u8], words: &str) -> Result<Vec<NetlinkMessage<T>>, NetlinkError> {
     let malformed = |reason: String| NetlinkError::Malformed { request: words.to_owned(), reason };
     let mut messages = Vec::new();
     while !bytes.is_empty() {
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes).map_err(|error| malformed(error.to_string()))?;
+        let message = NetlinkMessage::deserialize(bytes).map_err(|error| malformed(error.to_string()))?;
         let length = usize::try_from(message.header.length).unwrap_or(usize::MAX).next_multiple_of(4);
         messages.push(message);
         bytes = bytes.get(length..).unwrap_or_default();

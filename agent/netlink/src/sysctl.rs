@@ -1,4 +1,4 @@
-//! Sysctls of the calling thread's network namespace, read before they are written.
+//! Sysctls of the calling thread's network namespace.
 
 use std::io;
 use std::path::PathBuf;
@@ -19,6 +19,14 @@ pub fn read(path: &str) -> io::Result<Option<String>> {
     }
 }
 
+/// Writes a value.
+///
+/// # Errors
+/// When there is no such sysctl, or it cannot be written.
+pub fn write(path: &str, value: &str) -> io::Result<()> {
+    std::fs::write(file(path), value)
+}
+
 /// Writes a value if it is another one: a read-only `/proc/sys` with the wanted values is good enough. A sysctl
 /// that the kernel does not have (IPv6 switched off at boot) is left out silently.
 ///
@@ -28,6 +36,6 @@ pub fn ensure(path: &str, value: &str) -> io::Result<()> {
     match read(path)? {
         None => Ok(()),
         Some(present) if present == value => Ok(()),
-        Some(_) => std::fs::write(file(path), value),
+        Some(_) => write(path, value),
     }
 }

@@ -2,8 +2,9 @@
 
 use std::os::fd::{AsFd, AsRawFd as _};
 
+use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader, NlasIterator};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkMessage};
 use rtnetlink::{LinkUnspec, LinkVeth};
 use stanchion_core::ids::Mac;
 use stanchion_core::network::NodeIf;
@@ -38,6 +39,38 @@ pub struct VethIndices {
     pub peer: u32,
 }
 
+/// What ADD asks of a link; to read the other fifty attributes takes as long as the request.
+struct Brief {
+    index: u32,
+    flags: LinkFlags,
+    /// `IFLA_LINK`: of a veth the other end.
+    link: Option<u32>,
+}
+
+impl NetlinkDeserializable for Brief {
+    type Error = DecodeError;
+
+    /// `struct ifinfomsg` of `linux/rtnetlink.h` and the attributes behind it.
+    fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        const IFLA_LINK: u16 = 5;
+        let Some(([_, _, _, _, i0, i1, i2, i3, f0, f1, f2, f3, ..], attributes)) = payload.split_first_chunk::<16>() else {
+            return Err(DecodeError::from("a link's message is shorter than its header"));
+        };
+        let mut brief = Self {
+            index: u32::from_ne_bytes([*i0, *i1, *i2, *i3]),
+            flags: LinkFlags::from_bits_retain(u32::from_ne_bytes([*f0, *f1, *f2, *f3])),
+            link: None,
+        };
+        for attribute in NlasIterator::new(attributes) {
+            let attribute = attribute?;
+            if attribute.kind() == IFLA_LINK {
+                brief.link = attribute.value().try_into().ok().map(u32::from_ne_bytes);
+            }
+        }
+        Ok(brief)
+    }
+}
+
 impl Netlink {
     /// Creates a pair: `own` in this socket's namespace and up, `peer` in `peer_netns` and down. Each end has one queue, whatever
     /// the number of CPUs.
@@ -66,11 +99,11 @@ impl Netlink {
         let words = format!("create veth {} with peer {}", own.name, peer.name);
         let made = self.create(Request { message: RouteNetlinkMessage::NewLink(message), mode: Mode::Create, words: words.clone() })?;
         let made = match made {
-            Some(RouteNetlinkMessage::NewLink(message)) => Some(facts(&message)),
-            _ => self.link(&own.name)?,
+            Some(made) => made,
+            None => self.brief(&own.name)?,
         };
         let absent = || NetlinkError::Malformed { request: words, reason: "the pair's numbers are not told".to_owned() };
-        made.and_then(|made| Some(VethIndices { own: made.link.index, peer: made.peer_index? })).ok_or_else(absent)
+        Ok(VethIndices { own: made.index, peer: made.link.ok_or_else(absent)? })
     }
 
     /// The interface with this name; `None` when there is none.
@@ -124,12 +157,15 @@ impl Netlink {
     /// # Errors
     /// When the kernel could not be asked.
     pub fn is_running(&mut self, name: &str) -> Result<bool, NetlinkError> {
+        Ok(self.brief(name)?.flags.contains(LinkFlags::Running))
+    }
+
+    fn brief(&mut self, name: &str) -> Result<Brief, NetlinkError> {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-        match self.get(RouteNetlinkMessage::GetLink(message), &format!("get link {name}"))? {
-            RouteNetlinkMessage::NewLink(message) => Ok(message.header.flags.contains(LinkFlags::Running)),
-            _ => Ok(false),
-        }
+        // Counters are summed up over all CPUs.
+        message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        self.get(RouteNetlinkMessage::GetLink(message), &format!("get link {name}"))
     }
 
     /// Deletes an interface, with a veth its other end; whether there was one.
