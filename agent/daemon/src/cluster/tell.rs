@@ -20,9 +20,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::ClusterHandle;
-use super::write::{NETWORK_UNAVAILABLE, Writer};
+use super::write::{NETWORK_UNAVAILABLE, WriteError, Writer};
 use crate::ipamd::{IpamHandle, IpamSnapshot};
-use crate::netpol::{Alarms, NetpolHandle};
+use crate::netpol::{Alarms, NetpolHandle, NetpolSnapshot};
 
 /// How often the state is looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -102,12 +102,36 @@ pub fn spawn(parts: TellParts) -> (Events, JoinHandle<()>) {
     (Events(sender), task)
 }
 
+/// When to write again after failures.
+struct Backoff {
+    pause: Duration,
+    not_before: tokio::time::Instant,
+}
+
+impl Backoff {
+    fn new() -> Self {
+        Self { pause: PAUSE.0, not_before: tokio::time::Instant::now() }
+    }
+
+    fn is_due(&self) -> bool {
+        tokio::time::Instant::now() >= self.not_before
+    }
+
+    /// Says the failure and puts off the next try, each time longer.
+    fn put_off(&mut self, what: &str, error: &WriteError) {
+        warn!(what, error = error as &dyn std::error::Error, pause = ?self.pause, "not written to the API server; tried again");
+        self.not_before = tokio::time::Instant::now() + self.pause;
+        self.pause = (self.pause * 2).min(PAUSE.1);
+    }
+}
+
 struct Teller {
     parts: TellParts,
     recorder: Recorder,
     queue: VecDeque<Post>,
-    pause: Duration,
-    not_before: tokio::time::Instant,
+    /// Of the node's own objects, and of events: what refuses the one may take the other.
+    writes: Backoff,
+    posts: Backoff,
     /// The newest failure of addresses that was told.
     errors_told: Time,
     was_ready: bool,
@@ -128,8 +152,8 @@ impl Teller {
             recorder: Recorder::new(&parts.node_name),
             parts,
             queue: VecDeque::new(),
-            pause: PAUSE.0,
-            not_before: tokio::time::Instant::now(),
+            writes: Backoff::new(),
+            posts: Backoff::new(),
             errors_told: Time::default(),
             was_ready: false,
             policy_due: tokio::time::Instant::now(),
@@ -174,7 +198,7 @@ impl Teller {
         let snapshot = self.parts.ipam.snapshot();
         self.tell_addresses(&snapshot);
         self.tell_policy().await;
-        if snapshot.status.ready && tokio::time::Instant::now() >= self.not_before {
+        if snapshot.status.ready && self.writes.is_due() {
             self.set_condition().await;
             self.remove_taint().await;
             self.set_features(snapshot.wants_trunk).await;
@@ -207,7 +231,10 @@ impl Teller {
             return;
         }
         self.policy_due = tokio::time::Instant::now() + POLICY_EVERY;
-        let snapshot = netpol.snapshot().await;
+        let (snapshot, is_known) = (netpol.snapshot().await, *netpol.ready().borrow());
+        if let Some(note) = behind(is_known, &snapshot) {
+            self.node_event(true, "NetworkPolicyNotWritten", "EnforcePolicy", note);
+        }
         let known = std::mem::replace(&mut self.problems, snapshot.problems.clone());
         for problem in snapshot.problems.iter().filter(|problem| !known.contains(problem)) {
             self.node_event(true, "NetworkPolicyProblem", "EnforcePolicy", problem.clone());
@@ -276,16 +303,14 @@ impl Teller {
     }
 
     /// A failure is said and puts off the next try.
-    fn settled<T>(&mut self, what: &str, result: Result<T, super::write::WriteError>) -> Option<T> {
+    fn settled<T>(&mut self, what: &str, result: Result<T, WriteError>) -> Option<T> {
         match result {
             Ok(value) => {
-                self.pause = PAUSE.0;
+                self.writes = Backoff::new();
                 Some(value)
             }
             Err(error) => {
-                warn!(what, error = &error as &dyn std::error::Error, pause = ?self.pause, "not written to the API server; tried again");
-                self.not_before = tokio::time::Instant::now() + self.pause;
-                self.pause = (self.pause * 2).min(PAUSE.1);
+                self.writes.put_off(what, &error);
                 None
             }
         }
@@ -293,11 +318,11 @@ impl Teller {
 
     async fn send(&mut self) {
         self.queue.extend(self.recorder.due(now_ms()));
-        while tokio::time::Instant::now() >= self.not_before
+        while self.posts.is_due()
             && let Some(post) = self.queue.pop_front()
         {
             match self.parts.writer.post(post.clone()).await {
-                Ok(()) => self.pause = PAUSE.0,
+                Ok(()) => self.posts = Backoff::new(),
                 // An event that is gone cannot be counted on, one that is refused will be refused again.
                 Err(error) if error.is_gone() => debug!(error = &error as &dyn std::error::Error, "an event is dropped"),
                 Err(error) if error.is_final() => {
@@ -305,7 +330,7 @@ impl Teller {
                 }
                 Err(error) => {
                     self.queue.push_front(post);
-                    self.settled::<()>("an event", Err(error));
+                    self.posts.put_off("an event", &error);
                 }
             }
         }
@@ -314,6 +339,11 @@ impl Teller {
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// What the kernel's maps do not take, once policies are known.
+fn behind(is_known: bool, snapshot: &NetpolSnapshot) -> Option<String> {
+    (is_known && !snapshot.ready).then(|| format!("what is enforced stays as it is, and no pod starts: {}", snapshot.reason))
 }
 
 /// One sentence a table that overflowed since the last look.
@@ -333,7 +363,95 @@ fn alarm_notes(before: &Alarms, now: &Alarms) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use axum::Json;
+    use axum::http::{Method, StatusCode, Uri};
+    use axum::response::IntoResponse as _;
+    use serde_json::json;
+    use stanchion_core::cluster::ClusterState;
+    use stanchion_core::manifests;
+
+    use super::super::credentials;
     use super::*;
+    use crate::ipamd::IpamStatus;
+
+    const TAINTED: &str = r#"{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}, "spec": {"taints": [{"key": "start"}]}}"#;
+
+    /// An API server that refuses events as one does for a namespace that ends, and those of namespace `unheard` for want of a right;
+    /// and a teller on a node that is ready and tainted. What was asked, as `METHOD path`.
+    async fn teller() -> (Teller, Arc<Mutex<Vec<String>>>) {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&asked);
+        let answer = move |method: Method, uri: Uri| {
+            seen.lock().unwrap().push(format!("{method} {}", uri.path()));
+            let refused = |message: &str| {
+                let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 403, "reason": "Forbidden", "message": message});
+                (StatusCode::FORBIDDEN, Json(status))
+            };
+            let answer = if uri.path().contains("/ending/") {
+                refused(
+                    "events.events.k8s.io \"a\" is forbidden: unable to create new content in namespace ending because it is being terminated",
+                )
+            } else if uri.path().contains("/unheard/") {
+                refused("events.events.k8s.io is forbidden: User \"u\" cannot create resource \"events\" in the namespace \"unheard\"")
+            } else if uri.path().contains("/events") {
+                (StatusCode::CREATED, Json(json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e"}})))
+            } else {
+                (StatusCode::OK, Json(serde_json::from_str(TAINTED).unwrap()))
+            };
+            std::future::ready(answer.into_response())
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(answer)).await.unwrap() });
+        let snapshot = IpamSnapshot { status: IpamStatus { ready: true, reason: String::new() }, ..IpamSnapshot::default() };
+        let cluster = ClusterState::default().replaced_by(manifests::parse("node.json", TAINTED).unwrap());
+        let parts = TellParts {
+            writer: Writer::new(credentials::fixed(credentials::plain(&url).unwrap())),
+            config: Arc::new(Config::read(&|name| (name == "STANCHION_STARTUP_TAINT").then(|| "start".to_owned())).unwrap()),
+            cluster: ClusterHandle::fixed(cluster),
+            ipam: IpamHandle::fixed(snapshot),
+            netpol: None,
+            node_name: "n1".into(),
+            shutdown: CancellationToken::new(),
+        };
+        (Teller::new(parts), asked)
+    }
+
+    fn of_pod(namespace: &str) -> Event {
+        let regarding = Regarding::Pod(PodName::new(namespace, "a"), String::new());
+        Event { regarding, warning: true, reason: "NoFreeAddress", action: "AssignAddress", note: "none".into() }
+    }
+
+    #[tokio::test]
+    async fn an_event_for_a_namespace_that_ends_holds_no_other_up() {
+        let (mut teller, asked) = teller().await;
+        ["ending", "x"].into_iter().for_each(|namespace| teller.record(of_pod(namespace)));
+        teller.send().await;
+        let asked = asked.lock().unwrap().clone();
+        assert!(asked.iter().any(|request| request.contains("/namespaces/x/events")), "{asked:?}");
+        assert!(teller.queue.is_empty(), "{:?}", teller.queue);
+    }
+
+    #[tokio::test]
+    async fn events_that_may_not_be_written_hold_up_nothing_else() {
+        let (mut teller, asked) = teller().await;
+        teller.record(of_pod("unheard"));
+        teller.send().await;
+        assert_eq!(teller.queue.len(), 1, "the right may come");
+        teller.look().await;
+        let asked = asked.lock().unwrap().clone();
+        assert!(asked.contains(&"PATCH /api/v1/nodes/n1".to_owned()), "the taint goes: {asked:?}");
+    }
+
+    #[test]
+    fn policy_that_the_kernel_does_not_take_is_told_once_policies_are_known() {
+        let snapshot = |ready| NetpolSnapshot { ready, reason: "map VERDICTS".into(), ..NetpolSnapshot::default() };
+        assert_eq!(behind(false, &snapshot(false)), None, "at the start");
+        assert_eq!(behind(true, &snapshot(true)), None);
+        assert!(behind(true, &snapshot(false)).unwrap().contains("map VERDICTS"));
+    }
 
     #[tokio::test]
     async fn an_exceeded_allowance_is_a_warning_on_the_node() {

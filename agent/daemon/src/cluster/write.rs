@@ -210,9 +210,14 @@ fn refused(error: kube::Error) -> WriteError {
 }
 
 impl WriteError {
-    /// What it is about is not there any more: a namespace, an event whose time has passed.
+    /// What it is about is not there any more, or soon will not be: a namespace, an event whose time has passed.
     pub fn is_gone(&self) -> bool {
-        matches!(self, Self::Refused { code: 404 | 409, .. })
+        match self {
+            Self::Refused { code: 404 | 409, .. } => true,
+            // The words of the API server's admission of namespaces (`NamespaceTerminating`).
+            Self::Refused { code: 403, message } => message.contains("because it is being terminated"),
+            _ => false,
+        }
     }
 
     /// Sending the same again cannot help.

@@ -2,6 +2,7 @@
 //! back.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -64,6 +65,18 @@ fn step(what: impl Into<String>, mark: Mark, text: impl Into<String>) -> Step {
     Step { what: what.into(), mark, text: text.into() }
 }
 
+/// What helps against a failure to write to the host.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => {
+            ". Mount the host's directory writable, or name one that is (HOST_CNI_BIN_PATH, HOST_CNI_CONFDIR_PATH)"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ". What was there stays: free space on the host's disk and try again",
+        io::ErrorKind::PermissionDenied => ". Run it as the host's root",
+        _ => "",
+    }
+}
+
 /// The lowest kernel whose verifier and helpers the programs need.
 const KERNEL_FLOOR: (u32, u32) = (5, 10);
 
@@ -77,7 +90,8 @@ pub fn install(places: &Places) -> Vec<Step> {
         Ok(false) => step(loopback::NAME, Mark::Present, "there"),
         Ok(true) => step(loopback::NAME, Mark::Done, "was missing: our plugin stands in"),
         Err(error) => {
-            step(loopback::NAME, Mark::Failed, format!("the runtime needs it for every pod, and it cannot be put in place: {error}"))
+            let text = format!("the runtime needs it for every pod, and it cannot be put into {}: {error}", places.bin_dir.display());
+            step(loopback::NAME, Mark::Failed, text + remedy(&error))
         }
     });
     if !places.bin_dir.join(Chained::Portmap.binary()).is_file() {
@@ -122,7 +136,7 @@ fn removed(path: &Path) -> Step {
     match files::remove(path) {
         Ok(true) => step(what, Mark::Done, "removed"),
         Ok(false) => step(what, Mark::Present, "was not there"),
-        Err(error) => step(what, Mark::Failed, error.source.to_string()),
+        Err(error) => step(what, Mark::Failed, error.source.to_string() + remedy(&error.source)),
     }
 }
 
@@ -198,7 +212,7 @@ fn sysctls(places: &Places) -> Vec<Step> {
                 Ok(()) => step(what, Mark::Done, format!("{value} (was {})", old.trim())),
                 Err(error) => step(what, Mark::Failed, format!("is {}, must be {value}, and cannot be written: {error}", old.trim())),
             },
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => step(what, Mark::Warning, "this kernel does not have it"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => step(what, Mark::Warning, "this kernel does not have it"),
             Err(error) => step(what, Mark::Failed, format!("cannot be read: {error}")),
         }
     };
@@ -224,18 +238,18 @@ fn binary(places: &Places) -> Step {
         Err(error) => return step(what, Mark::Failed, format!("read {}: {error}", places.plugin.display())),
     };
     if let Err(error) = fs::create_dir_all(&places.bin_dir) {
-        return step(what, Mark::Failed, format!("make {}: {error}", places.bin_dir.display()));
+        return step(what, Mark::Failed, format!("make {}: {error}", places.bin_dir.display()) + remedy(&error));
     }
     match files::put(&path, &content, 0o755) {
         Ok(Outcome::Unchanged) => step(what, Mark::Present, "this version"),
         Ok(Outcome::Written) => step(what, Mark::Done, format!("{} bytes", content.len())),
-        Err(error) => step(what, Mark::Failed, format!("{error}: {}", error.source)),
+        Err(error) => step(what, Mark::Failed, format!("{error}: {}", error.source) + remedy(&error.source)),
     }
 }
 
 fn configuration(places: &Places, directory: &Path) -> Step {
     if let Err(error) = fs::create_dir_all(directory) {
-        return step(FILE_NAME, Mark::Failed, format!("make {}: {error}", directory.display()));
+        return step(FILE_NAME, Mark::Failed, format!("make {}: {error}", directory.display()) + remedy(&error));
     }
     let path = directory.join(FILE_NAME);
     let chained = if places.bin_dir.join(Chained::Portmap.binary()).is_file() { &[Chained::Portmap][..] } else { &[] };
@@ -246,7 +260,7 @@ fn configuration(places: &Places, directory: &Path) -> Step {
     };
     let conflist = Conflist { version, socket: &places.socket, log_file: "", log_level: "", chained };
     match files::put(&path, conflist.render().as_bytes(), 0o644) {
-        Err(error) => step(path.display().to_string(), Mark::Failed, format!("{error}: {}", error.source)),
+        Err(error) => step(path.display().to_string(), Mark::Failed, format!("{error}: {}", error.source) + remedy(&error.source)),
         Ok(outcome) => {
             let what = path.display().to_string();
             match earlier(&path) {
@@ -380,6 +394,51 @@ mod tests {
         assert!(of(&install(&host.places()), Mark::Present).contains(&"loopback"));
         assert!(of(&remove(&host.places()), Mark::Done).contains(&"loopback"));
         assert!(!host.path("bin/loopback").exists());
+    }
+
+    /// Another file system over a directory of the host; gone with this.
+    struct Mounted(PathBuf);
+
+    impl Mounted {
+        fn over(path: PathBuf, size: &str) -> Self {
+            use nix::mount::{MsFlags, mount};
+            mount(Some("none"), &path, Some("tmpfs"), MsFlags::empty(), Some(size)).unwrap();
+            Self(path)
+        }
+
+        fn make_read_only(&self) {
+            use nix::mount::{MsFlags, mount};
+            mount(None::<&str>, &self.0, None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, None::<&str>).unwrap();
+        }
+    }
+
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_written_is_named_with_the_remedy_and_keeps_what_it_has() {
+        for read_only in [false, true] {
+            let host = Host::new();
+            let mounted = Mounted::over(host.path("bin"), "size=4k");
+            // All that there is room for.
+            host.write("bin/stanchion-cni", "an older one");
+            if read_only {
+                mounted.make_read_only();
+            }
+            let steps = install(&host.places());
+            let failed = of(&steps, Mark::Failed);
+            assert_eq!(failed.first(), Some(&"stanchion-cni"), "{steps:#?}");
+            assert_eq!(failed.last(), Some(&"10-aws.conflist"), "no pod comes to it: {steps:#?}");
+            let said = &steps.iter().find(|step| step.what.ends_with("stanchion-cni")).unwrap().text;
+            let remedy = if read_only { "Mount the host's directory writable" } else { "free space" };
+            assert!(said.contains(&host.path("bin").display().to_string()) && said.contains(remedy), "{said}");
+            assert_eq!(host.read("bin/stanchion-cni"), "an older one");
+            let names = fs::read_dir(host.path("bin")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            assert_eq!(names.filter(|name| name != "loopback").collect::<Vec<_>>(), ["stanchion-cni"], "nothing half-written is left");
+        }
     }
 
     #[test]
