@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::ensure;
-use datapath_support::{MODES, WORKS, World, echoes, policy};
+use datapath_support::{MODES, WORKS, World, deny_in, echoes, policy};
 use stanchion_core::policy::image::Refusal;
 use stanchion_daemon::netpol::{ActivateError, NetpolSnapshot};
 use stanchion_lab::refusals::Refusals;
@@ -128,4 +128,26 @@ fn without_memory_in_the_middle_of_a_change_nobody_gets_in_whom_neither_policy_l
         }
     }
     restarts_without_a_write(&mut world);
+}
+
+/// A pod's first policy needs the kernel's word of its open connections.
+#[test]
+fn a_first_policy_waits_until_open_connections_can_be_read() {
+    let (mut world, refusals) = world();
+    let mut open = world.works("x/a", "x/b", 80);
+    refusals.refuse_netlink(libc::ENOBUFS);
+    world.apply(&deny_in());
+    let behind = snapshot(&world);
+    assert!(!behind.ready && behind.reason.contains("connections"), "{}", behind.reason);
+    assert!(refusals.lift() > 0);
+    mended(&world);
+    // Before the pod sends again: what comes in on it is an answer.
+    let flows = world.runtime.block_on(world.agent().clone().conntrack());
+    assert!(flows.iter().any(|flow| flow.opened_by_pod && flow.remote_port == 80), "{flows:?}");
+    assert!(echoes(&mut open, WORKS));
+    world.blocked("y/a", "x/a", 80);
+    // One that cannot be had at all does not keep policy away.
+    refusals.refuse_netlink(libc::EPERM);
+    world.apply(&(deny_in() + &policy("y", "deny-in", "a", "  policyTypes: [Ingress]\n")));
+    world.blocked("x/b", "y/a", 80);
 }

@@ -150,6 +150,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         slots,
         isolated,
         behind: None,
+        unseeded: 0,
         waiting: Vec::new(),
         orphans: BTreeMap::new(),
         gone: BTreeSet::new(),
@@ -215,6 +216,8 @@ struct Actor {
     /// Endpoints that the kernel polices, so that one that becomes so is noticed.
     isolated: BTreeSet<Slot>,
     behind: Option<Behind>,
+    /// Writes that were put off one after the other because open connections could not be read.
+    unseeded: u32,
     waiting: Vec<Waiting>,
     /// By interface index.
     orphans: BTreeMap<u32, Orphan>,

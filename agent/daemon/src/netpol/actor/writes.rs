@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Slot};
+use stanchion_core::policy::image::{EndpointImage, MapError, MapOp, PolicyMaps as _, Refusal, Slot};
 use stanchion_ebpf_abi::flow_state;
 use tokio::time::Instant;
 use tracing::info;
@@ -15,6 +15,9 @@ use super::Actor;
 
 /// After the kernel refused a write, the next try. Each reads all maps: of full ones it takes a tenth of the time at most.
 const MEND_AFTER: Duration = Duration::from_secs(1);
+
+/// So often a pod's first policy waits for its open connections to be read; then it comes without them.
+const SEED_TRIES: u32 = 10;
 
 /// The maps are not what the engine believes, because the kernel refused a write.
 pub(super) struct Behind {
@@ -76,10 +79,16 @@ impl Actor {
             self.save();
         }
         let first: BTreeSet<Slot> = ops.iter().filter_map(newly_isolated).filter(|slot| !self.isolated.contains(slot)).collect();
-        self.seed(&first);
+        if let Err(cause) = self.seed(&first)
+            && self.unseeded < SEED_TRIES
+        {
+            self.unseeded += 1;
+            return (ops.len(), Err(cause));
+        }
+        self.unseeded = 0;
         let result = self.maps.apply(ops);
-        // Once more for what opened meanwhile.
-        self.seed(&first);
+        // Once more for what opened meanwhile; told there.
+        let _opened_meanwhile = self.seed(&first);
         match result {
             Ok(()) => {
                 let endpoints = &self.rules.image().endpoints;
@@ -116,15 +125,24 @@ impl Actor {
     }
 
     /// Gives pods that get their first policy the flows they have, from the kernel's connection tracking.
-    fn seed(&mut self, slots: &BTreeSet<Slot>) {
+    ///
+    /// # Errors
+    /// The kernel or this process had no room to read them, which passes. What does not is told here.
+    fn seed(&mut self, slots: &BTreeSet<Slot>) -> Result<(), MapError> {
         if slots.is_empty() {
-            return;
+            return Ok(());
         }
-        let seeded = conntrack::dump()
-            .map_err(|cause| self.fail("cannot read the kernel's connections; open ones of newly policed pods may break", &cause));
-        let (Ok(connections), Ok(now)) = (seeded, self.loaded.clock.now()) else {
-            return;
+        let connections = match conntrack::dump() {
+            Ok(connections) => connections,
+            Err(cause) => {
+                self.fail("cannot read the kernel's connections; open ones of newly policed pods may break", &cause);
+                let passes = matches!(cause.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM | libc::EMFILE | libc::ENFILE));
+                let (map, operation) = ("of the kernel's connections", "read".to_owned());
+                let error = MapError { map, operation, refusal: Refusal::Other, message: cause.to_string() };
+                return if passes { Err(error) } else { Ok(()) };
+            }
         };
+        let Ok(now) = self.loaded.clock.now() else { return Ok(()) };
         for slot in slots {
             let Some(sandbox) = self.slots.get(*slot) else { continue };
             let addresses = sandbox.addresses();
@@ -132,10 +150,11 @@ impl Actor {
             for (key, state) in flows {
                 if let Err(cause) = self.flows.seed(key, state, now) {
                     self.fail("cannot seed a flow", &cause);
-                    return;
+                    return Ok(());
                 }
             }
         }
+        Ok(())
     }
 }
 
