@@ -241,6 +241,13 @@ impl World {
         self.collect(true).await?;
         let node = self.cluster.node(NODE).clone();
         node.ready(self.cluster.agent(NODE)?, SOON).await?;
+        // What the maps did not take comes within about a second; until then no pod starts.
+        wait_for("every policy in the maps", SOON, || async {
+            let status = node.cli_json(&["status"])?;
+            ensure!(status["policy"]["ready"] == true, "{}", status["policy"]["reason"]);
+            Ok(())
+        })
+        .await?;
         ensure!(self.intruder.got_through() == 0, "{} connections got past the policy", self.intruder.got_through());
         ensure!(!self.talk.is_over(), "the open connection broke");
         self.cluster.settles(Protocol::Tcp, 80, allowed).await?;
