@@ -72,9 +72,14 @@ impl Agent {
         Ok(())
     }
 
+    /// Any other signal.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().cast_signed()), signal)?)
+    }
+
     /// SIGTERM, and waits for the end.
     pub async fn stop(&mut self, at_most: Duration) -> anyhow::Result<ExitStatus> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM)?;
+        self.signal(Signal::SIGTERM)?;
         wait_for("the agent to stop", at_most, || {
             let status = self.child.try_wait();
             async { status?.context("it still runs") }

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use stanchion_core::cloud::Eni;
+use stanchion_core::cloud::{Eni, EniKind};
 use stanchion_core::ids::{EniId, InstanceId};
 use stanchion_core::network::branch::vlan_if_name;
+use stanchion_netlink::Netlink;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::Instant;
 
@@ -41,22 +42,24 @@ struct Inner {
     branches: BTreeMap<EniId, (InstanceId, u16)>,
     /// When an attached ENI's interface appears.
     appears: BTreeMap<EniId, Instant>,
+    /// This machine's kernel has 802.1Q.
+    has_vlans: bool,
 }
 
 impl Cables {
-    pub(crate) fn new(router: Router, cloud: Cloud) -> Self {
-        Self {
-            inner: Arc::new(Mutex::new(Inner { router, sockets: BTreeMap::new(), branches: BTreeMap::new(), appears: BTreeMap::new() })),
-            cloud,
-        }
+    pub(crate) fn new(router: Router, cloud: Cloud) -> anyhow::Result<Self> {
+        let has_vlans = router.netns().run(|| Netlink::open()?.has_vlans())??;
+        let inner = Inner { router, sockets: BTreeMap::new(), branches: BTreeMap::new(), appears: BTreeMap::new(), has_vlans };
+        Ok(Self { inner: Arc::new(Mutex::new(inner)), cloud })
     }
 
     pub(crate) fn add_node(&self, instance: InstanceId, socket: Socket) {
         self.lock().sockets.insert(instance, socket);
     }
 
-    /// Ties a branch ENI to the trunk of an instance and waits until it has its cable. This machine's kernel may have no VLANs: the cable ends
-    /// in an interface of the name that the VLAN's would have, with the branch's Ethernet address, as if the trunk's had been split.
+    /// Ties a branch ENI to the trunk of an instance and waits until it is wired: as a VLAN on the trunk's cable. Where this machine's kernel
+    /// has no VLANs it gets a cable of its own, which ends in an interface of the name that the VLAN's would have, with the branch's
+    /// Ethernet address, as if the trunk's had been split.
     pub(crate) async fn add_branch(&self, branch: EniId, instance: InstanceId, vlan_id: u16) -> anyhow::Result<()> {
         self.lock().branches.insert(branch, (instance, vlan_id));
         self.settled().await
@@ -123,11 +126,14 @@ impl Cables {
         let enis = self.cloud.enis();
         let subnets: BTreeMap<_, _> = self.cloud.subnets().into_iter().map(|subnet| (subnet.id.clone(), subnet.cidr)).collect();
         let inner = &mut *self.lock();
-        let wanted = enis
+        let there: Vec<&Eni> = enis.iter().filter(|eni| inner.appears.get(&eni.id).is_none_or(|at| *at <= now)).collect();
+        let trunks: BTreeMap<&InstanceId, &EniId> = there
             .iter()
-            .filter(|eni| inner.appears.get(&eni.id).is_none_or(|at| *at <= now))
-            .filter_map(|eni| Some((eni.id.clone(), wire(eni, *subnets.get(&eni.subnet)?, inner)?)))
+            .filter(|eni| eni.kind == EniKind::Trunk)
+            .filter_map(|eni| Some((&eni.attachment.as_ref()?.instance, &eni.id)))
             .collect();
+        let wanted =
+            there.iter().filter_map(|eni| Some((eni.id.clone(), wire(eni, *subnets.get(&eni.subnet)?, &trunks, inner)?))).collect();
         inner.router.apply(&wanted)
     }
 
@@ -136,7 +142,7 @@ impl Cables {
     }
 }
 
-fn wire(eni: &Eni, subnet: Ipv4Net, inner: &Inner) -> Option<Wire> {
+fn wire(eni: &Eni, subnet: Ipv4Net, trunks: &BTreeMap<&InstanceId, &EniId>, inner: &Inner) -> Option<Wire> {
     let sockets = &inner.sockets;
     if let Some((instance, vlan_id)) = inner.branches.get(&eni.id) {
         return Some(Wire {
@@ -148,6 +154,7 @@ fn wire(eni: &Eni, subnet: Ipv4Net, inner: &Inner) -> Option<Wire> {
             primary: eni.primary_ipv4?,
             secondary: BTreeSet::new(),
             public: None,
+            over: if inner.has_vlans { Some(((*trunks.get(instance)?).clone(), *vlan_id)) } else { None },
         });
     }
     let attachment = eni.attachment.as_ref()?;
@@ -168,6 +175,7 @@ fn wire(eni: &Eni, subnet: Ipv4Net, inner: &Inner) -> Option<Wire> {
         primary: eni.primary_ipv4?,
         secondary: ipv4.map(IpNet::from).chain(ipv6.map(IpNet::from)).collect(),
         public: is_primary.then_some(socket.public),
+        over: None,
     })
 }
 

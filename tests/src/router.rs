@@ -15,7 +15,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use stanchion_core::ids::EniId;
 
 use crate::netns::{self, Netns};
-use crate::wires::{Step, Wire, steps};
+use crate::wires::{Step, Wire, router_if, steps};
 
 /// Largest frame of a VPC, as EC2 has it.
 pub const MTU: u32 = 9001;
@@ -183,10 +183,11 @@ impl Router {
             )?;
         }
         nft(&self.netns, &rules)?;
-        netns::ip_batch(
-            self.netns.name(),
-            &format!("link add {name} mtu {MTU} type veth peer name {node_if} address {mac} mtu {MTU} netns {netns}\n"),
-        )?;
+        let link = match &wire.over {
+            Some((trunk, vlan)) => format!("link add {name} link {} mtu {MTU} type vlan id {vlan}\n", router_if(trunk)),
+            None => format!("link add {name} mtu {MTU} type veth peer name {node_if} address {mac} mtu {MTU} netns {netns}\n"),
+        };
+        netns::ip_batch(self.netns.name(), &link)?;
         // A proxied reply is delayed by up to 0.8 s unless told otherwise.
         netns::sysctl(&self.netns, &format!("net/ipv4/neigh/{name}/proxy_delay"), "0")?;
         netns::sysctl(&self.netns, &format!("net/ipv4/conf/{name}/proxy_arp"), "1")?;

@@ -93,7 +93,7 @@ impl VpcBuilder {
         let cloud = Cloud::new(self.config, Clock::tokio());
         cloud.add_access_key(ACCESS_KEY.0, ACCESS_KEY.1, None, None);
         let subnets = self.subnets.into_iter().map(|subnet| cloud.add_subnet(subnet)).collect();
-        let cables = Cables::new(built, cloud.clone());
+        let cables = Cables::new(built, cloud.clone())?;
         let mut tasks = JoinSet::new();
         tasks.spawn(cables.clone().follow(cloud.subscribe()));
         let ec2 = internet.tcp_listener(SocketAddr::from((EC2_ADDRESS, 80)))?;

@@ -25,6 +25,8 @@ pub struct Wire {
     pub secondary: BTreeSet<IpNet>,
     /// What the internet sees instead of the primary address; `None` has no way out.
     pub public: Option<Ipv4Addr>,
+    /// A branch that has no cable of its own: frames of this VLAN on the cable of this trunk. The node's end is not ours to make.
+    pub over: Option<(EniId, u16)>,
 }
 
 impl Wire {
@@ -53,8 +55,8 @@ impl Wire {
     }
 
     fn same_cable(&self, other: &Self) -> bool {
-        (self.mac, &self.netns, &self.if_name, self.subnet, self.primary, self.public)
-            == (other.mac, &other.netns, &other.if_name, other.subnet, other.primary, other.public)
+        (self.mac, &self.netns, &self.if_name, self.subnet, self.primary, self.public, &self.over)
+            == (other.mac, &other.netns, &other.if_name, other.subnet, other.primary, other.public, &other.over)
     }
 }
 
@@ -82,7 +84,8 @@ pub enum Step {
     Unassign(Wire, IpNet),
 }
 
-/// The steps from one wiring to another. What is taken away goes first: an address may move between ENIs.
+/// The steps from one wiring to another. What is taken away goes first: an address may move between ENIs. A branch goes before its
+/// trunk's cable and comes after it.
 pub fn steps(now: &BTreeMap<EniId, Wire>, wanted: &BTreeMap<EniId, Wire>) -> Vec<Step> {
     let mut take = Vec::new();
     let mut give = Vec::new();
@@ -100,8 +103,15 @@ pub fn steps(now: &BTreeMap<EniId, Wire>, wanted: &BTreeMap<EniId, Wire>) -> Vec
         }
     }
     give.extend(wanted.iter().filter(|(eni, _)| !now.contains_key(*eni)).map(|(_, wire)| Step::Plug(wire.clone())));
+    take.sort_by_key(|step| !is_branch(step));
+    give.sort_by_key(is_branch);
     take.extend(give);
     take
+}
+
+fn is_branch(step: &Step) -> bool {
+    let (Step::Plug(wire) | Step::Unplug(wire) | Step::Assign(wire, _) | Step::Unassign(wire, _)) = step;
+    wire.over.is_some()
 }
 
 #[cfg(test)]
@@ -119,8 +129,20 @@ mod tests {
             primary: "10.0.0.10".parse().unwrap(),
             secondary: secondary.iter().map(|s| s.parse().unwrap()).collect(),
             public: None,
+            over: None,
         };
         (eni, wire)
+    }
+
+    #[test]
+    fn a_branch_comes_after_its_trunk_and_goes_before_it() {
+        let trunk = wire("eni-0000000000000000b", &[]);
+        let mut branch = wire("eni-0000000000000000a", &[]);
+        branch.1.over = Some((trunk.0.clone(), 7));
+        let (plug, unplug) = (|w: &Wire| Step::Plug(w.clone()), |w: &Wire| Step::Unplug(w.clone()));
+        let both = BTreeMap::from([trunk.clone(), branch.clone()]);
+        assert_eq!(steps(&BTreeMap::new(), &both), [plug(&trunk.1), plug(&branch.1)]);
+        assert_eq!(steps(&both, &BTreeMap::new()), [unplug(&branch.1), unplug(&trunk.1)]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ const TRUNK_MAC: &str = "02:00:00:00:00:88";
 async fn site(mode: &str) -> Site {
     let site = Site::start().await;
     run(&site.node.0, &format!("ip link add eth1 address {TRUNK_MAC} type bridge"));
+    run(&site.node.0, "ip link set eth1 up");
     give_branch(&site, mode);
     site
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use aya::maps::{MapData, MapInfo};
-use datapath_support::{MODES, World, deny_in, policy};
+use datapath_support::{World, deny_in, modes, policy};
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::{ActivateIf, ActivateRequest};
 use stanchion_ebpf_abi::{LAYOUT_VERSION, map_name};
@@ -129,7 +129,7 @@ fn round(world: &mut World, policies: &str, number: usize) {
 #[test]
 fn what_pods_took_is_given_back() {
     let rounds: usize = std::env::var("DATAPATH_CHURN").ok().and_then(|text| text.parse().ok()).unwrap_or(8);
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         // Every pod is selected, and pods elsewhere are peers.
         let everyone = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: everyone, namespace: \"x\"}\n\

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::ensure;
-use datapath_support::{MODES, WORKS, World, deny_in, echoes, policy};
+use datapath_support::{WORKS, World, deny_in, echoes, policy};
 use stanchion_core::policy::image::Refusal;
-use stanchion_daemon::netpol::{ActivateError, NetpolSnapshot};
+use stanchion_daemon::netpol::{ActivateError, AttachMode, NetpolSnapshot};
 use stanchion_ebpf_abi::map_name;
 use stanchion_lab::datapath::layout;
 use stanchion_lab::wait::wait_for;
@@ -41,7 +41,7 @@ fn mended(world: &World) {
 
 #[test]
 fn a_full_map_stops_what_is_new_and_nothing_else() {
-    let mut world = World::new(MODES[1]);
+    let mut world = World::new(AttachMode::Clsact);
     world.stop();
     layout::shrink(&world.pin_root, map_name::VERDICTS, ROOM).unwrap();
     world.start();
@@ -102,7 +102,7 @@ fn far(numbers: std::ops::Range<u32>) -> String {
 
 #[test]
 fn addresses_that_go_make_room_for_those_that_come() {
-    let mut world = World::new(MODES[1]);
+    let mut world = World::new(AttachMode::Clsact);
     world.stop();
     layout::shrink(&world.pin_root, map_name::ADDRESSES, ROOM).unwrap();
     world.start();

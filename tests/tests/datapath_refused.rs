@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::ensure;
-use datapath_support::{MODES, WORKS, World, deny_in, echoes, policy};
+use datapath_support::{WORKS, World, deny_in, echoes, policy};
 use stanchion_core::policy::image::Refusal;
-use stanchion_daemon::netpol::{ActivateError, NetpolSnapshot};
+use stanchion_daemon::netpol::{ActivateError, AttachMode, NetpolSnapshot};
 use stanchion_lab::refusals::Refusals;
 use stanchion_lab::wait::wait_for;
 
@@ -19,7 +19,7 @@ const MENDED: Duration = Duration::from_secs(60);
 
 /// A node whose agent can be refused map entries, with all pods but y/b.
 fn world() -> (World, Refusals) {
-    let mut world = World::new(MODES[1]);
+    let mut world = World::new(AttachMode::Clsact);
     world.stop();
     let refusals = Refusals::default();
     world.refusals = Some(refusals.clone());

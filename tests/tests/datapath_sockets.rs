@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 #[test]
 fn replies_pass_isolated_pods_and_requests_do_not() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply(&(deny_in() + &policy("y", "deny-eg", "a", "  policyTypes: [Egress]\n")));
         world.activate_all();
@@ -38,7 +38,7 @@ fn replies_pass_isolated_pods_and_requests_do_not() {
 
 #[test]
 fn a_policy_that_forbids_an_open_connection_stops_it_at_its_next_packet() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply("");
         world.activate_all();
@@ -55,7 +55,7 @@ fn a_policy_that_forbids_an_open_connection_stops_it_at_its_next_packet() {
 
 #[test]
 fn the_first_policy_on_a_running_pod_keeps_what_it_allows() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply("");
         world.activate_all();
@@ -74,7 +74,7 @@ fn the_first_policy_on_a_running_pod_keeps_what_it_allows() {
 #[test]
 fn a_source_port_used_again_is_a_new_flow() {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt};
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply(&deny_in());
         world.activate_all();
@@ -110,7 +110,7 @@ fn a_source_port_used_again_is_a_new_flow() {
 
 #[test]
 fn fragments_follow_their_first() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply(&policy("x", "p", "a", "  policyTypes: [Ingress]\n  ingress:\n  - ports: [{protocol: UDP, port: 80}]\n"));
         world.activate_all();
@@ -121,7 +121,7 @@ fn fragments_follow_their_first() {
 
 #[test]
 fn a_pod_is_policed_from_its_first_packet() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         // Its agent does not know the cluster yet, and is strict.
         let error = world.activate("x/a").unwrap_err();
@@ -185,7 +185,7 @@ fn send_frame(pod: &Pod, mut frame: Vec<u8>) {
 
 #[test]
 fn a_forged_source_plants_no_state_and_is_told_with_names() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply(&deny_in());
         world.activate_all();
@@ -242,7 +242,7 @@ fn denied_packets_reach_the_log_group_with_their_names() {
 
 #[test]
 fn an_agent_that_is_replaced_keeps_flows_and_policy() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         let allow = "  policyTypes: [Ingress]\n  ingress:\n  - from: [{podSelector: {}}]\n    ports: [{port: 80}]\n";
         world.apply(&policy("x", "p", "a", allow));
@@ -281,7 +281,7 @@ fn make_another_layout(world: &World, layout: u16) -> [PathBuf; 2] {
 
 #[test]
 fn in_strict_mode_a_pod_that_nobody_knows_is_closed_after_another_layout_too() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply("");
         world.activate_all();
@@ -304,7 +304,7 @@ fn in_strict_mode_a_pod_that_nobody_knows_is_closed_after_another_layout_too() {
 /// In standard mode what is not known is open, but not where the agent before policed it.
 #[test]
 fn a_policed_pod_whose_object_went_while_no_agent_ran_is_not_opened_by_another_layout() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.stop();
         world.enforcing = EnforcingMode::Standard;
@@ -339,7 +339,7 @@ fn a_policed_pod_whose_object_went_while_no_agent_ran_is_not_opened_by_another_l
 #[test]
 fn an_agent_of_another_layout_takes_over_without_a_gap() {
     let older = u16::try_from(LAYOUT_VERSION).unwrap() - 1;
-    for (mode, layout) in [(AttachMode::Tcx, older), (AttachMode::Clsact, older), (AttachMode::Clsact, older + 2)] {
+    for (mode, layout) in modes().map(|mode| (mode, older)).chain([(AttachMode::Clsact, older + 2)]) {
         let mut world = World::new(mode);
         let allow = "  policyTypes: [Ingress]\n  ingress:\n  - from: [{podSelector: {}}]\n    ports: [{port: 80}]\n";
         world.apply(&policy("x", "p", "a", allow));
@@ -393,7 +393,7 @@ fn hammer(world: &World, from: &str, to: &str, port: u16, stop: &Arc<AtomicBool>
 
 #[test]
 fn the_node_reaches_its_pods_whatever_their_policy() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply(&(deny_in() + &policy("x", "deny-eg", "a", "  policyTypes: [Egress]\n")));
         world.activate_all();
@@ -406,7 +406,7 @@ fn the_node_reaches_its_pods_whatever_their_policy() {
 /// The node translates a service's address to y/a, as a kube-proxy in zone `a` does.
 #[test]
 fn a_service_is_judged_by_the_backends_that_kube_proxy_may_choose_here() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         let [near, far] = ["y/a", "y/b"].map(|name| world.pod(name).address);
         let nat = format!(
@@ -448,7 +448,7 @@ fn a_service_is_judged_by_the_backends_that_kube_proxy_may_choose_here() {
 
 #[test]
 fn a_service_address_that_ipvs_put_on_the_node_is_judged_as_one() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         let service = Ipv4Addr::new(10, 99, 0, 1);
         // A dummy in truth, which not every kernel has; only its name matters.
@@ -468,7 +468,7 @@ fn a_service_address_that_ipvs_put_on_the_node_is_judged_as_one() {
 
 #[test]
 fn a_deleted_pod_leaves_nothing_and_its_slot_inherits_nothing() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply(&deny_in());
         world.activate_all();
@@ -551,7 +551,7 @@ fn resolve(pod: &Pod, server: SocketAddr, name: &str) {
 
 #[test]
 fn a_name_that_policy_allows_means_the_addresses_in_the_pods_dns_answers() {
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         let allow = "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec:\n  tier: Admin\n  priority: 1\n  \
                      subject: {pods: {namespaceSelector: {matchLabels: {ns: \"x\"}}, podSelector: {matchLabels: {pod: a}}}}\n  egress:\n  \
@@ -598,7 +598,7 @@ const BY_NAME: &str = "---\napiVersion: policy.networking.k8s.io/v1beta1\nkind: 
 /// The address stands behind so many others that it comes in the second fragment.
 #[test]
 fn a_dns_answer_in_fragments_is_learnt() {
-    let mut world = World::new(MODES[0]);
+    let mut world = World::new(AttachMode::beside_ingress_qdisc());
     world.apply(BY_NAME);
     world.activate_all();
     let others = (1..=120).map(|last| Ipv4Addr::new(203, 0, 113, last));
@@ -611,7 +611,7 @@ fn a_dns_answer_in_fragments_is_learnt() {
 /// A datagram is sent once: it arrives although it left before the agent can have read the answer.
 #[test]
 fn what_a_pod_sends_in_the_instant_of_a_dns_answer_is_not_lost() {
-    let mut world = World::new(MODES[0]);
+    let mut world = World::new(AttachMode::beside_ingress_qdisc());
     world.apply(BY_NAME);
     world.activate_all();
     serve_dns(world.pod("y/a"), vec![world.pod("y/b").address]);

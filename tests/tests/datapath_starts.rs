@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use datapath_support::{MODES, WORKS, World, policy};
+use datapath_support::{WORKS, World, modes, policy};
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::netpol::{ActivateIf, ActivateRequest, FlowRecord, FlowVerdict};
 use stanchion_lab::netns::{Netns, ip_batch};
@@ -82,7 +82,7 @@ fn object(name: &str, address: Ipv4Addr) -> String {
 #[test]
 fn starts_under_churn_leak_nothing_and_lose_nothing() {
     let starts: u32 = std::env::var("DATAPATH_STARTS").ok().and_then(|text| text.parse().ok()).unwrap_or(15);
-    for mode in MODES {
+    for mode in modes() {
         let mut world = World::new(mode);
         world.apply(&policies());
         world.activate_all();

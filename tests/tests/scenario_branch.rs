@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::process::Command;
 
 use anyhow::ensure;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::netns::ip_json;
@@ -101,11 +102,14 @@ async fn a_restarted_agent_heals(cluster: &mut Cluster, damage: &[&str]) {
     let node = cluster.node(0).netns().clone();
     let state = || Ok::<_, anyhow::Error>((rules(&node)?, ip_json(&node, &["route", "show", "table", "107"])?));
     let good = state().expect("read");
+    // Stopped meanwhile, as it would have mended the first before the last was broken.
+    cluster.agent(0).expect("runs").signal(Signal::SIGSTOP).expect("stops");
     for line in damage {
         let output = node.output(Command::new("ip").args(line.split(' '))).expect("runs");
         assert!(output.status.success(), "{line}: {output:?}");
     }
     assert_ne!(state().expect("read"), good);
+    cluster.agent(0).expect("runs").signal(Signal::SIGCONT).expect("goes on");
     wait_for("the branch to be healed", SOON, || async {
         let now = state()?;
         ensure!(now == good, "{now:?} is not {good:?}");

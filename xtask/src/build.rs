@@ -25,10 +25,23 @@ impl Profile {
     }
 }
 
+/// Cargo in the root of the checkout, without what `cargo run` told this task of its own package: build scripts that read such a variable
+/// (ring's does) would run again, and all that needs them be compiled again, whenever a person and a task take turns.
+pub(crate) fn cargo(root: &Path) -> Command {
+    let mut cargo = Command::new("cargo");
+    for (name, _) in std::env::vars_os() {
+        if ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|of_this_task| name.to_string_lossy().starts_with(of_this_task)) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo.current_dir(root);
+    cargo
+}
+
 /// What builds every binary.
 pub(crate) fn command(root: &Path, profile: Profile) -> Command {
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--workspace", "--bins"]).current_dir(root);
+    let mut cargo = cargo(root);
+    cargo.args(["build", "--workspace", "--bins"]);
     if matches!(profile, Profile::Release) {
         cargo.arg("--release");
     }
@@ -45,9 +58,9 @@ pub(crate) fn workspace(root: &Path, profile: Profile) -> Result<()> {
 }
 
 /// The plugin that is shipped: static, because it runs on the host, whose C library may be another; and on musl, because what happens
-/// before `main` is a third of an ADD. The dynamic linker takes longer than an ADD's netlink requests, and glibc asks the processor for
-/// its features (`cpuid`) some seventy times, which in a virtual machine is an exit to the hypervisor each: 0.3 ms. Left in
-/// `target/plugin` and `target/release`.
+/// before `main` is a third of an ADD. The dynamic linker takes longer than an ADD's netlink requests, and glibc's static start 0.3 ms
+/// more than musl's: it asks the processor for its features (`cpuid`), an exit to the hypervisor each time. Left in `target/plugin` and
+/// `target/release`.
 pub(crate) fn plugin(root: &Path) -> Result<()> {
     let target = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
     let libraries = Command::new("rustc").args(["--print", "target-libdir", "--target", &target]).current_dir(root).output()?;
@@ -55,8 +68,8 @@ pub(crate) fn plugin(root: &Path) -> Result<()> {
         ui::step("install Rust's standard library for musl", Command::new("rustup").args(["target", "add", &target]).current_dir(root))
             .with_context(|| format!("without rustup: the standard library of this rustc for {target}"))?;
     }
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--package", "stanchion-cni", "--profile", "plugin", "--target", &target]).current_dir(root);
+    let mut cargo = cargo(root);
+    cargo.args(["build", "--package", "stanchion-cni", "--profile", "plugin", "--target", &target]);
     // With a target of its own the flags reach no build script, and what else was built stays as it is. One short hash a pod is not worth
     // three questions to the processor.
     let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", target.to_uppercase().replace('-', "_"));

@@ -48,7 +48,7 @@ pub(crate) fn run(root: &Path, filter: &[String]) -> Result<ExitCode> {
     let mut binaries = build::command(root, build::Profile::Dev);
     counted(&mut binaries);
     ui::step("build the binaries with counters", &mut binaries)?;
-    let mut tests = Command::new("cargo");
+    let mut tests = build::cargo(root);
     tests.args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(filter);
     counted(&mut tests);
     let passed = tests.status().context("start cargo nextest")?.success();
@@ -62,7 +62,7 @@ pub(crate) fn run(root: &Path, filter: &[String]) -> Result<ExitCode> {
     let mut export = Command::new(tools.join("llvm-cov"));
     export.args(["export", "--format=lcov", "--skip-functions", "--ignore-filename-regex=/(registry|rustc|target)/"]);
     export.arg("--instr-profile").arg(&profile);
-    let mut list = Command::new("cargo");
+    let mut list = build::cargo(root);
     list.args(["nextest", "list", "--workspace", "--list-type=binaries-only", "--message-format=json"]);
     counted(&mut list);
     for object in objects(root, &mut list)? {

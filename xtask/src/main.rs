@@ -5,13 +5,14 @@ mod build;
 mod chart;
 mod coverage;
 mod image;
+mod kernels;
 mod setup;
 mod ui;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -62,6 +63,14 @@ enum Task {
     Coverage {
         /// Only tests whose name contains one of these
         filter: Vec<String>,
+    },
+    /// Run the tests that ask something of the kernel under those of EKS nodes, each booted in an emulated machine
+    Kernels {
+        /// 5.10, 6.1, 6.12, 7; all when absent
+        series: Vec<String>,
+        /// Which tests, as an expression of nextest's
+        #[arg(short = 'E', long, default_value = kernels::EVERYTHING)]
+        filter: String,
     },
     /// Pack the container image without an engine: target/image/stanchion.oci.tar
     Image {
@@ -145,6 +154,11 @@ fn run() -> Result<ExitCode> {
             bpf::build(&root)?;
             return coverage::run(&root, &filter);
         }
+        Task::Kernels { series, filter } => {
+            prepare(&root, build::Profile::Dev)?;
+            setup::test_runner()?;
+            kernels::run(&root, &series, &filter)?;
+        }
         Task::Image { dev } => {
             let profile = if dev { build::Profile::Dev } else { build::Profile::Release };
             prepare(&root, profile)?;
@@ -193,21 +207,23 @@ fn test(root: &Path, filter: &[String]) -> Result<ExitCode> {
     bpf::build(root)?;
     if filter.is_empty() {
         chart::check(root)?;
-        ui::step("format", Command::new("cargo").args(["fmt", "--all", "--check"]).current_dir(root))?;
-        ui::step(
-            "lints",
-            Command::new("cargo").args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]).current_dir(root),
-        )?;
+        ui::step("format", build::cargo(root).args(["fmt", "--all", "--check"]))?;
+        ui::step("lints", build::cargo(root).args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
     }
     // The scenarios run the shipped binaries, so these are built first.
     build::workspace(root, build::Profile::Dev)?;
-    let mut tests = Command::new("cargo");
-    tests.args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(filter).current_dir(root);
+    let mut tests = build::cargo(root);
+    tests.args(["nextest", "run", "--workspace", "--no-fail-fast"]).args(filter);
     if std::env::var_os(PROPERTY_SEED).is_none() {
         tests.env(PROPERTY_SEED, "20261121");
     }
     println!("{} tests", ui::paint("run", ui::BOLD));
-    ui::become_command(&mut tests)
+    if !filter.is_empty() {
+        return ui::become_command(&mut tests);
+    }
+    let passed = tests.status().context("start cargo nextest")?.success();
+    kernels::run(root, &[kernels::USUAL.to_owned()], kernels::IN_SHORT)?;
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn root() -> Result<PathBuf> {

@@ -28,9 +28,13 @@ pub(crate) fn everything(_root: &Path) -> Result<()> {
     if !is_root() {
         bail!("network namespaces and eBPF need root: run this as root (sudo -E cargo xtask ...)");
     }
-    let missing: Vec<&str> = TOOLS.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect();
-    apt_install("install the lab's tools", &missing)?;
+    apt_install("install the lab's tools", &missing(&TOOLS))?;
     bpf::ensure_toolchain()
+}
+
+/// The packages whose file is not there.
+pub(crate) fn missing(tools: &[(&str, &'static str)]) -> Vec<&'static str> {
+    tools.iter().filter(|(file, _)| !Path::new(file).exists()).map(|(_, package)| *package).collect()
 }
 
 /// The browser and the test runner, which only tests need. The runner unoptimized, as it builds in a third of the time and only starts

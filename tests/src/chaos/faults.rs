@@ -5,8 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngExt as _};
 use tokio::time::sleep;
@@ -131,10 +130,9 @@ impl World {
                 self.cluster.start_agent(NODE).await?;
             }
             Fault::Freeze(lasts) => {
-                let agent = Pid::from_raw(self.cluster.agent(NODE)?.pid().cast_signed());
-                kill(agent, Signal::SIGSTOP)?;
+                self.cluster.agent(NODE)?.signal(Signal::SIGSTOP)?;
                 sleep(lasts).await;
-                kill(agent, Signal::SIGCONT)?;
+                self.cluster.agent(NODE)?.signal(Signal::SIGCONT)?;
             }
             Fault::KillPlugin(after) => {
                 let spec = self.spec();

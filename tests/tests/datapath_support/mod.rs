@@ -28,7 +28,11 @@ pub(crate) const BLOCKED: Duration = Duration::from_millis(250);
 /// How long one that must arrive may take on a busy machine.
 pub(crate) const WORKS: Duration = Duration::from_secs(5);
 
-pub(crate) const MODES: [AttachMode; 2] = [AttachMode::Tcx, AttachMode::Clsact];
+/// The ways of attaching that this kernel has: clsact everywhere, TCX from Linux 6.6.
+pub(crate) fn modes() -> impl Iterator<Item = AttachMode> {
+    let newest = AttachMode::beside_ingress_qdisc();
+    [AttachMode::Clsact, newest].into_iter().take(if newest == AttachMode::Tcx { 2 } else { 1 })
+}
 
 /// A pod's namespace, with echo servers for TCP and UDP on ports 80 and 81.
 pub(crate) struct Pod {

@@ -273,9 +273,12 @@ impl Datastore {
         }
     }
 
-    /// The ENI on which an address is.
+    /// The ENI on which an address is: by itself or in a prefix of the one length that EC2 delegates (/28, /80). Asked for each address
+    /// of the node after every change, so not by looking through all of them.
     pub fn eni_of(&self, address: IpAddr) -> Option<&StoredEni> {
-        self.enis.values().find(|eni| eni.cidrs.keys().any(|cidr| cidr.contains(&address)))
+        let lengths = if address.is_ipv4() { [32, 28] } else { [128, 80] };
+        let cidrs = lengths.map(|length| IpNet::new_assert(address, length).trunc());
+        self.enis.values().find(|eni| cidrs.iter().any(|cidr| eni.cidrs.contains_key(cidr)))
     }
 
     /// ENIs of these subnets serve no new pods; those of others do again.
