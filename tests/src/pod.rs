@@ -130,12 +130,6 @@ impl Pod {
         &self.uid
     }
 
-    /// The veth's host end, as the plugin reported it.
-    pub fn host_veth(&self) -> Option<&str> {
-        let interfaces = self.result["interfaces"].as_array()?;
-        interfaces.iter().find(|i| i["sandbox"].as_str().is_none_or(str::is_empty))?["name"].as_str()
-    }
-
     /// Row and column of a matrix.
     pub fn end(&self) -> End {
         End { name: self.name(), netns: self.netns.clone(), address: self.address }

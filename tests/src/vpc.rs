@@ -20,7 +20,7 @@ use crate::fake_aws::{Clock, Cloud, CloudConfig, DirectEc2, InstanceSpec, Subnet
 use crate::manifests::Manifests;
 use crate::netns::{self, Netns};
 use crate::node::{ACCESS_KEY, Inner, Node, aws_env};
-use crate::probe::{End, Servers};
+use crate::probe::Servers;
 use crate::router::{IMDS_ADDRESS, ROUTER_IPV6, Refused, Router};
 use crate::run::Run;
 use crate::wait::wait_for;
@@ -158,11 +158,6 @@ impl Vpc {
     /// What the router refused so far.
     pub fn refused(&self) -> anyhow::Result<Refused> {
         self.cables.refused()
-    }
-
-    /// A row and column of a matrix for the host on the internet.
-    pub fn internet_end(&self) -> End {
-        End { name: "internet".to_owned(), netns: self.internet.clone(), address: EXAMPLE_HOST.into() }
     }
 
     /// Launches an instance and configures its primary interface, as an AMI does. Nodes go into the subnets in turn.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use serde_json::{Value, json};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::metrics::catalog::Preset;
 use stanchion_core::metrics::insights::{NodeIdentity, Selection};
-use stanchion_core::metrics::otlp::wire::{ExportMetricsServiceRequest, metric};
+use stanchion_core::metrics::otlp::wire::{ExportMetricsPartialSuccess, ExportMetricsServiceRequest, ExportMetricsServiceResponse, metric};
 use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::objects::Pod;
 use stanchion_daemon::cluster::ClusterHandle;
@@ -153,7 +154,7 @@ async fn containers_files_come_from_the_kubelet_and_nothing_else_depends_on_it()
         |bed: &Bed, name: &str| bed.documents("performance").into_iter().filter(|document| document["Type"] == name).collect::<Vec<_>>();
     // Refused: the rest is told all the same.
     wait_for("documents without the kubelet", SOON, || async {
-        let failed = bed.handle.extras().kubelet.failed.load(std::sync::atomic::Ordering::Relaxed);
+        let failed = bed.handle.extras().kubelet.failed.load(Ordering::Relaxed);
         ensure!(failed > 0 && !of_type(&bed, "Container").is_empty(), "{failed} failures");
         Ok(())
     })
@@ -190,13 +191,13 @@ async fn a_kubelet_with_a_strangers_certificate_is_not_shown_the_token() {
     let right = serve(Some(test_acceptor()), kubelet(uid, Arc::clone(&token))).await;
     let wrong = serve_at("127.0.0.2:0", Some(test_acceptor()), kubelet(uid, token)).await;
     let account = service_account("now");
-    let read = |bed: &Bed| bed.handle.extras().kubelet.read.load(std::sync::atomic::Ordering::Relaxed);
+    let read = |bed: &Bed| bed.handle.extras().kubelet.read.load(Ordering::Relaxed);
     for (address, insecure, trusted) in [(right, false, true), (wrong, false, false), (wrong, true, true)] {
         let url = format!("https://{address}");
         let settings = KubeletSettings { url, insecure, service_account: account.path().into() };
         let bed = Bed::start(&cluster, cgroups.root.path(), Extras { kubelet: Some(settings), ..Extras::default() });
         wait_for("an answer or a refusal", SOON, || async {
-            let failed = bed.handle.extras().kubelet.failed.load(std::sync::atomic::Ordering::Relaxed);
+            let failed = bed.handle.extras().kubelet.failed.load(Ordering::Relaxed);
             ensure!(failed > 1 || read(&bed) > 0, "nothing yet");
             Ok(())
         })
@@ -223,7 +224,7 @@ async fn the_read_only_port_is_asked_without_a_token() {
     let empty = tempfile::tempdir().unwrap();
     let bed = Bed::start(&cluster, empty.path(), Extras { kubelet: Some(settings), ..Extras::default() });
     wait_for("a summary", SOON, || async {
-        let read = bed.handle.extras().kubelet.read.load(std::sync::atomic::Ordering::Relaxed);
+        let read = bed.handle.extras().kubelet.read.load(Ordering::Relaxed);
         ensure!(read > 0, "none yet");
         Ok(())
     })
@@ -275,7 +276,8 @@ async fn an_otlp_receiver_gets_every_tick_and_a_busy_one_is_asked_again() {
             let mut text = Vec::new();
             flate2::read::GzDecoder::new(&body[..]).read_to_end(&mut text).unwrap();
             taken.lock().unwrap().push(ExportMetricsServiceRequest::decode(&text[..]).unwrap());
-            StatusCode::OK.into_response()
+            let partial_success = ExportMetricsPartialSuccess { rejected_data_points: 3, error_message: "too old".into() };
+            ExportMetricsServiceResponse { partial_success: Some(partial_success) }.encode_to_vec().into_response()
         };
         async move { reply }
     };
@@ -295,6 +297,14 @@ async fn an_otlp_receiver_gets_every_tick_and_a_busy_one_is_asked_again() {
     assert!(value("", "", "k8s.node.uptime") > 0.0);
     assert!(value("pod-0", "", "k8s.pod.cpu.usage") >= 0.0);
     assert!(value("pod-0", "c0", "k8s.container.memory_limit_utilization") >= 0.0);
+    let counters = &bed.handle.extras().otlp;
+    wait_for("the points that the receiver left out to be counted", SOON, || async {
+        let (sent, rejected) = (counters.sent.load(Ordering::Relaxed), counters.rejected_points.load(Ordering::Relaxed));
+        ensure!(sent > 0 && rejected >= 3, "{rejected} of {sent} requests");
+        Ok(())
+    })
+    .await
+    .unwrap();
     bed.stop().await;
 }
 

@@ -32,14 +32,6 @@ impl CloudWatchSink {
         Self { client, gzip: Arc::new(AtomicBool::new(true)), told: Arc::default() }
     }
 
-    /// Whether compressed bodies go as they are: less network, and less to hash and encrypt. The service bills the bytes before compression
-    /// either way.
-    #[must_use]
-    pub fn with_gzip(self, on: bool) -> Self {
-        self.gzip.store(on, Ordering::Relaxed);
-        self
-    }
-
     /// Whether bodies go compressed now.
     pub fn gzip(&self) -> bool {
         self.gzip.load(Ordering::Relaxed)

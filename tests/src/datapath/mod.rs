@@ -14,8 +14,7 @@ use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
 use stanchion_core::policy::image::{EndpointImage, MapOp, PolicyMaps as _, Slot};
 use stanchion_daemon::netpol::{KernelMaps, LoadOptions, Loaded, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
-    Config, Event, FlowEntry, FlowKey4, FlowKey6, Interface, LAYOUT_VERSION, config_flag, direction, flow_head, ipv4_word, ipv6_words,
-    map_name,
+    Config, Event, FlowEntry, FlowKey4, Interface, LAYOUT_VERSION, config_flag, direction, flow_head, ipv4_word, ipv6_words, map_name,
 };
 
 use crate::stray::Maker;
@@ -241,12 +240,6 @@ pub fn flow_bytes(entry: FlowEntry) -> [u8; 16] {
 
 /// The bytes of a key.
 pub fn key4(key: FlowKey4) -> [u8; 12] {
-    // SAFETY: as above.
-    unsafe { std::mem::transmute(key) }
-}
-
-/// The bytes of a key.
-pub fn key6(key: FlowKey6) -> [u8; 24] {
     // SAFETY: as above.
     unsafe { std::mem::transmute(key) }
 }

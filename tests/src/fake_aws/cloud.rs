@@ -249,29 +249,6 @@ impl Cloud {
         state.faults.set_bucket(action, bucket, now);
     }
 
-    /// EC2's default buckets of the agent's actions.
-    pub fn set_default_buckets(&self) {
-        // "Request token bucket sizes and refill rates" of the EC2 developer guide: 100 tokens and 20 a second for
-        // filtered Describe calls, 100 and 5 for the network interface actions.
-        for action in ["DescribeInstances", "DescribeInstanceTypes", "DescribeNetworkInterfaces", "DescribeSubnets"] {
-            self.set_bucket(action, Bucket { size: 100.0, per_second: 20.0 });
-        }
-        for action in [
-            "CreateNetworkInterface",
-            "AttachNetworkInterface",
-            "ModifyNetworkInterfaceAttribute",
-            "AssignPrivateIpAddresses",
-            "UnassignPrivateIpAddresses",
-            "AssignIpv6Addresses",
-            "UnassignIpv6Addresses",
-            "DetachNetworkInterface",
-            "DeleteNetworkInterface",
-            "CreateTags",
-        ] {
-            self.set_bucket(action, Bucket { size: 100.0, per_second: 5.0 });
-        }
-    }
-
     /// IMDS stops showing an attached ENI for a while (seen on real nodes after address changes).
     pub fn hide_from_imds(&self, eni: &EniId, lasts: Duration) {
         let mut state = self.lock();

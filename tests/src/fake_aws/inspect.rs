@@ -8,7 +8,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::clock::Clock;
 use super::cloud::{Cloud, LoggedCall, attached_to, cidrs_of};
-use super::logs::{GroupView, KeepEvents, LogsTotals, StoredEvent};
+use super::logs::{GroupView, LogsTotals, StoredEvent};
 use super::logs_wire::Entity;
 use super::model::{EniEvent, InstanceView};
 use super::subnet::SubnetState;
@@ -123,11 +123,6 @@ impl Cloud {
 }
 
 impl Cloud {
-    /// Whether events are kept or only counted.
-    pub fn keep_events(&self, keep: KeepEvents) {
-        self.lock().logs.keep = keep;
-    }
-
     /// Events of a stream in the order in which they were taken.
     pub fn events(&self, group: &str, stream: &str) -> Vec<StoredEvent> {
         self.lock().logs.events(group, stream)

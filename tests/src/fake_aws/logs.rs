@@ -24,16 +24,6 @@ const NAME_MAX: usize = 512;
 /// What PutRetentionPolicy takes.
 const RETENTION_DAYS: [u32; 22] = [1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653];
 
-/// Whether events are kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KeepEvents {
-    /// All of them, for tests that read them.
-    #[default]
-    All,
-    /// Only counters, for benches.
-    Count,
-}
-
 /// An event that was taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredEvent {
@@ -111,7 +101,6 @@ pub struct GroupView {
 
 #[derive(Debug, Default)]
 pub(super) struct LogsState {
-    pub(super) keep: KeepEvents,
     groups: BTreeMap<String, Group>,
     totals: LogsTotals,
     /// Of the latest put to each stream.
@@ -178,7 +167,6 @@ impl LogsState {
 
     fn put(&mut self, group: &str, stream: &str, events: Vec<(i64, String)>, now_ms: i64) -> Result<LogsReply, ApiError> {
         check_batch(&events, now_ms)?;
-        let keep = self.keep;
         let group = self.group(group)?;
         let retention = group.view.retention_days.map(|days| i64::from(days) * 24 * 3_600_000);
         let stored = group.streams.get_mut(stream).ok_or_else(no_stream)?;
@@ -190,9 +178,7 @@ impl LogsState {
         for (timestamp_ms, message) in events.into_iter().take(too_new).skip(from) {
             taken.events += 1;
             taken.billed_bytes += (message.len() + EVENT_OVERHEAD) as u64;
-            if keep == KeepEvents::All {
-                stored.push(StoredEvent { timestamp_ms, message, ingested_ms: now_ms });
-            }
+            stored.push(StoredEvent { timestamp_ms, message, ingested_ms: now_ms });
         }
         self.totals.puts += 1;
         self.totals.events += taken.events;

@@ -32,7 +32,7 @@ pub use cloud::{Cloud, LoggedCall};
 pub use direct::{DirectEc2, DirectImds, DirectLogs};
 pub use ec2::{Ec2Call, Ec2Reply, Filter, Page};
 pub use faults::{ApiError, Bucket, Chaos, Effect, Fault};
-pub use logs::{GroupView, KeepEvents, LogsCall, LogsReply, LogsTotals, StoredEvent};
+pub use logs::{GroupView, LogsCall, LogsReply, LogsTotals, StoredEvent};
 pub use logs_wire::Entity;
 pub use model::{CloudConfig, EniEvent, InstanceSpec, InstanceView, SubnetSpec, Timing};
 pub use servers::{serve_credentials, serve_ec2, serve_imds, serve_logs};

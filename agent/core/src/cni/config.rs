@@ -14,8 +14,6 @@ use crate::network::names::{DEFAULT_VETH_PREFIX, check_veth_prefix};
 pub const DEFAULT_SOCKET: &str = "/var/run/stanchion/agent.sock";
 /// The directory of spooled releases, beside the socket.
 const SPOOL: &str = "spool";
-/// The annotations' capability, which the conflist asks for.
-const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 /// `k8s.amazonaws.com/nicConfig: multi-nic-attachment` asks for an address on every network card.
 const MULTI_NIC: (&str, &str) = ("k8s.amazonaws.com/nicConfig", "multi-nic-attachment");
 
@@ -210,11 +208,6 @@ impl NetConf {
 /// The default spool directory of an agent's socket.
 pub fn spool_beside(socket: &Path) -> PathBuf {
     socket.parent().unwrap_or(Path::new("/")).join(SPOOL)
-}
-
-/// The capability that a conflist must declare for annotations to arrive.
-pub fn annotations_capability() -> &'static str {
-    ANNOTATIONS
 }
 
 #[cfg(test)]

@@ -60,8 +60,6 @@ pub struct LogBatch {
     head: usize,
     events: usize,
     counted: usize,
-    /// Times of the first and the last event.
-    times_ms: (i64, i64),
     emf: bool,
     entity: Option<Arc<str>>,
 }
@@ -130,11 +128,6 @@ impl LogBatch {
     /// Bytes as the service counts and bills them: messages and [`EVENT_OVERHEAD`] each.
     pub fn counted_bytes(&self) -> usize {
         self.counted
-    }
-
-    /// Milliseconds since 1970 of the first and the last event.
-    pub fn time_range(&self) -> (i64, i64) {
-        self.times_ms
     }
 
     /// The events, decoded: for sinks other than CloudWatch Logs, and for tests.
@@ -447,8 +440,8 @@ impl BatchBuilder {
             Body::Plain(body.into())
         };
         let (group, stream, entity) = (self.group.clone(), self.stream.clone(), self.entity.take());
-        let (events, times_ms) = (std::mem::take(&mut self.events), (self.first_ms, self.last_ms));
-        Some(LogBatch { group, stream, body, head: self.head, events, counted: self.counted, times_ms, emf: self.emf, entity })
+        let events = std::mem::take(&mut self.events);
+        Some(LogBatch { group, stream, body, head: self.head, events, counted: self.counted, emf: self.emf, entity })
     }
 
     /// The two streams of a container are written by two threads, so lines can be a little out of order; the service

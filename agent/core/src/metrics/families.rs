@@ -102,6 +102,7 @@ families! {
     KUBELET_READS "stanchion_kubelet_summaries_total" Counter ["outcome"] "Summaries asked of the kubelet",
     EXPORTER_READS "stanchion_exporter_reads_total" Counter ["outcome"] "Texts asked of the exporters of GPU and EBS drivers",
     OTLP_REQUESTS "stanchion_otlp_requests_total" Counter ["outcome"] "Requests to the OTLP receiver, sent or dropped",
+    OTLP_REJECTED "stanchion_otlp_rejected_points_total" Counter [] "Data points that the OTLP receiver left out of requests it took",
     SCRAPES "stanchion_scrapes_total" Counter ["outcome"] "Pods asked for their Prometheus text",
     SCRAPE_DROPPED "stanchion_scrape_dropped_series_total" Counter [] "Series of pods that no document can hold: histograms, untyped, too many",
     STATSD_PACKETS "stanchion_statsd_packets_total" Counter [] "Statsd packets read",

@@ -19,6 +19,14 @@ pub const MAX_POINTS: usize = 1000;
 /// `AGGREGATION_TEMPORALITY_DELTA`
 const DELTA: i32 = 1;
 
+/// How many data points a receiver says, in its answer to a request it took, that it left out, and its words; words without points are a
+/// warning (<https://opentelemetry.io/docs/specs/otlp/#partial-success>). An answer that is no such message says nothing.
+pub fn rejected(answer: &[u8]) -> (u64, String) {
+    let answer = wire::ExportMetricsServiceResponse::decode(answer).unwrap_or_default();
+    let partial = answer.partial_success.unwrap_or_default();
+    (u64::try_from(partial.rejected_data_points).unwrap_or(0), partial.error_message)
+}
+
 /// The messages of `opentelemetry.proto`, as far as they are used.
 pub mod wire {
     #![allow(missing_docs, reason = "names and numbers are the protocol's")]

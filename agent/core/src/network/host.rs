@@ -6,7 +6,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use super::branch::BranchPod;
-use super::names::{DEFAULT_VETH_PREFIX, MAIN_TABLE, host_veth_name};
+use super::names::{DEFAULT_VETH_PREFIX, host_veth_name};
 use crate::ids::{EniId, Mac, PodName};
 
 /// `to <pod> lookup main`.
@@ -175,10 +175,5 @@ impl PodHost {
     /// The host side of attachment `index` of `pod`.
     pub fn new(veth_prefix: &str, pod: &PodName, index: usize, address: IpAddr, table: u32) -> Self {
         Self { address, host_if: host_veth_name(veth_prefix, pod, index), table }
-    }
-
-    /// Whether its packets need a rule to reach the ENI's table.
-    pub fn needs_from_rule(&self) -> bool {
-        self.table != MAIN_TABLE
     }
 }

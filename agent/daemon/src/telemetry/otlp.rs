@@ -9,7 +9,7 @@ use futures_util::future::BoxFuture;
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, StatusCode, Uri};
 use stanchion_core::metrics::model::Snapshot;
-use stanchion_core::metrics::otlp::OtlpEncoder;
+use stanchion_core::metrics::otlp::{self, OtlpEncoder};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -29,6 +29,8 @@ pub struct OtlpCounters {
     pub sent: AtomicU64,
     /// Dropped: refused, or a newer tick came first.
     pub dropped: AtomicU64,
+    /// Data points that the receiver left out of requests it took.
+    pub rejected_points: AtomicU64,
 }
 
 /// Where requests go.
@@ -80,7 +82,7 @@ pub(super) struct Otlp {
 
 /// Whether a request may be tried again.
 enum Outcome {
-    Taken,
+    Taken { rejected_points: u64 },
     Refused,
     Later(Option<Duration>),
 }
@@ -113,8 +115,9 @@ impl Otlp {
         let mut pause = FIRST_PAUSE;
         loop {
             let wait = match judge(url, self.exchange(client, url, request).await) {
-                Outcome::Taken => {
+                Outcome::Taken { rejected_points } => {
                     self.counters.sent.fetch_add(1, Ordering::Relaxed);
+                    self.counters.rejected_points.fetch_add(rejected_points, Ordering::Relaxed);
                     return true;
                 }
                 Outcome::Refused => return false,
@@ -156,10 +159,17 @@ async fn signature(signing: &Signing, url: &str, body: &Bytes) -> Result<Vec<(He
     headers.into_iter().map(header).collect()
 }
 
-/// <https://opentelemetry.io/docs/specs/otlp/#otlphttp-response>: 429, 502, 503 and 504 may be tried again, others not.
+/// <https://opentelemetry.io/docs/specs/otlp/#otlphttp-response>: 429, 502, 503 and 504 may be tried again, others not; points that the
+/// receiver rejects of a request it takes must not be.
 fn judge(url: &str, reply: Result<Reply, HttpError>) -> Outcome {
     match reply {
-        Ok(reply) if reply.status.is_success() => Outcome::Taken,
+        Ok(reply) if reply.status.is_success() => {
+            let (rejected_points, words) = otlp::rejected(&reply.body);
+            if rejected_points > 0 || !words.is_empty() {
+                warn!(url, rejected_points, words, "the OTLP receiver has something to say of the metrics it took");
+            }
+            Outcome::Taken { rejected_points }
+        }
         Ok(reply) => {
             let status = reply.status;
             let retry = matches!(

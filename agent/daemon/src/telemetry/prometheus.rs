@@ -294,6 +294,7 @@ fn extras(out: &mut Exposition, telemetry: &TelemetryHandle) {
         samples.value(&[good], done.load(Ordering::Relaxed) as f64);
         samples.value(&[bad], failed.load(Ordering::Relaxed) as f64);
     }
+    out.single(&f::OTLP_REJECTED, otlp.rejected_points.load(Ordering::Relaxed) as f64);
     out.single(&f::SCRAPE_DROPPED, scrape.dropped_series.load(Ordering::Relaxed) as f64);
     out.single(&f::STATSD_PACKETS, statsd.packets.load(Ordering::Relaxed) as f64);
 }
