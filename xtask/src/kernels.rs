@@ -51,6 +51,9 @@ pub(crate) const EVERYTHING: &str =
 /// What the kernel of a usual node has and this machine's may lack (802.1Q, clsact alone, cgroup v2), and the verifier's word.
 pub(crate) const IN_SHORT: &str = "binary(/^(datapath_(packets|truth|sockets)|cni_branch|scenario_branch|metrics_cgroups)$/)";
 
+/// Whether this machine is of the kernels' kind.
+pub(crate) const HERE: bool = cfg!(target_arch = "x86_64");
+
 /// The series that every run of CI boots.
 pub(crate) const USUAL: &str = "6.1";
 
@@ -64,7 +67,7 @@ pub(crate) fn run(root: &Path, names: &[String], filter: &str) -> Result<()> {
     if let Some(unknown) = names.iter().find(|name| !SERIES.iter().any(|series| series.name == name.as_str())) {
         bail!("no kernel {unknown} here; there are {}", known());
     }
-    if std::env::consts::ARCH != "x86_64" {
+    if !HERE {
         bail!("the kernels are x86_64's; this machine is {}", std::env::consts::ARCH);
     }
     setup::apt_install("install what boots a kernel", &setup::missing(&TOOLS))?;
@@ -210,7 +213,7 @@ fn script(root: &Path, described: &Described, filter: &str) -> String {
 const END: &str = "kernels: ended with ";
 /// For the longest of the scripts, on a slow machine; a machine that hangs is ended.
 const PATIENCE: Duration = Duration::from_secs(60 * 60);
-/// Bytes of the machine's memory; what it writes to files is kept there too.
+/// The machine's memory; what it writes to files is kept there too.
 const MEMORY: &str = "3G";
 
 /// Boots the kernel, shows its console, and says whether the script ended well.
