@@ -83,7 +83,6 @@ impl Interfaces {
                 self.write(place, interface)?;
                 let result = refused(map_name::INTERFACES_FAR, &index, self.far.insert(index, place, 0));
                 // Nobody would find the place again.
-                // Nobody would find the place again.
                 return result.or_else(|refusal| self.write(place, Interface::default()).and(Err(refusal)));
             }
         }
