@@ -15,7 +15,7 @@ use stanchion_aws::{AwsClients, Overrides};
 use stanchion_core::cloud::{Ec2Api as _, LogEvent, LogSink as _};
 use stanchion_core::logs::LogBatch;
 use stanchion_lab::binaries::counters;
-use stanchion_lab::fake_aws::{TEST_CA_PEM, serve_credentials, serve_logs, test_acceptor};
+use stanchion_lab::fake_aws::{Effect, Fault, TEST_CA_PEM, serve_credentials, serve_logs, test_acceptor};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -158,6 +158,19 @@ async fn without_anything_else_the_instances_role_is_used() {
     let bed = prepared().await;
     bed.cloud.set_instance_role("node-role", Duration::from_secs(3600));
     let mut putter = Putter::start(&endpoints(&bed));
+    assert_eq!(putter.put().await, "ok ok");
+    putter.end().await;
+}
+
+/// The SDK's source keeps the token for six hours, and the last keys when it gets no others.
+#[tokio::test]
+async fn a_token_that_the_metadata_service_does_not_take_is_not_kept() {
+    let bed = prepared().await;
+    bed.cloud.set_instance_role("node-role", Duration::from_secs(3600));
+    bed.cloud.inject(Fault::times("imds:/latest/api/token", 2, Effect::Garbage("damaged".to_owned())));
+    let mut putter = Putter::start(&endpoints(&bed));
+    let said = putter.put().await;
+    assert!(said.contains("Unauthorized"), "{said}");
     assert_eq!(putter.put().await, "ok ok");
     putter.end().await;
 }

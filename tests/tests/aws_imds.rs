@@ -117,6 +117,17 @@ async fn one_token_serves_all_reads_and_a_refused_one_is_renewed() {
     bed.imds.identity().await.expect("a 401 gives a new token and another try");
 }
 
+/// As after a clock that was set back: the SDK takes its token for good.
+#[tokio::test]
+async fn a_token_that_is_refused_again_and_again_is_replaced() {
+    let bed = bed().await;
+    bed.cloud.inject(Fault::once("imds:/latest/api/token", Effect::Garbage("damaged".to_owned())));
+    bed.imds.identity().await.expect("another token is asked for");
+    assert_eq!(bed.cloud.count("imds:/latest/api/token"), 2);
+    bed.imds.enis().await.unwrap();
+    assert_eq!(bed.cloud.count("imds:/latest/api/token"), 2, "the new one is kept");
+}
+
 #[tokio::test]
 async fn only_version_2_is_answered() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

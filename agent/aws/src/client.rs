@@ -8,8 +8,10 @@ use aws_config::meta::region::RegionProviderChain;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
+use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_ec2::config::{Credentials, IdentityCache, StalledStreamProtectionConfig};
 
+use crate::credentials::Chain;
 use crate::renew::Renewable;
 use crate::{CloudWatchSink, SdkEc2, Signer, http};
 
@@ -73,6 +75,8 @@ pub enum LoadError {
 #[derive(Clone, Debug)]
 pub struct AwsClients {
     config: SdkConfig,
+    /// Where the credentials come from, unless they are given.
+    chain: Chain,
     overrides: Overrides,
 }
 
@@ -106,26 +110,36 @@ impl AwsClients {
         // Every SDK has this variable but the one for Rust.
         let named = || std::env::var_os("AWS_CA_BUNDLE").filter(|path| !path.is_empty()).map(PathBuf::from);
         let ca_bundle = overrides.ca_bundle.clone().or_else(named);
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http::aws_client(ca_bundle.as_deref())?)
-            .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
-            // For the calls that fetch credentials; the service clients below have their own.
-            .retry_config(RetryConfig::standard());
-        if overrides.region.is_some() {
-            loader = loader.region(region);
-        }
-        if let Some((id, secret)) = &overrides.static_keys {
-            loader = loader.credentials_provider(Credentials::new(id, secret, None, None, "stanchion"));
-        }
-        Ok(Self { config: loader.load().await, overrides })
+        let http = http::aws_client(ca_bundle.as_deref())?;
+        let loader = move || {
+            aws_config::defaults(BehaviorVersion::latest())
+                .http_client(http.clone())
+                .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
+                // For the calls that fetch credentials; the service clients below have their own.
+                .retry_config(RetryConfig::standard())
+        };
+        let config = match &overrides.region {
+            Some(_) => loader().region(region),
+            None => loader(),
+        };
+        let config = config.no_credentials().load().await;
+        let region = config.region().cloned();
+        let chain = Chain::new(move || loader().region(region.clone()));
+        let provider = match &overrides.static_keys {
+            Some((id, secret)) => SharedCredentialsProvider::new(Credentials::new(id, secret, None, None, "stanchion")),
+            None => SharedCredentialsProvider::new(chain.clone()),
+        };
+        Ok(Self { config: config.into_builder().credentials_provider(provider).build(), chain, overrides })
     }
 
     /// EC2. A request is sent once: whether an action is tried again is the planner's decision, and a mutation whose reply
     /// was lost must not be repeated blindly.
     pub fn ec2(&self) -> SdkEc2 {
-        let (config, endpoint) = (self.config.clone(), self.overrides.ec2_endpoint.clone());
+        let (config, chain, endpoint) = (self.config.clone(), self.chain.clone(), self.overrides.ec2_endpoint.clone());
         let timeout = self.overrides.ec2_timeout.unwrap_or(EC2_TIMEOUT);
         SdkEc2::new(Renewable::new(move || {
+            // Made anew because credentials were refused: what their source keeps may be why.
+            chain.forget();
             let mut builder = aws_sdk_ec2::config::Builder::from(&config)
                 .retry_config(RetryConfig::disabled())
                 .timeout_config(timeouts(timeout))
@@ -140,8 +154,10 @@ impl AwsClients {
 
     /// CloudWatch Logs. A request is sent once: back-off and order are the shipper's.
     pub fn logs(&self) -> CloudWatchSink {
-        let (config, endpoint) = (self.config.clone(), self.overrides.logs_endpoint.clone());
+        let (config, chain, endpoint) = (self.config.clone(), self.chain.clone(), self.overrides.logs_endpoint.clone());
         CloudWatchSink::new(Renewable::new(move || {
+            // Made anew because credentials were refused: what their source keeps may be why.
+            chain.forget();
             let mut builder = aws_sdk_cloudwatchlogs::config::Builder::from(&config)
                 .retry_config(RetryConfig::disabled())
                 .timeout_config(timeouts(LOGS_TIMEOUT))

@@ -1,4 +1,7 @@
 //! The instance metadata service over the SDK's IMDSv2 client.
+//!
+//! The SDK keeps its token until the node's clock says that it has expired, whatever the service says of it: after a clock that was set
+//! back, or a token that came damaged, every read would end with 401 for hours. So a client whose token is refused is replaced.
 
 use std::fmt::Display;
 use std::str::FromStr;
@@ -7,28 +10,51 @@ use std::time::Duration;
 use aws_config::imds::client::Client;
 use aws_config::imds::client::error::ImdsError as SdkError;
 use aws_config::provider_config::ProviderConfig;
+use aws_smithy_runtime_api::client::interceptors::context::InterceptorContext;
+use aws_smithy_runtime_api::client::retries::classifiers::{ClassifyRetry, RetryAction, SharedRetryClassifier};
 use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::cloud::{Imds, ImdsEni, ImdsError, InstanceIdentity};
 use stanchion_core::ids::{EniId, InstanceId, Mac, SecurityGroupId, SubnetId, VpcId};
 
 use crate::failure::chain;
+use crate::renew::Renewable;
 use crate::{LoadError, http};
 
 /// To the link-local address, which is on the same machine.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// One answer. IMDS answers within milliseconds; under its own throttle (1,024 packets a second an ENI) it stays silent.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(1);
-/// An answer with the client's retries of 5xx, 401 and timeouts.
+/// An answer with the client's retries of 5xx.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Tries of one read within [`OPERATION_TIMEOUT`].
 const ATTEMPTS: u32 = 3;
 
 const MACS: &str = "meta-data/network/interfaces/macs/";
 
+/// The token was not taken.
+const UNAUTHORIZED: u16 = 401;
+
 /// [`Imds`] over the SDK: token handling and retries are the SDK's. Reads one path after the other on one connection.
 #[derive(Clone, Debug)]
 pub struct SdkImds {
-    client: Client,
+    client: Renewable<Client>,
+}
+
+/// Answers that the same client is asked for again. Not 401: it would send the same token.
+#[derive(Debug)]
+struct ServerErrors;
+
+impl ClassifyRetry for ServerErrors {
+    fn name(&self) -> &'static str {
+        "server errors"
+    }
+
+    fn classify_retry(&self, context: &InterceptorContext) -> RetryAction {
+        match context.response() {
+            Some(response) if response.status().is_server_error() => RetryAction::server_error(),
+            _ => RetryAction::NoActionIndicated,
+        }
+    }
 }
 
 impl SdkImds {
@@ -44,25 +70,29 @@ impl SdkImds {
             .read_timeout(ATTEMPT_TIMEOUT)
             .operation_attempt_timeout(ATTEMPT_TIMEOUT)
             .operation_timeout(OPERATION_TIMEOUT)
-            .max_attempts(ATTEMPTS);
+            .max_attempts(ATTEMPTS)
+            .retry_classifier(SharedRetryClassifier::new(ServerErrors));
         if let Some(endpoint) = endpoint {
             builder =
                 builder.endpoint(endpoint).map_err(|error| LoadError::BadEndpoint { text: endpoint.to_owned(), why: error.to_string() })?;
         }
-        Ok(Self { client: builder.build() })
+        Ok(Self { client: Renewable::new(move || builder.clone().build()) })
     }
 
     /// A value under `latest/`; `None` when IMDS has none.
     async fn get(&self, path: &str) -> Result<Option<String>, ImdsError> {
-        match self.client.get(format!("/latest/{path}")).await {
-            Ok(text) => Ok(Some(String::from(text))),
-            Err(SdkError::ErrorResponse(error)) if error.response().status().as_u16() == 404 => Ok(None),
-            // The SDK's own text prints the whole response.
-            Err(SdkError::ErrorResponse(error)) => {
-                let message = format!("status {}", error.response().status().as_u16());
-                Err(ImdsError::Unreachable { path: path.to_owned(), message })
-            }
-            Err(error) => Err(ImdsError::Unreachable { path: path.to_owned(), message: chain(&error) }),
+        let (number, client) = self.client.get();
+        let mut answer = client.get(format!("/latest/{path}")).await;
+        if status(&answer) == Some(UNAUTHORIZED) {
+            self.client.renew(number);
+            answer = self.client.get().1.get(format!("/latest/{path}")).await;
+        }
+        // The SDK's own text prints the whole response.
+        match (status(&answer), answer) {
+            (_, Ok(text)) => Ok(Some(String::from(text))),
+            (Some(404), _) => Ok(None),
+            (Some(status), _) => Err(ImdsError::Unreachable { path: path.to_owned(), message: format!("status {status}") }),
+            (None, Err(error)) => Err(ImdsError::Unreachable { path: path.to_owned(), message: chain(&error) }),
         }
     }
 
@@ -176,6 +206,14 @@ impl Imds for SdkImds {
 
     async fn vpc_ipv6_cidrs(&self, primary: Mac) -> Result<Vec<Ipv6Net>, ImdsError> {
         self.list(&format!("{MACS}{primary}/vpc-ipv6-cidr-blocks")).await
+    }
+}
+
+/// Of an answer that is an error.
+fn status<T>(answer: &Result<T, SdkError>) -> Option<u16> {
+    match answer {
+        Err(SdkError::ErrorResponse(error)) => Some(error.response().status().as_u16()),
+        _ => None,
     }
 }
 

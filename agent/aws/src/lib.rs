@@ -22,6 +22,7 @@ mod addresses;
 mod classify;
 mod client;
 mod convert;
+mod credentials;
 mod ec2;
 mod failure;
 mod http;

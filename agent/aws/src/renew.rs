@@ -1,4 +1,4 @@
-//! A client whose cached credentials can be thrown away.
+//! A client whose cached credentials or token can be thrown away.
 
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -33,7 +33,7 @@ impl<C: Clone> Renewable<C> {
     }
 
     /// Replaces client `number`; whoever comes second finds it done.
-    fn renew(&self, number: u64) {
+    pub(crate) fn renew(&self, number: u64) {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         if current.0 == number {
             *current = (number + 1, (self.make)());

@@ -142,7 +142,9 @@ impl Header {
     fn item(&self, read: &impl ReadAt, array: u64, index: u64) -> Result<u64, JournalError> {
         let mut item = [0; 8];
         let width = if self.compact { 4 } else { 8 };
-        take(read, array + 24 + index * self.item_bytes(), &mut item[..width])?;
+        // An array says how long it is, and may say anything: what is behind the last number is nowhere.
+        let at = array.saturating_add(24).saturating_add(index.saturating_mul(self.item_bytes()));
+        take(read, at, &mut item[..width])?;
         Ok(u64::from_le_bytes(item))
     }
 
