@@ -46,13 +46,13 @@ pub async fn connect(kubeconfig: Option<&Path>, endpoint: &str, shutdown: Cancel
         point_at(&mut config, endpoint)?;
         return Ok(fixed(build(&config)?));
     };
-    let (client, files) = from_kubeconfig(path, endpoint).await?;
+    let (client, seen) = from_kubeconfig(path, endpoint).await?;
     let (publish, clients) = watch::channel(client);
     let (path, endpoint) = (path.to_owned(), endpoint.to_owned());
     tokio::spawn(async move {
         tokio::select! {
             () = shutdown.cancelled() => {}
-            () = renew(path, endpoint, files, publish) => {}
+            () = renew(path, endpoint, seen, publish) => {}
         }
     });
     Ok(clients)
@@ -71,20 +71,17 @@ pub fn plain(url: &str) -> anyhow::Result<Client> {
     build(&kube::Config::new(url.parse()?))
 }
 
-async fn renew(path: PathBuf, endpoint: String, mut files: Vec<PathBuf>, publish: watch::Sender<Client>) {
-    let mut seen = signatures(&files);
+async fn renew(path: PathBuf, endpoint: String, mut seen: Vec<Seen>, publish: watch::Sender<Client>) {
     let mut complaint = String::new();
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
-        let now = signatures(&files);
-        if now == seen {
+        if !seen.iter().any(Seen::has_changed) {
             continue;
         }
         match from_kubeconfig(&path, &endpoint).await {
-            Ok((client, named)) => {
+            Ok((client, read)) => {
                 info!(kubeconfig = %path.display(), "credentials changed: a new client is used");
-                files = named;
-                seen = signatures(&files);
+                seen = read;
                 complaint.clear();
                 if publish.send(client).is_err() {
                     return;
@@ -102,31 +99,43 @@ async fn renew(path: PathBuf, endpoint: String, mut files: Vec<PathBuf>, publish
     }
 }
 
-/// Modification time and length, by file.
-fn signatures(files: &[PathBuf]) -> Vec<Option<(SystemTime, u64)>> {
-    let of = |path: &PathBuf| std::fs::metadata(path).ok().and_then(|meta| Some((meta.modified().ok()?, meta.len())));
-    files.iter().map(of).collect()
+/// A file as it was just before it was read: what is written to it from then on is a change.
+struct Seen {
+    path: PathBuf,
+    signature: Option<(SystemTime, u64)>,
+}
+
+impl Seen {
+    fn now(path: PathBuf) -> Self {
+        Self { signature: Self::signature(&path), path }
+    }
+
+    fn has_changed(&self) -> bool {
+        Self::signature(&self.path) != self.signature
+    }
+
+    /// Modification time and length; `None` for what cannot be asked.
+    fn signature(path: &Path) -> Option<(SystemTime, u64)> {
+        std::fs::metadata(path).ok().and_then(|meta| Some((meta.modified().ok()?, meta.len())))
+    }
 }
 
 /// The client, and the files that it was made from.
-async fn from_kubeconfig(path: &Path, endpoint: &str) -> anyhow::Result<(Client, Vec<PathBuf>)> {
+async fn from_kubeconfig(path: &Path, endpoint: &str) -> anyhow::Result<(Client, Vec<Seen>)> {
     let shown = path.display();
+    let mut seen = vec![Seen::now(path.to_owned())];
     let file = Kubeconfig::read_from(path).with_context(|| format!("read the kubeconfig {shown}"))?;
     refuse_programs(&file, path)?;
     refuse_proxies(&file, path)?;
-    let mut files = vec![path.to_owned()];
-    for named in &file.auth_infos {
-        let auth = named.auth_info.iter();
-        files.extend(auth.flat_map(|a| [&a.client_certificate, &a.client_key]).flatten().map(PathBuf::from));
-    }
-    for named in &file.clusters {
-        files.extend(named.cluster.iter().filter_map(|cluster| cluster.certificate_authority.as_ref()).map(PathBuf::from));
-    }
+    let clients =
+        file.auth_infos.iter().filter_map(|named| named.auth_info.as_ref()).flat_map(|auth| [&auth.client_certificate, &auth.client_key]);
+    let authorities = file.clusters.iter().filter_map(|named| named.cluster.as_ref()).map(|cluster| &cluster.certificate_authority);
+    seen.extend(clients.chain(authorities).flatten().map(|named| Seen::now(named.into())));
     let mut config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
         .await
         .with_context(|| format!("use the kubeconfig {shown}"))?;
     point_at(&mut config, endpoint)?;
-    Ok((build(&config).with_context(|| format!("use the kubeconfig {shown}"))?, files))
+    Ok((build(&config).with_context(|| format!("use the kubeconfig {shown}"))?, seen))
 }
 
 /// The agent is root and runs nothing that it was not shipped with.

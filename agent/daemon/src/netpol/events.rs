@@ -38,18 +38,18 @@ impl Events {
     /// Takes what is there, up to a batch.
     pub(super) fn take(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
-        let drained = self.ring.take(BATCH, |record| {
-            // An entry of another size is of another layout's program: none is left attached, but a record may be.
-            if record.len() == size_of::<Event>() {
-                // SAFETY: `Event` is plain data of that size; the ring gives no promise of alignment.
-                events.push(unsafe { std::ptr::read_unaligned(record.as_ptr().cast::<Event>()) });
-            }
-        });
+        let drained = self.ring.take(BATCH, |record| events.extend(event(record)));
         if drained {
             self.not_before = Instant::now() + PAUSE;
         }
         events
     }
+}
+
+/// A record of the ring. One of another size is of another layout's program: none is left attached, but a record may be.
+fn event(record: &[u8]) -> Option<Event> {
+    // SAFETY: `Event` is plain data of that size; the ring gives no promise of alignment.
+    (record.len() == size_of::<Event>()).then(|| unsafe { std::ptr::read_unaligned(record.as_ptr().cast::<Event>()) })
 }
 
 /// The addresses of an event: `(local, remote)`; unspecified where the packet had none.
@@ -113,5 +113,38 @@ fn protocol_name(event: &Event) -> String {
         (4, 1) => "ICMP".to_owned(),
         (6, 58) => "ICMPv6".to_owned(),
         (_, number) => number.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// A version apart, or a kernel gone wrong: whatever the bytes are, they are a flow that can be shown, or nothing.
+        #[test]
+        fn any_bytes_of_the_ring_are_a_flow_or_nothing(bytes in proptest::collection::vec(any::<u8>(), 0..120), whole in any::<bool>()) {
+            let mut bytes = bytes;
+            if whole {
+                bytes.resize(size_of::<Event>(), 7);
+            }
+            // Where the ring has it, at any alignment.
+            for shift in 0..4 {
+                let shifted = [vec![0; shift], bytes.clone()].concat();
+                let Some(event) = event(&shifted[shift..]) else {
+                    prop_assert_ne!(bytes.len(), size_of::<Event>());
+                    continue;
+                };
+                let flow = record(&event, SystemTime::UNIX_EPOCH, None, |_| None, Default::default());
+                prop_assert_eq!(flow.source.is_ipv6(), event.family == 6);
+                prop_assert_eq!(flow.direction == FlowDirection::Ingress, event.direction == direction::INGRESS);
+                prop_assert!(!flow.protocol.is_empty() && !flow.reason.is_empty());
+                // What was not seen to pass was denied.
+                let passed = [event_verdict::ALLOWED, event_verdict::AUDITED].contains(&event.verdict);
+                prop_assert_eq!(flow.verdict == FlowVerdict::Denied, !passed);
+            }
+        }
     }
 }

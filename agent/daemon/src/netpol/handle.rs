@@ -293,6 +293,13 @@ pub struct FlowView {
     pub current: bool,
 }
 
+impl FlowView {
+    /// Among the others.
+    fn place(&self) -> impl Ord + '_ {
+        (&self.pod, self.remote, self.remote_port, self.protocol, self.local, self.local_port)
+    }
+}
+
 /// The actor's state as views and metrics read it.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct NetpolSnapshot {
@@ -379,9 +386,11 @@ impl NetpolHandle {
         })
     }
 
-    /// Every entry of the flow tables.
+    /// Every entry of the flow tables, by pod, peer and ports: who looks again finds them in the same places.
     pub async fn conntrack(&self) -> Vec<FlowView> {
-        self.ask(Message::Flows).await.unwrap_or_default()
+        let mut flows: Vec<FlowView> = self.ask(Message::Flows).await.unwrap_or_default();
+        flows.sort_unstable_by(|a, b| a.place().cmp(&b.place()));
+        flows
     }
 
     /// Flow records from now on: denied and audited packets, and flows that open if `allowed`.

@@ -39,7 +39,12 @@ impl Tailer {
                         warn!(path = %container.live.display(), %error, "a compressed sibling cannot be read to its end");
                         generation.finished = true;
                     }
-                    generation.last_error = Some(error.to_string());
+                    // A plain file is tried again at every look, for as long as it is there.
+                    let error = error.to_string();
+                    if !generation.finished && generation.last_error.as_ref() != Some(&error) {
+                        warn!(path = %container.live.display(), number = generation.number, error, "a log file cannot be read; tried again");
+                    }
+                    generation.last_error = Some(error);
                 }
             }
             if found != Found::Nothing {
