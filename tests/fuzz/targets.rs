@@ -30,16 +30,23 @@ use stanchion_core::manifests;
 use stanchion_core::metrics::statsd::Statsd;
 use stanchion_core::metrics::{cgroup, kubelet, proc, scrape};
 use stanchion_core::network::takeover;
+use stanchion_core::policy::dns;
+use stanchion_core::policy::frames::{Datagram, Messages};
+use stanchion_core::policy::image::Slot;
+use stanchion_proto as wire;
+use stanchion_proto::frame::{self, HEADER, MAX_FRAME, Method};
 
 /// A target.
 pub type Target = fn(&[u8]);
 
 /// The targets by name; each has a directory of that name in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 18] = [
+pub const TARGETS: [(&str, Target); 21] = [
     ("checkpoint", checkpoint),
     ("cni_environment", cni_environment),
+    ("cni_frames", cni_frames),
     ("cni_stdin", cni_stdin),
     ("container_log", container_log),
+    ("dns", dns_message),
     ("environment", environment),
     ("fluent_bit", fluent_bit),
     ("journal", journal),
@@ -50,6 +57,7 @@ pub const TARGETS: [(&str, Target); 18] = [
     ("log_settings", log_settings),
     ("manifests", read_manifests),
     ("nft_listing", nft_listing),
+    ("pod_frames", pod_frames),
     ("positions", positions),
     ("scrape", scrape_text),
     ("spool", spool),
@@ -67,6 +75,83 @@ pub fn cni_stdin(bytes: &[u8]) {
         && let Ok(result) = PrevResult::from_json(json)
     {
         let _ = result.upstream(&PodName { namespace: "shop".to_owned(), name: "web-1".to_owned() });
+    }
+}
+
+/// What comes over the agent's socket: frames of the plugin's requests, and each as the reply that it is not.
+pub fn cni_frames(mut bytes: &[u8]) {
+    while let Some((head, rest)) = bytes.split_first_chunk::<HEADER>() {
+        let Ok((first, length)) = frame::header(*head) else { return };
+        assert!(length < MAX_FRAME, "{length} bytes would be waited for");
+        let body = &rest[..length.min(rest.len())];
+        match Method::from_number(first) {
+            Some(Method::AddNetwork) => read_again::<wire::AddNetworkRequest, wire::AddNetworkReply>(body),
+            Some(Method::ActivateEndpoint) => read_again::<wire::ActivateEndpointRequest, wire::ActivateEndpointReply>(body),
+            Some(Method::DelNetwork) => read_again::<wire::DelNetworkRequest, wire::DelNetworkReply>(body),
+            Some(Method::CheckNetwork) => read_again::<wire::CheckNetworkRequest, wire::CheckNetworkReply>(body),
+            Some(Method::CollectGarbage) => read_again::<wire::CollectGarbageRequest, wire::CollectGarbageReply>(body),
+            Some(Method::Status) => read_again::<wire::StatusRequest, wire::StatusReply>(body),
+            None => {
+                if let Err(status) = frame::reply::<wire::StatusReply>(first, body) {
+                    let told = frame::encode_error(&status);
+                    assert!(told.len() <= MAX_FRAME + HEADER, "an error longer than a frame");
+                }
+            }
+        }
+        bytes = &rest[body.len()..];
+    }
+}
+
+/// A message that can be compared and shown.
+trait Wire: prost::Message + Default + PartialEq + std::fmt::Debug {}
+impl<M: prost::Message + Default + PartialEq + std::fmt::Debug> Wire for M {}
+
+/// A request or reply that can be read is the same once it was written and read again.
+fn read_again<A: Wire, B: Wire>(body: &[u8]) {
+    fn one<M: Wire>(body: &[u8]) {
+        if let Ok(message) = frame::decode::<M>(body) {
+            let written = frame::encode(0, &message).expect("no longer than the frame it came in");
+            assert_eq!(frame::decode::<M>(&written[HEADER..]).expect("what was written is read"), message);
+        }
+    }
+    one::<A>(body);
+    one::<B>(body);
+}
+
+/// An answer of a DNS server: names that policies can mean, and no more of them than its bytes can hold.
+pub fn dns_message(bytes: &[u8]) {
+    let Ok(answers) = dns::answers(bytes) else { return };
+    // A record takes 16 bytes at least, and gives an address to each of 17 names at most.
+    assert!(answers.len() <= bytes.len() / 16 * 17, "{} answers in {} bytes", answers.len(), bytes.len());
+    for answer in answers {
+        assert!(answer.name.len() <= 253 && answer.ttl <= i32::MAX.cast_unsigned(), "{answer:?}");
+        let meant = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.');
+        assert!(answer.name.bytes().all(meant) && !answer.name.ends_with('.') && !answer.name.contains(".."), "{answer:?}");
+    }
+}
+
+/// Frames that the programs copied out of pods' traffic: each after its length in two bytes, the highest bit of which tells two pods
+/// apart.
+pub fn pod_frames(mut bytes: &[u8]) {
+    let (mut messages, mut taken) = (Messages::default(), 0);
+    while let Some((head, rest)) = bytes.split_first_chunk::<2>() {
+        let head = u16::from_be_bytes(*head);
+        let frame = &rest[..usize::from(head & 0x7fff).min(rest.len())];
+        bytes = &rest[frame.len()..];
+        taken += frame.len();
+        for message in messages.of(Slot(head >> 15), frame) {
+            assert!(message.len() <= taken, "a message of more bytes than came");
+            dns_message(&message);
+        }
+        if let Some(datagram) = Datagram::read(frame) {
+            let whole = datagram.with_checksum(frame);
+            let again = Datagram::read(&whole).expect("what was read is read again");
+            assert_eq!(
+                (again.source, again.destination, again.destination_port),
+                (datagram.source, datagram.destination, datagram.destination_port)
+            );
+            assert_eq!(again.with_checksum(&whole), whole, "a checksum does not depend on the one that was there");
+        }
     }
 }
 

@@ -11,38 +11,11 @@ mod targets;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use rand::{RngExt as _, SeedableRng as _};
+use stanchion_lab::breed::bred;
 
 use targets::TARGETS;
-
-/// Bytes that mean something to one parser or another.
-const TOKENS: [&[u8]; 24] = [
-    b"\n",
-    b"\0",
-    b"\xff",
-    b"\xe2\x82",
-    b"\"",
-    b"\\u0000",
-    b"\\ud800",
-    b"{",
-    b"}",
-    b"[",
-    b"null",
-    b"-1",
-    b"18446744073709551616",
-    b"1e999",
-    b"0x7f",
-    b" ",
-    b"\t",
-    b"/",
-    b"..",
-    b":",
-    b"%",
-    b"*",
-    b"2026-11-21T10:00:00.5Z stdout P ",
-    b"true",
-];
 
 /// A commit is judged by the same inputs wherever it is tested; other seeds are for long runs.
 const SEED: u64 = 20_261_121;
@@ -59,31 +32,6 @@ fn corpus(target: &str) -> Vec<Vec<u8>> {
         .collect();
     files.sort();
     files.iter().map(|file| std::fs::read(file).expect("read the corpus")).collect()
-}
-
-fn bred(corpus: &[Vec<u8>], random: &mut StdRng) -> Vec<u8> {
-    let mut bytes = corpus[random.random_range(0..corpus.len())].clone();
-    for _ in 0..random.random_range(1..6) {
-        let at = random.random_range(0..=bytes.len());
-        let to = random.random_range(at..=bytes.len().min(at + 40));
-        match random.random_range(0..7) {
-            0 => bytes.truncate(at),
-            1 if at < bytes.len() => bytes[at] ^= 1 << random.random_range(0..8_u32),
-            2 => drop(bytes.splice(at..at, TOKENS[random.random_range(0..TOKENS.len())].iter().copied())),
-            3 => drop(bytes.splice(at..to, TOKENS[random.random_range(0..TOKENS.len())].iter().copied())),
-            4 => drop(bytes.drain(at..to)),
-            5 => {
-                let piece = bytes[at..to].repeat(random.random_range(1..50));
-                drop(bytes.splice(at..at, piece));
-            }
-            _ => {
-                let other = &corpus[random.random_range(0..corpus.len())];
-                let from = random.random_range(0..=other.len());
-                drop(bytes.splice(at.., other[from..].iter().copied()));
-            }
-        }
-    }
-    bytes
 }
 
 fn run(name: &str, seed: u64, input: &[u8], target: targets::Target) {

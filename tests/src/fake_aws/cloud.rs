@@ -36,8 +36,17 @@ pub(super) struct Outcome<R> {
     pub(super) reply: Option<Result<R, ApiError>>,
     /// Before replying.
     pub(super) delay: Duration,
-    /// Send this text instead, with status 200.
-    pub(super) garbage: Option<String>,
+    /// What becomes of the reply's body.
+    pub(super) spoilt: Option<Spoilt>,
+}
+
+/// A body that is not as the service made it.
+#[derive(Clone, Debug)]
+pub(super) enum Spoilt {
+    /// This text instead, with status 200.
+    Replaced(String),
+    /// Damaged, by this seed.
+    Damaged(u64),
 }
 
 /// A VPC and an account's log groups; clones share them.
@@ -292,7 +301,7 @@ impl Cloud {
         let mut state = self.settled();
         let at = state.now();
         let effect = state.faults.draw(action, throttled);
-        let mut outcome = Outcome { reply: None, delay: Duration::ZERO, garbage: None };
+        let mut outcome = Outcome { reply: None, delay: Duration::ZERO, spoilt: None };
         let mut lost = false;
         match effect {
             _ if !state.faults.admit(action, at) => outcome.reply = Some(Err(throttled())),
@@ -309,7 +318,11 @@ impl Cloud {
             }
             Some(Effect::Garbage(text)) => {
                 outcome.reply = Some(act(&mut state));
-                outcome.garbage = Some(text);
+                outcome.spoilt = Some(Spoilt::Replaced(text));
+            }
+            Some(Effect::Damage(seed)) => {
+                outcome.reply = Some(act(&mut state));
+                outcome.spoilt = Some(Spoilt::Damaged(seed));
             }
             None => outcome.reply = Some(act(&mut state)),
         }

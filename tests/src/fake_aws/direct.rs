@@ -13,7 +13,7 @@ use stanchion_core::ids::{AttachmentId, EniId, InstanceId, Mac, SecurityGroupId,
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::logs::LogBatch;
 
-use super::cloud::{Cloud, Outcome};
+use super::cloud::{Cloud, Outcome, Spoilt};
 use super::ec2::{Ec2Call, Ec2Reply, Filter, Page};
 use super::faults::ApiError;
 use super::logs::{LogsCall, LogsReply};
@@ -37,10 +37,10 @@ impl DirectEc2 {
     }
 
     async fn call(&self, action: Ec2Action, call: Ec2Call) -> Result<Ec2Reply, Ec2Error> {
-        let Outcome { reply, delay, garbage } = self.cloud.ec2(&call);
+        let Outcome { reply, delay, spoilt } = self.cloud.ec2(&call);
         tokio::time::sleep(self.latency + delay).await;
         match reply {
-            Some(_) if garbage.is_some() => Err(Ec2Error::NoReply { action, message: "the reply cannot be read".to_owned() }),
+            Some(_) if spoilt.is_some() => Err(Ec2Error::NoReply { action, message: "the reply cannot be read".to_owned() }),
             Some(Ok(reply)) => Ok(reply),
             Some(Err(error)) => Err(stanchion_aws::ec2_error(action, &error.code, &error.message)),
             None => Err(Ec2Error::NoReply { action, message: "connection closed before the reply".to_owned() }),
@@ -199,11 +199,14 @@ impl DirectImds {
     }
 
     async fn ask<R>(&self, path: &str, act: impl FnOnce(&mut State) -> Result<R, ApiError>) -> Result<R, ImdsError> {
-        let Outcome { reply, delay, garbage } = self.cloud.imds(path, act);
+        let Outcome { reply, delay, spoilt } = self.cloud.imds(path, act);
         tokio::time::sleep(delay).await;
         let unreachable = |message: String| ImdsError::Unreachable { path: path.to_owned(), message };
-        match (reply, garbage) {
-            (Some(_), Some(text)) => Err(ImdsError::Unreadable { path: path.to_owned(), text, message: "garbage".to_owned() }),
+        match (reply, spoilt) {
+            (Some(_), Some(spoilt)) => {
+                let text = if let Spoilt::Replaced(text) = spoilt { text } else { "damaged".to_owned() };
+                Err(ImdsError::Unreadable { path: path.to_owned(), text, message: "garbage".to_owned() })
+            }
             (Some(Ok(value)), None) => Ok(value),
             (Some(Err(error)), None) => Err(unreachable(format!("{} {}", error.status, error.code))),
             (None, _) => Err(unreachable("connection closed before the reply".to_owned())),
@@ -290,10 +293,10 @@ impl DirectLogs {
     }
 
     async fn call(&self, call: LogsCall) -> Result<LogsReply, SinkError> {
-        let Outcome { reply, delay, garbage } = self.cloud.logs(call);
+        let Outcome { reply, delay, spoilt } = self.cloud.logs(call);
         tokio::time::sleep(self.latency + delay).await;
         match reply {
-            Some(_) if garbage.is_some() => Err(SinkError::Unavailable("the reply cannot be read".to_owned())),
+            Some(_) if spoilt.is_some() => Err(SinkError::Unavailable("the reply cannot be read".to_owned())),
             Some(Ok(reply)) => Ok(reply),
             Some(Err(error)) => Err(stanchion_aws::sink_error(&error.code, error.status, &error.message, None)),
             None => Err(SinkError::Unavailable("connection closed before the reply".to_owned())),

@@ -39,6 +39,8 @@ pub enum Effect {
     Delay(Duration),
     /// It is done, but the reply is this, with status 200.
     Garbage(String),
+    /// It is done, and the reply's body is damaged on its way, by this seed.
+    Damage(u64),
 }
 
 /// A scripted fault: the next `times` calls of an action that come after `after` others.

@@ -12,13 +12,16 @@ use axum::http::{Request, Response, StatusCode, header};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
-use super::cloud::Outcome;
+use super::cloud::{Outcome, Spoilt};
 use super::faults::ApiError;
+use crate::breed::bred;
 
 /// Longest request body that is read; PutLogEvents' largest is far below.
 const MAX_BODY: usize = 16 * 1024 * 1024;
@@ -110,21 +113,25 @@ pub(super) async fn play<R>(
     render: impl FnOnce(&R) -> String,
     render_error: impl FnOnce(&ApiError) -> String,
 ) -> Reply {
-    let Outcome { reply, delay, garbage } = outcome;
+    let Outcome { reply, delay, spoilt } = outcome;
     if !delay.is_zero() {
         tokio::time::sleep(delay).await;
     }
-    let (status, body) = match (reply.ok_or(Dropped)?, garbage) {
-        (_, Some(text)) => (200, text),
-        (Ok(reply), None) => (200, render(&reply)),
-        (Err(error), None) => (error.status, render_error(&error)),
+    let (status, body) = match reply.ok_or(Dropped)? {
+        Ok(reply) => (200, render(&reply)),
+        Err(error) => (error.status, render_error(&error)),
+    };
+    let (status, body) = match spoilt {
+        None => (status, body.into_bytes()),
+        Some(Spoilt::Replaced(text)) => (200, text.into_bytes()),
+        Some(Spoilt::Damaged(seed)) => (status, bred(&[body.into_bytes()], &mut StdRng::seed_from_u64(seed))),
     };
     Ok(response(status, content_type, body))
 }
 
-pub(super) fn response(status: u16, content_type: &str, body: String) -> Response<Body> {
+pub(super) fn response(status: u16, content_type: &str, body: impl Into<Body>) -> Response<Body> {
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut response = Response::new(Body::from(body));
+    let mut response = Response::new(body.into());
     *response.status_mut() = status;
     if let Ok(value) = content_type.parse() {
         response.headers_mut().insert(header::CONTENT_TYPE, value);
