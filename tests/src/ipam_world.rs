@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::cluster::ClusterState;
@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::fake_aws::{Clock, Cloud, CloudConfig, DirectEc2, DirectImds, EniEvent, InstanceSpec, SubnetSpec, Timing};
+use crate::wall;
 
 /// The calls of EC2 that change something of an IPv4 node. Faults are drawn by place: another order is another simulation for a seed.
 pub const MUTATING: [&str; 8] = [
@@ -193,11 +194,12 @@ impl World {
         Self::start_on(cloud, subnet, instance, spec)
     }
 
-    /// Starts the actor on an instance that is there.
+    /// Starts the actor on an instance that is there. The node's time of day is the cloud's until [`wall::set`] says another.
     ///
     /// # Panics
     /// When the settings are wrong or there is no temporary directory.
     pub fn start_on(cloud: Cloud, subnet: SubnetId, instance: InstanceId, spec: WorldSpec) -> Self {
+        wall::set(&cloud, 0);
         let host = ModelHost::default();
         let follower = host.follow(&cloud, &instance);
         let (cluster, _) = watch::channel(Arc::new(ClusterState::default()));
@@ -337,7 +339,7 @@ fn spawn(
         cluster: cluster.subscribe(),
         node_name: NODE.to_owned(),
         shutdown: shutdown.clone(),
-        wall: SystemTime::now,
+        wall: wall::now,
     });
     (handle, task, shutdown)
 }

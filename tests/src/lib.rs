@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod bench;
 pub mod binaries;
+pub mod breed;
 mod cables;
 pub mod chaos;
 pub mod cloudwatch;
@@ -32,6 +33,7 @@ pub mod stray;
 pub mod tour;
 pub mod vpc;
 pub mod wait;
+pub mod wall;
 pub mod wires;
 
 pub use vpc::{Vpc, VpcBuilder};

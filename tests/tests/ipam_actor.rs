@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use stanchion_core::ipam::Checkpoint;
+use stanchion_core::ipam::{Checkpoint, CoolingFile};
 use stanchion_core::network::NetOp;
 use stanchion_lab::fake_aws::{ApiError, Effect, Fault, Timing};
 use stanchion_lab::ipam_world::{World, WorldSpec, key};
@@ -104,6 +104,102 @@ async fn a_restart_keeps_what_lives_and_cools_what_died() {
     let fresh = world.add("fresh", SECOND * 30).await.expect("served");
     assert!(!cooling.contains(&fresh.attachments[0].ipv4.expect("IPv4").into()));
     assert_ne!(fresh.attachments[0].ipv4, kept.attachments[0].ipv4);
+    world.stop().await;
+}
+
+/// What the file says was written by the clock before.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_was_set_back_makes_no_cool_down_longer() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[]));
+    let gone = world.add("gone", SECOND * 30).await.expect("served").attachments[0].ipv4.expect("IPv4");
+    world.delete("gone").await.expect("released");
+    let path = world.checkpoint().with_file_name("stanchion-cooling.json");
+    let mut file = CoolingFile::parse(&std::fs::read_to_string(&path).expect("written before the reply")).expect("the agent's own");
+    assert!(!file.cooling.is_empty());
+    file.cooling.iter_mut().for_each(|entry| entry.until = entry.until + SECOND * 18_000);
+    std::fs::write(&path, serde_json::to_string(&file).expect("JSON")).expect("written");
+    world.restart();
+    world.handle.ready().await.expect("ready");
+    let cools = |world: &World| world.handle.snapshot().addresses.iter().any(|view| view.state == "cooling" && view.address == gone);
+    assert!(cools(&world), "it still cools down");
+    tokio::time::sleep(SECOND * 240).await;
+    assert!(!cools(&world));
+    world.stop().await;
+}
+
+/// The process ends while addresses go back to EC2, the next one is shown what was before that, and EC2 tells nothing more for longer
+/// than they cool down.
+#[tokio::test(start_paused = true)]
+async fn what_was_on_its_way_to_ec2_serves_nobody_until_ec2_shows_it_again() {
+    let timing = Timing { describe_lag: SECOND * 5, imds_lag: SECOND * 20, ..Timing::default() };
+    let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]) });
+    for n in 0..8 {
+        world.add(&format!("early-{n}"), SECOND * 60).await.expect("served");
+    }
+    world.settle(SECOND * 60).await;
+    for n in 0..8 {
+        world.delete(&format!("early-{n}")).await.expect("released");
+    }
+    let given_back = |world: &World| world.cloud.count("UnassignPrivateIpAddresses");
+    let before = given_back(&world);
+    for _ in 0..6_000 {
+        if given_back(&world) > before {
+            break;
+        }
+        tokio::time::sleep(SECOND / 10).await;
+    }
+    let there = world.per_eni()[0];
+    world.restart();
+    world.handle.ready().await.expect("ready");
+    let shown = world.handle.snapshot().enis[0].cidrs.len();
+    assert!(given_back(&world) > before && shown > there, "the picture is old: {shown} addresses of {there}");
+    let failing = ApiError::with_status(500, "InternalError", "An internal error has occurred");
+    world.cloud.inject(Fault::always("DescribeNetworkInterfaces", Effect::Error(failing)));
+    // Pods that come one by one just when the cool-downs are over.
+    tokio::time::sleep(SECOND * 181).await;
+    for n in 0..8 {
+        let served = world.add(&format!("late-{n}"), SECOND * 30).await.expect("EC2 gives addresses");
+        let at = &served.attachments[0];
+        assert_eq!(world.cloud.owner_of(at.ipv4.expect("IPv4").into()).as_ref(), Some(&at.eni), "late-{n}: {served:?}");
+    }
+    world.cloud.clear_faults();
+    world.settle(SECOND * 200).await;
+    let known: u64 = world.handle.snapshot().pools.iter().map(|pool| pool.total).sum();
+    assert_eq!(known, world.per_eni().iter().sum::<usize>() as u64, "what EC2 does not show is forgotten in the end");
+    world.stop().await;
+}
+
+/// The same end of the process, before EC2 heard of it: the addresses are still the node's.
+#[tokio::test(start_paused = true)]
+async fn what_did_not_go_to_ec2_after_all_serves_again() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]));
+    for n in 0..8 {
+        world.add(&format!("early-{n}"), SECOND * 60).await.expect("served");
+    }
+    world.settle(SECOND * 60).await;
+    let dropped = |world: &World| world.cloud.count("UnassignPrivateIpAddresses");
+    let before = dropped(&world);
+    world.cloud.inject(Fault::always("UnassignPrivateIpAddresses", Effect::DropRequest));
+    for n in 0..8 {
+        world.delete(&format!("early-{n}")).await.expect("released");
+    }
+    for _ in 0..6_000 {
+        if dropped(&world) > before {
+            break;
+        }
+        tokio::time::sleep(SECOND / 10).await;
+    }
+    assert!(dropped(&world) > before);
+    world.restart();
+    world.handle.ready().await.expect("ready");
+    let there = world.per_eni()[0];
+    let sure = world.handle.snapshot().pools[0].total;
+    assert!(sure < there as u64, "{sure} of {there}, as nobody knows of the others");
+    world.cloud.inject(Fault::always("AssignPrivateIpAddresses", Effect::DropRequest));
+    tokio::time::sleep(SECOND * 181).await;
+    for n in 0..there {
+        world.add(&format!("late-{n}"), SECOND).await.expect("EC2 has shown them");
+    }
     world.stop().await;
 }
 

@@ -19,6 +19,7 @@ use stanchion_core::ids::{EniId, PodName};
 use stanchion_core::network::host_veth_name;
 use stanchion_lab::fake_aws::{Bucket, Chaos, DirectEc2, Effect, Fault, Timing};
 use stanchion_lab::ipam_world::{MUTATING, World, WorldSpec, request};
+use stanchion_lab::wall;
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Operations of one world's life.
@@ -101,7 +102,7 @@ fn no_seed_gives_an_address_twice_or_leaks_one() {
     }
     assert_eq!(sum.steps, taken * STEPS_A_RUN);
     assert!(
-        sum.served > 0 && sum.crashes > 0 && sum.detached > 0 && sum.storms > 0 && sum.exhausted > 0,
+        sum.served > 0 && sum.crashes > 0 && sum.set_back > 0 && sum.detached > 0 && sum.storms > 0 && sum.exhausted > 0,
         "every fault has its turn: {sum}"
     );
 }
@@ -112,6 +113,7 @@ struct Told {
     steps: u64,
     served: u64,
     crashes: u64,
+    set_back: u64,
     detached: u64,
     storms: u64,
     exhausted: u64,
@@ -122,6 +124,7 @@ impl std::ops::AddAssign for Told {
         self.steps += rhs.steps;
         self.served += rhs.served;
         self.crashes += rhs.crashes;
+        self.set_back += rhs.set_back;
         self.detached += rhs.detached;
         self.storms += rhs.storms;
         self.exhausted += rhs.exhausted;
@@ -130,8 +133,9 @@ impl std::ops::AddAssign for Told {
 
 impl std::fmt::Display for Told {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { steps, served, crashes, detached, storms, exhausted } = self;
-        write!(f, "{steps} steps: {served} pods served, {crashes} crashes, {detached} ENIs detached by hand, ")?;
+        let Self { steps, served, crashes, set_back, detached, storms, exhausted } = self;
+        write!(f, "{steps} steps: {served} pods served, {crashes} crashes ({set_back} with the clock set back), ")?;
+        write!(f, "{detached} ENIs detached by hand, ")?;
         write!(f, "{storms} throttling storms, {exhausted} exhausted subnets")
     }
 }
@@ -153,6 +157,8 @@ struct Life {
     /// Addresses that somebody else holds for a while.
     occupied: Vec<Ipv4Addr>,
     small: bool,
+    /// Minutes that the node's clock is behind EC2's.
+    behind: i64,
     next: u32,
     told: Told,
 }
@@ -178,7 +184,19 @@ impl Life {
         }
         let world = World::start(spec);
         let (pods, stranded) = (BTreeMap::new(), BTreeMap::new());
-        Self { seed, random, world, pods, stranded, by_hand: BTreeSet::new(), occupied: Vec::new(), small, next: 0, told: Told::default() }
+        Self {
+            seed,
+            random,
+            world,
+            pods,
+            stranded,
+            by_hand: BTreeSet::new(),
+            occupied: Vec::new(),
+            small,
+            behind: 0,
+            next: 0,
+            told: Told::default(),
+        }
     }
 
     async fn run(mut self) -> Told {
@@ -227,8 +245,14 @@ impl Life {
         }
     }
 
+    /// Now and then the node's clock has been set back when the next process starts.
     fn crash(&mut self) {
         self.told.crashes += 1;
+        if self.random.random_bool(0.1) {
+            self.behind += self.random.random_range(0..120);
+            self.told.set_back += 1;
+            wall::set(&self.world.cloud, -self.behind);
+        }
         self.world.restart();
     }
 

@@ -18,9 +18,10 @@ use stanchion_daemon::telemetry::{self, Extras, Roots, TelemetryHandle, Telemetr
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Ground, MINUTE, wall};
+use super::{Ground, MINUTE};
 use crate::fake_aws::{DirectEc2, DirectImds, DirectLogs};
 use crate::node::CLUSTER_NAME;
+use crate::wall;
 
 /// aws-node's checkpoint, and what it has no room for.
 pub(super) const CHECKPOINT: &str = "ipam.json";

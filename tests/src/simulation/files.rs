@@ -12,7 +12,7 @@ use rand::rngs::StdRng;
 use stanchion_core::ids::PodName;
 use stanchion_core::logs::positions::Positions;
 
-use super::wall;
+use crate::wall;
 
 /// What every line begins with; metric documents do not.
 pub(super) const LINE: &str = "line ";

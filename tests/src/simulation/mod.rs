@@ -22,7 +22,6 @@ mod checks;
 mod files;
 mod objects;
 mod plugin;
-mod wall;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -46,6 +45,7 @@ use crate::fake_aws::{Bucket, Chaos, Clock, Cloud, CloudConfig, Effect, Fault, I
 use crate::ipam_world::{ModelHost, NODE};
 use crate::netns::Netns;
 use crate::stray::Maker;
+use crate::wall;
 use agent::Agent;
 use files::Files;
 use objects::Objects;
@@ -128,8 +128,8 @@ pub fn run(seed: u64, steps: u64) -> anyhow::Result<Told> {
 }
 
 /// The command that lives a life again.
-pub fn again(seed: u64) -> String {
-    format!("STANCHION_SIM_SEED={seed} cargo test -p stanchion-lab --test simulation")
+pub fn again(seed: u64, steps: u64) -> String {
+    format!("cargo xtask soak --simulate --minutes 0 --seed {seed} --steps {steps}")
 }
 
 /// A namespace and a directory of pins, gone when dropped.

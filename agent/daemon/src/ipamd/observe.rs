@@ -30,7 +30,7 @@ const SUBNETS_EVERY: Duration = Duration::from_secs(600);
 /// How often leaked ENIs are looked for.
 pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// EC2 must miss something this long before it is forgotten: Describe lags behind, too.
-const GONE_AFTER: Duration = Duration::from_secs(30);
+pub(super) const GONE_AFTER: Duration = Duration::from_secs(30);
 /// Pauses between looks for the interface of a new ENI.
 const LINK_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(400));
 

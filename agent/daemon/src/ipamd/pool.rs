@@ -15,7 +15,7 @@ use super::files::FileError;
 
 /// Addresses on their way back to EC2 are not given out for this long, whatever a stale Describe or IMDS shows meanwhile; it
 /// is on disk before EC2 is asked. Longer than EC2 must miss them before they are forgotten.
-const GOING: Duration = Duration::from_secs(180);
+pub(super) const GOING: Duration = Duration::from_secs(180);
 /// An ENI that may have been left detached is looked for after this time.
 const SWEEP_AFTER_DOUBT: Duration = Duration::from_secs(300);
 /// How soon EC2's picture is read after an action left ours in doubt.

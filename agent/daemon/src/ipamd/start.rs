@@ -26,6 +26,8 @@ use super::execute::Executor;
 use super::files::{FileError, Files};
 use super::handle::{IpamHandle, IpamStatus, MAILBOX};
 use super::meter::Meter;
+use super::observe::GONE_AFTER;
+use super::pool::GOING;
 use super::snapshot::{IpamCounters, IpamSnapshot};
 
 /// Pauses between tries of a start that IMDS or the instance's limits held up.
@@ -220,8 +222,11 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     if attached.is_some() {
         actor.observe_due = now + actor.observation_pause();
     }
-    cooling.into_iter().for_each(|entry| actor.store.restore_cooling(entry.address, entry.until));
+    // None is longer from now than when it began: the node's clock may have been set back since.
+    let longest = actor.clock.now() + actor.config.pool.ip_cooldown.max(GOING);
+    cooling.into_iter().for_each(|entry| actor.store.restore_cooling(entry.address, entry.until.min(longest)));
     actor.take_checkpoint(&parts.interfaces)?;
+    actor.doubt_going();
     actor.find_wanting();
     actor.set_max_pods();
     actor.place();
@@ -274,7 +279,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         match self.files.read_cooling() {
             Ok(file) => {
                 let CoolingFile { cooling, moved, .. } = file.unwrap_or_default();
-                moved.into_iter().for_each(|entry| self.store.restore_moved(entry.cidr, entry.eni, entry.until));
+                let longest = self.clock.now() + GOING;
+                moved.into_iter().for_each(|entry| self.store.restore_moved(entry.cidr, entry.eni, entry.until.min(longest)));
                 cooling
             }
             Err(error) => {
@@ -290,6 +296,22 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let primary = self.store.enis().values().find(|eni| eni.is_primary()).map(|eni| eni.id.clone());
         if let Some(eni) = primary.and_then(|id| self.store.eni_mut(&id)) {
             eni.state = EniState::Serving;
+        }
+    }
+
+    /// The last process ended while these went back to EC2: the picture that still shows them may be older than that. As after a reply
+    /// that got lost, they serve nobody until EC2 has told, however long that takes it.
+    fn doubt_going(&mut self) {
+        if self.config.pool.imds_only {
+            return;
+        }
+        let now = self.clock.now();
+        let shown = self.store.enis().values().flat_map(|eni| eni.cidrs.keys().map(|cidr| (eni.id.clone(), *cidr)));
+        let going: Vec<_> = shown.filter(|(_, cidr)| self.store.is_going(*cidr, now)).collect();
+        for (eni, cidr) in going {
+            self.store.set_leaving(&eni, cidr, true);
+            self.doubtful.insert((eni, Some(cidr)), now);
+            self.observe_due = self.observe_due.min(Instant::now() + GONE_AFTER);
         }
     }
 
