@@ -1,7 +1,7 @@
 //! The whole agent in a simulated world; `stanchion_lab::simulation` says what is inside.
 //!
 //! ```text
-//! STANCHION_SIM_SEED=17 cargo test -p stanchion-lab --test simulation     # one seed; a failure prints it
+//! STANCHION_SIM_SEED=17 cargo test -p stanchion-lab --test simulation     # one seed, with what the daemon logs
 //! cargo xtask soak --simulate --minutes 60                                # seed after seed
 //! ```
 
@@ -25,7 +25,7 @@ fn no_seed_breaks_a_promise() {
     let mut sum = Told::default();
     let count = seeds.end - seeds.start;
     for seed in seeds {
-        sum += run(seed, STEPS).unwrap_or_else(|error| panic!("{error:#}; again: {}", again(seed)));
+        sum += run(seed, STEPS).unwrap_or_else(|error| panic!("{error:#}; again: {}", again(seed, STEPS)));
     }
     println!("{sum:#?}");
     assert_eq!(sum.steps, count * STEPS);

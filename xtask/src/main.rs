@@ -53,6 +53,9 @@ enum Task {
         /// Lives of the agent's parts in a simulated world instead, one seed after the other: days in minutes
         #[arg(long)]
         simulate: bool,
+        /// Steps of a simulated life: 70 are about an hour, 150 unless told
+        #[arg(long, requires = "simulate")]
+        steps: Option<u64>,
     },
     /// Everything that CI checks: format, lints, every test with real namespaces and eBPF
     Test {
@@ -138,12 +141,15 @@ fn run() -> Result<ExitCode> {
             let mut lab = Command::new(build::binary(&root, build::Profile::Dev, "lab"));
             return ui::become_command(lab.args(args).current_dir(&root));
         }
-        Task::Soak { minutes, seed, simulate } => {
+        Task::Soak { minutes, seed, simulate, steps } => {
             prepare(&root, build::Profile::Dev)?;
             let mut soak = Command::new(build::binary(&root, build::Profile::Dev, "soak"));
             soak.args(["--minutes", &minutes.to_string(), "--seed", &seed.to_string()]);
             if simulate {
                 soak.arg("--simulate");
+            }
+            if let Some(steps) = steps {
+                soak.args(["--steps", &steps.to_string()]);
             }
             return ui::become_command(soak.current_dir(&root));
         }

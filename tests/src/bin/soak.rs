@@ -21,6 +21,9 @@ struct Args {
     /// Simulated lives of a node instead, one seed after the other
     #[arg(long)]
     simulate: bool,
+    /// Steps of a simulated life; 70 are about an hour
+    #[arg(long, default_value_t = simulation::STEPS, requires = "simulate")]
+    steps: u64,
 }
 
 #[tokio::main]
@@ -58,14 +61,15 @@ async fn simulate(args: &Args) -> anyhow::Result<()> {
     let mut ended = None;
     let mut lives = 0_u32;
     for seed in args.seed.. {
-        let mut life = tokio::task::spawn_blocking(move || simulation::run(seed, simulation::STEPS));
+        let steps = args.steps;
+        let mut life = tokio::task::spawn_blocking(move || simulation::run(seed, steps));
         let told = loop {
             tokio::select! {
                 told = &mut life => break told?,
                 name = &mut asked, if ended.is_none() => ended = Some(name),
             }
         };
-        let told = told.with_context(|| format!("again: {}", simulation::again(seed)))?;
+        let told = told.with_context(|| format!("again: {}", simulation::again(seed, steps)))?;
         println!("{:>5.0} s  seed {seed}: {} simulated hours, {} pods", began.elapsed().as_secs_f64(), told.seconds / 3_600, told.pods);
         sum += told;
         lives += 1;
