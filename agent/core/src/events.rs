@@ -89,19 +89,20 @@ impl Recorder {
         Self { node: node.to_owned(), written: BTreeMap::new(), tokens: BURST.0, earned: 0, suppressed: 0 }
     }
 
-    /// Takes an event: a new one is to be created at once, a repetition is counted and told by [`Recorder::due`].
+    /// Takes an event: a new one is to be created at once, a repetition is counted and told by [`Recorder::due`]. `now` is the node's time
+    /// of day, in milliseconds: it may have been set, either way, since the last one.
     pub fn record(&mut self, mut event: Event, now: u64) -> Option<Post> {
         cut(&mut event.note);
         // Waiting times and the like differ in each repetition.
         let key = Event { note: event.note.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect(), ..event.clone() };
         if let Some(written) = self.written.get_mut(&key)
-            && now.saturating_sub(written.last) < SERIES_ENDS
+            && now.abs_diff(written.last) < SERIES_ENDS
         {
             written.count += 1;
             written.last = now;
             return None;
         }
-        let earned = now.saturating_sub(self.earned) / BURST.1;
+        let earned = now.abs_diff(self.earned) / BURST.1;
         if earned > 0 {
             self.tokens = (self.tokens + earned).min(BURST.0);
             self.earned = now;
@@ -142,7 +143,7 @@ impl Recorder {
     pub fn due(&mut self, now: u64) -> Vec<Post> {
         let mut posts = Vec::new();
         for (event, written) in &mut self.written {
-            if written.count == written.told.0 || now.saturating_sub(written.told.1) < COUNT_EVERY {
+            if written.count == written.told.0 || now.abs_diff(written.told.1) < COUNT_EVERY {
                 continue;
             }
             written.told = (written.count, now);
@@ -199,6 +200,21 @@ mod tests {
         assert_eq!((name.as_str(), patch["series"]["count"].as_u64()), (object["metadata"]["name"].as_str().unwrap(), Some(2)));
         assert_eq!(recorder.due(NOW + 99_000), [], "nothing new");
         assert!(recorder.record(event("waited 1 ms"), NOW + 1000 + SERIES_ENDS).is_some(), "after a quiet time it is news again");
+    }
+
+    /// Far back: what was to come in half a minute is not hours away.
+    #[test]
+    fn a_clock_that_is_set_back_silences_nothing() {
+        let mut recorder = Recorder::new("n1");
+        // Notes differ by a letter each: digits are the same event's.
+        let story = |n: u64| event(&"a".repeat(usize::try_from(n).unwrap()));
+        let told = (1..=BURST.0 + 1).filter(|n| recorder.record(story(*n), NOW).is_some()).count() as u64;
+        assert_eq!(told, BURST.0, "the burst is used up");
+        assert_eq!(recorder.record(story(1), NOW), None, "a repetition");
+        let earlier = NOW - 3 * 3_600_000;
+        assert_eq!(recorder.due(earlier).len(), 1, "its count is told");
+        assert!(recorder.record(story(BURST.0 + 1), earlier).is_some(), "what is new is told");
+        assert!(recorder.record(story(2), earlier + BURST.1).is_some(), "what was long ago is news again");
     }
 
     #[test]

@@ -40,7 +40,7 @@ use super::handle::{
 };
 use super::interfaces::{Interfaces, exists, node_addresses};
 use super::maps::KernelMaps;
-use super::names::{self, PodFrames};
+use super::names::{self, NameClock, PodFrames};
 use super::object::{LoadError, Loaded};
 use super::raw::Resender;
 use super::slots::{Sandbox, Slots};
@@ -123,7 +123,8 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     let mut rules = Engine::new(Settings { source, node_name, unknown_pod });
     rules.rebase(kernel);
     rules.remember_policed(slots.policed());
-    match names::read(&state_dir) {
+    let name_clock = NameClock::start();
+    match names::read(&state_dir, name_clock.now()) {
         Ok(known) => rules.remember(known.iter().map(|(address, name, until)| (*address, name.as_str(), *until))),
         Err(cause) => {
             warn!(cause = %cause, "the DNS names of the agent before are not known: connections by name are denied until pods ask again");
@@ -143,6 +144,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         events,
         messages: Messages::default(),
         resender,
+        name_clock,
         names_due: None,
         problems: Vec::new(),
         state_dir,
@@ -206,6 +208,7 @@ struct Actor {
     events: Events,
     messages: Messages,
     resender: Resender,
+    name_clock: NameClock,
     /// When what the engine knows of names is put on disk; `None`: the file has it.
     names_due: Option<Instant>,
     /// What is wrong in the policies, as last told.

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use stanchion_core::policy::dns;
 use stanchion_core::policy::frames::Datagram;
@@ -21,7 +21,7 @@ const SAVE_NAMES_AFTER: Duration = Duration::from_millis(100);
 impl Actor {
     /// Takes a DNS answer to heart: what it names is in the maps when this returns.
     pub(super) fn learn(&mut self, slot: Slot, frame: &[u8]) {
-        let now = unix_seconds();
+        let now = self.name_clock.now();
         for message in self.messages.of(slot, frame) {
             // What is no answer says nothing.
             let Ok(answers) = dns::answers(&message) else { continue };
@@ -52,7 +52,7 @@ impl Actor {
     }
 
     pub(super) fn forget_names(&mut self, open: &HashSet<IpAddr>) {
-        let ops = self.rules.forget(unix_seconds(), |address| open.contains(&address));
+        let ops = self.rules.forget(self.name_clock.now(), |address| open.contains(&address));
         self.names_changed(&ops);
         self.apply(ops);
     }
@@ -67,12 +67,8 @@ impl Actor {
         if self.names_due.take_if(|due| *due <= Instant::now()).is_none() {
             return;
         }
-        if let Err(cause) = names::save(&self.state_dir, self.rules.names()) {
+        if let Err(cause) = names::save(&self.state_dir, self.rules.names(), self.name_clock) {
             self.fail("cannot write the names", &cause);
         }
     }
-}
-
-fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
