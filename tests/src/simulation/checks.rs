@@ -220,6 +220,8 @@ impl World {
             }
         }
         self.publish();
+        // The kubelet removes the logs with the pods; what is there is watched, however many pods a long life had.
+        self.files.collect(&self.arrived())?;
         sleep(HOUR * 2).await;
         self.is_empty().await
     }
