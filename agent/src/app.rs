@@ -27,6 +27,7 @@ use stanchion_core::policy::engine::Source;
 use stanchion_daemon::admin::debug::{DebugService, SetLogFilter};
 use stanchion_daemon::admin::views::Views;
 use stanchion_daemon::admin::{health, http, socket};
+use stanchion_daemon::boot::this_boot;
 use stanchion_daemon::cluster::credentials::{self, Clients};
 use stanchion_daemon::cluster::own_node::{self, Marks, REGISTERS_WITHIN};
 use stanchion_daemon::cluster::tell::{self, TellParts};
@@ -469,6 +470,7 @@ async fn start_network(
         );
     }
     let interfaces = netlink.links().context("list the host's links")?;
+    let time_of_day = SystemTime::now();
     let (ipam, task) = ipamd::spawn(IpamdParts {
         config: Arc::clone(config),
         ec2: aws.ec2(),
@@ -479,7 +481,8 @@ async fn start_network(
         cluster: cluster.watch(),
         node_name: (*node_name).to_owned(),
         shutdown: (*shutdown).clone(),
-        wall: SystemTime::now,
+        time_of_day,
+        boot: this_boot(time_of_day),
     });
     // What cannot pass by itself ends the agent: its supervisor says it to a person.
     let (failed, ended) = (Arc::clone(failed), CancellationToken::clone(shutdown));

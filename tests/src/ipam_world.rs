@@ -339,7 +339,8 @@ fn spawn(
         cluster: cluster.subscribe(),
         node_name: NODE.to_owned(),
         shutdown: shutdown.clone(),
-        wall: wall::now,
+        time_of_day: wall::now(),
+        boot: Some(wall::boot(cloud)),
     });
     (handle, task, shutdown)
 }

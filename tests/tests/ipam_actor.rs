@@ -7,6 +7,7 @@ use stanchion_core::ipam::{Checkpoint, CoolingFile};
 use stanchion_core::network::NetOp;
 use stanchion_lab::fake_aws::{ApiError, Effect, Fault, Timing};
 use stanchion_lab::ipam_world::{World, WorldSpec, key};
+use stanchion_lab::wall;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -107,15 +108,36 @@ async fn a_restart_keeps_what_lives_and_cools_what_died() {
     world.stop().await;
 }
 
-/// What the file says was written by the clock before.
+/// Between two processes; by the boot in the file the next one knows how far.
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_was_set_back_makes_no_cool_down_longer() {
+async fn a_clock_that_was_set_makes_no_cool_down_longer_or_shorter() {
+    for minutes in [-300, 300] {
+        let mut world = World::start(WorldSpec::new("m5.large", &[]));
+        let gone = world.add("gone", SECOND * 30).await.expect("served").attachments[0].ipv4.expect("IPv4");
+        world.delete("gone").await.expect("released");
+        let cools = |world: &World| world.handle.snapshot().addresses.iter().any(|view| view.state == "cooling" && view.address == gone);
+        tokio::time::sleep(SECOND * 10).await;
+        wall::set(&world.cloud, minutes);
+        world.restart();
+        world.handle.ready().await.expect("ready");
+        tokio::time::sleep(SECOND * 15).await;
+        assert!(cools(&world), "clock set by {minutes} minutes: 25 of its 30 seconds are over");
+        tokio::time::sleep(SECOND * 10).await;
+        assert!(!cools(&world), "clock set by {minutes} minutes");
+        world.stop().await;
+    }
+}
+
+/// What the file says was written by the clock before, and in another boot.
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_was_set_back_before_a_boot_makes_no_cool_down_longer() {
     let mut world = World::start(WorldSpec::new("m5.large", &[]));
     let gone = world.add("gone", SECOND * 30).await.expect("served").attachments[0].ipv4.expect("IPv4");
     world.delete("gone").await.expect("released");
     let path = world.checkpoint().with_file_name("stanchion-cooling.json");
     let mut file = CoolingFile::parse(&std::fs::read_to_string(&path).expect("written before the reply")).expect("the agent's own");
     assert!(!file.cooling.is_empty());
+    file.boot.as_mut().expect("the simulated one").id.clear();
     file.cooling.iter_mut().for_each(|entry| entry.until = entry.until + SECOND * 18_000);
     std::fs::write(&path, serde_json::to_string(&file).expect("JSON")).expect("written");
     world.restart();

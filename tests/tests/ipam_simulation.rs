@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use stanchion_core::cloud::Ec2Api as _;
+use stanchion_core::config::Config;
 use stanchion_core::ids::{EniId, PodName};
 use stanchion_core::network::host_veth_name;
 use stanchion_lab::fake_aws::{Bucket, Chaos, DirectEc2, Effect, Fault, Timing};
@@ -102,7 +103,7 @@ fn no_seed_gives_an_address_twice_or_leaks_one() {
     }
     assert_eq!(sum.steps, taken * STEPS_A_RUN);
     assert!(
-        sum.served > 0 && sum.crashes > 0 && sum.set_back > 0 && sum.detached > 0 && sum.storms > 0 && sum.exhausted > 0,
+        sum.served > 0 && sum.crashes > 0 && sum.set > 0 && sum.detached > 0 && sum.storms > 0 && sum.exhausted > 0,
         "every fault has its turn: {sum}"
     );
 }
@@ -113,7 +114,7 @@ struct Told {
     steps: u64,
     served: u64,
     crashes: u64,
-    set_back: u64,
+    set: u64,
     detached: u64,
     storms: u64,
     exhausted: u64,
@@ -124,7 +125,7 @@ impl std::ops::AddAssign for Told {
         self.steps += rhs.steps;
         self.served += rhs.served;
         self.crashes += rhs.crashes;
-        self.set_back += rhs.set_back;
+        self.set += rhs.set;
         self.detached += rhs.detached;
         self.storms += rhs.storms;
         self.exhausted += rhs.exhausted;
@@ -133,8 +134,8 @@ impl std::ops::AddAssign for Told {
 
 impl std::fmt::Display for Told {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { steps, served, crashes, set_back, detached, storms, exhausted } = self;
-        write!(f, "{steps} steps: {served} pods served, {crashes} crashes ({set_back} with the clock set back), ")?;
+        let Self { steps, served, crashes, set, detached, storms, exhausted } = self;
+        write!(f, "{steps} steps: {served} pods served, {crashes} crashes ({set} with the clock set), ")?;
         write!(f, "{detached} ENIs detached by hand, ")?;
         write!(f, "{storms} throttling storms, {exhausted} exhausted subnets")
     }
@@ -154,11 +155,14 @@ struct Life {
     stranded: BTreeMap<String, Ipv4Addr>,
     /// Those ENIs. Until the agent hears of it, it gives out their addresses.
     by_hand: BTreeSet<EniId>,
+    /// When each address was last given back by a pod.
+    ended: BTreeMap<Ipv4Addr, tokio::time::Instant>,
+    cooldown: Duration,
     /// Addresses that somebody else holds for a while.
     occupied: Vec<Ipv4Addr>,
     small: bool,
-    /// Minutes that the node's clock is behind EC2's.
-    behind: i64,
+    /// Minutes that the node's clock is before EC2's.
+    off: i64,
     next: u32,
     told: Told,
 }
@@ -167,21 +171,15 @@ impl Life {
     /// Inside a runtime: the actor is spawned there.
     async fn begin(seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let timing = Timing {
-            attach: Duration::from_millis(random.random_range(0..6_000)),
-            detach: Duration::from_millis(random.random_range(0..4_000)),
-            describe_lag: Duration::from_millis(random.random_range(0..2_000)),
-            imds_lag: Duration::from_millis(random.random_range(0..20_000)),
-            imds_incomplete: Duration::from_millis(random.random_range(0..1_000)),
-            jitter: 0.5,
-            seed,
-        };
+        let timing = Timing::drawn(&mut random, seed);
         let settings = SETTINGS[random.random_range(0..SETTINGS.len())];
         let mut spec = WorldSpec { timing, ..WorldSpec::new(TYPES[random.random_range(0..TYPES.len())], settings) };
         let small = random.random_bool(0.4);
         if small {
             spec.subnet = "10.0.16.0/26".parse().expect("CIDR");
         }
+        let config = Config::read(&|name| spec.env.get(name).cloned()).expect("valid settings");
+        let cooldown = config.pool.ip_cooldown;
         let world = World::start(spec);
         let (pods, stranded) = (BTreeMap::new(), BTreeMap::new());
         Self {
@@ -191,9 +189,11 @@ impl Life {
             pods,
             stranded,
             by_hand: BTreeSet::new(),
+            ended: BTreeMap::new(),
+            cooldown,
             occupied: Vec::new(),
             small,
-            behind: 0,
+            off: 0,
             next: 0,
             told: Told::default(),
         }
@@ -245,13 +245,13 @@ impl Life {
         }
     }
 
-    /// Now and then the node's clock has been set back when the next process starts.
+    /// Now and then the node's clock has been set back or forward when the next process starts.
     fn crash(&mut self) {
         self.told.crashes += 1;
         if self.random.random_bool(0.1) {
-            self.behind += self.random.random_range(0..120);
-            self.told.set_back += 1;
-            wall::set(&self.world.cloud, -self.behind);
+            self.off += self.random.random_range(-120..120);
+            self.told.set += 1;
+            wall::set(&self.world.cloud, self.off);
         }
         self.world.restart();
     }
@@ -273,16 +273,20 @@ impl Life {
                 self.next += 1;
                 let (name, handle) = (format!("pod-{}", self.next), self.world.handle.clone());
                 let wait = Duration::from_millis(self.random.random_range(10..15_000));
-                tokio::spawn(async move { (handle.assign(request(&name, wait)).await, name) })
+                tokio::spawn(async move { (handle.assign(request(&name, wait)).await, tokio::time::Instant::now(), name) })
             })
             .collect();
         for wait in waits {
-            let (result, name) = wait.await.expect("no panic");
+            let (result, given, name) = wait.await.expect("no panic");
             let Ok(assignment) = result else { continue };
             self.told.served += 1;
             let address = assignment.attachments[0].ipv4.expect("IPv4");
             let twice = self.pods.iter().chain(&self.stranded).find(|(_, other)| **other == address);
             assert!(twice.is_none(), "seed {} step {step}: {address} for {name} and {twice:?}", self.seed);
+            let rested = self.ended.get(&address).map(|ended| given - *ended);
+            // Each start reads the clocks to the millisecond.
+            let cool = rested.is_none_or(|rested| rested + SECOND / 10 > self.cooldown);
+            assert!(cool, "seed {} step {step}: {address} for {name} after {rested:?}\n{}", self.seed, self.story());
             self.world.veths.insert(host_veth_name("eni", &PodName::new("default", name.clone()), 0));
             if self.by_hand.contains(&assignment.attachments[0].eni) {
                 self.stranded.insert(name, address);
@@ -301,7 +305,10 @@ impl Life {
         for name in gone.collect::<Vec<_>>() {
             // A DEL that was not answered may still be done: the pod is gone, its address is not ours to judge.
             self.pods.remove(&name);
-            drop(self.world.delete(&name).await);
+            let asked = tokio::time::Instant::now();
+            if let Ok(Some(ended)) = self.world.delete(&name).await {
+                self.ended.extend(ended.attachments.iter().filter_map(|held| Some((held.ipv4?, asked))));
+            }
         }
     }
 

@@ -9,6 +9,7 @@
 //! | [`objects`] | the slim forms of the Kubernetes objects that the agent reads, from JSON or YAML |
 //! | [`cluster`] | the snapshot of all objects |
 //! | [`manifests`] | objects from YAML and JSON text |
+//! | [`boot`] | times in files, reckoned by the boot that they were written in |
 //! | [`branch`] | security groups for pods: which pods have a branch ENI, and what is known of it |
 //! | [`config`] | every setting, its default, its origin, its parsing quirks |
 //! | [`conflist`] | the network configuration that the runtime reads |
@@ -25,6 +26,7 @@
 //! | [`metrics`] | parsers of kernel text, rates, Container Insights documents, EMF |
 #![forbid(unsafe_code)]
 
+pub mod boot;
 pub mod branch;
 pub mod cloud;
 pub mod cluster;

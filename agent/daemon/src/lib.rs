@@ -9,8 +9,11 @@
 //! | [`logs`] | tailed files, batches, positions | admin |
 //! | [`telemetry`] | metric ticks, documents, the Prometheus registry | admin |
 //! | [`admin`] | debug gRPC service, introspection and metrics HTTP | people and tools |
+//!
+//! [`boot`] tells the boot of the node by which times in their files are reckoned.
 
 pub mod admin;
+pub mod boot;
 pub mod cluster;
 pub mod cni;
 pub mod install;

@@ -5,6 +5,8 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
+use rand::RngExt as _;
+use rand::rngs::StdRng;
 use stanchion_core::cloud::{Eni, Subnet};
 use stanchion_core::ids::{AttachmentId, EniId, InstanceId, SecurityGroupId, SubnetId, VpcId};
 use stanchion_core::limits::InstanceLimits;
@@ -73,6 +75,22 @@ pub struct Timing {
     pub jitter: f64,
     /// Of the jitter.
     pub seed: u64,
+}
+
+impl Timing {
+    /// One of many regions on one of many days: lags up to what the services are known to take.
+    pub fn drawn(random: &mut StdRng, seed: u64) -> Self {
+        let mut up_to = |milliseconds: u64| Duration::from_millis(random.random_range(0..milliseconds));
+        Self {
+            attach: up_to(6_000),
+            detach: up_to(4_000),
+            describe_lag: up_to(2_000),
+            imds_lag: up_to(20_000),
+            imds_incomplete: up_to(1_000),
+            jitter: 0.5,
+            seed,
+        }
+    }
 }
 
 /// A subnet to add.

@@ -73,7 +73,8 @@ impl Agent {
             cluster: ground.cluster.watch(),
             node_name: ground.node().to_owned(),
             shutdown: shutdown.clone(),
-            wall: wall::now,
+            time_of_day: wall::now(),
+            boot: Some(wall::boot(&ground.cloud)),
         });
         let addresses = tokio::spawn(async move {
             // An abort of this task is to reach the one within.

@@ -205,15 +205,7 @@ struct World {
 impl World {
     fn start(seed: u64, pins: PathBuf) -> anyhow::Result<Self> {
         let mut random = StdRng::seed_from_u64(seed);
-        let timing = Timing {
-            attach: Duration::from_millis(random.random_range(0..6_000)),
-            detach: Duration::from_millis(random.random_range(0..4_000)),
-            describe_lag: Duration::from_millis(random.random_range(0..2_000)),
-            imds_lag: Duration::from_millis(random.random_range(0..15_000)),
-            imds_incomplete: Duration::from_millis(random.random_range(0..1_000)),
-            jitter: 0.5,
-            seed,
-        };
+        let timing = Timing::drawn(&mut random, seed);
         let mut config = CloudConfig { timing, ..CloudConfig::default() };
         config.vpc_cidrs = vec!["10.0.0.0/16".parse()?];
         let cloud = Cloud::new(config, Clock::tokio());

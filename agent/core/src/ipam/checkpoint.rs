@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::store::{Allocation, Datastore, Held};
 use super::types::{IpamKey, Time};
+use crate::boot::Boot;
 use crate::ids::{ContainerId, EniId, PodName};
 
 /// The format that aws-node writes and reads.
@@ -72,6 +73,9 @@ fn is_zero(count: &u32) -> bool {
 pub struct CoolingFile {
     /// [`COOLING_VERSION`].
     pub version: String,
+    /// By which its times are reckoned; missing in files of earlier releases and where the kernel does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<Boot>,
     /// Addresses that were released lately.
     pub cooling: Vec<CoolingEntry>,
     /// Ranges that went from one ENI to another lately.
@@ -161,11 +165,11 @@ impl CheckpointEntry {
 }
 
 impl CoolingFile {
-    /// The cool-downs that have not ended.
-    pub fn of(store: &Datastore, now: Time) -> Self {
+    /// The cool-downs that have not ended. `boot` began by the clock of `now`.
+    pub fn of(store: &Datastore, now: Time, boot: Option<Boot>) -> Self {
         let cooling = store.cooling(now).map(|(address, until)| CoolingEntry { address, until }).collect();
         let moved = store.moved(now).map(|(cidr, eni, until)| MovedEntry { cidr, eni: eni.clone(), until }).collect();
-        Self { version: COOLING_VERSION.to_owned(), cooling, moved }
+        Self { version: COOLING_VERSION.to_owned(), boot, cooling, moved }
     }
 
     /// Reads a file.
@@ -178,6 +182,19 @@ impl CoolingFile {
             return Err(CheckpointError::Version { found: file.version, expected: COOLING_VERSION });
         }
         Ok(file)
+    }
+
+    /// The same by the clock by which `boot` began. Of another boot, its times are left as they are.
+    #[must_use]
+    pub fn reckoned(mut self, boot: Option<&Boot>) -> Self {
+        if let (Some(boot), Some(written)) = (boot, self.boot.take()) {
+            let ends = self.cooling.iter_mut().map(|entry| &mut entry.until).chain(self.moved.iter_mut().map(|entry| &mut entry.until));
+            for until in ends {
+                until.0 = boot.reckon(&written, until.0).unwrap_or(until.0);
+            }
+            self.boot = Some(boot.clone());
+        }
+        self
     }
 }
 
@@ -268,10 +285,10 @@ mod tests {
         assert!(matches!(Checkpoint::parse("[]"), Err(CheckpointError::Unreadable(_))));
         let mut store = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(30));
         store.restore_cooling("10.0.0.9".parse().expect("address"), Time(40_000));
-        let file = CoolingFile::of(&store, Time(10));
+        let file = CoolingFile::of(&store, Time(10), None);
         let read = CoolingFile::parse(&serde_json::to_string(&file).expect("serialises")).expect("reads");
         assert_eq!(read, file);
-        assert!(CoolingFile::of(&store, Time(40_000)).cooling.is_empty());
+        assert!(CoolingFile::of(&store, Time(40_000), None).cooling.is_empty());
     }
 
     #[test]
@@ -282,7 +299,7 @@ mod tests {
         store.cool(range, Time(180_000));
         assert!(store.granted(&came, range, Time(400)), "must be on disk first");
         assert!(!store.granted(&came, "10.0.0.10/32".parse().expect("range"), Time(400)), "was on no other");
-        let text = serde_json::to_string(&CoolingFile::of(&store, Time(500))).expect("serialises");
+        let text = serde_json::to_string(&CoolingFile::of(&store, Time(500), None)).expect("serialises");
         // The process ends, and EC2's first answer to the next one is older than the move.
         let mut next = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(30));
         for MovedEntry { cidr, eni, until } in CoolingFile::parse(&text).expect("reads").moved {

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use stanchion_core::boot::Boot;
 use stanchion_core::ipam::{Checkpoint, CheckpointError, CoolingFile, Datastore, Time};
 
 /// The checkpoint of card 0, those of the other cards and the cool-downs beside it.
@@ -13,6 +14,8 @@ use stanchion_core::ipam::{Checkpoint, CheckpointError, CoolingFile, Datastore, 
 pub(super) struct Files {
     checkpoint: PathBuf,
     cooling: PathBuf,
+    /// By the process's clock.
+    boot: Option<Boot>,
     /// What was written last for each card but the first: most pods have no address there, and a write is an fsync.
     further: BTreeMap<u16, Option<Checkpoint>>,
 }
@@ -42,10 +45,10 @@ pub enum FileError {
 
 impl Files {
     /// `checkpoint` is AWS_VPC_K8S_CNI_BACKING_STORE; the other files lie beside it. `cards` are the managed ones.
-    pub(super) fn new(checkpoint: &Path, cards: &[(u16, u16)]) -> Self {
+    pub(super) fn new(checkpoint: &Path, cards: &[(u16, u16)], boot: Option<Boot>) -> Self {
         let cooling = checkpoint.with_file_name("stanchion-cooling.json");
         let further = cards.iter().filter(|(card, _)| *card != 0).map(|(card, _)| (*card, None)).collect();
-        Self { checkpoint: checkpoint.to_path_buf(), cooling, further }
+        Self { checkpoint: checkpoint.to_path_buf(), cooling, boot, further }
     }
 
     /// As aws-node names it: `ipam.json`, `ipam-nic-1.json`, …
@@ -72,11 +75,12 @@ impl Files {
         Ok(Some(file))
     }
 
-    /// Cool-downs; none when the file is missing. A file that cannot be read is told and ignored: it is a courtesy to
+    /// Cool-downs, by the process's clock where it is the boot in which they were written; none when the file is missing. A file that cannot be read is told and ignored: it is a courtesy to
     /// others' connection tables, not ownership.
     pub(super) fn read_cooling(&self) -> Result<Option<CoolingFile>, FileError> {
         let Some(text) = read(&self.cooling)? else { return Ok(None) };
-        CoolingFile::parse(&text).map(Some).map_err(|source| FileError::Content { path: self.cooling.clone(), source })
+        let file = CoolingFile::parse(&text).map_err(|source| FileError::Content { path: self.cooling.clone(), source })?;
+        Ok(Some(file.reckoned(self.boot.as_ref())))
     }
 
     /// Makes what is held durable. A crash between two files leaves an attachment with an address of some cards only; nobody was
@@ -95,7 +99,7 @@ impl Files {
 
     /// Makes the cool-downs durable.
     pub(super) fn write_cooling(&self, store: &Datastore, now: Time) -> Result<(), FileError> {
-        write(&self.cooling, &CoolingFile::of(store, now))
+        write(&self.cooling, &CoolingFile::of(store, now, self.boot.clone()))
     }
 }
 

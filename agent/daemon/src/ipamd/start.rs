@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use stanchion_core::boot::Boot;
 use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
@@ -60,8 +61,10 @@ pub struct IpamdParts<E, I, H> {
     pub node_name: String,
     /// Ends the actor; nothing is removed.
     pub shutdown: CancellationToken,
-    /// The time of day; `SystemTime::now` where time is not simulated.
-    pub wall: fn() -> SystemTime,
+    /// The time of day.
+    pub time_of_day: SystemTime,
+    /// The boot that runs, by that clock; [`this_boot`](crate::boot::this_boot) where time is not simulated.
+    pub boot: Option<Boot>,
 }
 
 /// Why the actor cannot start at all; what may pass by itself is tried again instead.
@@ -119,7 +122,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     snapshots: watch::Sender<Arc<IpamSnapshot>>,
 ) -> Result<Actor<E, I, H>, StartError> {
     let started = Instant::now();
-    let clock = Clock::new((parts.wall)());
+    let clock = Clock::new(parts.time_of_day);
     let meter = Meter::default();
     let ec2 = Arc::new(parts.ec2);
     let imds = Arc::new(parts.imds);
@@ -163,7 +166,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     let cards = managed_cards(&limits, eni_limit, parts.config.pool.multi_nic, &shown, attached.as_deref());
     let now = Instant::now();
     let mut actor = Actor {
-        files: Files::new(&parts.checkpoint, &cards),
+        files: Files::new(&parts.checkpoint, &cards, parts.boot),
         clock,
         executor,
         imds,
@@ -222,7 +225,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     if attached.is_some() {
         actor.observe_due = now + actor.observation_pause();
     }
-    // None is longer from now than when it began: the node's clock may have been set back since.
+    // None is longer from now than when it began: the node may have been started anew since, with its clock behind.
     let longest = actor.clock.now() + actor.config.pool.ip_cooldown.max(GOING);
     cooling.into_iter().for_each(|entry| actor.store.restore_cooling(entry.address, entry.until.min(longest)));
     actor.take_checkpoint(&parts.interfaces)?;

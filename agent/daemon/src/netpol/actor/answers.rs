@@ -67,7 +67,7 @@ impl Actor {
         if self.names_due.take_if(|due| *due <= Instant::now()).is_none() {
             return;
         }
-        if let Err(cause) = names::save(&self.state_dir, self.rules.names(), self.name_clock) {
+        if let Err(cause) = names::save(&self.state_dir, self.rules.names(), &self.name_clock) {
             self.fail("cannot write the names", &cause);
         }
     }
