@@ -180,7 +180,8 @@ impl Engine {
                 namespaces: true,
                 nodes: true,
                 services: true,
-                pods: cluster.pods.keys().cloned().collect(),
+                // Pods of the node that the API server does not know have their addresses all the same.
+                pods: cluster.pods.keys().chain(self.local.values().map(|pod| &pod.name)).cloned().collect(),
                 slots: self.local.keys().copied().collect(),
                 named: BTreeSet::new(),
             },
@@ -607,6 +608,20 @@ mod tests {
         next.set_cluster(&without);
         next.add_endpoint(Slot(2), &PodName::new("x", "new"), "", &["192.168.1.9".parse().unwrap()]);
         assert!(image_allows(next.image(), Slot(2), Direction::Ingress, "192.168.1.3".parse().unwrap(), 6, 80));
+    }
+
+    /// The agent starts beside a pod that the API server does not know, on an address of which it still tells another pod.
+    #[test]
+    fn what_an_unknown_pod_leaves_is_again_whose_the_cluster_says() {
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), unknown_pod: UnknownPod::Open, ..Settings::default() });
+        engine.add_endpoint(Slot(1), &PodName::new("x", "a"), "", &["192.168.1.1".parse().unwrap()]);
+        let address: IpAddr = "192.168.1.2".parse().unwrap();
+        engine.add_endpoint(Slot(2), &PodName::new("x", "unknown"), "", &[address]);
+        engine.set_cluster(&cluster(&[CLUSTER, POLICY]));
+        let passes = |engine: &Engine| image_allows(engine.image(), Slot(1), Direction::Ingress, address, 6, 80);
+        assert!(!passes(&engine), "nothing is known of who has it");
+        engine.remove_endpoint(Slot(2));
+        assert!(passes(&engine));
     }
 
     #[test]
