@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::store::{Allocation, Datastore, Held};
+use super::store::{Allocation, Datastore, Held, Rest};
 use super::types::{IpamKey, Time};
 use crate::boot::Boot;
 use crate::ids::{ContainerId, EniId, PodName};
@@ -101,6 +101,9 @@ pub struct CoolingEntry {
     pub address: IpAddr,
     /// Not given out before.
     pub until: Time,
+    /// [`Rest::going`]. Earlier releases do not say it: what rests longer than a pod's address does is going.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub going: bool,
 }
 
 /// Why a file cannot be used.
@@ -167,7 +170,7 @@ impl CheckpointEntry {
 impl CoolingFile {
     /// The cool-downs that have not ended. `boot` began by the clock of `now`.
     pub fn of(store: &Datastore, now: Time, boot: Option<Boot>) -> Self {
-        let cooling = store.cooling(now).map(|(address, until)| CoolingEntry { address, until }).collect();
+        let cooling = store.cooling(now).map(|(address, Rest { until, going })| CoolingEntry { address, until, going }).collect();
         let moved = store.moved(now).map(|(cidr, eni, until)| MovedEntry { cidr, eni: eni.clone(), until }).collect();
         Self { version: COOLING_VERSION.to_owned(), boot, cooling, moved }
     }
@@ -284,7 +287,8 @@ mod tests {
         assert!(matches!(Checkpoint::parse(r#"{"version":"vpc-cni-ipam/2","allocations":[]}"#), Err(CheckpointError::Version { .. })));
         assert!(matches!(Checkpoint::parse("[]"), Err(CheckpointError::Unreadable(_))));
         let mut store = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(30));
-        store.restore_cooling("10.0.0.9".parse().expect("address"), Time(40_000));
+        store.restore_cooling("10.0.0.9".parse().expect("address"), Rest { until: Time(40_000), going: false });
+        store.cool("10.0.0.16/30".parse().expect("range"), Time(39_000));
         let file = CoolingFile::of(&store, Time(10), None);
         let read = CoolingFile::parse(&serde_json::to_string(&file).expect("serialises")).expect("reads");
         assert_eq!(read, file);

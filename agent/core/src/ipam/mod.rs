@@ -49,5 +49,5 @@ pub use fleet::{CallCount, Ec2Model, FleetAnswer, FleetQuestion, Rules, Scenario
 pub use memory::{AddressKind, Budget, Memory, Shortage};
 pub use plan::{Action, Blocked, Demand, Placement, Plan, PlanInput, PoolLimits, Provisioning, Reason, Targets};
 pub use simulate::{PoolAnswer, PoolQuestion, steady_state};
-pub use store::{AddressState, Allocation, Datastore, EniRole, EniState, Held, PoolMode, Stats, StoredEni, addresses_of};
+pub use store::{AddressState, Allocation, Datastore, EniRole, EniState, Held, PoolMode, Rest, Stats, StoredEni, addresses_of};
 pub use types::{IpamKey, Time};

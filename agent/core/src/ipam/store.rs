@@ -216,10 +216,19 @@ pub struct Datastore {
     enis: BTreeMap<EniId, StoredEni>,
     allocations: BTreeMap<IpamKey, Allocation>,
     owners: BTreeMap<IpAddr, IpamKey>,
-    /// End of the cool-down of each released address; kept after it has passed, so that the longest-free is reused first.
-    released: BTreeMap<IpAddr, Time>,
+    /// Addresses that serve nobody for a while; kept after that has passed, so that the longest-free is reused first.
+    resting: BTreeMap<IpAddr, Rest>,
     /// Ranges that EC2 gave to an ENI soon after another one lost them, and how long a picture may be older than that.
     moved: BTreeMap<IpNet, (EniId, Time)>,
+}
+
+/// How long an address is not given out, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// Not given out before.
+    pub until: Time,
+    /// It goes back to EC2, and a picture may be older than that; else a pod released it, and others' tables may still name the pod.
+    pub going: bool,
 }
 
 /// Expired cool-downs that are remembered for the order of reuse. A /80 has 2^48 addresses: forgetting the oldest costs
@@ -253,13 +262,13 @@ impl Datastore {
     }
 
     /// Addresses whose cool-down has not ended.
-    pub fn cooling(&self, now: Time) -> impl Iterator<Item = (IpAddr, Time)> + '_ {
-        self.released.iter().filter(move |(_, until)| **until > now).map(|(address, until)| (*address, *until))
+    pub fn cooling(&self, now: Time) -> impl Iterator<Item = (IpAddr, Rest)> + '_ {
+        self.resting.iter().filter(move |(_, rest)| rest.until > now).map(|(address, rest)| (*address, *rest))
     }
 
     /// When the next cool-down ends.
     pub fn next_cooling_end(&self, now: Time) -> Option<Time> {
-        self.cooling(now).map(|(_, until)| until).min()
+        self.cooling(now).map(|(_, rest)| rest.until).min()
     }
 
     /// The state of an address, whether or not an ENI has it.
@@ -267,8 +276,8 @@ impl Datastore {
         if let Some(key) = self.owners.get(&address) {
             return AddressState::Assigned(key);
         }
-        match self.released.get(&address) {
-            Some(until) if *until > now => AddressState::Cooling { until: *until },
+        match self.resting.get(&address) {
+            Some(rest) if rest.until > now => AddressState::Cooling { until: rest.until },
             _ => AddressState::Free,
         }
     }
@@ -318,29 +327,31 @@ impl Datastore {
     }
 
     /// The range has just gone back to EC2, as [`Self::cool`] was told: who still sees it looks at an old picture. A pod's
-    /// cool-down is shorter and does not count.
+    /// cool-down does not count.
     pub fn is_going(&self, cidr: IpNet, now: Time) -> bool {
-        let going = |address| self.released.get(&address).is_some_and(|until| *until > now + self.cooldown);
+        let going = |address| self.resting.get(&address).is_some_and(|rest| rest.going && rest.until > now);
         addresses_of(cidr) <= u64::from(PREFIX_ADDRESSES)
             && addresses(cidr).all(|address| !self.owners.contains_key(&address) && going(address))
     }
 
     /// EC2 has just given the range to an ENI (again): it is on no other one, whatever we thought of a call without a reply, and
-    /// what kept it from being given out is over. A pod's own cool-down had ended before the range could leave. True: it had
-    /// just left one, which must be on disk before it is given out, as an old picture may still show it there.
+    /// what kept it from being given out is over. A pod's own cool-down goes on: the ENI may have been taken away under it. True: the
+    /// range had just left one, which must be on disk before it is given out, as an old picture may still show it there.
     pub fn granted(&mut self, id: &EniId, cidr: IpNet, now: Time) -> bool {
         for eni in self.enis.values_mut().filter(|eni| eni.id != *id) {
             eni.cidrs.remove(&cidr);
         }
-        let mut going = None;
-        for (_, until) in self.released.range_mut(cidr.network()..=cidr.broadcast()) {
-            going = going.max(Some(*until).filter(|until| *until > now));
-            *until = now.min(*until);
+        let mut left = None;
+        for (_, rest) in self.resting.range_mut(cidr.network()..=cidr.broadcast()) {
+            left = left.max(Some(rest.until).filter(|until| *until > now));
+            if rest.going {
+                *rest = Rest { until: now.min(rest.until), going: false };
+            }
         }
-        if let Some(until) = going {
+        if let Some(until) = left {
             self.moved.insert(cidr, (id.clone(), until));
         }
-        going.is_some()
+        left.is_some()
     }
 
     /// Another ENI has the range by what we know, and is not giving it back; or it came to another one so lately that who sees it
@@ -381,7 +392,7 @@ impl Datastore {
 
     /// Addresses cooling in a range.
     pub fn cooling_in(&self, cidr: IpNet, now: Time) -> u64 {
-        self.released.range(cidr.network()..=cidr.broadcast()).filter(|(_, until)| **until > now).count() as u64
+        self.resting.range(cidr.network()..=cidr.broadcast()).filter(|(_, rest)| rest.until > now).count() as u64
     }
 
     /// Nothing in the range is held or cooling.
@@ -447,7 +458,7 @@ impl Datastore {
         match self.allocations.get_mut(&key) {
             Some(existing) => {
                 for held in allocation.held {
-                    self.released.remove(&held.address);
+                    self.resting.remove(&held.address);
                     self.owners.insert(held.address, key.clone());
                     if !existing.held.contains(&held) {
                         existing.held.push(held);
@@ -461,9 +472,9 @@ impl Datastore {
     }
 
     /// Records a cool-down (second checkpoint file); an address that is held stays held.
-    pub fn restore_cooling(&mut self, address: IpAddr, until: Time) {
+    pub fn restore_cooling(&mut self, address: IpAddr, rest: Rest) {
         if !self.owners.contains_key(&address) {
-            self.released.insert(address, until);
+            self.resting.insert(address, rest);
         }
     }
 
@@ -475,7 +486,7 @@ impl Datastore {
         }
         self.moved.remove(&cidr);
         for address in addresses(cidr).filter(|address| !self.owners.contains_key(address)) {
-            self.released.insert(address, until);
+            self.resting.insert(address, Rest { until, going: true });
         }
     }
 
@@ -484,7 +495,7 @@ impl Datastore {
         let allocation = self.allocations.remove(key)?;
         for held in &allocation.held {
             self.owners.remove(&held.address);
-            self.released.insert(held.address, now + self.cooldown);
+            self.resting.insert(held.address, Rest { until: now + self.cooldown, going: false });
         }
         self.forget_oldest(now);
         Some(allocation)
@@ -502,14 +513,14 @@ impl Datastore {
     /// Takes a release back that could not be made durable.
     pub fn undo_release(&mut self, key: IpamKey, allocation: Allocation) {
         for held in &allocation.held {
-            self.released.remove(&held.address);
+            self.resting.remove(&held.address);
         }
         self.hold(key, allocation);
     }
 
     fn hold(&mut self, key: IpamKey, allocation: Allocation) {
         for held in &allocation.held {
-            self.released.remove(&held.address);
+            self.resting.remove(&held.address);
             self.owners.insert(held.address, key.clone());
         }
         self.allocations.insert(key, allocation);
@@ -551,18 +562,18 @@ impl Datastore {
             if Some(address) == own || self.owners.contains_key(&address) {
                 continue;
             }
-            match self.released.get(&address) {
+            match self.resting.get(&address) {
                 None => return Some((Time(0), address)),
-                Some(until) if *until > now => {}
-                Some(until) => best = best.min(Some((*until, address))).or(Some((*until, address))),
+                Some(rest) if rest.until > now => {}
+                Some(rest) => best = best.min(Some((rest.until, address))).or(Some((rest.until, address))),
             }
         }
         best
     }
 
     fn forget_oldest(&mut self, now: Time) {
-        if self.released.len() > REMEMBERED_RELEASES {
-            self.released.retain(|_, until| *until > now);
+        if self.resting.len() > REMEMBERED_RELEASES {
+            self.resting.retain(|_, rest| rest.until > now);
         }
     }
 }

@@ -11,8 +11,8 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::PodName;
 use stanchion_core::ipam::{
-    CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Targets, excluded_subnets, managed_cards,
-    restore,
+    CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Rest, Targets, excluded_subnets,
+    managed_cards, restore,
 };
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, host_veth_name};
@@ -225,9 +225,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     if attached.is_some() {
         actor.observe_due = now + actor.observation_pause();
     }
-    // None is longer from now than when it began: the node may have been started anew since, with its clock behind.
-    let longest = actor.clock.now() + actor.config.pool.ip_cooldown.max(GOING);
-    cooling.into_iter().for_each(|entry| actor.store.restore_cooling(entry.address, entry.until.min(longest)));
+    actor.take_cooling(cooling);
     actor.take_checkpoint(&parts.interfaces)?;
     actor.doubt_going();
     actor.find_wanting();
@@ -290,6 +288,17 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.error("read cool-downs", &error);
                 Vec::new()
             }
+        }
+    }
+
+    /// None lasts longer from now than when it began: the node may have been started anew since, with its clock behind.
+    fn take_cooling(&mut self, cooling: Vec<CoolingEntry>) {
+        let now = self.clock.now();
+        for CoolingEntry { address, until, going } in cooling {
+            let released = now + self.config.pool.ip_cooldown;
+            let going = going || until > released;
+            let until = until.min(if going { now + GOING } else { released });
+            self.store.restore_cooling(address, Rest { until, going });
         }
     }
 

@@ -136,11 +136,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 time: stanchion_core::ipam::Time(u64::try_from(allocation.since_ns / 1_000_000).unwrap_or(0)),
             })
         });
-        let cooling = self
-            .store
-            .cooling(now)
-            .filter(|(address, _)| matches!(self.store.state(*address, now), AddressState::Cooling { .. }))
-            .map(|(address, until)| AddressView { address, eni: eni_of(address), state: "cooling", pod: None, key: None, time: until });
+        let cooling =
+            self.store.cooling(now).filter(|(address, _)| matches!(self.store.state(*address, now), AddressState::Cooling { .. })).map(
+                |(address, rest)| AddressView { address, eni: eni_of(address), state: "cooling", pod: None, key: None, time: rest.until },
+            );
         let mut views: Vec<_> = held.chain(cooling).collect();
         views.sort_by_key(|view| view.address);
         views

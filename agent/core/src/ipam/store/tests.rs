@@ -153,11 +153,36 @@ fn what_goes_back_to_ec2_is_told_from_what_a_pod_released() {
     store.release(&key(1), Time(0));
     assert!(!store.is_going(prefix, Time(0)), "one address of it cools down");
     store.cool(single, Time(180_000));
-    assert!(store.is_going(single, Time(149_999)) && !store.is_going(single, Time(150_000)));
+    assert!(store.is_going(single, Time(179_999)) && !store.is_going(single, Time(180_000)));
     store.cool(prefix, Time(180_000));
     assert!(store.is_going(prefix, Time(0)));
     store.granted(&id(0), prefix, Time(0));
     assert!(!store.is_going(prefix, Time(0)), "EC2 has given it again");
+}
+
+/// A hand takes the ENI away under the pod, the pod ends, and EC2 gives the address anew.
+#[test]
+fn an_address_that_comes_back_from_ec2_is_not_given_out_before_its_pods_cool_down_is_over() {
+    let mut store = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(30));
+    store.put_eni(eni(0));
+    let range = cidr(0, 3, false);
+    store.add_cidrs(&id(0), [range]);
+    store.assign(&key(1), &PodName::default(), &[0], Time(0)).expect("free");
+    store.remove_eni(&id(0));
+    store.release(&key(1), Time(10_000));
+    store.put_eni(eni(1));
+    store.granted(&id(1), range, Time(12_000));
+    store.add_cidrs(&id(1), [range]);
+    assert!(store.assign(&key(2), &PodName::default(), &[0], Time(39_999)).is_none(), "others' tables may still name the first pod");
+    assert!(store.assign(&key(2), &PodName::default(), &[0], Time(40_000)).is_some());
+    // What had gone back to EC2 and comes again serves at once, however long pods' addresses cool down.
+    let mut store = Datastore::new(PoolMode::SecondaryIps, Duration::from_secs(300));
+    store.put_eni(eni(0));
+    store.cool(range, Time(180_000));
+    assert!(store.is_going(range, Time(0)));
+    store.granted(&id(0), range, Time(1_000));
+    store.add_cidrs(&id(0), [range]);
+    assert!(store.assign(&key(1), &PodName::default(), &[0], Time(1_000)).is_some());
 }
 
 /// An Unassign whose reply was lost, and EC2 gives the address to another ENI: a pod that gets it must be told that one.
