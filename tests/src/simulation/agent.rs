@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use stanchion_core::config::Config;
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::metrics::insights::NodeIdentity;
@@ -61,10 +60,8 @@ impl Agent {
             shutdown: shutdown.clone(),
         })?;
         let interfaces: BTreeSet<String> = super::plugin::links()?.into_iter().collect();
-        let config = Config::read(&|name| ground.settings.get(name).cloned())
-            .map_err(|errors| anyhow::anyhow!("the world's settings: {errors:?}"))?;
         let (ipam, addresses) = ipamd::spawn(IpamdParts {
-            config: Arc::new(config),
+            config: Arc::clone(&ground.config),
             ec2: DirectEc2::new(&ground.cloud, LATENCY),
             imds: DirectImds::new(&ground.cloud, &ground.instance),
             host: ground.host.clone(),

@@ -28,18 +28,20 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::ops::AddAssign;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 use stanchion_core::cluster::ClusterState;
+use stanchion_core::config::Config;
 use stanchion_core::ids::{InstanceId, PodName, SubnetId};
 use stanchion_daemon::cluster::ClusterHandle;
 use stanchion_daemon::netpol::KernelMaps;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::fake_aws::{Bucket, Chaos, Clock, Cloud, CloudConfig, Effect, Fault, InstanceSpec, SubnetSpec, Timing};
 use crate::ipam_world::{ModelHost, NODE};
@@ -166,7 +168,7 @@ struct Ground {
     cluster: ClusterHandle,
     pins: PathBuf,
     directory: tempfile::TempDir,
-    settings: BTreeMap<String, String>,
+    config: Arc<Config>,
 }
 
 impl Ground {
@@ -186,11 +188,13 @@ struct World {
     ground: Ground,
     subnet: SubnetId,
     agent: Option<Agent>,
-    publish: watch::Sender<std::sync::Arc<ClusterState>>,
+    publish: watch::Sender<Arc<ClusterState>>,
     objects: Objects,
     /// The API server is away: what changes is not told.
     away: bool,
     pods: BTreeMap<PodName, Pod>,
+    /// When each address was last given back by a pod.
+    ended: BTreeMap<Ipv4Addr, Instant>,
     files: Files,
     /// The kernel's maps, as anybody may read them.
     maps: KernelMaps,
@@ -226,8 +230,9 @@ impl World {
         let objects = Objects::new();
         let (publish, cluster) = ClusterHandle::channel(ClusterState::default());
         let settings = SETTINGS[random.random_range(0..SETTINGS.len())];
-        let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let ground = Ground { cloud, instance, host, cluster, pins, directory, settings };
+        let read = |name: &str| settings.iter().find(|(setting, _)| *setting == name).map(|(_, value)| (*value).to_owned());
+        let config = Arc::new(Config::read(&read).map_err(|errors| anyhow::anyhow!("the world's settings: {errors:?}"))?);
+        let ground = Ground { cloud, instance, host, cluster, pins, directory, config };
         let maps = KernelMaps::new(&mut stanchion_daemon::netpol::load(&ground.load_options())?)?;
         let mut world = Self {
             files: Files::new(ground.dir("containers")),
@@ -238,6 +243,7 @@ impl World {
             objects,
             away: false,
             pods: BTreeMap::new(),
+            ended: BTreeMap::new(),
             maps,
             policy: checks::Policy::default(),
             occupied: Vec::new(),
@@ -254,7 +260,7 @@ impl World {
     }
 
     async fn live(&mut self, steps: u64) -> anyhow::Result<Told> {
-        let began = tokio::time::Instant::now();
+        let began = Instant::now();
         for step in 0..steps {
             let what = self.step().await.with_context(|| format!("step {step}"))?;
             *self.told.events.entry(what).or_default() += 1;
@@ -401,7 +407,7 @@ impl World {
                 let plugin = plugin.clone();
                 tokio::spawn(async move {
                     let added = plugin.add(&sandbox, wait).await;
-                    (sandbox, added)
+                    (sandbox, added, Instant::now())
                 })
             })
             .collect();
@@ -413,13 +419,18 @@ impl World {
             self.crash().await?;
         }
         for call in calls {
-            let (sandbox, added) = call.await.context("the plugin panicked")?;
+            let (sandbox, added, given) = call.await.context("the plugin panicked")?;
             let name = sandbox.pod.clone();
             match added {
                 Ok(address) => {
                     self.told.pods += 1;
                     let twice = self.pods.values().find(|pod| pod.address == address);
                     ensure!(twice.is_none(), "{address} of {name} is also that of {}", twice.map_or(&name, |pod| &pod.sandbox.pod));
+                    let rested = self.ended.get(&address).map(|ended| given - *ended);
+                    // Each start reads the clocks to the millisecond.
+                    let cooldown = self.ground.config.pool.ip_cooldown;
+                    let cool = rested.is_none_or(|rested| rested + SECOND / 10 > cooldown);
+                    ensure!(cool, "{address} of {name} had another pod {rested:?} before, and cools down for {cooldown:?}");
                     self.objects.runs(&name, address);
                     self.files.open(&name)?;
                     self.pods.insert(name, Pod { sandbox, address });
@@ -443,6 +454,7 @@ impl World {
         let plugin = self.plugin();
         for name in ended {
             let Some(pod) = self.pods.remove(&name) else { continue };
+            self.ended.insert(pod.address, Instant::now());
             // The kubelet may tell of the end before the runtime calls, or after.
             let told_first = self.random.random_bool(0.3);
             if told_first {
@@ -514,7 +526,7 @@ impl World {
     }
 
     /// aws-node's files: it keeps no cool-downs, and older releases tell less of each pod.
-    fn as_another_version_left_it(&self) -> anyhow::Result<()> {
+    fn as_another_version_left_it(&mut self) -> anyhow::Result<()> {
         let state = self.ground.dir("state");
         let Ok(text) = fs::read(state.join(agent::CHECKPOINT)) else { return Ok(()) };
         let mut file: serde_json::Value = serde_json::from_slice(&text)?;
@@ -524,6 +536,7 @@ impl World {
             }
         }
         fs::write(state.join(agent::CHECKPOINT), file.to_string())?;
+        self.ended.clear();
         match fs::remove_file(state.join(agent::COOLING)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
