@@ -8,6 +8,7 @@ use clap::Parser;
 use stanchion_lab::chaos::{self, Report, Until};
 use stanchion_lab::run::EndSignals;
 use stanchion_lab::simulation;
+use tracing_subscriber::EnvFilter;
 
 #[derive(Parser)]
 #[command(about = "Faults of every kind on a node with traffic, policy, logs and churn; ends with the first broken promise")]
@@ -29,6 +30,8 @@ struct Args {
 #[tokio::main]
 async fn main() -> ExitCode {
     let args = Args::parse();
+    // What the daemon logs: RUST_LOG=stanchion_daemon=debug.
+    tracing_subscriber::fmt().with_env_filter(EnvFilter::from_default_env()).with_writer(std::io::stderr).init();
     match if args.simulate { simulate(&args).await } else { soak(&args).await } {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

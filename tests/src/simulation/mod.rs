@@ -263,6 +263,7 @@ impl World {
         let began = Instant::now();
         for step in 0..steps {
             let what = self.step().await.with_context(|| format!("step {step}"))?;
+            tracing::info!(step, what, at = began.elapsed().as_secs_f64());
             *self.told.events.entry(what).or_default() += 1;
             self.told.steps += 1;
             // Here and not in a check: what looks whether anything moves must move nothing itself.
@@ -431,6 +432,7 @@ impl World {
                     let cooldown = self.ground.config.pool.ip_cooldown;
                     let cool = rested.is_none_or(|rested| rested + SECOND / 10 > cooldown);
                     ensure!(cool, "{address} of {name} had another pod {rested:?} before, and cools down for {cooldown:?}");
+                    tracing::info!(pod = %name, %address, "started");
                     self.objects.runs(&name, address);
                     self.files.open(&name)?;
                     self.pods.insert(name, Pod { sandbox, address });
@@ -454,6 +456,7 @@ impl World {
         let plugin = self.plugin();
         for name in ended {
             let Some(pod) = self.pods.remove(&name) else { continue };
+            tracing::info!(pod = %name, address = %pod.address, "ends");
             self.ended.insert(pod.address, Instant::now());
             // The kubelet may tell of the end before the runtime calls, or after.
             let told_first = self.random.random_bool(0.3);
