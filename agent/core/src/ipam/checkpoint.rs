@@ -76,7 +76,7 @@ pub struct CoolingFile {
     /// By which its times are reckoned; missing in files of earlier releases and where the kernel does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<Boot>,
-    /// Addresses that were released lately.
+    /// Addresses that pods released or that went back to EC2 lately.
     pub cooling: Vec<CoolingEntry>,
     /// Ranges that went from one ENI to another lately.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -94,7 +94,7 @@ pub struct MovedEntry {
     pub until: Time,
 }
 
-/// A released address.
+/// An address that rests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CoolingEntry {
     /// The address.
@@ -187,7 +187,7 @@ impl CoolingFile {
         Ok(file)
     }
 
-    /// The same by the clock by which `boot` began. Of another boot, its times are left as they are.
+    /// Its times by the clock by which `boot` began; those of another boot as they are.
     #[must_use]
     pub fn reckoned(mut self, boot: Option<&Boot>) -> Self {
         if let (Some(boot), Some(written)) = (boot, self.boot.take()) {
@@ -195,7 +195,6 @@ impl CoolingFile {
             for until in ends {
                 until.0 = boot.reckon(&written, until.0).unwrap_or(until.0);
             }
-            self.boot = Some(boot.clone());
         }
         self
     }
