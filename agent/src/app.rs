@@ -39,6 +39,7 @@ use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::{JsonLines, LogsParts};
 use stanchion_daemon::netpol::flow_log::{self, FlowLog, FlowLogSettings};
 use stanchion_daemon::netpol::{AttachMode, EnforcingMode, FlowRecords, LoadOptions, NetpolHandle, NetpolParts};
+use stanchion_daemon::predecessor::Predecessor;
 use stanchion_daemon::telemetry::{
     ExporterSettings, Extras, KubeletSettings, OtlpSettings, Roots, Signing, TelemetryParts, TelemetrySettings, ToSign,
 };
@@ -169,9 +170,16 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
 
     let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();
     let failed = Arc::new(AtomicBool::new(false));
+    let succeeds = match has(Role::Network) {
+        true => shutdown.run_until_cancelled(Predecessor::beside(checkpoint_directory(&args, &config)).ended()).await,
+        false => Some(false),
+    };
+    let Some(succeeds) = succeeds else { return Ok(()) };
+    // Before the parts that write to the node's files and call EC2: of two agents only one gets it.
+    let listener = socket::bind(&args.socket)?;
     let start = Start { args: &args, config: &config, node_name: &node_name, cluster: &cluster, shutdown: &shutdown, failed: &failed };
     let (ipam, netpol) = match has(Role::Network) {
-        true => start_network(&start, &aws, imds, &mut tasks).await.map(|(ipam, netpol)| (Some(ipam), netpol))?,
+        true => start_network(&start, &aws, imds, succeeds, &mut tasks).await.map(|(ipam, netpol)| (Some(ipam), netpol))?,
         false => (None, None),
     };
     let (logs, metrics) = if has(Role::Telemetry) {
@@ -213,7 +221,6 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
         tasks.push(("introspection HTTP", tokio::spawn(http::serve_introspection(bind, Arc::clone(&views), shutdown.clone()))));
     }
 
-    let listener = socket::bind(&args.socket)?;
     info!(socket = %args.socket.display(), "listening");
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let asked = Arc::clone(&views);
@@ -428,11 +435,17 @@ fn signing(aws: &AwsClients, region: &str) -> Option<Signing> {
     }))
 }
 
+/// aws-node's too.
+fn checkpoint_directory<'a>(args: &'a AgentArgs, config: &'a Config) -> &'a Path {
+    Path::new(&config.pool.backing_store).parent().unwrap_or(&args.state_dir)
+}
+
 /// Starts policy, then addresses: a pod must not get an address before its policy can be written.
 async fn start_network(
     parts: &Start<'_>,
     aws: &AwsClients,
     imds: SdkImds,
+    succeeds: bool,
     tasks: &mut Vec<(&'static str, JoinHandle<()>)>,
 ) -> Result<(IpamHandle, Option<NetpolHandle>)> {
     let Start { args, config, node_name, cluster, shutdown, failed } = parts;
@@ -441,7 +454,7 @@ async fn start_network(
         PolicyMode::Standard | PolicyMode::Strict => {
             let options = LoadOptions { pin_root: args.bpf_dir.clone(), ..LoadOptions::default() };
             // Written at every pod's start: beside the checkpoint, which is in memory.
-            let state_dir = Path::new(&config.pool.backing_store).parent().unwrap_or(&args.state_dir).to_owned();
+            let state_dir = checkpoint_directory(args, config).to_owned();
             netpol::take_files(&args.state_dir, &state_dir)
                 .with_context(|| format!("move the policy's files from {} to {}", args.state_dir.display(), state_dir.display()))?;
             let (handle, task) = netpol::spawn(NetpolParts {
@@ -480,6 +493,7 @@ async fn start_network(
         interfaces: interfaces.into_iter().map(|link| link.name).collect(),
         cluster: cluster.watch(),
         node_name: (*node_name).to_owned(),
+        succeeds,
         shutdown: (*shutdown).clone(),
         time_of_day,
         boot: this_boot(time_of_day),

@@ -338,6 +338,7 @@ fn spawn(
         interfaces: veths.clone(),
         cluster: cluster.subscribe(),
         node_name: NODE.to_owned(),
+        succeeds: false,
         shutdown: shutdown.clone(),
         time_of_day: wall::now(),
         boot: Some(wall::boot(cloud)),

@@ -223,6 +223,39 @@ async fn what_did_not_go_to_ec2_after_all_serves_again() {
     world.stop().await;
 }
 
+/// An agent of aws-node's ends in the instant after it gave addresses back, which its checkpoint does not say; EC2 tells, or only IMDS.
+#[tokio::test(start_paused = true)]
+async fn what_another_agent_has_just_given_back_is_not_taken_over() {
+    for ec2_answers in [true, false] {
+        let timing = Timing { describe_lag: SECOND * 3, imds_lag: SECOND * 25, ..Timing::default() };
+        let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]) });
+        for n in 0..8 {
+            world.add(&format!("early-{n}"), SECOND * 60).await.expect("served");
+        }
+        world.settle(SECOND * 60).await;
+        for n in 0..8 {
+            world.delete(&format!("early-{n}")).await.expect("released");
+        }
+        addresses_are_given_back(&world).await;
+        world.kill();
+        std::fs::remove_file(world.checkpoint().with_file_name("stanchion-cooling.json")).expect("stanchion's own");
+        if !ec2_answers {
+            let failing = ApiError::with_status(500, "InternalError", "An internal error has occurred");
+            world.cloud.inject(Fault::always("DescribeNetworkInterfaces", Effect::Error(failing)));
+        }
+        world.restart();
+        let asked = tokio::time::Instant::now();
+        for n in 0..8 {
+            let served = world.add(&format!("late-{n}"), SECOND * 60).await.expect("EC2 gives addresses");
+            let at = &served.attachments[0];
+            assert_eq!(world.cloud.owner_of(at.ipv4.expect("IPv4").into()).as_ref(), Some(&at.eni), "late-{n}: {served:?}");
+        }
+        let most = if ec2_answers { SECOND * 15 } else { SECOND * 60 };
+        assert!(asked.elapsed() < most, "EC2 answers {ec2_answers}: {:?}", asked.elapsed());
+        world.stop().await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_exhausted_subnet_is_named_and_recovers() {
     let mut spec = WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]);

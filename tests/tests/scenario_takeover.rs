@@ -20,6 +20,7 @@ use stanchion_lab::pod::PodSpec;
 use stanchion_lab::probe::{Conversation, Protocol};
 use stanchion_lab::vpc::EXAMPLE_HOST;
 use stanchion_lab::wait::wait_for;
+use tokio::net::UnixListener;
 
 /// How aws-node writes its rules; which way depends on the node's iptables and aws-node's age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,4 +250,41 @@ async fn from_iptables_legacy_and_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn from_aws_nodes_own_nft_table_and_back() {
     there_and_back(Backend::OwnNftTable).await;
+}
+
+/// Both DaemonSets' pods live for aws-node's grace period, in which it goes on starting pods.
+#[tokio::test(flavor = "multi_thread")]
+async fn while_aws_node_still_serves_nothing_is_taken_over() {
+    let mut cluster = Cluster::start(&["t3.small"], &[]).await.expect("the cluster starts");
+    for pod in ["early", "late"] {
+        cluster.add_pod(0, PodSpec::new("x", pod)).await.expect("a pod");
+    }
+    let node = cluster.node(0).clone();
+    cluster.agent(0).expect("started").kill().expect("killed");
+    forget_stanchion(&node);
+    write_upstream_files(&node);
+    let after: Value = serde_json::from_slice(&std::fs::read(node.checkpoint()).expect("a checkpoint")).expect("JSON");
+    let mut before = after.clone();
+    let held = before["allocations"].as_array_mut().expect("a list");
+    held.retain(|allocation| allocation["metadata"]["k8sPodName"] != "late");
+    assert_eq!(held.len(), 1);
+    std::fs::write(node.checkpoint(), before.to_string()).expect("written");
+    let aws_node = UnixListener::bind(node.checkpoint().with_file_name("ipamd.sock")).expect("bound");
+    let mut agent = node.start_agent(&[]).expect("started");
+    for _ in 0..3 {
+        let asked = tokio::time::timeout(SOON, aws_node.accept())
+            .await
+            .unwrap_or_else(|_| panic!("it asks whether aws-node serves: {}", agent.tail()));
+        drop(asked.expect("accepted"));
+    }
+    assert!(!node.cli(&["status"]).is_ok_and(|page| page.contains("addresses")), "nothing of it serves");
+    std::fs::write(node.checkpoint(), after.to_string()).expect("written");
+    assert_eq!(conflist_owner(&node), Owner::AwsNode);
+    drop(aws_node);
+    node.ready(&mut agent, SOON).await.expect("it takes the node over");
+    let served = node.cli_json(&["ips"]).expect("the addresses").to_string();
+    for (_, pod) in cluster.pods() {
+        assert!(served.contains(&pod.name().replace("x/", "")) && served.contains(&pod.address().to_string()), "{} {served}", pod.name());
+    }
+    assert!(agent.stop(SOON).await.expect("it stops").success());
 }

@@ -10,7 +10,8 @@
 //! | [`telemetry`] | metric ticks, documents, the Prometheus registry | admin |
 //! | [`admin`] | debug gRPC service, introspection and metrics HTTP | people and tools |
 //!
-//! [`boot`] tells the boot of the node by which times in their files are reckoned.
+//! [`boot`] tells the boot of the node by which times in their files are reckoned; [`predecessor`] keeps the network's tasks from starting
+//! while aws-node still serves the node.
 
 pub mod admin;
 pub mod boot;
@@ -20,4 +21,5 @@ pub mod install;
 pub mod ipamd;
 pub mod logs;
 pub mod netpol;
+pub mod predecessor;
 pub mod telemetry;

@@ -69,6 +69,7 @@ impl Agent {
             interfaces,
             cluster: ground.cluster.watch(),
             node_name: ground.node().to_owned(),
+            succeeds: false,
             shutdown: shutdown.clone(),
             time_of_day: wall::now(),
             boot: Some(wall::boot(&ground.cloud)),

@@ -368,8 +368,6 @@ impl World {
             _ => {
                 self.stop().await?;
                 self.as_another_version_left_it()?;
-                // One pod of a DaemonSet goes before the next is started. aws-node's files do not say what has just gone back to EC2.
-                sleep(millis(5_000..30_000, &mut self.random)).await;
                 self.restart().await?;
                 "an upgrade"
             }

@@ -102,8 +102,8 @@ pub struct CoolingEntry {
     /// Not given out before.
     pub until: Time,
     /// [`Rest::going`]. Earlier releases do not say it: what rests longer than a pod's address does is going.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub going: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub going: Option<bool>,
 }
 
 /// Why a file cannot be used.
@@ -170,7 +170,8 @@ impl CheckpointEntry {
 impl CoolingFile {
     /// The cool-downs that have not ended. `boot` began by the clock of `now`.
     pub fn of(store: &Datastore, now: Time, boot: Option<Boot>) -> Self {
-        let cooling = store.cooling(now).map(|(address, Rest { until, going })| CoolingEntry { address, until, going }).collect();
+        let cooling =
+            store.cooling(now).map(|(address, Rest { until, going })| CoolingEntry { address, until, going: Some(going) }).collect();
         let moved = store.moved(now).map(|(cidr, eni, until)| MovedEntry { cidr, eni: eni.clone(), until }).collect();
         Self { version: COOLING_VERSION.to_owned(), boot, cooling, moved }
     }

@@ -46,9 +46,14 @@ pub enum FileError {
 impl Files {
     /// `checkpoint` is AWS_VPC_K8S_CNI_BACKING_STORE; the other files lie beside it. `cards` are the managed ones.
     pub(super) fn new(checkpoint: &Path, cards: &[(u16, u16)], boot: Option<Boot>) -> Self {
-        let cooling = checkpoint.with_file_name("stanchion-cooling.json");
+        let cooling = cooling_beside(checkpoint);
         let further = cards.iter().filter(|(card, _)| *card != 0).map(|(card, _)| (*card, None)).collect();
         Self { checkpoint: checkpoint.to_path_buf(), cooling, boot, further }
+    }
+
+    /// Whether the node's addresses were another agent's so far: there is a checkpoint, and none of our files beside it.
+    pub(super) fn another_agents(checkpoint: &Path) -> bool {
+        checkpoint.exists() && !cooling_beside(checkpoint).exists()
     }
 
     /// As aws-node names it: `ipam.json`, `ipam-nic-1.json`, …
@@ -75,8 +80,8 @@ impl Files {
         Ok(Some(file))
     }
 
-    /// Cool-downs, by the process's clock where it is the boot in which they were written; none when the file is missing. A file that cannot be read is told and ignored: it is a courtesy to
-    /// others' connection tables, not ownership.
+    /// Cool-downs, by the process's clock where it is the boot in which they were written; none when the file is missing. A file that
+    /// cannot be read is told and ignored: it is a courtesy to others' connection tables, not ownership.
     pub(super) fn read_cooling(&self) -> Result<Option<CoolingFile>, FileError> {
         let Some(text) = read(&self.cooling)? else { return Ok(None) };
         let file = CoolingFile::parse(&text).map_err(|source| FileError::Content { path: self.cooling.clone(), source })?;
@@ -101,6 +106,10 @@ impl Files {
     pub(super) fn write_cooling(&self, store: &Datastore, now: Time) -> Result<(), FileError> {
         write(&self.cooling, &CoolingFile::of(store, now, self.boot.clone()))
     }
+}
+
+fn cooling_beside(checkpoint: &Path) -> PathBuf {
+    checkpoint.with_file_name("stanchion-cooling.json")
 }
 
 fn read(path: &Path) -> Result<Option<String>, FileError> {

@@ -9,7 +9,7 @@ use stanchion_core::boot::Boot;
 use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
-use stanchion_core::ids::PodName;
+use stanchion_core::ids::{PodName, VpcId};
 use stanchion_core::ipam::{
     CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Rest, Targets, excluded_subnets,
     managed_cards, restore,
@@ -35,6 +35,10 @@ use super::snapshot::{IpamCounters, IpamSnapshot};
 const START_PAUSE: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
 /// Tries of EC2 before the start goes on with what IMDS shows: a node without EC2 must still serve what it has.
 const EC2_TRIES: u32 = 3;
+/// After another agent's end EC2 tells of its last calls within this time, and so does IMDS: aws-node's checkpoint does not say what has
+/// just gone back to the subnet, and an old picture would give that to a pod.
+const EC2_SETTLES: Duration = Duration::from_secs(5);
+const IMDS_SETTLES: Duration = Duration::from_secs(30);
 /// Until EC2 is asked again after a start without its answer.
 const UNVERIFIED_PAUSE: Duration = Duration::from_secs(10);
 /// The first sweep comes within this time after the start, spread over the fleet.
@@ -59,6 +63,8 @@ pub struct IpamdParts<E, I, H> {
     pub cluster: watch::Receiver<Arc<ClusterState>>,
     /// This node's name.
     pub node_name: String,
+    /// aws-node served this node until just now; where it has ended before, its files tell.
+    pub succeeds: bool,
     /// Ends the actor; nothing is removed.
     pub shutdown: CancellationToken,
     /// The time of day.
@@ -117,6 +123,17 @@ struct Found {
     imds: Vec<ImdsEni>,
 }
 
+impl Found {
+    fn vpc(&self) -> Option<VpcId> {
+        self.imds.iter().find(|eni| eni.mac == self.identity.primary_mac).map(|eni| eni.vpc.clone())
+    }
+}
+
+/// Whether an agent with these settings gives addresses back to EC2.
+fn gives_back(config: &Config) -> bool {
+    !config.pool.imds_only && !config.pool.disable_provisioning && !config.pool.ipv6
+}
+
 async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     parts: IpamdParts<E, I, H>,
     snapshots: watch::Sender<Arc<IpamSnapshot>>,
@@ -126,40 +143,39 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     let meter = Meter::default();
     let ec2 = Arc::new(parts.ec2);
     let imds = Arc::new(parts.imds);
-    let mut pause = START_PAUSE.0;
-    let found = loop {
-        match find_out(&*imds, &*ec2, &meter).await {
-            Ok(found) => break found,
-            Err(error) => {
-                let reason = format!("starting: {}", chain(&error));
-                tracing::warn!(reason, "ipamd");
-                snapshots.send_modify(|snapshot| Arc::make_mut(snapshot).status.reason = reason);
-                sleep(pause).await;
-                pause = (pause * 2).min(START_PAUSE.1);
-            }
-        }
-    };
-    let Found { identity, limits, imds: shown } = found;
-    let targets = Targets::from_config(&parts.config.pool, &limits).map_err(StartError::Settings)?;
-    if parts.config.pool.prefix_delegation && targets.mode == PoolMode::SecondaryIps {
-        tracing::warn!(instance_type = identity.instance_type, "no prefix delegation on this type: single addresses are used");
+    let takes_over = gives_back(&parts.config) && (parts.succeeds || Files::another_agents(&parts.checkpoint));
+    if takes_over {
+        let reason = "starting: waiting until EC2 shows what the agent before gave back".to_owned();
+        tracing::info!(seconds = EC2_SETTLES.as_secs(), reason, "ipamd");
+        snapshots.send_modify(|snapshot| Arc::make_mut(snapshot).status.reason = reason);
+        sleep(EC2_SETTLES).await;
     }
-    let executor = Executor { ec2, meter, instance: identity.instance.clone() };
-    let vpc = shown.iter().find(|eni| eni.mac == identity.primary_mac).map(|eni| eni.vpc.clone());
-    let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await.unwrap_or_default();
-    let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await.unwrap_or_default();
+    let mut found = find_out(&*imds, &*ec2, &meter, &snapshots).await;
+    let targets = Targets::from_config(&parts.config.pool, &found.limits).map_err(StartError::Settings)?;
+    if parts.config.pool.prefix_delegation && targets.mode == PoolMode::SecondaryIps {
+        tracing::warn!(instance_type = found.identity.instance_type, "no prefix delegation on this type: single addresses are used");
+    }
+    let executor = Executor { ec2, meter, instance: found.identity.instance.clone() };
     let may_ask = !parts.config.pool.imds_only;
-    let attached = async { if may_ask { ask_attached(&executor).await } else { None } };
+    let (vpc, zone) = (found.vpc(), found.identity.availability_zone.clone());
+    let tries_until = if takes_over { started + IMDS_SETTLES } else { started };
+    let attached = async { if may_ask { ask_attached(&executor, tries_until).await } else { None } };
     let subnets = async {
         match &vpc {
             Some(vpc) if may_ask && parts.config.pool.subnet_discovery && !parts.config.pool.disable_provisioning => {
-                let call = executor.ec2.describe_subnets(vpc, &identity.availability_zone);
+                let call = executor.ec2.describe_subnets(vpc, &zone);
                 executor.meter.run(Ec2Action::DescribeSubnets, call).await
             }
             _ => Ok(Vec::new()),
         }
     };
     let (attached, subnets) = tokio::join!(attached, subnets);
+    if takes_over && attached.is_none() {
+        found = find_out(&*imds, &*executor.ec2, &executor.meter, &snapshots).await;
+    }
+    let Found { identity, limits, imds: shown } = found;
+    let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await.unwrap_or_default();
+    let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await.unwrap_or_default();
 
     let seed = seed_of(identity.instance.as_str());
     let eni_limit = parts.config.pool.max_eni.map_or(limits.max_enis, |max| max.min(limits.max_enis));
@@ -234,7 +250,24 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     Ok(actor)
 }
 
-async fn find_out(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Result<Found, NotYet> {
+/// Asks until it is known; the snapshots say meanwhile what is missing.
+async fn find_out(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter, snapshots: &watch::Sender<Arc<IpamSnapshot>>) -> Found {
+    let mut pause = START_PAUSE.0;
+    loop {
+        match find_out_once(imds, ec2, meter).await {
+            Ok(found) => return found,
+            Err(error) => {
+                let reason = format!("starting: {}", chain(&error));
+                tracing::warn!(reason, "ipamd");
+                snapshots.send_modify(|snapshot| Arc::make_mut(snapshot).status.reason = reason);
+                sleep(pause).await;
+                pause = (pause * 2).min(START_PAUSE.1);
+            }
+        }
+    }
+}
+
+async fn find_out_once(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Result<Found, NotYet> {
     let identity = imds.identity().await?;
     let shown = imds.enis().await?;
     if !shown.iter().any(|eni| eni.mac == identity.primary_mac) {
@@ -251,15 +284,18 @@ async fn find_out(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Result<
     Ok(Found { identity, limits, imds: shown })
 }
 
-async fn ask_attached<E: Ec2Api>(executor: &Executor<E>) -> Option<Vec<Eni>> {
+/// Some tries, and as many more as fit in before `tries_until`.
+async fn ask_attached<E: Ec2Api>(executor: &Executor<E>, tries_until: Instant) -> Option<Vec<Eni>> {
     let mut pause = START_PAUSE.0;
-    for _ in 0..EC2_TRIES {
+    let mut tries = 0;
+    while tries < EC2_TRIES || Instant::now() < tries_until {
         match executor.attached().await {
             Ok(enis) => return Some(enis),
             Err(error) => tracing::warn!(error = chain(&error), "EC2 does not tell what is attached; IMDS is used meanwhile"),
         }
+        tries += 1;
         sleep(pause).await;
-        pause *= 2;
+        pause = (pause * 2).min(START_PAUSE.1);
     }
     None
 }
@@ -296,7 +332,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let now = self.clock.now();
         for CoolingEntry { address, until, going } in cooling {
             let released = now + self.config.pool.ip_cooldown;
-            let going = going || until > released;
+            let going = going.unwrap_or(until > released);
             let until = until.min(if going { now + GOING } else { released });
             self.store.restore_cooling(address, Rest { until, going });
         }
