@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::pod::PodSpec;
 use stanchion_lab::probe::{Conversation, Protocol};
@@ -109,4 +109,24 @@ async fn stopping_takes_nothing_away() {
     let status = cluster.agent(0).expect("started").stop(SOON).await.expect("it stops");
     assert!(status.success(), "{status}");
     cluster.settles(Protocol::Tcp, 80, allowed).await.expect("the policy still holds");
+}
+
+/// As with a DaemonSet whose new pod comes before the old one ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_agent_gives_way_to_the_first() {
+    let mut cluster = Cluster::start(&["t3.small"], &[]).await.expect("the cluster starts");
+    cluster.add_pod(0, PodSpec::new("x", "a")).await.expect("a pod");
+    let node = cluster.node(0).clone();
+    let held = std::fs::metadata(node.checkpoint()).and_then(|file| file.modified()).expect("a checkpoint");
+    let mut second = node.start_agent(&[]).expect("started");
+    let status = wait_for("the second agent to end", SOON, || {
+        let ended = second.ended();
+        async { ended?.context("it still runs") }
+    })
+    .await
+    .expect("it ends by itself");
+    assert!(!status.success());
+    assert!(second.tail().contains("another agent serves"), "{}", second.tail());
+    assert_eq!(std::fs::metadata(node.checkpoint()).and_then(|file| file.modified()).expect("the first one's"), held);
+    cluster.add_pod(0, PodSpec::new("x", "b")).await.expect("the first one serves");
 }
