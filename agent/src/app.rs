@@ -33,7 +33,7 @@ use stanchion_daemon::cluster::own_node::{self, Marks, REGISTERS_WITHIN};
 use stanchion_daemon::cluster::tell::{self, TellParts};
 use stanchion_daemon::cluster::write::Writer;
 use stanchion_daemon::cluster::{ClusterHandle, ManifestsDir, api_server};
-use stanchion_daemon::cni::{Branches, CniSettings, Told};
+use stanchion_daemon::cni::{AdoptParts, Branches, CniSettings, Told};
 use stanchion_daemon::install::conflist::{self, ConflistParts};
 use stanchion_daemon::ipamd::{IpamHandle, IpamdParts};
 use stanchion_daemon::logs::{JsonLines, LogsParts};
@@ -508,6 +508,17 @@ async fn start_network(
         }
     });
     tasks.push(("addresses", task));
+    if let Some(netpol) = &netpol {
+        let adoption = cni::spawn_adoption(AdoptParts {
+            ipam: ipam.clone(),
+            netpol: netpol.clone(),
+            cluster: cluster.watch(),
+            node_name: (*node_name).to_owned(),
+            veth_prefix: config.network.veth_prefix.clone(),
+            shutdown: (*shutdown).clone(),
+        });
+        tasks.push(("policy for running pods", adoption));
+    }
     let told = ipam.clone();
     let healer = cni::spawn_heal(host, move |subject| told.healed(subject), (*shutdown).clone()).context("watch the host's network")?;
     tasks.push(("network healer", healer));

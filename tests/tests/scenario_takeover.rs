@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -14,12 +16,15 @@ use stanchion_core::network::names::upstream_dummy_name;
 use stanchion_lab::cloudwatch::Delivered;
 use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::container_log::Output;
+use stanchion_lab::datapath::raw::Yardstick;
 use stanchion_lab::netns::{Netns, ip_json};
 use stanchion_lab::node::Node;
 use stanchion_lab::pod::PodSpec;
 use stanchion_lab::probe::{Conversation, Protocol};
 use stanchion_lab::vpc::EXAMPLE_HOST;
 use stanchion_lab::wait::wait_for;
+use stanchion_netlink::Netlink;
+use stanchion_netlink::tc::{TcHook, TcPlace, TcProgram};
 use tokio::net::UnixListener;
 
 /// How aws-node writes its rules; which way depends on the node's iptables and aws-node's age.
@@ -287,4 +292,76 @@ async fn while_aws_node_still_serves_nothing_is_taken_over() {
         assert!(served.contains(&pod.name().replace("x/", "")) && served.contains(&pod.address().to_string()), "{} {served}", pod.name());
     }
     assert!(agent.stop(SOON).await.expect("it stops").success());
+}
+
+/// aws-network-policy-agent's filters on a pod's veth, and its pins; its programs let everything pass, as for a pod without policy.
+fn write_upstream_programs(node: &Node, pods: &[&str]) {
+    let program = Yardstick::empty().expect("it returns TC_ACT_OK");
+    let place = TcPlace { priority: 1, handle: 1 };
+    let programs = [(TcHook::Ingress, "handle_egress"), (TcHook::Egress, "handle_ingress")];
+    for pod in pods {
+        let veth = host_veth_name("eni", &PodName::new("x", *pod), 0);
+        let programs = programs.map(|(hook, name)| TcProgram { hook, program: program.as_fd(), name });
+        let attached = node.netns().run(|| {
+            let mut netlink = Netlink::open().expect("netlink");
+            let index = netlink.link_index(&veth).expect("the veth");
+            netlink.attach_programs(index, place, &programs)
+        });
+        assert!(attached.expect("entered").expect("attached"));
+    }
+    std::fs::create_dir_all(upstream_pins(node).join("maps")).expect("made");
+}
+
+fn upstream_pins(node: &Node) -> PathBuf {
+    node.bpf_dir().parent().expect("the root of pins").join("globals/aws")
+}
+
+fn filters(node: &Node, pod: &str) -> String {
+    let veth = host_veth_name("eni", &PodName::new("x", pod), 0);
+    sh(node.netns(), &format!("tc filter show dev {veth} ingress; tc filter show dev {veth} egress"))
+}
+
+/// They were never activated, and aws-network-policy-agent's programs decide by what it knew last.
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_that_aws_node_connected_are_under_policy() {
+    let mut cluster = Cluster::start(&["m5.large"], &[]).await.expect("the cluster starts");
+    for pod in ["a", "b", "c"] {
+        cluster.add_pod(0, PodSpec::new("x", pod).ports(&[80])).await.expect("a pod");
+    }
+    let node = cluster.node(0).clone();
+    cluster.agent(0).expect("started").kill().expect("killed");
+    forget_stanchion(&node);
+    write_upstream_rules(&node, Backend::IptablesNft);
+    write_upstream_files(&node);
+    write_upstream_programs(&node, &["a", "b"]);
+    let nothing_in = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {namespace: x, name: p}\n\
+                      spec: {podSelector: {matchLabels: {app: a}}, policyTypes: [Ingress]}\n";
+    cluster.vpc().manifests().apply("p.yaml", nothing_in).expect("written");
+    cluster.settles(Protocol::Tcp, 80, |_, _| true).await.expect("aws-network-policy-agent's programs decide");
+    let opened = |to: SocketAddr| Conversation::start(cluster.pod("x/a").netns(), to).expect("connected");
+    let talks = [opened((cluster.pod("x/c").address(), 80).into()), opened((EXAMPLE_HOST, 80).into())];
+
+    cluster.start_agent(0).await.expect("it takes the node over");
+    cluster.settles(Protocol::Tcp, 80, |_, to| to != "x/a").await.expect("the policy is in force");
+    wait_for("aws-network-policy-agent's programs to go", SOON, || async {
+        let left: Vec<String> = ["a", "b", "c"].map(|pod| filters(&node, pod)).into();
+        ensure!(left.iter().all(|filters| filters.contains("pod_ingress") && filters.contains("pod_egress")), "{left:?}");
+        ensure!(left.iter().all(|filters| !filters.contains("handle_")), "{left:?}");
+        ensure!(!upstream_pins(&node).exists(), "its pins are there");
+        Ok(())
+    })
+    .await
+    .expect("ours are in force");
+    for talk in talks {
+        let talk = talk.stop();
+        assert_eq!(talk.broken, None, "x/a opened it before: {talk:?}");
+    }
+    cluster.vpc().manifests().delete("p.yaml").expect("deleted");
+    cluster.settles(Protocol::Tcp, 80, |_, _| true).await.expect("a policy that goes is followed too");
+    // Its end is known by its sandbox.
+    let endpoints = || node.cli_json(&["endpoints"]).expect("the endpoints").to_string();
+    assert!(endpoints().contains(cluster.pod("x/b").uid()), "{}", endpoints());
+    let uid = cluster.pod("x/b").uid().to_owned();
+    cluster.delete_pod("x/b").await.expect("deleted");
+    assert!(!endpoints().contains(&uid), "{}", endpoints());
 }

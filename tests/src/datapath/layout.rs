@@ -10,7 +10,7 @@ use aya::programs::loaded_programs;
 use serde_json::Value;
 use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_netlink::Netlink;
-use stanchion_netlink::tc::{TcHook, TcProgram};
+use stanchion_netlink::tc::{TcHook, TcPlace, TcProgram};
 
 use super::raw;
 use crate::netns::{Netns, ip_json};
@@ -46,8 +46,8 @@ pub fn move_filters(node: &Netns, interface: &str, layout: u16) -> anyhow::Resul
             let mut netlink = Netlink::open()?;
             let index = netlink.link_index(interface)?;
             let moved = [TcProgram { hook, program: program.as_fd(), name: direction }];
-            ensure!(netlink.attach_programs(index, layout, &moved)?, "the other filter was there");
-            ensure!(netlink.detach_program(index, hook, own)?, "the own filter was not there");
+            ensure!(netlink.attach_programs(index, TcPlace::ours(layout), &moved)?, "the other filter was there");
+            ensure!(netlink.detach_program(index, hook, TcPlace::ours(own))?, "the own filter was not there");
             Ok(())
         })??;
     }

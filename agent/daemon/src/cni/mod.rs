@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `service` | the service: what each call means |
 //! | `frames` | the service in the plugin's frames, on the socket that also carries gRPC |
+//! | `adopt` | the task that puts pods under policy that ran before there was any |
 //! | `branch` | pods with security groups of their own |
 //! | `convert` | wire types to requests, errors to status codes |
 //! | `heal` | the task that repairs the host network when somebody else changed it |
@@ -11,6 +12,7 @@
 //!
 //! The socket's owner ([`admin`](crate::admin)) lets only root connect.
 
+mod adopt;
 mod branch;
 mod convert;
 mod frames;
@@ -18,6 +20,7 @@ mod heal;
 mod service;
 mod spool;
 
+pub use adopt::{AdoptParts, spawn as spawn_adoption};
 pub use branch::{BranchFailure, Branches};
 pub use frames::take_plugins;
 pub use heal::spawn as spawn_heal;

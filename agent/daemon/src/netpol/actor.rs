@@ -2,6 +2,7 @@
 //!
 //! Kernel calls are made in the task itself: each takes microseconds, and their order is the safety argument.
 
+mod adopt;
 mod answers;
 mod writes;
 
@@ -156,6 +157,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         waiting: Vec::new(),
         orphans: BTreeMap::new(),
         gone: BTreeSet::new(),
+        inherited: BTreeMap::new(),
         node_addresses: BTreeSet::new(),
         address_changes,
         listening,
@@ -226,6 +228,8 @@ struct Actor {
     orphans: BTreeMap<u32, Orphan>,
     /// Sandboxes whose interfaces were gone at the last sweep.
     gone: BTreeSet<ContainerId>,
+    /// By index, interfaces from which aws-network-policy-agent's programs were not taken yet, if they are there.
+    inherited: BTreeMap<u32, String>,
     /// As the engine knows them.
     node_addresses: BTreeSet<IpAddr>,
     address_changes: AddressChanges,
@@ -300,6 +304,7 @@ impl Actor {
             if let Err(cause) = self.put(&sandbox, self.attach) {
                 self.fail("cannot attach again", &cause);
             }
+            self.inherit(&sandbox);
         }
         self.save();
     }
@@ -312,6 +317,7 @@ impl Actor {
                 self.expire_waiting();
             }
             Message::Activate(request, reply) => drop(reply.send(self.activate(request, Instant::now()))),
+            Message::Adopt(running, reply) => drop(reply.send(self.adopt(running))),
             Message::Deactivate(container, reply) => drop(reply.send(self.deactivate(&container))),
             Message::Snapshot(reply) => drop(reply.send(Arc::new(self.snapshot()))),
             Message::Flows(reply) => drop(reply.send(self.conntrack())),
@@ -356,6 +362,7 @@ impl Actor {
             if let Err(cause) = retire(&self.loaded, &interfaces) {
                 self.fail("cannot remove what another version left", &cause);
             }
+            self.retire_upstream();
             info!(endpoints = self.slots.len(), operations = count, "policies are in force");
             self.ready.send_replace(true);
         }
@@ -525,6 +532,7 @@ impl Actor {
             self.save();
         }
         self.detach_orphans();
+        self.retire_upstream();
     }
 
     /// Takes programs from interfaces that are no sandbox's.

@@ -17,7 +17,7 @@ use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use aya::util::KernelVersion;
 use serde::Serialize;
 use stanchion_ebpf_abi::LAYOUT_VERSION;
-use stanchion_netlink::tc::{TcHook, TcProgram};
+use stanchion_netlink::tc::{TcHook, TcPlace, TcProgram};
 use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::object::{LoadError, Loaded, POD_EGRESS, POD_INGRESS};
@@ -59,17 +59,18 @@ pub struct AttachError {
     pub source: Box<dyn Error + Send + Sync>,
 }
 
-/// A program, its place as the host end sees it, and the direction as the pod sees it.
+/// A program, its place as the host end sees it, the direction as the pod sees it, and aws-network-policy-agent's program for it.
 struct Hook {
     program: &'static str,
     tcx: TcAttachType,
     filter: TcHook,
     direction: &'static str,
+    upstream: &'static str,
 }
 
 const HOOKS: [Hook; 2] = [
-    Hook { program: POD_EGRESS, tcx: TcAttachType::Ingress, filter: TcHook::Ingress, direction: "egress" },
-    Hook { program: POD_INGRESS, tcx: TcAttachType::Egress, filter: TcHook::Egress, direction: "ingress" },
+    Hook { program: POD_EGRESS, tcx: TcAttachType::Ingress, filter: TcHook::Ingress, direction: "egress", upstream: "handle_egress" },
+    Hook { program: POD_INGRESS, tcx: TcAttachType::Egress, filter: TcHook::Egress, direction: "ingress", upstream: "handle_ingress" },
 ];
 
 /// Attaches both programs to a host veth, or replaces what an earlier agent attached there, in the way that it chose.
@@ -131,13 +132,13 @@ fn attach_filters(loaded: &mut Loaded, index: u32) -> Result<bool, FilterError> 
     }
     let programs: Vec<_> =
         programs.iter().map(|(hook, fd)| TcProgram { hook: hook.filter, program: fd.as_fd(), name: hook.program }).collect();
-    Ok(loaded.netlink()?.attach_programs(index, layout_handle(), &programs)?)
+    Ok(loaded.netlink()?.attach_programs(index, place(), &programs)?)
 }
 
 fn remove_filters(index: u32) -> Result<(), NetlinkError> {
     let mut netlink = Netlink::open()?;
     for hook in &HOOKS {
-        netlink.detach_program(index, hook.filter, layout_handle())?;
+        netlink.detach_program(index, hook.filter, place())?;
     }
     Ok(())
 }
@@ -226,16 +227,60 @@ pub(super) fn retire(loaded: &Loaded, interfaces: &[u32]) -> Result<(), AttachEr
     for index in interfaces {
         for hook in &HOOKS {
             for layout in layouts.iter().copied() {
-                netlink.detach_program(*index, hook.filter, layout).map_err(|error| failed(error.into()))?;
+                netlink.detach_program(*index, hook.filter, TcPlace::ours(layout)).map_err(|error| failed(error.into()))?;
             }
         }
     }
     others.into_iter().try_for_each(fs::remove_dir_all).map_err(|error| failed(error.into()))
 }
 
-/// The filter's handle: each layout has its own, so that its programs stand beside an older one's until these are retired.
-fn layout_handle() -> u16 {
-    u16::try_from(LAYOUT_VERSION).expect("layouts are few")
+/// Where aws-network-policy-agent's filters sit (`pkg/tc` of aws-ebpf-sdk-go). Its programs decide in direct-action mode, so that ours,
+/// which come after, are not asked; without that agent they go on deciding by what it knew last.
+const UPSTREAM: TcPlace = TcPlace { priority: 1, handle: 1 };
+
+/// Takes aws-network-policy-agent's programs from an interface on which ours are. `None`: ours are not there yet, and nothing was done;
+/// otherwise whether there were any.
+///
+/// # Errors
+/// When the kernel refuses.
+pub(super) fn retire_upstream(loaded: &mut Loaded, interface: &str, index: u32) -> Result<Option<bool>, AttachError> {
+    let failed = |hook: &Hook, error| failed("take the place of", hook.upstream, interface, error);
+    let linked = HOOKS.iter().all(|hook| pin_path(loaded, index, hook.direction).exists());
+    let netlink = loaded.netlink().map_err(|error| failed(&HOOKS[0], error))?;
+    let mut found = false;
+    for hook in &HOOKS {
+        let ours = linked || netlink.program_name(index, hook.filter, place()).map_err(|error| failed(hook, error))?.is_some();
+        if !ours {
+            return Ok(None);
+        }
+    }
+    for hook in &HOOKS {
+        let name = netlink.program_name(index, hook.filter, UPSTREAM).map_err(|error| failed(hook, error))?;
+        if name.as_deref() == Some(hook.upstream) {
+            found |= netlink.detach_program(index, hook.filter, UPSTREAM).map_err(|error| failed(hook, error))?;
+        }
+    }
+    Ok(Some(found))
+}
+
+/// Removes what aws-network-policy-agent pinned: its programs, and its maps, which hold some 50 MB of the kernel's memory. False: nothing
+/// was there.
+///
+/// # Errors
+/// The file system's.
+pub(super) fn remove_upstream_pins(loaded: &Loaded) -> io::Result<bool> {
+    // Beside `stanchion/vN`.
+    let Some(root) = loaded.pins.parent().and_then(Path::parent) else { return Ok(false) };
+    match fs::remove_dir_all(root.join("globals/aws")) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The filters' place: each layout has a handle of its own, so that its programs stand beside an older one's until these are retired.
+fn place() -> TcPlace {
+    TcPlace::ours(u16::try_from(LAYOUT_VERSION).expect("layouts are few"))
 }
 
 fn pin_path(loaded: &Loaded, index: u32, direction: &str) -> PathBuf {

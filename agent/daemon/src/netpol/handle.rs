@@ -342,6 +342,7 @@ pub struct Alarms {
 #[derive(Debug)]
 pub(super) enum Message {
     Activate(ActivateRequest, oneshot::Sender<Result<ActivateReport, ActivateError>>),
+    Adopt(Vec<ActivateRequest>, oneshot::Sender<usize>),
     Deactivate(ContainerId, oneshot::Sender<bool>),
     Snapshot(oneshot::Sender<Arc<NetpolSnapshot>>),
     Flows(oneshot::Sender<Vec<FlowView>>),
@@ -372,6 +373,17 @@ impl NetpolHandle {
     /// See [`ActivateError`]; nothing of the pod is left behind.
     pub async fn activate(&self, request: ActivateRequest) -> Result<ActivateReport, ActivateError> {
         self.ask(|reply| Message::Activate(request, reply)).await.ok_or(ActivateError::Busy)?
+    }
+
+    /// Polices sandboxes that have run without: aws-node connected them, or network policy was off. They keep the connections they have,
+    /// and aws-network-policy-agent's programs go where ours are in force. Waits until the cluster's state is known. Sandboxes that are
+    /// active already, and those whose host veths are gone, are left out; returns how many were not.
+    ///
+    /// # Errors
+    /// The actor is busy or gone. What becomes of a single sandbox is told in the log, and tried again while its veths live.
+    pub async fn adopt(&self, running: Vec<ActivateRequest>) -> Result<usize, ActivateError> {
+        self.ready().wait_for(|ready| *ready).await.map_err(|_| ActivateError::Busy)?;
+        self.ask(|reply| Message::Adopt(running, reply)).await.ok_or(ActivateError::Busy)
     }
 
     /// Forgets a sandbox. True if it was active.

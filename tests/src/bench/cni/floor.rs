@@ -10,7 +10,7 @@ use stanchion_core::ids::PodName;
 use stanchion_core::network::names::veth_macs;
 use stanchion_core::network::{NetOp, PodPlan, host_veth_name};
 use stanchion_netlink::Netlink;
-use stanchion_netlink::tc::{TcHook, TcProgram};
+use stanchion_netlink::tc::{TcHook, TcPlace, TcProgram};
 use stanchion_netlink::veth::VethEnd;
 
 use super::{Calls, Owned, TABLE, address, pod_netns};
@@ -91,9 +91,9 @@ fn add(netns: &Path, plan: &PodPlan, programs: Option<&Programs>) -> anyhow::Res
     }
     if let Some(Programs(programs)) = programs {
         /// Any that is free.
-        const HANDLE: u16 = 1;
+        const PLACE: TcPlace = TcPlace { priority: 1, handle: 1 };
         let programs = programs.each_ref().map(|(hook, program)| TcProgram { hook: *hook, program: program.as_fd(), name: "floor" });
-        host.attach_programs(index.peer, HANDLE, &programs)?;
+        host.attach_programs(index.peer, PLACE, &programs)?;
     }
     host.perform_all(&[NetOp::LinkUp { index: index.peer }])?;
     for op in plan.host_ops(index.peer) {
