@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -207,6 +207,7 @@ impl Matrix {
 #[derive(Debug)]
 pub struct Conversation {
     stop: Arc<AtomicBool>,
+    exchanges: Arc<AtomicU64>,
     thread: std::thread::JoinHandle<Talk>,
 }
 
@@ -228,10 +229,15 @@ impl Conversation {
         stream.set_nodelay(true)?;
         // Far longer than any gap that a test allows, so that the report shows the gap.
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || talk(stream, &stopped));
-        Ok(Self { stop, thread })
+        let (stop, exchanges) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, so_far) = (Arc::clone(&stop), Arc::clone(&exchanges));
+        let thread = std::thread::spawn(move || talk(stream, &stopped, &so_far));
+        Ok(Self { stop, exchanges, thread })
+    }
+
+    /// Messages that came back so far.
+    pub fn exchanges(&self) -> u64 {
+        self.exchanges.load(Ordering::Relaxed)
     }
 
     /// Whether it ended by itself, which only a broken connection makes it do.
@@ -246,7 +252,7 @@ impl Conversation {
     }
 }
 
-fn talk(mut stream: TcpStream, stop: &AtomicBool) -> Talk {
+fn talk(mut stream: TcpStream, stop: &AtomicBool, so_far: &AtomicU64) -> Talk {
     let mut talk = Talk { exchanges: 0, longest: Duration::ZERO, broken: None };
     let mut greeting = [0; 1];
     while talk.broken.is_none() && greeting[0] != b'\n' {
@@ -261,6 +267,7 @@ fn talk(mut stream: TcpStream, stop: &AtomicBool) -> Talk {
             Ok(()) => talk.broken = Some("the echo differs from what was sent".to_owned()),
             Err(error) => talk.broken = Some(error.to_string()),
         }
+        so_far.store(talk.exchanges, Ordering::Relaxed);
         talk.longest = talk.longest.max(began.elapsed());
         std::thread::park_timeout(Duration::from_millis(5));
     }

@@ -356,6 +356,34 @@ async fn pods_that_aws_node_connected_are_under_policy() {
         let talk = talk.stop();
         assert_eq!(talk.broken, None, "x/a opened it before: {talk:?}");
     }
+
+    // Once more for a pod that is policed already: what it opens meanwhile, ours do not see.
+    let denied = || {
+        let endpoints = node.cli_json(&["endpoints"]).expect("the endpoints");
+        let of_a = endpoints["endpoints"].as_array().expect("a list").iter().find(|endpoint| endpoint["pod"]["name"] == "a").cloned();
+        of_a.expect("x/a").pointer("/counters/ingress_denied/packets").and_then(Value::as_u64).expect("a count")
+    };
+    let before = denied();
+    assert!(before > 0);
+    cluster.agent(0).expect("started").kill().expect("killed");
+    write_upstream_programs(&node, &["a"]);
+    let talk = Conversation::start(cluster.pod("x/a").netns(), (cluster.pod("x/c").address(), 80).into()).expect("connected");
+    cluster.start_agent(0).await.expect("it is back");
+    wait_for("aws-network-policy-agent's programs to go", SOON, || async {
+        ensure!(!filters(&node, "a").contains("handle_"), "they are there");
+        Ok(())
+    })
+    .await
+    .expect("ours are in force");
+    let so_far = talk.exchanges();
+    wait_for("the connection to go on", SOON, || async {
+        ensure!(talk.exchanges() > so_far + 10, "{} exchanges", talk.exchanges());
+        Ok(())
+    })
+    .await
+    .expect("it was read from the kernel");
+    assert_eq!((talk.stop().broken, denied()), (None, before));
+
     cluster.vpc().manifests().delete("p.yaml").expect("deleted");
     cluster.settles(Protocol::Tcp, 80, |_, _| true).await.expect("a policy that goes is followed too");
     // Its end is known by its sandbox.

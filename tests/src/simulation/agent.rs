@@ -9,7 +9,7 @@ use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_core::policy::engine::Source;
-use stanchion_daemon::cni::{self, CniService, CniSettings, Told};
+use stanchion_daemon::cni::{self, AdoptParts, CniService, CniSettings, Told};
 use stanchion_daemon::ipamd::{self, IpamHandle, IpamdParts};
 use stanchion_daemon::logs::{self, LogsHandle, LogsParts};
 use stanchion_daemon::netpol::{self, AttachMode, EnforcingMode, NetpolHandle, NetpolParts};
@@ -25,6 +25,8 @@ use crate::wall;
 /// aws-node's checkpoint, and what it has no room for.
 pub(super) const CHECKPOINT: &str = "ipam.json";
 pub(super) const COOLING: &str = "stanchion-cooling.json";
+/// The slots of policed pods.
+pub(super) const ENDPOINTS: &str = "endpoints.json";
 /// Of every call to AWS.
 const LATENCY: Duration = Duration::from_millis(100);
 /// How long a pod waits for its object and policies.
@@ -39,6 +41,7 @@ pub(super) struct Agent {
     pub(super) logs: LogsHandle,
     pub(super) telemetry: TelemetryHandle,
     tasks: Vec<(&'static str, JoinHandle<()>)>,
+    adoption: AbortOnDrop<()>,
     shutdown: CancellationToken,
 }
 
@@ -104,8 +107,16 @@ impl Agent {
             shutdown: shutdown.clone(),
         });
         let spool = cni::spawn_spool(ground.dir("spool"), ipam.clone(), Some(netpol.clone()), shutdown.clone());
+        let adoption = cni::spawn_adoption(AdoptParts {
+            ipam: ipam.clone(),
+            netpol: netpol.clone(),
+            cluster: ground.cluster.watch(),
+            node_name: ground.node().to_owned(),
+            veth_prefix: "eni".to_owned(),
+            shutdown: shutdown.clone(),
+        });
         let tasks = vec![("policy", policy), ("addresses", addresses), ("logs", shipping), ("metrics", metrics), ("spool", spool)];
-        Ok(Self { ipam, netpol, logs, telemetry, tasks, shutdown })
+        Ok(Self { ipam, netpol, logs, telemetry, tasks, adoption: AbortOnDrop(adoption), shutdown })
     }
 
     /// What answers the plugin.
@@ -117,6 +128,11 @@ impl Agent {
     /// A part that has ended by itself.
     pub(super) fn ended(&self) -> Option<&'static str> {
         self.tasks.iter().find(|(_, task)| task.is_finished()).map(|(name, _)| *name)
+    }
+
+    /// Whether pods that ran before this agent are under its policy.
+    pub(super) fn has_adopted(&self) -> bool {
+        self.adoption.0.is_finished()
     }
 
     /// Every task ends where it waits.

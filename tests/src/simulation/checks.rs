@@ -47,6 +47,11 @@ impl Policy {
         self.possible.push(Arc::clone(state));
     }
 
+    /// No pod is policed.
+    pub(super) fn forget(&mut self) {
+        self.slots.clear();
+    }
+
     fn newest(&self) -> &ClusterState {
         self.possible.last().expect("the first state is told before anything is checked")
     }
@@ -88,7 +93,7 @@ impl World {
             ensure!(snapshot.reason.is_empty(), "policy is not in force: {}", snapshot.reason);
             ensure!(snapshot.last_error.is_empty(), "policy: {}", snapshot.last_error);
             self.policy.slots = snapshot.endpoints.iter().map(|endpoint| (Slot(endpoint.slot), endpoint.pod.clone())).collect();
-            for name in self.pods.keys() {
+            for name in self.pods.keys().filter(|_| agent.has_adopted()) {
                 ensure!(self.policy.slots.values().any(|pod| pod == name), "{name} runs and is not policed");
             }
             self.policy.possible.drain(..self.policy.possible.len() - 1);
@@ -229,6 +234,7 @@ impl World {
     /// For an hour: no call that changes something in EC2, no map write, no line sent, no position written; and a restart changes nothing.
     async fn is_quiet(&mut self) -> anyhow::Result<()> {
         let agent = self.agent.as_ref().context("an agent")?;
+        ensure!(agent.has_adopted(), "nobody has looked for pods that ran before the agent");
         let look = || async {
             let lines = agent.logs.counters();
             (agent.netpol.snapshot().await.map_writes, lines.batches, lines.retries)

@@ -39,6 +39,9 @@ use stanchion_core::config::Config;
 use stanchion_core::ids::{InstanceId, PodName, SubnetId};
 use stanchion_daemon::cluster::ClusterHandle;
 use stanchion_daemon::netpol::KernelMaps;
+use stanchion_ebpf_abi::LAYOUT_VERSION;
+use stanchion_netlink::Netlink;
+use stanchion_netlink::tc::{TcHook, TcPlace};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
@@ -368,8 +371,12 @@ impl World {
             _ => {
                 self.stop().await?;
                 self.as_another_version_left_it()?;
+                let was_aws_node = self.random.random_bool(0.5);
+                if was_aws_node {
+                    self.as_aws_node_left_it()?;
+                }
                 self.restart().await?;
-                "an upgrade"
+                if was_aws_node { "another agent's turn" } else { "an upgrade" }
             }
         })
     }
@@ -526,6 +533,27 @@ impl World {
         self.crash().await?;
         self.agent = Some(Agent::start(&self.ground)?);
         Ok(())
+    }
+
+    /// It attaches no programs of ours: what polices the pods is away.
+    fn as_aws_node_left_it(&mut self) -> anyhow::Result<()> {
+        let (mut netlink, place) = (Netlink::open()?, TcPlace::ours(u16::try_from(LAYOUT_VERSION)?));
+        for link in plugin::links()?.iter().filter(|name| name.starts_with("eni")) {
+            let index = netlink.link_index(link)?;
+            for hook in [TcHook::Ingress, TcHook::Egress] {
+                // One whose pod did not come to it has none.
+                let _had_one = netlink.detach_program(index, hook, place)?;
+            }
+        }
+        for pins in fs::read_dir(&self.ground.pins)? {
+            fs::remove_dir_all(pins?.path())?;
+        }
+        self.maps = KernelMaps::new(&mut stanchion_daemon::netpol::load(&self.ground.load_options())?)?;
+        self.policy.forget();
+        match fs::remove_file(self.ground.dir("state").join(agent::ENDPOINTS)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// aws-node's files: it keeps no cool-downs, and older releases tell less of each pod.

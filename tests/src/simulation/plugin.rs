@@ -85,6 +85,7 @@ impl Plugin {
         };
         service.activate_endpoint(Request::new(request)).await?;
         link(&["set", &sandbox.link, "up"])?;
+        ip(&["route", "add", &address.to_string(), "dev", &sandbox.link])?;
         Ok(address)
     }
 
@@ -113,10 +114,14 @@ impl Plugin {
     }
 }
 
-/// `ip link`, in this thread's namespace.
 fn link(args: &[&str]) -> anyhow::Result<()> {
-    let output = Command::new("ip").arg("link").args(args).output().context("run ip")?;
-    ensure!(output.status.success(), "ip link {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    ip(&[&["link"], args].concat())
+}
+
+/// `ip`, in this thread's namespace.
+fn ip(args: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new("ip").args(args).output().context("run ip")?;
+    ensure!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
     Ok(())
 }
 

@@ -238,29 +238,50 @@ pub(super) fn retire(loaded: &Loaded, interfaces: &[u32]) -> Result<(), AttachEr
 /// which come after, are not asked; without that agent they go on deciding by what it knew last.
 const UPSTREAM: TcPlace = TcPlace { priority: 1, handle: 1 };
 
-/// Takes aws-network-policy-agent's programs from an interface on which ours are. `None`: ours are not there yet, and nothing was done;
-/// otherwise whether there were any.
+/// Who decides on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Decides {
+    /// Our programs.
+    Ours,
+    /// aws-network-policy-agent's, which come before ours.
+    Upstreams,
+    /// Ours are not there yet.
+    NotOurs,
+}
+
+/// Who decides on an interface.
+///
+/// # Errors
+/// When the kernel could not be asked.
+pub(super) fn who_decides(loaded: &mut Loaded, interface: &str, index: u32) -> Result<Decides, AttachError> {
+    let linked = HOOKS.iter().all(|hook| pin_path(loaded, index, hook.direction).exists());
+    let failed = |hook: &Hook, error| failed("look for", hook.upstream, interface, error);
+    let netlink = loaded.netlink().map_err(|error| failed(&HOOKS[0], error))?;
+    let mut upstreams = false;
+    for hook in &HOOKS {
+        let mut name = |place| netlink.program_name(index, hook.filter, place).map_err(|error| failed(hook, error));
+        if !linked && name(place())?.is_none() {
+            return Ok(Decides::NotOurs);
+        }
+        upstreams |= name(UPSTREAM)?.as_deref() == Some(hook.upstream);
+    }
+    Ok(if upstreams { Decides::Upstreams } else { Decides::Ours })
+}
+
+/// Takes aws-network-policy-agent's programs from an interface, and no other that may have that place.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(super) fn retire_upstream(loaded: &mut Loaded, interface: &str, index: u32) -> Result<Option<bool>, AttachError> {
-    let failed = |hook: &Hook, error| failed("take the place of", hook.upstream, interface, error);
-    let linked = HOOKS.iter().all(|hook| pin_path(loaded, index, hook.direction).exists());
+pub(super) fn remove_upstreams(loaded: &mut Loaded, interface: &str, index: u32) -> Result<(), AttachError> {
+    let failed = |hook: &Hook, error| failed("remove", hook.upstream, interface, error);
     let netlink = loaded.netlink().map_err(|error| failed(&HOOKS[0], error))?;
-    let mut found = false;
-    for hook in &HOOKS {
-        let ours = linked || netlink.program_name(index, hook.filter, place()).map_err(|error| failed(hook, error))?.is_some();
-        if !ours {
-            return Ok(None);
-        }
-    }
     for hook in &HOOKS {
         let name = netlink.program_name(index, hook.filter, UPSTREAM).map_err(|error| failed(hook, error))?;
         if name.as_deref() == Some(hook.upstream) {
-            found |= netlink.detach_program(index, hook.filter, UPSTREAM).map_err(|error| failed(hook, error))?;
+            netlink.detach_program(index, hook.filter, UPSTREAM).map_err(|error| failed(hook, error))?;
         }
     }
-    Ok(Some(found))
+    Ok(())
 }
 
 /// Removes what aws-network-policy-agent pinned: its programs, and its maps, which hold some 50 MB of the kernel's memory. False: nothing

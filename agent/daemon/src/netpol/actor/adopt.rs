@@ -1,10 +1,10 @@
 //! Pods that ran before there was policy of ours: aws-node connected them, or network policy was off.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use tracing::info;
 
-use super::super::attach;
+use super::super::attach::{self, Decides};
 use super::super::handle::{ActivateError, ActivateIf, ActivateRequest};
 use super::super::interfaces::exists;
 use super::super::slots::Sandbox;
@@ -52,25 +52,26 @@ impl Actor {
         self.inherited.extend(sandbox.interfaces.iter().map(|interface| (interface.index, interface.name.clone())));
     }
 
-    /// Where our programs decide by the newest policies, aws-network-policy-agent's go; its maps with the last of them.
+    /// Where our programs are in place and know the newest policies, aws-network-policy-agent's go; its maps with the last of them.
     pub(super) fn retire_upstream(&mut self) {
         if !self.synced || self.behind.is_some() || self.inherited.is_empty() {
             return;
         }
-        let mut taken = 0;
+        let mut upstreams = BTreeMap::new();
         for (index, name) in std::mem::take(&mut self.inherited) {
-            match attach::retire_upstream(&mut self.loaded, &name, index) {
-                Ok(Some(found)) => taken += usize::from(found),
+            match attach::who_decides(&mut self.loaded, &name, index) {
+                Ok(Decides::Ours) => {}
+                Ok(Decides::Upstreams) => drop(upstreams.insert(index, name)),
                 _ if !exists(&name, index) => {}
-                Ok(None) => drop(self.inherited.insert(index, name)),
+                Ok(Decides::NotOurs) => drop(self.inherited.insert(index, name)),
                 Err(cause) => {
-                    self.fail("aws-network-policy-agent's program stays", &cause);
+                    self.fail("aws-network-policy-agent's programs may decide still", &cause);
                     self.inherited.insert(index, name);
                 }
             }
         }
-        if taken > 0 {
-            info!(interfaces = taken, "aws-network-policy-agent's programs removed: stanchion's are in force there");
+        if !upstreams.is_empty() {
+            self.take_from_upstream(upstreams);
         }
         if self.inherited.is_empty() {
             match attach::remove_upstream_pins(&self.loaded) {
@@ -79,5 +80,24 @@ impl Actor {
                 Err(cause) => self.fail("aws-network-policy-agent's pinned maps stay", &cause),
             }
         }
+    }
+
+    /// Ours were not asked so far: the connections that opened meanwhile are read first.
+    fn take_from_upstream(&mut self, upstreams: BTreeMap<u32, String>) {
+        let concerned = |sandbox: &&Sandbox| sandbox.interfaces.iter().any(|interface| upstreams.contains_key(&interface.index));
+        let slots = self.slots.iter().filter(concerned).map(Sandbox::slot).filter(|slot| self.isolated.contains(slot)).collect();
+        if let Err(cause) = self.seed(&slots) {
+            self.fail("aws-network-policy-agent's programs stay until open connections can be read", &cause);
+            self.inherited.extend(upstreams);
+            return;
+        }
+        let interfaces = upstreams.len();
+        for (index, name) in upstreams {
+            if let Err(cause) = attach::remove_upstreams(&mut self.loaded, &name, index) {
+                self.fail("aws-network-policy-agent's programs stay", &cause);
+                self.inherited.insert(index, name);
+            }
+        }
+        info!(interfaces, "aws-network-policy-agent's programs were removed: stanchion's decide there");
     }
 }

@@ -124,11 +124,11 @@ impl Actor {
         is_new
     }
 
-    /// Gives pods that get their first policy the flows they have, from the kernel's connection tracking.
+    /// Gives pods that come under our policy the flows they have, from the kernel's connection tracking.
     ///
     /// # Errors
     /// The kernel or this process had no room to read them, which passes. What does not is told here.
-    fn seed(&mut self, slots: &BTreeSet<Slot>) -> Result<(), MapError> {
+    pub(super) fn seed(&mut self, slots: &BTreeSet<Slot>) -> Result<(), MapError> {
         if slots.is_empty() {
             return Ok(());
         }
