@@ -130,6 +130,27 @@ fn without_memory_in_the_middle_of_a_change_nobody_gets_in_whom_neither_policy_l
     restarts_without_a_write(&mut world);
 }
 
+/// It goes on as it did rather than be cut off by programs that find no policy.
+#[test]
+fn a_pod_that_runs_is_not_touched_until_its_policy_can_be_written() {
+    let (mut world, refusals) = world();
+    world.bring_up("y/b");
+    world.apply(&policy("y", "in", "b", ""));
+    let mut opened_by_it = world.works("y/b", "x/b", 80);
+    world.works("x/b", "y/b", 80);
+    refusals.refuse_map_updates(0, libc::ENOMEM);
+    let refused = world.adopt("y/b").unwrap_err();
+    assert!(matches!(&refused, ActivateError::Maps(cause) if cause.refusal == Refusal::NoMemory), "{refused:?}");
+    assert_eq!(snapshot(&world).endpoints.len(), 3);
+    world.works("x/b", "y/b", 80);
+    assert!(refusals.lift() > 0);
+    mended(&world);
+    assert_eq!(world.adopt("y/b").unwrap(), 1);
+    world.blocked("x/b", "y/b", 80);
+    assert!(echoes(&mut opened_by_it, WORKS), "an open connection goes on");
+    assert_eq!(world.adopt("y/b").unwrap(), 0, "it is active");
+}
+
 /// A pod's first policy needs the kernel's word of its open connections.
 #[test]
 fn a_first_policy_waits_until_open_connections_can_be_read() {

@@ -216,20 +216,34 @@ impl World {
         });
     }
 
-    pub(crate) fn activate(&self, name: &str) -> Result<(), ActivateError> {
+    fn request(&self, name: &str) -> ActivateRequest {
         let Pod { name, host_if, .. } = self.pod(name);
-        let request = ActivateRequest {
+        ActivateRequest {
             pod: name.clone(),
             pod_uid: String::new(),
             container_id: ContainerId::new(name.to_string()),
             endpoints: vec![host_if.clone()],
             shares_ingress: false,
-        };
+        }
+    }
+
+    pub(crate) fn activate(&self, name: &str) -> Result<(), ActivateError> {
         let handle = self.agent().clone();
-        self.runtime.block_on(handle.activate(request))?;
+        self.runtime.block_on(handle.activate(self.request(name)))?;
+        self.bring_up(name);
+        Ok(())
+    }
+
+    /// From now on it has network, policed or not.
+    pub(crate) fn bring_up(&self, name: &str) {
+        let host_if = &self.pod(name).host_if;
         let lines = format!("link set {0} up\nroute replace {1}/32 dev {0}\n", host_if.host_if_name, host_if.ipv4.unwrap());
         ip_batch(self.node.name(), &lines).unwrap();
-        Ok(())
+    }
+
+    pub(crate) fn adopt(&self, name: &str) -> Result<usize, ActivateError> {
+        let handle = self.agent().clone();
+        self.runtime.block_on(handle.adopt(vec![self.request(name)]))
     }
 
     pub(crate) fn activate_all(&self) {

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_core::network::egress::EgressFamily;
@@ -22,8 +23,8 @@ use tracing::{info, warn};
 use crate::ipamd::IpamHandle;
 use crate::netpol::{ActivateIf, ActivateRequest, NetpolHandle};
 
-/// Until the host is looked at again after a failure.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Pauses between tries.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// What the task works with.
 #[derive(Debug)]
@@ -54,28 +55,25 @@ pub fn spawn(parts: AdoptParts) -> JoinHandle<()> {
 async fn adopt(parts: AdoptParts) -> Option<()> {
     parts.ipam.ready().await.ok()?;
     parts.netpol.ready().wait_for(|ready| *ready).await.ok()?;
+    let mut pause = PAUSE.0;
     loop {
-        match host() {
-            Ok((links, routes)) => {
-                let running = running(&people(&parts), &parts.veth_prefix, &links, &routes);
-                let found = running.len();
-                match parts.netpol.adopt(running).await {
-                    Ok(0) => {}
-                    Ok(pods) => info!(pods, "pods that ran before this agent are under policy"),
-                    Err(error) => {
-                        warn!(found, %error, "pods that run without policy cannot be put under it; tried again");
-                        tokio::time::sleep(AGAIN).await;
-                        continue;
-                    }
-                }
+        match try_adopt(&parts).await {
+            Ok(0) => return Some(()),
+            Ok(pods) => {
+                info!(pods, "pods that ran before this agent are under policy");
                 return Some(());
             }
-            Err(error) => {
-                warn!(error = error.chain(), "cannot look for pods that run without policy; tried again");
-                tokio::time::sleep(AGAIN).await;
-            }
+            Err(error) => warn!(error = format!("{error:#}"), "pods may run without policy, and cannot be put under it; tried again"),
         }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
     }
+}
+
+async fn try_adopt(parts: &AdoptParts) -> anyhow::Result<usize> {
+    let (links, routes) = host().context("look at the host's links and routes")?;
+    let running = running(&people(parts), &parts.veth_prefix, &links, &routes);
+    Ok(parts.netpol.adopt(running).await?)
 }
 
 fn host() -> Result<(Vec<NodeIf>, Vec<Route>), NetlinkError> {

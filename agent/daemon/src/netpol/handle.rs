@@ -342,7 +342,7 @@ pub struct Alarms {
 #[derive(Debug)]
 pub(super) enum Message {
     Activate(ActivateRequest, oneshot::Sender<Result<ActivateReport, ActivateError>>),
-    Adopt(Vec<ActivateRequest>, oneshot::Sender<usize>),
+    Adopt(Vec<ActivateRequest>, oneshot::Sender<Result<usize, ActivateError>>),
     Deactivate(ContainerId, oneshot::Sender<bool>),
     Snapshot(oneshot::Sender<Arc<NetpolSnapshot>>),
     Flows(oneshot::Sender<Vec<FlowView>>),
@@ -380,10 +380,11 @@ impl NetpolHandle {
     /// active already, and those whose host veths are gone, are left out; returns how many were not.
     ///
     /// # Errors
-    /// The actor is busy or gone. What becomes of a single sandbox is told in the log, and tried again while its veths live.
+    /// The actor is busy or gone, or the kernel refuses the policy of one; then none was touched. Programs that cannot be attached are told
+    /// in the log, and tried again while the veths live.
     pub async fn adopt(&self, running: Vec<ActivateRequest>) -> Result<usize, ActivateError> {
         self.ready().wait_for(|ready| *ready).await.map_err(|_| ActivateError::Busy)?;
-        self.ask(|reply| Message::Adopt(running, reply)).await.ok_or(ActivateError::Busy)
+        self.ask(|reply| Message::Adopt(running, reply)).await.ok_or(ActivateError::Busy)?
     }
 
     /// Forgets a sandbox. True if it was active.

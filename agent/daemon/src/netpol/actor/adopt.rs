@@ -12,8 +12,11 @@ use super::Actor;
 
 impl Actor {
     /// Polices sandboxes that have run without. Unlike a pod that starts they have connections, which are read before their first policy
-    /// is written.
-    pub(super) fn adopt(&mut self, running: Vec<ActivateRequest>) -> usize {
+    /// is written; and where that is refused, they go on as they did.
+    ///
+    /// # Errors
+    /// The kernel refused the policy of one: none of them was touched.
+    pub(super) fn adopt(&mut self, running: Vec<ActivateRequest>) -> Result<usize, ActivateError> {
         let active: HashSet<u32> = self.slots.iter().flat_map(|sandbox| &sandbox.interfaces).map(|interface| interface.index).collect();
         let (mut adopted, mut ops) = (Vec::new(), Vec::new());
         for request in running {
@@ -35,7 +38,11 @@ impl Actor {
             adopted.push(sandbox);
         }
         self.save();
-        self.apply(ops);
+        if let Err(cause) = self.try_apply(ops) {
+            adopted.iter().for_each(|sandbox| self.release(sandbox));
+            self.save();
+            return Err(ActivateError::Maps(cause));
+        }
         for sandbox in &adopted {
             // Tried again at every sweep.
             if let Err(cause) = self.put(sandbox, self.attach) {
@@ -45,7 +52,7 @@ impl Actor {
             info!(pod = %sandbox.pod, slot = sandbox.slot, "policed from now on");
         }
         self.retire_upstream();
-        adopted.len()
+        Ok(adopted.len())
     }
 
     pub(super) fn inherit(&mut self, sandbox: &Sandbox) {
