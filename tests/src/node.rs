@@ -299,7 +299,8 @@ impl Node {
         command.args(args).env("STANCHION_SOCKET", self.socket());
         let output = self.netns().output(&mut command)?;
         if !output.status.success() {
-            bail!("stanchion {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+            let said = [output.stderr, output.stdout].map(|text| String::from_utf8_lossy(&text).trim().to_owned());
+            bail!("stanchion {}: {}", args.join(" "), said.join("\n"));
         }
         Ok(String::from_utf8(output.stdout)?)
     }

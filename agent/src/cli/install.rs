@@ -1,5 +1,6 @@
 //! `stanchion install`: the host before the first pod, and the way back.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -7,6 +8,7 @@ use anyhow::{Context as _, Result};
 use stanchion_core::config::Config;
 use stanchion_core::conflist::PLUGIN;
 use stanchion_daemon::install::steps::{self, Mark, Places, Step};
+use stanchion_daemon::netpol;
 
 use super::client::Connection;
 
@@ -25,9 +27,13 @@ pub(crate) struct InstallArgs {
     /// Our plugin; default: beside this program
     #[arg(long)]
     plugin: Option<PathBuf>,
-    /// The way back: take away the configuration, if it is ours, and the plugin; pods keep their network
+    /// The way back, once the agent has ended: take away the configuration, if it is ours, the plugin, and the programs that enforce
+    /// network policy; pods keep their network
     #[arg(long)]
     remove: bool,
+    /// Where the programs' maps are pinned
+    #[arg(long, default_value = netpol::PIN_ROOT)]
+    bpf_dir: PathBuf,
 }
 
 /// Exit status 0: everything holds; 1: a step failed; 64: a setting cannot be used.
@@ -56,13 +62,31 @@ pub(crate) fn run(args: &InstallArgs, connection: &Connection) -> Result<ExitCod
         disable_early_demux: config.network.disable_tcp_early_demux,
         ipv6: config.pool.ipv6,
     };
-    let steps = if args.remove { steps::remove(&places) } else { steps::install(&places) };
+    let steps = if args.remove { remove(&places, &args.bpf_dir) } else { steps::install(&places) };
     if connection.output == "json" {
         println!("{}", serde_json::to_string_pretty(&steps)?);
     } else {
         print!("{}", render(&steps));
     }
     Ok(if steps.iter().any(|step| step.mark == Mark::Failed) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Nothing while an agent serves the node: it would put all of it back.
+fn remove(places: &Places, pins: &Path) -> Vec<Step> {
+    if UnixStream::connect(&places.socket).is_ok() {
+        let text = format!("one answers at {}: end it first; nothing was removed", places.socket.display());
+        return vec![Step { what: "agent".to_owned(), mark: Mark::Failed, text }];
+    }
+    let mut steps = steps::remove(places);
+    let (mark, text) = match netpol::remove_from_host(pins) {
+        Ok(0) => (Mark::Present, "no pod's interface has our programs".to_owned()),
+        Ok(interfaces) => {
+            (Mark::Done, format!("our programs were taken from {interfaces} interfaces of pods; who comes after us enforces"))
+        }
+        Err(error) => (Mark::Failed, format!("{:#}", anyhow::Error::new(error))),
+    };
+    steps.push(Step { what: "network policy".to_owned(), mark, text });
+    steps
 }
 
 /// A file in the directory of this program.

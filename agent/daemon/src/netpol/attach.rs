@@ -254,7 +254,7 @@ pub(super) enum Decides {
 /// # Errors
 /// When the kernel could not be asked.
 pub(super) fn who_decides(loaded: &mut Loaded, interface: &str, index: u32) -> Result<Decides, AttachError> {
-    let linked = HOOKS.iter().all(|hook| pin_path(loaded, index, hook.direction).exists());
+    let linked = linked(&loaded.pins, index);
     let failed = |hook: &Hook, error| failed("look for", hook.upstream, interface, error);
     let netlink = loaded.netlink().map_err(|error| failed(&HOOKS[0], error))?;
     let mut upstreams = false;
@@ -284,6 +284,39 @@ pub(super) fn remove_upstreams(loaded: &mut Loaded, interface: &str, index: u32)
     Ok(())
 }
 
+/// The way back: takes our programs, of whatever layout, from every veth of this network namespace, and removes the pins. Filters of others
+/// stay, as does the qdisc below which they are. Returns from how many interfaces programs were taken.
+///
+/// # Errors
+/// The kernel refuses, or the pins cannot be removed.
+pub fn remove_from_host(pin_root: &Path) -> Result<usize, AttachError> {
+    let failed = |interface: &str, error: Box<dyn Error + Send + Sync>| failed("remove", "pod_*", interface, error);
+    let mut netlink = Netlink::open().map_err(|error| failed("every interface", error.into()))?;
+    let links = netlink.links().map_err(|error| failed("every interface", error.into()))?;
+    let newest = place().handle;
+    let mut taken = 0;
+    for link in links.iter().filter(|link| link.kind == "veth") {
+        let mut found = linked(&pin_root.join(format!("v{newest}")), link.index);
+        for hook in &HOOKS {
+            for place in (1..=newest).map(TcPlace::ours) {
+                let name = netlink.program_name(link.index, hook.filter, place).map_err(|error| failed(&link.name, error.into()))?;
+                if name.as_deref() == Some(hook.program) {
+                    found |= netlink.detach_program(link.index, hook.filter, place).map_err(|error| failed(&link.name, error.into()))?;
+                }
+            }
+        }
+        taken += usize::from(found);
+    }
+    match fs::remove_dir_all(pin_root) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("every interface", error.into())),
+        _ => Ok(taken),
+    }
+}
+
+fn linked(pins: &Path, index: u32) -> bool {
+    HOOKS.iter().all(|hook| link_pin(pins, index, hook.direction).exists())
+}
+
 /// Removes what aws-network-policy-agent pinned: its programs, and its maps, which hold some 50 MB of the kernel's memory. False: nothing
 /// was there.
 ///
@@ -305,7 +338,12 @@ fn place() -> TcPlace {
 }
 
 fn pin_path(loaded: &Loaded, index: u32, direction: &str) -> PathBuf {
-    loaded.pins.join("links").join(format!("{index}-{direction}"))
+    link_pin(&loaded.pins, index, direction)
+}
+
+/// `pins`: those of a layout.
+fn link_pin(pins: &Path, index: u32, direction: &str) -> PathBuf {
+    pins.join("links").join(format!("{index}-{direction}"))
 }
 
 /// Interface indices for which link pins exist.

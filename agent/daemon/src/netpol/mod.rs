@@ -40,7 +40,7 @@ mod slots;
 mod verify;
 
 pub use actor::{NetpolParts, SpawnError, spawn};
-pub use attach::{AttachError, AttachMode, attach, detach};
+pub use attach::{AttachError, AttachMode, attach, detach, remove_from_host};
 pub use clock::Clock;
 pub use files::take_files;
 pub use follow::FlowRecords;
