@@ -58,10 +58,14 @@ async fn adopt(parts: AdoptParts) -> Option<()> {
     let mut pause = PAUSE.0;
     loop {
         match try_adopt(&parts).await {
-            Ok(0) => return Some(()),
-            Ok(pods) => {
-                info!(pods, "pods that ran before this agent are under policy");
-                return Some(());
+            Ok(Found { adopted, without_route }) => {
+                if adopted > 0 {
+                    info!(pods = adopted, "pods that ran before this agent are under policy");
+                }
+                if without_route.is_empty() {
+                    return Some(());
+                }
+                info!(pods = ?without_route, "no route leads to these pods: whether they run is looked at again");
             }
             Err(error) => warn!(error = format!("{error:#}"), "pods may run without policy, and cannot be put under it; tried again"),
         }
@@ -70,10 +74,17 @@ async fn adopt(parts: AdoptParts) -> Option<()> {
     }
 }
 
-async fn try_adopt(parts: &AdoptParts) -> anyhow::Result<usize> {
+/// What one look brought.
+struct Found {
+    adopted: usize,
+    /// They end, or somebody took their routes away and the healer brings them back.
+    without_route: Vec<PodName>,
+}
+
+async fn try_adopt(parts: &AdoptParts) -> anyhow::Result<Found> {
     let (links, routes) = host().context("look at the host's links and routes")?;
-    let running = running(&people(parts), &parts.veth_prefix, &links, &routes);
-    Ok(parts.netpol.adopt(running).await?)
+    let (running, without_route) = running(&people(parts), &parts.veth_prefix, &links, &routes);
+    Ok(Found { adopted: parts.netpol.adopt(running).await?, without_route })
 }
 
 fn host() -> Result<(Vec<NodeIf>, Vec<Route>), NetlinkError> {
@@ -108,8 +119,9 @@ fn people(parts: &AdoptParts) -> BTreeMap<PodName, Person> {
     people
 }
 
-/// The sandboxes of those whose first host veth is there, with the addresses behind each of their veths.
-fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], routes: &[Route]) -> Vec<ActivateRequest> {
+/// The sandboxes of those whose first host veth is there, with the addresses behind each of their veths; and those to one of whose veths
+/// no route leads.
+fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], routes: &[Route]) -> (Vec<ActivateRequest>, Vec<PodName>) {
     let by_name: BTreeMap<&str, u32> = links.iter().map(|link| (link.name.as_str(), link.index)).collect();
     let mut behind: BTreeMap<u32, Vec<IpAddr>> = BTreeMap::new();
     for route in routes.iter().filter(|route| route.dst.prefix_len() == route.dst.max_prefix_len()) {
@@ -117,7 +129,7 @@ fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], r
     }
     let interface = |name: String| {
         let index = *by_name.get(name.as_str())?;
-        let addresses = behind.get(&index)?;
+        let addresses = behind.get(&index).map(Vec::as_slice).unwrap_or_default();
         Some(ActivateIf {
             host_if_name: name,
             host_if_index: index,
@@ -125,7 +137,7 @@ fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], r
             ipv6: addresses.iter().find_map(|address| if let IpAddr::V6(address) = address { Some(*address) } else { None }),
         })
     };
-    let mut running = Vec::new();
+    let (mut running, mut without_route) = (Vec::new(), Vec::new());
     for (pod, person) in people {
         let attached = (0..).map_while(|number| interface(host_veth_name(prefix, pod, number)));
         let mut endpoints: Vec<ActivateIf> = attached.collect();
@@ -136,6 +148,10 @@ fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], r
             continue;
         }
         endpoints.extend(EgressFamily::ALL.into_iter().filter_map(|family| interface(family.host_if(prefix, pod))));
+        if endpoints.iter().any(|end| end.addresses().next().is_none()) {
+            without_route.push(pod.clone());
+            continue;
+        }
         let addresses: Vec<IpAddr> = endpoints.iter().flat_map(ActivateIf::addresses).collect();
         let is_known = addresses.iter().any(|address| person.addresses.contains(address));
         let uid = if is_known { person.uid.clone() } else { String::new() };
@@ -149,7 +165,7 @@ fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], r
             shares_ingress: false,
         });
     }
-    running
+    (running, without_route)
 }
 
 #[cfg(test)]
@@ -166,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_pod_is_known_by_its_veths_and_the_routes_to_them() {
-        let [a, b, c, gone] = ["a", "b", "c", "gone"].map(|name| PodName::new("x", name));
+        let [a, b, c, gone, ends] = ["a", "b", "c", "gone", "ends"].map(|name| PodName::new("x", name));
         let address = |text: &str| text.parse::<IpAddr>().expect("an address");
         let of_api = |uid: &str, known: &str| Person { uid: uid.to_owned(), addresses: [address(known)].into(), ..Person::default() };
         let mut people: BTreeMap<PodName, Person> = [
@@ -174,6 +190,7 @@ mod tests {
             (b.clone(), of_api("uid-of-the-next-b", "10.0.0.99")),
             (c.clone(), of_api("uid-c", "10.0.0.7")),
             (gone, of_api("uid-gone", "10.0.0.8")),
+            (ends.clone(), of_api("uid-ends", "10.0.0.9")),
         ]
         .into();
         people.get_mut(&a).expect("there").holds.insert(address("10.0.0.5"), ContainerId::new("sandbox-a"));
@@ -185,6 +202,7 @@ mod tests {
             link(12, EgressFamily::V6.host_if("eni", &a)),
             link(20, host_veth_name("eni", &b, 0)),
             link(30, host_veth_name("vlan", &c, 0)),
+            link(40, host_veth_name("eni", &ends, 0)),
         ];
         let routes = [
             route("0.0.0.0/0", 1, 254),
@@ -195,7 +213,8 @@ mod tests {
             route("10.0.0.6/32", 20, 254),
             route("10.0.0.7/32", 30, 101),
         ];
-        let found = running(&people, "eni", &links, &routes);
+        let (found, without_route) = running(&people, "eni", &links, &routes);
+        assert_eq!(without_route, [ends]);
         let told: Vec<_> = found
             .iter()
             .map(|request| {
