@@ -149,6 +149,20 @@ async fn a_clock_that_was_set_back_before_a_boot_makes_no_cool_down_longer() {
     world.stop().await;
 }
 
+/// A node whose eight pods have ended, in the instant in which their addresses are on their way to EC2.
+async fn giving_back(timing: Timing) -> World {
+    let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]) });
+    for n in 0..8 {
+        world.add(&format!("early-{n}"), SECOND * 60).await.expect("served");
+    }
+    world.settle(SECOND * 60).await;
+    for n in 0..8 {
+        world.delete(&format!("early-{n}")).await.expect("released");
+    }
+    addresses_are_given_back(&world).await;
+    world
+}
+
 /// Returns in the instant in which the next addresses are on their way to EC2.
 async fn addresses_are_given_back(world: &World) {
     let asked = || world.cloud.count("UnassignPrivateIpAddresses");
@@ -167,15 +181,7 @@ async fn addresses_are_given_back(world: &World) {
 #[tokio::test(start_paused = true)]
 async fn what_was_on_its_way_to_ec2_serves_nobody_until_ec2_shows_it_again() {
     let timing = Timing { describe_lag: SECOND * 5, imds_lag: SECOND * 20, ..Timing::default() };
-    let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]) });
-    for n in 0..8 {
-        world.add(&format!("early-{n}"), SECOND * 60).await.expect("served");
-    }
-    world.settle(SECOND * 60).await;
-    for n in 0..8 {
-        world.delete(&format!("early-{n}")).await.expect("released");
-    }
-    addresses_are_given_back(&world).await;
+    let mut world = giving_back(timing).await;
     let there = world.per_eni()[0];
     world.restart();
     world.handle.ready().await.expect("ready");
@@ -228,15 +234,7 @@ async fn what_did_not_go_to_ec2_after_all_serves_again() {
 async fn what_another_agent_has_just_given_back_is_not_taken_over() {
     for ec2_answers in [true, false] {
         let timing = Timing { describe_lag: SECOND * 3, imds_lag: SECOND * 25, ..Timing::default() };
-        let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]) });
-        for n in 0..8 {
-            world.add(&format!("early-{n}"), SECOND * 60).await.expect("served");
-        }
-        world.settle(SECOND * 60).await;
-        for n in 0..8 {
-            world.delete(&format!("early-{n}")).await.expect("released");
-        }
-        addresses_are_given_back(&world).await;
+        let mut world = giving_back(timing).await;
         world.kill();
         std::fs::remove_file(world.checkpoint().with_file_name("stanchion-cooling.json")).expect("stanchion's own");
         if !ec2_answers {
