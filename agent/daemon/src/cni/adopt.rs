@@ -54,6 +54,7 @@ pub fn spawn(parts: AdoptParts) -> JoinHandle<()> {
 
 async fn adopt(parts: AdoptParts) -> Option<()> {
     parts.ipam.ready().await.ok()?;
+    // The host is looked at when they can be adopted: a look from before would be old.
     parts.netpol.ready().wait_for(|ready| *ready).await.ok()?;
     let mut pause = PAUSE.0;
     loop {
@@ -95,7 +96,7 @@ fn host() -> Result<(Vec<NodeIf>, Vec<Route>), NetlinkError> {
 /// What is known of a pod that may run here.
 #[derive(Debug, Default)]
 struct Person {
-    /// Empty where the API server does not know the pod, or another one of that name.
+    /// As the API server knows a pod of that name, which may be another one; empty where it knows none.
     uid: String,
     /// By which the API server knows it.
     addresses: BTreeSet<IpAddr>,
