@@ -17,7 +17,7 @@ use stanchion_core::config::{BranchMode, Config, FlowLogs, PolicyMode, RecordLay
 use stanchion_core::conflist::{Chained, PLUGIN};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
-use stanchion_core::logs::settings::LogSettings;
+use stanchion_core::logs::settings::{FLUENT_BIT_STATE, LogSettings};
 use stanchion_core::metrics::catalog::{DocType, Preset};
 use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_core::metrics::scrape::Rules;
@@ -319,6 +319,7 @@ fn start_telemetry(
         log_settings.flush = settings.log_flush;
         log_settings.group_spec.retention_days = settings.log_retention_days;
         log_settings.routes = LogSettings::container_insights_routes();
+        log_settings.fluent_bit_state = FLUENT_BIT_STATE.into();
         if !settings.log_config.is_empty() {
             let path = settings.log_config.as_ref();
             log_settings = ship::with_file(log_settings, path).context("STANCHION_LOG_CONFIG")?;

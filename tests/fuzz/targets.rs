@@ -40,7 +40,7 @@ use stanchion_proto::frame::{self, HEADER, MAX_FRAME, Method};
 pub type Target = fn(&[u8]);
 
 /// The targets by name; each has a directory of that name in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 21] = [
+pub const TARGETS: [(&str, Target); 22] = [
     ("checkpoint", checkpoint),
     ("cni_environment", cni_environment),
     ("cni_frames", cni_frames),
@@ -49,6 +49,7 @@ pub const TARGETS: [(&str, Target); 21] = [
     ("dns", dns_message),
     ("environment", environment),
     ("fluent_bit", fluent_bit),
+    ("fluent_bit_state", fluent_bit_state),
     ("journal", journal),
     ("kernel_text", kernel_text),
     ("kubelet", kubelet_summary),
@@ -365,6 +366,16 @@ pub fn fluent_bit(bytes: &[u8]) {
         let migration = fluentbit::migrate(&sections);
         let yaml = migration.to_yaml();
         assert_eq!(LogFile::parse(&yaml).unwrap_or_else(|error| panic!("{error}:\n{yaml}")), migration.file, "{yaml}");
+    }
+}
+
+/// Fluent Bit's database and its write-ahead log, the database's length before them.
+pub fn fluent_bit_state(bytes: &[u8]) {
+    let Some((len, bytes)) = bytes.split_first_chunk() else { return };
+    let (file, log) = bytes.split_at(bytes.len().min(u32::from_le_bytes(*len) as usize));
+    if let Ok(files) = fluentbit::TailFiles::read(file, log) {
+        // A row is two bytes at least, and pages are not read twice.
+        assert!(files.len() <= bytes.len(), "{}", files.len());
     }
 }
 

@@ -67,6 +67,9 @@ pub struct LogFile {
     /// Where files begin that were there before the agent: `head` or `tail`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub read_from: Option<Begin>,
+    /// Directory of Fluent Bit's databases, where that is not `/var/fluent-bit/state`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fluent_bit_state: Option<String>,
     /// How long a line may wait for company.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flush_seconds: Option<f64>,
@@ -334,6 +337,7 @@ impl LogFile {
                 group_spec: settings.group_spec,
                 flush: settings.flush,
                 routes: settings.routes,
+                fluent_bit_state: settings.fluent_bit_state,
                 ..LogSettings::new(layout)
             },
             _ => settings,
@@ -367,6 +371,12 @@ impl LogFile {
         settings.include.extend(self.include.iter().cloned());
         settings.exclude.extend(self.exclude.iter().cloned());
         set(&mut settings.read_from, self.read_from.map(ReadFrom::from));
+        if let Some(dir) = &self.fluent_bit_state {
+            if !dir.starts_with('/') {
+                return Err(value("fluent-bit-state", dir.clone(), "use an absolute path"));
+            }
+            settings.fluent_bit_state = dir.into();
+        }
         set(
             &mut settings.oversize,
             self.oversize.map(|word| match word {
@@ -527,6 +537,7 @@ tags: {team: a}
 include: ["*_shop_*"]
 exclude: ["noisy-*"]
 read-from: tail
+fluent-bit-state: /var/log
 flush-seconds: 2.5
 multiline: [java]
 multiline-rules: [{name: mine, start: '^\d', continue: '^\s'}]
@@ -551,6 +562,7 @@ held-mib: 5
         assert_eq!((settings.group_spec.retention_days, settings.group_spec.class.as_str()), (Some(7), "INFREQUENT_ACCESS"));
         assert_eq!(settings.group_spec.tags["team"], "a");
         assert_eq!((settings.include.len(), settings.exclude.len(), settings.read_from), (1, 1, ReadFrom::Tail));
+        assert_eq!(settings.fluent_bit_state, std::path::Path::new("/var/log"));
         assert_eq!((settings.flush, settings.bounds.group_ms), (Duration::from_millis(2500), 1000));
         assert_eq!((settings.rules.len(), settings.redactions.len(), settings.quotas.len()), (2, 2, 1));
         assert_eq!(settings.redactions[0].replacement, "[REDACTED]");
@@ -559,7 +571,9 @@ held-mib: 5
             (settings.routes.len(), settings.host_files.len(), settings.oversize, settings.held_bytes),
             (1, 1, Oversize::Truncate, 5 << 20)
         );
-        let compact = applied("record: compact").unwrap();
+        let fluent_bit = LogSettings { fluent_bit_state: "/state".into(), ..LogSettings::new(Layout::FluentBit) };
+        let compact = LogFile::parse("record: compact").unwrap().apply(fluent_bit).unwrap();
+        assert_eq!(compact.fluent_bit_state, std::path::Path::new("/state"), "of no layout");
         assert_eq!(
             (compact.record.layout, String::from(compact.stream)),
             (Layout::Compact, super::super::route::COMPACT_STREAM.to_owned())
@@ -580,6 +594,7 @@ held-mib: 5
             ("quotas: [{namespace: a, bytes-per-second: 0}]", "quotas"),
             ("host-files: [{path: /var/*/x}]", "host-files"),
             ("host-files: [{path: var/x}]", "host-files"),
+            ("fluent-bit-state: state", "fluent-bit-state"),
             ("parsers: [{name: p, format: regex}]", "parsers, p"),
             ("parsers: [{name: p, format: json, types: {a: date}}]", "date"),
             ("routes: [{files: [a], group: '{', stream: s}]", "routes"),

@@ -1,5 +1,6 @@
 //! Every setting of log shipping, with its default.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ pub struct AgeWindow {
     /// Newer events get the present time. Two hours for CloudWatch Logs.
     pub future: Duration,
 }
+
+/// Where Container Insights' Fluent Bit keeps its databases.
+pub const FLUENT_BIT_STATE: &str = "/var/fluent-bit/state";
 
 /// What PutLogEvents takes: <https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutLogEvents.html>.
 pub const CLOUDWATCH_WINDOW: AgeWindow = AgeWindow { past: Duration::from_hours(14 * 24), future: Duration::from_hours(2) };
@@ -117,6 +121,8 @@ pub struct LogSettings {
     pub exclude: Vec<String>,
     /// Start of old files.
     pub read_from: ReadFrom,
+    /// Directory of Fluent Bit's databases: a fresh agent goes on where they say that it ended. One that is not there has none.
+    pub fluent_bit_state: PathBuf,
     /// A batch is sent at the latest this long after its first event.
     pub flush: Duration,
     /// Times that are sent; `None` for a sink that is no service, to which nothing is too old and no batch too wide.
@@ -170,6 +176,7 @@ impl LogSettings {
             include: Vec::new(),
             exclude: Vec::new(),
             read_from: ReadFrom::Head,
+            fluent_bit_state: PathBuf::new(),
             flush: Duration::from_secs(1),
             age: Some(CLOUDWATCH_WINDOW),
             emf: false,

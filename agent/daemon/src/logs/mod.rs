@@ -10,6 +10,7 @@ mod counters;
 mod discover;
 mod events;
 mod follow;
+mod inherit;
 #[cfg(test)]
 mod quiet_tests;
 mod run;
@@ -33,6 +34,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub use counters::{FileStatus, LogCounters, LogsSnapshot};
+pub use inherit::Inherited;
 pub use sinks::JsonLines;
 pub use streams::{Sealed, StreamId};
 pub use tail::{Drain, Now, Restored, Tailer, TailerParts, Turn};
@@ -90,11 +92,12 @@ pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
     let positions = parts.state_dir.join(POSITIONS_FILE);
     let restored = store::load(&positions, &parts.node);
     let shipper = ship::Shipper::new(parts.sink, &parts.settings);
+    let (fluent_bit, ended) = (parts.settings.fluent_bit_state.clone(), parts.shutdown.clone());
     let tailer_parts = TailerParts { settings: parts.settings, log_dir: parts.log_dir, node: parts.node, cluster_name: parts.cluster_name };
     let (counters, counters_receiver) = watch::channel(LogCounters::default());
     // A few people and one scraper ask at a time.
     let (questions, questions_receiver) = mpsc::channel(8);
-    let runner = run::Runner {
+    let runner = move |restored| run::Runner {
         tailer: Tailer::new(tailer_parts, restored),
         shipper,
         cluster: parts.cluster,
@@ -105,7 +108,18 @@ pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
         grace: parts.grace,
         clock: run::Clock::new(parts.wall),
     };
-    (LogsHandle { counters: counters_receiver, questions }, tokio::spawn(runner.run()))
+    let task = async move {
+        let restored = match restored {
+            // Whoever ends before it is known where to begin has nothing to say.
+            Restored::Fresh => match ended.run_until_cancelled(Inherited::of(&fluent_bit, parts.wall)).await {
+                Some(inherited) => inherited.map_or(Restored::Fresh, Restored::Inherited),
+                None => return,
+            },
+            restored => restored,
+        };
+        runner(restored).run().await;
+    };
+    (LogsHandle { counters: counters_receiver, questions }, tokio::spawn(task))
 }
 
 /// What a single pass did.

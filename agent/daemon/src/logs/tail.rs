@@ -22,6 +22,7 @@ use stanchion_core::logs::settings::{LogSettings, ReadFrom};
 
 use super::container::{Container, Context};
 use super::counters::LogCounters;
+use super::inherit::Inherited;
 use super::source::Decoders;
 use super::streams::{FileId, Sealed, StreamId, Streams};
 use super::watches::Watches;
@@ -97,6 +98,8 @@ pub enum Restored {
     Unusable,
     /// The agent never ran here: [`ReadFrom`] decides.
     Fresh,
+    /// The agent never ran here, but Fluent Bit did. [`ReadFrom`] decides of files that it did not read.
+    Inherited(Inherited),
 }
 
 /// Follows files.
@@ -111,6 +114,8 @@ pub struct Tailer {
     streams: Streams,
     counters: LogCounters,
     restored: HashMap<PathBuf, Vec<Position>>,
+    /// Until a sweep has opened all that there was.
+    inherited: Option<Inherited>,
     /// How files without position are begun: [`ReadFrom::Tail`] only in the first scan of a fresh agent.
     begin: ReadFrom,
     /// The agent never ran here, and nothing was looked at yet.
@@ -139,9 +144,14 @@ impl Tailer {
     /// A tailer that has not looked at anything yet.
     pub fn new(parts: TailerParts, restored: Restored) -> Self {
         let mut by_path: HashMap<PathBuf, Vec<Position>> = HashMap::new();
-        let fresh = matches!(restored, Restored::Fresh);
+        let fresh = matches!(restored, Restored::Fresh | Restored::Inherited(_));
+        let mut inherited = None;
         let begin = match restored {
             Restored::Fresh => parts.settings.read_from,
+            Restored::Inherited(found) => {
+                inherited = Some(found);
+                parts.settings.read_from
+            }
             Restored::Unusable => ReadFrom::Head,
             Restored::Positions(positions) => {
                 for position in positions.files {
@@ -164,6 +174,7 @@ impl Tailer {
             streams,
             counters: LogCounters::default(),
             restored: by_path,
+            inherited,
             begin,
             fresh,
             block: vec![0; BLOCK],

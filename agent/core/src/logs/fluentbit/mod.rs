@@ -1,6 +1,8 @@
 //! From a Fluent Bit configuration to ours: what has a counterpart, what is not needed here, and what is missing.
 
 mod read;
+mod sqlite;
+mod state;
 mod templates;
 
 use std::collections::BTreeMap;
@@ -9,10 +11,13 @@ use regex_lite::Regex;
 use serde_json::Value;
 
 pub use read::{Find, ReadError, Section, sections};
+pub use sqlite::SqliteError;
+pub use state::{TailFiles, chunk_may_be_of};
 
 use super::config::{Begin, GroupClass, HostEntry, JournalEntry, LogFile, ParserEntry, RouteEntry, RuleEntry};
 use super::names::glob;
 use super::record::{Layout, Merge};
+use super::settings::FLUENT_BIT_STATE;
 use templates::Names;
 
 /// What became of the configuration.
@@ -369,6 +374,13 @@ fn input(migration: &mut Migration, section: &Section, others: &[&str], outputs:
                 if value.starts_with("${") {
                     migration.miss(format!("[INPUT] tail read_from_head {value}"), "a variable: head is taken, set read-from otherwise");
                 }
+            }
+            "db" => {
+                let dir = value.rsplit_once('/').map_or("", |(dir, _)| dir);
+                if dir.starts_with('/') && dir != FLUENT_BIT_STATE {
+                    migration.file.fluent_bit_state = Some(dir.to_owned());
+                }
+                migration.needless.push(("[INPUT] tail db".to_owned(), "files are read from where it says that Fluent Bit ended"));
             }
             "parser" | "docker_mode" if matches!(value.as_str(), "docker" | "cri" | "containerd" | "On" | "on") => {}
             "parser" | "exclude_path" | "multiline" | "parser_firstline" | "path_key" | "offset_key" | "tag_regex" | "ignore_older" => {

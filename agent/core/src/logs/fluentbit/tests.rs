@@ -244,3 +244,15 @@ fn a_flush_that_is_no_time_is_named_and_never_written() {
         assert_eq!(migration.missing.iter().any(|(what, _)| what.contains("flush")), expected.is_none(), "{text}");
     }
 }
+
+#[test]
+fn databases_elsewhere_are_named() {
+    let input = |db: &str| {
+        let tail = format!("[INPUT]\n    Name tail\n    Tag kube.*\n    Path /var/log/containers/*.log\n    DB {db}\n");
+        let output = "[OUTPUT]\n    Name cloudwatch_logs\n    Match kube.*\n    log_group_name g\n    log_stream_prefix s-\n";
+        migrated(&format!("{tail}{output}")).file.fluent_bit_state
+    };
+    assert_eq!(input("/var/log/flb_kube.db").as_deref(), Some("/var/log"));
+    assert_eq!(input("/var/fluent-bit/state/flb_container.db"), None, "as it is without");
+    assert_eq!(input("flb.db"), None, "nobody knows where that is");
+}

@@ -25,6 +25,7 @@ impl Tailer {
         let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name, &mut unread)?;
         let mut unopened = HashSet::new();
         let mut siblings = Siblings::default();
+        let errors = self.counters.file_errors;
         for found in found {
             unopened.insert(found.live.clone());
             match self.by_path.get(&found.live) {
@@ -40,6 +41,9 @@ impl Tailer {
         // What follows appears while we are here: it is read from its first byte.
         self.begin = ReadFrom::Head;
         self.fresh = false;
+        if unread.is_empty() && self.counters.file_errors == errors {
+            self.inherited = None;
+        }
         // What is in a directory that cannot be listed may be there.
         self.restored.retain(|path, _| !unread.is_empty() || unopened.contains(path));
         self.tell_unread(unread);
@@ -88,8 +92,14 @@ impl Tailer {
             unopened: Vec::new(),
         };
         let positions = self.restored.remove(&container.live).unwrap_or_default();
+        let inherited = match &self.inherited {
+            Some(inherited) if positions.is_empty() => inherited.positions(&container.live, &container.file_name, siblings),
+            _ => Ok(positions.clone()),
+        };
         let mut unread = Unread::default();
-        match open_generations(&mut container, &positions, self.begin, siblings, now.mono, &mut unread) {
+        let opened =
+            inherited.and_then(|positions| open_generations(&mut container, &positions, self.begin, siblings, now.mono, &mut unread));
+        match opened {
             Ok(()) => {
                 self.counters.file_errors += container.pass_over(unread);
                 self.next_container += 1;
