@@ -60,6 +60,11 @@ impl ContainerLog {
         self.file.write_all(&bytes)
     }
 
+    /// Its name under `containers/`.
+    pub fn link(&self) -> &Path {
+        &self.link
+    }
+
     /// Rotates as the kubelet does: the file is renamed, the next line goes to a new one.
     pub fn rotate(&mut self) -> io::Result<()> {
         self.rotations += 1;

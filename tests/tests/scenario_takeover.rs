@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::ensure;
+use rusqlite::Connection;
 use serde_json::{Value, json};
 use stanchion_core::conflist::{FILE_NAME, Owner, owner};
 use stanchion_core::ids::PodName;
@@ -154,8 +156,23 @@ fn assert_adoptable(cluster: &Cluster, node: &Node) {
     assert!(has_rule(1024, "fwmark", "0x80"));
 }
 
+/// Fluent Bit's database as it leaves it at its end: it read this file of the pod's so far.
+fn write_fluent_bit_state(dir: &Path, log: &Path) {
+    let database = Connection::open(dir.join("flb_container.db")).expect("made");
+    let table = "CREATE TABLE in_tail_files (id INTEGER PRIMARY KEY, name TEXT NOT NULL, offset INTEGER, inode INTEGER, created INTEGER, rotated INTEGER DEFAULT 0)";
+    database.execute(table, []).expect("made");
+    let metadata = std::fs::metadata(log).expect("a log");
+    let values = (log.to_str().expect("text"), metadata.len().cast_signed(), metadata.ino().cast_signed());
+    database.execute("INSERT INTO in_tail_files (name, offset, inode, created) VALUES (?, ?, ?, 1795168800)", values).expect("a row");
+    database.close().expect("closed");
+}
+
 async fn there_and_back(backend: Backend) {
-    let settings = [("WARM_IP_TARGET", "1"), ("STANCHION_LOG_FLUSH_SECONDS", "0.2")];
+    let fluent_bit = tempfile::tempdir().expect("a directory");
+    let log_config = fluent_bit.path().join("logs.yaml");
+    std::fs::write(&log_config, format!("fluent-bit-state: {}\n", fluent_bit.path().display())).expect("written");
+    let log_config = log_config.display().to_string();
+    let settings = [("WARM_IP_TARGET", "1"), ("STANCHION_LOG_FLUSH_SECONDS", "0.2"), ("STANCHION_LOG_CONFIG", &log_config)];
     let mut cluster = Cluster::start(&["t3.small"], &settings).await.expect("the cluster starts");
     // A t3.small's ENI holds three pods: the fourth and fifth are on a second one.
     for pod in 0..5 {
@@ -168,6 +185,11 @@ async fn there_and_back(backend: Backend) {
     write_upstream_files(&node);
     assert_ne!(upstream_rules(&node), "");
     assert_adoptable(&cluster, &node);
+    let [sent, unread] = ["sent by Fluent Bit", "written after its end"];
+    let log = &mut cluster.pod_mut("x/a-0").log;
+    log.line(Output::Stdout, sent).expect("written");
+    write_fluent_bit_state(fluent_bit.path(), log.link());
+    log.line(Output::Stdout, unread).expect("written");
 
     let addresses =
         |cluster: &Cluster| -> BTreeMap<String, IpAddr> { cluster.pods().map(|(_, pod)| (pod.name(), pod.address())).collect() };
@@ -220,9 +242,9 @@ async fn there_and_back(backend: Backend) {
 
     let line = "a line of a new pod".to_owned();
     cluster.pod_mut("x/new").log.line(Output::Stdout, &line).expect("written");
-    wait_for("the new pod's line", SOON, || async { Delivered::read(cluster.vpc().cloud()).exactly_once([line.clone()]) })
-        .await
-        .expect("it arrives");
+    let delivered = || Delivered::read(cluster.vpc().cloud());
+    wait_for("the lines", SOON, || async { delivered().exactly_once([line.clone(), unread.to_owned()]) }).await.expect("they arrive");
+    assert!(delivered().find(sent).is_none(), "sent once more");
 
     // And back: our agent stops, aws-node writes its file and rules, ours are removed by hand as MIGRATION.md says.
     cluster.delete_pod("x/a-1").await.expect("the rest of it");
