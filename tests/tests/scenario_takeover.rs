@@ -246,24 +246,25 @@ async fn there_and_back(backend: Backend) {
     wait_for("the lines", SOON, || async { delivered().exactly_once([line.clone(), unread.to_owned()]) }).await.expect("they arrive");
     assert!(delivered().find(sent).is_none(), "sent once more");
 
-    // And back: our agent stops, aws-node writes its file and rules, ours are removed by hand as MIGRATION.md says.
+    // And back: our agent stops, aws-node writes its file and rules, ours go by the command that MIGRATION.md says.
     cluster.delete_pod("x/a-1").await.expect("the rest of it");
     let too_early = node.cli(&["install", "--remove", "--bin-dir", &bin_dir, "--conf-dir", &conf_dir]).expect_err("an agent serves");
     assert!(too_early.to_string().contains("end it first"), "{too_early}");
     let status = cluster.agent(0).expect("started").stop(SOON).await.expect("it stops");
     assert!(status.success(), "{status}");
     assert_adoptable(&cluster, &node);
+    let pins = node.bpf_dir().display().to_string();
+    let remove = || node.cli(&["install", "--remove", "--bin-dir", &bin_dir, "--conf-dir", &conf_dir, "--bpf-dir", &pins]);
     write_upstream_rules(&node, backend);
     write_upstream_files(&node);
     write_upstream_programs(&node, &["a-0"]);
-    let pins = node.bpf_dir().display().to_string();
     assert!(filters(&node, "a-2").contains("pod_ingress"));
-    let removed = node.cli(&["install", "--remove", "--bin-dir", &bin_dir, "--conf-dir", &conf_dir, "--bpf-dir", &pins]);
-    assert!(removed.expect("every step holds").contains("taken from 5 interfaces"));
+    let removed = remove().expect("every step holds");
+    assert!(removed.contains("taken from 5 interfaces") && removed.contains("our table was removed"), "{removed}");
     assert!(filters(&node, "a-0").contains("handle_ingress") && !filters(&node, "a-0").contains("pod_"), "{}", filters(&node, "a-0"));
     assert_eq!((filters(&node, "a-2"), node.bpf_dir().exists()), (String::new(), false));
     assert_eq!((plugins(&node), conflist_owner(&node)), (vec!["aws-cni".to_owned()], Owner::AwsNode));
-    sh(node.netns(), "nft delete table ip stanchion");
+    assert!(!sh(node.netns(), "nft list tables").contains("stanchion"));
     cluster.settles(Protocol::Tcp, 80, |_, _| true).await.expect("all pairs talk");
     for talk in talks.into_iter().chain([within]) {
         let talk = talk.stop();

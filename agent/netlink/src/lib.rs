@@ -17,7 +17,7 @@ mod message;
 pub mod monitor;
 pub mod netfilter;
 pub mod netns;
-mod nft;
+pub mod nft;
 pub mod observe;
 pub mod process;
 mod socket;

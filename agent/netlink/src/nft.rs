@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use stanchion_core::network::nft::TABLE;
+use stanchion_core::network::nft::{TABLE, document, removal};
 use stanchion_core::network::ops::NftObserved;
 use stanchion_core::network::takeover;
 
@@ -61,6 +61,20 @@ pub(crate) fn observe(family: Family) -> Result<Option<NftObserved>, String> {
         }
     }
     Err(format!("nf_tables: the rules changed during each of {DUMP_TRIES} dumps"))
+}
+
+/// The way back: takes source NAT and marks of this network namespace away. What stays, if the table was there: the rules of the pods'
+/// second address family.
+///
+/// # Errors
+/// The kernel or `nft` refuses.
+pub fn remove_from_host() -> Result<Option<bool>, String> {
+    let Some(observed) = observe(Family::Ip)? else { return Ok(None) };
+    let (commands, stays) = removal(&observed);
+    if !commands.is_empty() {
+        apply(&document(&commands))?;
+    }
+    Ok(Some(stays))
 }
 
 /// A rule's chain and its comment, which is empty for a rule without.

@@ -6,9 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use stanchion_core::config::Config;
-use stanchion_core::conflist::PLUGIN;
+use stanchion_core::conflist::{FILE_NAME, Owner, PLUGIN, owner};
 use stanchion_daemon::install::steps::{self, Mark, Places, Step};
 use stanchion_daemon::netpol;
+use stanchion_netlink::nft;
 
 use super::client::Connection;
 
@@ -27,8 +28,8 @@ pub(crate) struct InstallArgs {
     /// Our plugin; default: beside this program
     #[arg(long)]
     plugin: Option<PathBuf>,
-    /// The way back, once the agent has ended: take away the configuration, if it is ours, the plugin, and the programs that enforce
-    /// network policy; pods keep their network
+    /// The way back, once the agent has ended: take away the configuration, if it is ours, the plugin, the programs that enforce network
+    /// policy and, once aws-node has written its configuration, source NAT; pods keep their network
     #[arg(long)]
     remove: bool,
     /// Where the programs' maps are pinned
@@ -62,7 +63,7 @@ pub(crate) fn run(args: &InstallArgs, connection: &Connection) -> Result<ExitCod
         disable_early_demux: config.network.disable_tcp_early_demux,
         ipv6: config.pool.ipv6,
     };
-    let steps = if args.remove { remove(&places, &args.bpf_dir) } else { steps::install(&places) };
+    let steps = if args.remove { remove(&places, args) } else { steps::install(&places) };
     if connection.output == "json" {
         println!("{}", serde_json::to_string_pretty(&steps)?);
     } else {
@@ -72,13 +73,13 @@ pub(crate) fn run(args: &InstallArgs, connection: &Connection) -> Result<ExitCod
 }
 
 /// Nothing while an agent serves the node: it would put all of it back.
-fn remove(places: &Places, pins: &Path) -> Vec<Step> {
+fn remove(places: &Places, args: &InstallArgs) -> Vec<Step> {
     if UnixStream::connect(&places.socket).is_ok() {
         let text = format!("one answers at {}: end it first; nothing was removed", places.socket.display());
         return vec![Step { what: "agent".to_owned(), mark: Mark::Failed, text }];
     }
     let mut steps = steps::remove(places);
-    let (mark, text) = match netpol::remove_from_host(pins) {
+    let (mark, text) = match netpol::remove_from_host(&args.bpf_dir) {
         Ok(0) => (Mark::Present, "no pod's interface has our programs".to_owned()),
         Ok(interfaces) => {
             (Mark::Done, format!("our programs were taken from {interfaces} interfaces of pods; who comes after us enforces"))
@@ -86,7 +87,27 @@ fn remove(places: &Places, pins: &Path) -> Vec<Step> {
         Err(error) => (Mark::Failed, format!("{:#}", anyhow::Error::new(error))),
     };
     steps.push(Step { what: "network policy".to_owned(), mark, text });
+    steps.push(source_nat(&args.conf_dir));
     steps
+}
+
+/// Pods need it until another agent's is there: aws-node writes its configuration when it is ready.
+fn source_nat(conf_dir: &Path) -> Step {
+    let conflist = std::fs::read_to_string(conf_dir.join(FILE_NAME)).unwrap_or_default();
+    let (mark, text) = if owner(&conflist) == Owner::AwsNode {
+        match nft::remove_from_host() {
+            Ok(None) => (Mark::Present, "there is no table of ours".to_owned()),
+            Ok(Some(false)) => (Mark::Done, "our table was removed; aws-node's rules translate".to_owned()),
+            Ok(Some(true)) => {
+                (Mark::Done, "our rules were removed, but those for the second address family of pods that we connected".to_owned())
+            }
+            Err(error) => (Mark::Failed, error),
+        }
+    } else {
+        let remedy = "our table stays, as pods need it: run this again when aws-node has written its configuration, or nft delete table ip stanchion";
+        (Mark::Warning, remedy.to_owned())
+    };
+    Step { what: "source NAT".to_owned(), mark, text }
 }
 
 /// A file in the directory of this program.
@@ -112,6 +133,19 @@ fn render(steps: &[Step]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn source_nat_stays_until_aws_node_has_written_its_configuration() {
+        let conf_dir = tempfile::tempdir().expect("a directory");
+        for text in [None, Some(""), Some(r#"{"plugins": [{"type": "stanchion-cni"}]}"#), Some(r#"{"plugins": [{"type": "cilium-cni"}]}"#)]
+        {
+            if let Some(text) = text {
+                std::fs::write(conf_dir.path().join(FILE_NAME), text).expect("written");
+            }
+            let step = source_nat(conf_dir.path());
+            assert_eq!(step.mark, Mark::Warning, "{text:?}: {step:?}");
+        }
+    }
 
     #[test]
     fn a_report_is_a_line_a_step() {

@@ -26,6 +26,8 @@ use super::ops::NftObserved;
 
 /// Our table's name, in the families `ip` and `ip6`.
 pub const TABLE: &str = "stanchion";
+/// Chains of the pods' second address family.
+const EGRESS_CHAINS: [&str; 2] = ["egress-nat", "egress-guard"];
 
 /// The wanted table: chains with their rules, as `nft -j` spells them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,6 +156,21 @@ pub fn document(commands: &[Value]) -> String {
     json!({"nftables": commands}).to_string()
 }
 
+/// The commands by which what the kernel has of `ip`'s table goes, for an agent with source NAT and marks of its own; the chains of the second
+/// address family stay, as aws-node makes such rules only for pods that it connects. True with them if something stays.
+pub fn removal(observed: &NftObserved) -> (Vec<Value>, bool) {
+    let family = "ip";
+    let (stay, go): (Vec<&String>, Vec<&String>) = observed.chains.keys().partition(|chain| EGRESS_CHAINS.contains(&chain.as_str()));
+    if stay.is_empty() {
+        return (vec![json!({"delete": {"table": {"family": family, "name": TABLE}}})], false);
+    }
+    let commands = go.into_iter().flat_map(|chain| {
+        let chain = json!({"chain": {"family": family, "table": TABLE, "name": chain}});
+        [json!({"flush": chain}), json!({"delete": chain})]
+    });
+    (commands.collect(), true)
+}
+
 /// aws-node's chain a pod, once for all pods, and its guard.
 fn egress_chains(egress: &Egress) -> Vec<Chain> {
     let (protocol, multicast, reject) =
@@ -172,8 +189,8 @@ fn egress_chains(egress: &Egress) -> Vec<Chain> {
     let refuse = json!({"reject": {"type": reject, "expr": "port-unreachable"}});
     let guard = vec![json!([address("daddr", "==", range()), is_new, refuse])];
     vec![
-        Chain { name: "egress-nat", kind: "nat", hook: "postrouting", priority: 105, rules: nat },
-        Chain { name: "egress-guard", kind: "filter", hook: "forward", priority: 0, rules: guard },
+        Chain { name: EGRESS_CHAINS[0], kind: "nat", hook: "postrouting", priority: 105, rules: nat },
+        Chain { name: EGRESS_CHAINS[1], kind: "filter", hook: "forward", priority: 0, rules: guard },
     ]
 }
 
@@ -235,6 +252,23 @@ mod tests {
 
     fn listing_of(ruleset: &Ruleset) -> NftObserved {
         NftObserved { chains: ruleset.comments() }
+    }
+
+    #[test]
+    fn what_goes_for_another_agent_leaves_the_second_family_alone() {
+        let table = |name: &str| json!({"delete": {"table": {"family": "ip", "name": name}}});
+        assert_eq!(removal(&listing_of(&Ruleset::of(&plan(), Some("eth0")))), (vec![table(TABLE)], false));
+        let egress = Egress { to: "10.0.0.5".parse().unwrap(), range: "169.254.172.0/22".parse().unwrap(), randomize: Randomize::Fully };
+        let observed = listing_of(&Ruleset::of(&HostPlan { egress: Some(egress), ..plan() }, Some("eth0")));
+        let (commands, stays) = removal(&observed);
+        assert!(stays);
+        let of = |verb: &str| -> Vec<String> {
+            let names = commands.iter().filter_map(|command| command[verb]["chain"]["name"].as_str());
+            names.map(str::to_owned).collect()
+        };
+        let went: Vec<_> = observed.chains.keys().filter(|chain| !chain.starts_with("egress")).cloned().collect();
+        assert!(went.len() >= 2);
+        assert_eq!((of("flush"), of("delete")), (went.clone(), went));
     }
 
     #[test]
