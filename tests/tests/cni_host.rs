@@ -12,9 +12,9 @@ use cni_support::vpc::{INTERNET, PATIENCE, Vpc, connect, echo, line, seen_as, se
 use cni_support::{OwnedNetns, ip, run};
 use serde_json::Value;
 use stanchion_core::ids::Mac;
-use stanchion_core::network::{Egress, HostNetwork as _, HostPlan, HostReport, NetOp, Randomize};
+use stanchion_core::network::{Egress, HostNetwork as _, HostPlan, HostReport, NetOp, Randomize, Snat};
 use stanchion_lab::netns::Netns;
-use stanchion_netlink::HostNet;
+use stanchion_netlink::{HostNet, nft};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_of_every_eni_reach_the_vpc_as_themselves_and_the_internet_as_the_node() {
@@ -335,10 +335,22 @@ async fn egress_of_the_second_family_leaves_with_the_nodes_address_and_lets_noth
     run(&vpc.router.0, "ip route add 169.254.172.0/22 via 10.0.0.5");
     let refused = try_connect_from(&vpc.router.0, "10.0.0.1", "169.254.172.2:8080", Duration::from_secs(1));
     assert!(refused.is_none(), "nobody may open a connection to an egress address");
+    // Another agent takes the node over: it has rules of its own, but none for this pod.
+    vpc.plan.ipv6 = false;
+    vpc.plan.snat = Some(Snat { to: "10.0.0.5".parse().unwrap(), bypass: Vec::new(), randomize: Randomize::Fully });
+    vpc.heal().await;
+    assert!(ruleset(&vpc.node.0).contains("source-nat"));
+    assert_eq!(vpc.node.0.run(nft::remove_from_host).unwrap(), Ok(Some(true)));
+    let left = ruleset(&vpc.node.0);
+    assert!(left.contains("egress-nat") && !left.contains("source-nat") && !left.contains("mark-"), "{left}");
+    assert_eq!(seen_as(vpc.pod(2), &vpc.router.0, &format!("{INTERNET}:8080")), "10.0.0.5");
     // Off again: nothing of it stays.
     vpc.plan.egress = None;
     vpc.heal().await;
-    assert!(!ruleset(&vpc.node.0).contains("egress"), "{}", ruleset(&vpc.node.0));
+    assert!(!ruleset(&vpc.node.0).contains("egress-"), "{}", ruleset(&vpc.node.0));
+    assert_eq!(vpc.node.0.run(nft::remove_from_host).unwrap(), Ok(Some(false)));
+    assert!(!ruleset(&vpc.node.0).contains("table ip stanchion"));
+    assert_eq!(vpc.node.0.run(nft::remove_from_host).unwrap(), Ok(None), "there is none");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
