@@ -14,7 +14,7 @@ use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::branch::VethNames;
 use stanchion_core::cloud::{Imds as _, InstanceIdentity};
 use stanchion_core::config::{BranchMode, Config, FlowLogs, PolicyMode, RecordLayout, TelemetryConfig};
-use stanchion_core::conflist::{Chained, PLUGIN};
+use stanchion_core::conflist::{Chained, FILE_NAME, Owner, PLUGIN};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::route::Template;
 use stanchion_core::logs::settings::{FLUENT_BIT_STATE, LogSettings};
@@ -170,11 +170,13 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
 
     let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();
     let failed = Arc::new(AtomicBool::new(false));
-    let succeeds = match has(Role::Network) {
+    let served = match has(Role::Network) {
         true => shutdown.run_until_cancelled(Predecessor::beside(checkpoint_directory(&args, &config)).ended()).await,
         false => Some(false),
     };
-    let Some(succeeds) = succeeds else { return Ok(()) };
+    let Some(served) = served else { return Ok(()) };
+    // It may have ended while our image came, and our own files may be here from an earlier time.
+    let succeeds = served || conflist::present(&conflist_directory(&args, &config).join(FILE_NAME)) == Some(Owner::AwsNode);
     // Before the parts that write to the node's files and call EC2: of two agents only one gets it.
     let listener = socket::bind(&args.socket)?;
     let start = Start { args: &args, config: &config, node_name: &node_name, cluster: &cluster, shutdown: &shutdown, failed: &failed };
@@ -590,6 +592,17 @@ fn hostname(proc_root: &Path) -> Result<String> {
     Ok(host)
 }
 
+fn conflist_directory(args: &AgentArgs, config: &Config) -> PathBuf {
+    host_directory(config, args.cni_conf_dir.as_ref(), "HOST_CNI_CONFDIR_PATH", &config.operations.cni_conf_dir, "/etc/cni/net.d")
+}
+
+/// aws-node's defaults are the mounts of its container; on the host itself the paths are the runtime's own.
+fn host_directory(config: &Config, flag: Option<&PathBuf>, name: &str, setting: &str, host: &str) -> PathBuf {
+    let set = config.settings.iter().any(|s| s.name == name && s.origin == stanchion_core::config::Origin::Environment);
+    let mounted = set || Path::new(setting).is_dir();
+    flag.cloned().unwrap_or_else(|| PathBuf::from(if mounted { setting } else { host }))
+}
+
 fn conflist_parts(
     args: &AgentArgs,
     config: &Config,
@@ -599,17 +612,11 @@ fn conflist_parts(
     shutdown: &CancellationToken,
 ) -> ConflistParts {
     let operations = &config.operations;
-    // aws-node's defaults are the mounts of its container; on the host itself the paths are the runtime's own.
-    let place = |flag: &Option<PathBuf>, name: &str, setting: &str, host: &str| {
-        let set = config.settings.iter().any(|s| s.name == name && s.origin == stanchion_core::config::Origin::Environment);
-        let mounted = set || Path::new(setting).is_dir();
-        flag.clone().unwrap_or_else(|| PathBuf::from(if mounted { setting } else { host }))
-    };
     let plugin = crate::cli::install::beside_this_program(PLUGIN).ok().filter(|path| path.is_file());
     let wanted = [(config.network.bandwidth_plugin, Chained::Bandwidth), (config.network.disable_pod_v6, Chained::NoIpv6)];
     ConflistParts {
-        directory: place(&args.cni_conf_dir, "HOST_CNI_CONFDIR_PATH", &operations.cni_conf_dir, "/etc/cni/net.d"),
-        bin_dir: place(&args.cni_bin_dir, "HOST_CNI_BIN_PATH", &operations.cni_bin_dir, "/opt/cni/bin"),
+        directory: conflist_directory(args, config),
+        bin_dir: host_directory(config, args.cni_bin_dir.as_ref(), "HOST_CNI_BIN_PATH", &operations.cni_bin_dir, "/opt/cni/bin"),
         plugin,
         socket: args.socket.clone(),
         log: (operations.plugin_log_file.clone(), operations.plugin_log_level.clone()),

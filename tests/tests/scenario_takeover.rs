@@ -325,6 +325,37 @@ async fn while_aws_node_still_serves_nothing_is_taken_over() {
     assert!(agent.stop(SOON).await.expect("it stops").success());
 }
 
+/// Given to aws-node and taken back before the machine was started anew: our files are there, and say nothing of what it did.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_comes_back_from_aws_node_is_taken_over_as_the_first_time() {
+    let mut cluster = Cluster::start(&["t3.small"], &[]).await.expect("the cluster starts");
+    cluster.add_pod(0, PodSpec::new("x", "a")).await.expect("a pod");
+    let node = cluster.node(0).clone();
+    assert!(cluster.agent(0).expect("started").stop(SOON).await.expect("it stops").success());
+    assert!(node.checkpoint().with_file_name("stanchion-cooling.json").exists());
+    node.cli(&["install", "--no-conflist", "--bin-dir", &node.cni_bin_dir().display().to_string()]).expect("every step holds");
+    std::fs::create_dir_all(node.cni_conf_dir()).expect("made");
+    let waits = || {
+        let output = std::fs::read_to_string(node.agent_output()).expect("what the agents said");
+        output.matches("waiting until EC2 shows what the agent before gave back").count()
+    };
+    for (back, waited) in [(false, 0), (true, 1), (false, 1)] {
+        if back {
+            write_upstream_files(&node);
+        }
+        let mut agent = node.start_agent(&[]).expect("started");
+        node.ready(&mut agent, SOON).await.expect("it is ready");
+        wait_for("the configuration", SOON, || async {
+            ensure!(owner(&std::fs::read_to_string(node.cni_conf_dir().join(FILE_NAME))?) == Owner::Stanchion, "aws-node's");
+            Ok(())
+        })
+        .await
+        .expect("it is ours");
+        assert_eq!(waits(), waited, "back from aws-node: {back}");
+        assert!(agent.stop(SOON).await.expect("it stops").success());
+    }
+}
+
 /// aws-network-policy-agent's filters on a pod's veth, and its pins; its programs let everything pass, as for a pod without policy.
 fn write_upstream_programs(node: &Node, pods: &[&str]) {
     let program = Yardstick::empty().expect("it returns TC_ACT_OK");

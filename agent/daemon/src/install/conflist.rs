@@ -213,6 +213,6 @@ pub(super) fn earlier(path: &std::path::Path) -> Option<String> {
 }
 
 /// Whose configuration is in place; `None`: nobody's.
-pub(super) fn present(path: &std::path::Path) -> Option<Owner> {
+pub fn present(path: &std::path::Path) -> Option<Owner> {
     fs::read_to_string(path).ok().map(|content| owner(&content))
 }

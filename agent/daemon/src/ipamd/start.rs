@@ -63,7 +63,7 @@ pub struct IpamdParts<E, I, H> {
     pub cluster: watch::Receiver<Arc<ClusterState>>,
     /// This node's name.
     pub node_name: String,
-    /// aws-node served this node until just now; where it has ended before, its files tell.
+    /// aws-node served this node before us, by its answer or by its configuration; where neither is there any more, its files tell.
     pub succeeds: bool,
     /// Ends the actor; nothing is removed.
     pub shutdown: CancellationToken,
@@ -382,10 +382,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.observe_due = Instant::now();
             }
         }
+        // Also where nothing cools down: by this file the next start tells that the node was ours.
+        let written = self.files.write_cooling(&self.store, now);
         if fresh {
+            written.unwrap_or_else(|error| self.error("write cool-downs", &error));
             return Ok(());
         }
-        self.files.write_cooling(&self.store, now)?;
+        written?;
         self.files.write_checkpoint(&self.store)?;
         Ok(())
     }
