@@ -1,5 +1,7 @@
 //! Nanoseconds a packet, by `BPF_PROG_TEST_RUN`: CPU time around the call divided by the repetitions, the empty program
-//! subtracted, median of the rounds. The floor is a HASH lookup with a 4-byte key, measured in the same run.
+//! subtracted. The floor is a HASH lookup with a 4-byte key. A shared machine's speed changes by a factor of two within
+//! seconds, so every round runs the empty program, the floor and the program one right after the other: the ratio is the
+//! median of the rounds' ratios, and the figure is that many floors.
 //!
 //! | case | packet |
 //! |---|---|
@@ -64,17 +66,55 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Gross nanoseconds of a program on one frame; `between` runs after each round.
-fn hot(program: impl AsFd, frame: &[u8], Effort { rounds, repeat, .. }: Effort, mut between: impl FnMut()) -> anyhow::Result<(f64, i32)> {
-    let mut figures = Vec::with_capacity(rounds);
-    let mut result = 0;
-    for _ in 0..rounds {
-        let start = cpu();
-        (result, _) = raw::repeat(program.as_fd(), frame, IF_INDEX, repeat)?;
-        figures.push((cpu() - start).as_secs_f64() * 1e9 / f64::from(repeat));
-        between();
+/// Nanoseconds of a packet, and of the floor at the same time; both without the empty program.
+#[derive(Clone, Copy)]
+struct Cost {
+    net: f64,
+    floor: f64,
+}
+
+/// What programs are measured beside.
+struct Yardsticks {
+    empty: Yardstick,
+    hash: Yardstick,
+}
+
+impl Yardsticks {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self { empty: Yardstick::empty()?, hash: Yardstick::hash()? })
     }
-    Ok((median(figures), result))
+
+    /// The cost of a program on one frame, and its last answer; `between` runs after each round.
+    fn beside(&self, program: impl AsFd, frame: &[u8], effort: Effort, mut between: impl FnMut()) -> anyhow::Result<(Cost, i32)> {
+        let (mut floors, mut ratios) = (Vec::with_capacity(effort.rounds), Vec::with_capacity(effort.rounds));
+        let mut result = 0;
+        for _ in 0..effort.rounds {
+            let (empty, _) = gross(&self.empty, &arp(), effort.repeat)?;
+            let (hash, _) = gross(&self.hash, &arp(), effort.repeat)?;
+            let (program, answer) = gross(&program, frame, effort.repeat)?;
+            floors.push(hash - empty);
+            ratios.push((program - empty) / (hash - empty));
+            result = answer;
+            between();
+        }
+        let floor = median(floors);
+        Ok((Cost { net: median(ratios) * floor, floor }, result))
+    }
+
+    /// What the floor and the empty program cost now.
+    fn floor(&self, effort: Effort) -> anyhow::Result<(f64, f64)> {
+        let mut empty = Vec::with_capacity(effort.rounds);
+        let (floor, _) =
+            self.beside(&self.hash, &arp(), effort, || empty.extend(gross(&self.empty, &arp(), effort.repeat).map(|it| it.0)))?;
+        Ok((floor.floor, median(empty)))
+    }
+}
+
+/// Nanoseconds of a run of the program on one frame, the call's part of it included; and its answer.
+fn gross(program: impl AsFd, frame: &[u8], repeat: u32) -> anyhow::Result<(f64, i32)> {
+    let start = cpu();
+    let (result, _) = raw::repeat(program.as_fd(), frame, IF_INDEX, repeat)?;
+    Ok(((cpu() - start).as_secs_f64() * 1e9 / f64::from(repeat), result))
 }
 
 /// Mean nanoseconds by the kernel's own measure of programs run once on each frame.
@@ -188,11 +228,10 @@ fn policies() -> Vec<MapOp> {
 /// The object was not built, the kernel refuses, or a case does not do what its name says.
 pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     let effort =
-        if quick { Effort { rounds: 9, repeat: 50_000, flows: 6_000 } } else { Effort { rounds: 61, repeat: 200_000, flows: 60_000 } };
+        if quick { Effort { rounds: 9, repeat: 50_000, flows: 6_000 } } else { Effort { rounds: 61, repeat: 100_000, flows: 60_000 } };
     let mut rows = Vec::new();
-    let (empty, _) = hot(Yardstick::empty()?, &arp(), effort, || {})?;
-    let (hash, _) = hot(Yardstick::hash()?, &arp(), effort, || {})?;
-    let floor = hash - empty;
+    let yardsticks = Yardsticks::new()?;
+    let (floor, empty) = yardsticks.floor(effort)?;
     rows.push(Row::plain("empty program, gross", empty, "ns"));
     rows.push(Row::plain("yardstick: HASH lookup, 4-byte key", floor, "ns"));
     let start = cpu();
@@ -208,7 +247,7 @@ pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
     for cast in CASTS {
         for way in [direction::INGRESS, direction::EGRESS] {
             let name = |case: &str| format!("{case} {} {}", cast.name, if way == direction::EGRESS { "egress" } else { "ingress" });
-            let mut bench = Bench { rig: &mut rig, cast, way, effort, empty, floor };
+            let mut bench = Bench { rig: &mut rig, cast, way, effort, yardsticks: &yardsticks };
             bench.unpoliced(&name, &mut rows)?;
             bench.established(&name, &mut rows)?;
             bench.denied(&name, &mut rows)?;
@@ -227,29 +266,29 @@ struct Bench<'a> {
     cast: Cast,
     way: u8,
     effort: Effort,
-    empty: f64,
-    floor: f64,
+    yardsticks: &'a Yardsticks,
+}
+
+/// A packet's cost beside the floor's.
+fn row(name: String, cost: Cost) -> Row {
+    Row::against(name, cost.net.max(0.0), "ns", cost.floor)
 }
 
 impl Bench<'_> {
-    /// Net nanoseconds; checks what becomes of the packet.
-    fn hot(&mut self, program: u8, frame: &[u8], passes: bool) -> anyhow::Result<f64> {
-        let (gross, result) = hot(self.rig.program(program)?, frame, self.effort, || {})?;
+    /// A packet's cost; checks what becomes of it.
+    fn hot(&mut self, program: u8, frame: &[u8], passes: bool) -> anyhow::Result<Cost> {
+        let (cost, result) = self.yardsticks.beside(self.rig.program(program)?, frame, self.effort, || {})?;
         ensure!((result == -1) == passes, "the program answers {result}");
-        Ok(gross - self.empty)
-    }
-
-    fn row(&self, name: String, net: f64) -> Row {
-        Row::against(name, net.max(0.0), "ns", self.floor)
+        Ok(cost)
     }
 
     fn unpoliced(&mut self, name: &dyn Fn(&str) -> String, rows: &mut Vec<Row>) -> anyhow::Result<()> {
         self.rig.pod(&image(false))?;
         let frame = packet(&self.cast, self.cast.nobody, self.way, self.way, 4_000, tcp(flags::ACK));
-        let net = self.hot(self.way, &frame, true)?;
-        rows.push(self.row(name("A  no policy,"), net).target(UNPOLICED));
-        let net = self.hot(self.way, &arp(), true)?;
-        rows.push(self.row(name("   ARP, no policy,"), net).target(UNPOLICED));
+        let cost = self.hot(self.way, &frame, true)?;
+        rows.push(row(name("A  no policy,"), cost).target(UNPOLICED));
+        let cost = self.hot(self.way, &arp(), true)?;
+        rows.push(row(name("   ARP, no policy,"), cost).target(UNPOLICED));
         Ok(())
     }
 
@@ -263,16 +302,16 @@ impl Bench<'_> {
             ensure!(self.rig.passes(direction, &frame)?, "the handshake passes");
         }
         let frame = packet(&cast, cast.friend, way, way, 4_001, tcp(flags::ACK));
-        let net = self.hot(way, &frame, true)?;
-        rows.push(self.row(name("B  established,"), net).target(ESTABLISHED));
+        let cost = self.hot(way, &frame, true)?;
+        rows.push(row(name("B  established,"), cost).target(ESTABLISHED));
         let frame = packet(&cast, cast.friend, way, back, 4_001, tcp(flags::ACK));
-        let net = self.hot(back, &frame, true)?;
-        rows.push(self.row(name("B2 established, reply,"), net).target(ESTABLISHED));
+        let cost = self.hot(back, &frame, true)?;
+        rows.push(row(name("B2 established, reply,"), cost).target(ESTABLISHED));
         let frame = packet(&cast, cast.friend, way, way, 4_002, Packet::udp);
-        let net = self.hot(way, &frame, true)?;
-        rows.push(self.row(name("J  UDP,"), net).target(ESTABLISHED));
-        let net = self.hot(way, &arp(), true)?;
-        rows.push(self.row(name("   ARP,"), net).target(UNPOLICED));
+        let cost = self.hot(way, &frame, true)?;
+        rows.push(row(name("J  UDP,"), cost).target(ESTABLISHED));
+        let cost = self.hot(way, &arp(), true)?;
+        rows.push(row(name("   ARP,"), cost).target(UNPOLICED));
         Ok(())
     }
 
@@ -282,18 +321,18 @@ impl Bench<'_> {
         let unknown = packet(&cast, cast.nobody, way, way, 4_004, tcp(flags::SYN));
         // The first of these fills the ring.
         for (case, frame) in [("C  denied, known peer, ring full,", &known), ("C2 denied, unknown peer, ring full,", &unknown)] {
-            let net = self.hot(way, frame, false)?;
-            rows.push(self.row(name(case), net).target(DENIED));
+            let cost = self.hot(way, frame, false)?;
+            rows.push(row(name(case), cost).target(DENIED));
         }
         let mut ring = self.rig.events()?;
         drop(take_events(&mut ring));
         // As many as the ring holds, then it is emptied.
         let effort = Effort { repeat: 5_000, rounds: self.effort.rounds * 2, ..self.effort };
-        let (gross, _) = hot(self.rig.program(way)?, &known, effort, || drop(take_events(&mut ring)))?;
-        rows.push(self.row(name("D  denied, event written,"), gross - self.empty).target(DENIED));
+        let (cost, _) = self.yardsticks.beside(self.rig.program(way)?, &known, effort, || drop(take_events(&mut ring)))?;
+        rows.push(row(name("D  denied, event written,"), cost).target(DENIED));
         self.rig.configure(Config { flags: 0, pod_flows: FLOWS })?;
-        let net = self.hot(way, &known, false)?;
-        rows.push(self.row(name("D0 denied, nobody listens,"), net).target(DENIED));
+        let cost = self.hot(way, &known, false)?;
+        rows.push(row(name("D0 denied, nobody listens,"), cost).target(DENIED));
         self.rig.configure(Config { flags: config_flag::TELL_DENIED, pod_flows: FLOWS })
     }
 
@@ -312,14 +351,14 @@ impl Bench<'_> {
             let ops: Vec<MapOp> = entries(present..count).map(|(key, bits)| MapOp::SetVerdict(key, bits, value)).collect();
             self.rig.apply(&ops)?;
             present = count;
-            let net = self.hot(way, &frame, false)?;
-            let row = name(&format!("P  denied, {count} policies,"));
+            let cost = self.hot(way, &frame, false)?;
+            let name_of_row = name(&format!("P  denied, {count} policies,"));
             let row = match one {
-                None => self.row(row, net).target(DENIED),
-                Some(one) => Row::against(row + " of those with 1", net, "ns", one).target(FLAT),
+                None => row(name_of_row, cost).target(DENIED),
+                Some(ratio) => Row::against(name_of_row + " of those with 1", cost.net, "ns", ratio * cost.floor).target(FLAT),
             };
             rows.push(row.at(Plot::PacketCost, name("policies,"), f64::from(count)));
-            one.get_or_insert(net);
+            one.get_or_insert(cost.net / cost.floor);
         }
         self.rig.apply(&entries(1..present).map(|(key, bits)| MapOp::RemoveVerdict(key, bits)).collect::<Vec<_>>())
     }
@@ -334,16 +373,16 @@ impl Bench<'_> {
                 self.rig.apply(&ops)?;
                 present = count;
                 let frame = packet(&cast, net_of(count / 2).addr(), way, way, 4_005, tcp(flags::SYN));
-                let net = self.hot(way, &frame, false)?;
-                let row = self.row(name(&format!("G  denied, {count} CIDRs {kind},")), net).target(DENIED);
+                let cost = self.hot(way, &frame, false)?;
+                let row = row(name(&format!("G  denied, {count} CIDRs {kind},")), cost).target(DENIED);
                 rows.push(row.at(Plot::PacketCost, name(&format!("CIDRs {kind},")), f64::from(count)));
             }
             if kind == "of one address" {
                 let frames: Vec<Vec<u8>> = (0..self.effort.flows)
                     .map(|index| packet(&cast, (cast.many)(index.wrapping_mul(7_919) % 60_000), way, way, 4_006, tcp(flags::SYN)))
                     .collect();
-                let net = self.alone(&frames)?;
-                rows.push(self.row(name("H  denied, random peer of 60000, cold,"), net));
+                let cost = self.alone(&frames)?;
+                rows.push(row(name("H  denied, random peer of 60000, cold,"), cost));
             }
             let ops: Vec<MapOp> = (0..present).map(|index| MapOp::RemoveCidr(net_of(index))).collect();
             self.rig.apply(&ops)?;
@@ -360,19 +399,21 @@ impl Bench<'_> {
             packet(&cast, (cast.many)(index % 64), way, way, port, tcp(flags))
         };
         let frames: Vec<Vec<u8>> = (0..self.effort.flows).map(|index| frame(index, flags::SYN)).collect();
-        let net = self.alone(&frames)?;
-        rows.push(self.row(name("E  flow opens, cold,"), net));
+        let cost = self.alone(&frames)?;
+        rows.push(row(name("E  flow opens, cold,"), cost));
         let frames: Vec<Vec<u8>> =
             (0..self.effort.flows).map(|index| frame(index.wrapping_mul(7_919) % self.effort.flows, flags::ACK)).collect();
-        let net = self.alone(&frames)?;
-        rows.push(self.row(name("F  random flow, cold,"), net));
+        let cost = self.alone(&frames)?;
+        rows.push(row(name("F  random flow, cold,"), cost));
         let peers = (0..64).map(cast.many).map(MapOp::RemoveAddress);
         self.rig.apply(&peers.collect::<Vec<_>>())
     }
 
-    /// Net nanoseconds of packets that each come alone, less an empty program that comes alone.
-    fn alone(&mut self, frames: &[Vec<u8>]) -> anyhow::Result<f64> {
-        let empty = cold(Yardstick::empty()?, &frames[..frames.len().min(5_000)])?;
-        Ok(cold(self.rig.program(self.way)?, frames)? - empty)
+    /// The cost of packets that each come alone, less an empty program that comes alone.
+    fn alone(&mut self, frames: &[Vec<u8>]) -> anyhow::Result<Cost> {
+        let empty = cold(&self.yardsticks.empty, &frames[..frames.len().min(5_000)])?;
+        let net = cold(self.rig.program(self.way)?, frames)? - empty;
+        let (floor, _) = self.yardsticks.floor(Effort { rounds: 5, ..self.effort })?;
+        Ok(Cost { net, floor })
     }
 }
