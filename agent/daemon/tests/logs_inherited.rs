@@ -182,8 +182,11 @@ async fn the_row_of_another_file_says_nothing() {
     fluent_bit.read(&node.link("gone"), &node.live("web"), size);
     node.write("cut", &line(1, "F", "written again after it was truncated"));
     fluent_bit.read(&node.link("cut"), &node.live("cut"), 10_000);
+    // A rotated file that was deleted since gave its inode to the live one.
+    node.write("job", &line(1, "F", "of a new file"));
+    fluent_bit.read(&node.live("job").with_file_name("0.log.20261122-090000"), &node.live("job"), 10);
     fluent_bit.end();
-    assert_eq!(node.sent().await, ["first", "written again after it was truncated"]);
+    assert_eq!(node.sent().await, ["first", "of a new file", "written again after it was truncated"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,11 +197,28 @@ async fn a_file_of_which_lines_were_not_sent_is_begun_anew() {
         let size = node.write(pod, &line(1, "F", &format!("of {pod}")));
         fluent_bit.read(&node.link(pod), &node.live(pod), size);
     }
-    let chunk = format!("\u{1}tag application.var.log.containers.{}", node.link("web").file_name().unwrap().to_str().unwrap());
-    fs::write(node.dir("flb/flb-storage/tail.0/1-1795168800.1.flb"), chunk).unwrap();
+    let chunk = |metadata: &str, lines: &str| {
+        let len = u16::try_from(metadata.len()).unwrap().to_be_bytes();
+        [b"\xc1\x00", &[0; 20][..], &len, metadata.as_bytes(), lines.as_bytes()].concat()
+    };
+    let (web, db) = (node.link("web"), node.link("db"));
+    let [web, db] = [&web, &db].map(|link| link.file_name().unwrap().to_str().unwrap());
+    let of_web = chunk(&format!("\u{1}application.var.log.containers.{web}"), &format!("a line that names {db}"));
+    fs::write(node.dir("flb/flb-storage/tail.0/1-1795168800.1.flb"), of_web).unwrap();
     // Of another input: no file's.
     fs::create_dir(node.dir("flb/flb-storage/systemd.1")).unwrap();
     fs::write(node.dir("flb/flb-storage/systemd.1/1-1795168800.2.flb"), "dataplane.systemd.kubelet.service").unwrap();
+    fluent_bit.end();
+    assert_eq!(node.sent().await, ["of web"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_chunk_that_cannot_be_read_may_be_of_any_file() {
+    let node = Node::new();
+    let fluent_bit = node.fluent_bit();
+    let size = node.write("web", &line(1, "F", "of web"));
+    fluent_bit.read(&node.link("web"), &node.live("web"), size);
+    fs::write(node.dir("flb/flb-storage/tail.0/1-1795168800.1.flb"), "cut off").unwrap();
     fluent_bit.end();
     assert_eq!(node.sent().await, ["of web"]);
 }

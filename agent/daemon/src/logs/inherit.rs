@@ -23,8 +23,10 @@ const ENDS: Duration = Duration::from_secs(35);
 const LOOK: Duration = Duration::from_secs(1);
 /// More is no database of positions: a row is 200 bytes.
 const LARGEST: u64 = 64 << 20;
-/// Bytes of a chunk that hold its tag, whose length is a 16-bit number at byte 22 (chunkio's format).
-const CHUNK_HEAD: u64 = 24 + (64 << 10);
+/// What a chunk begins with, and where the length of the metadata is that follow it; in them is the tag
+/// (<https://github.com/fluent/chunkio>, "File Layout").
+const CHUNK_MAGIC: [u8; 2] = [0xc1, 0x00];
+const METADATA_LENGTH_AT: usize = 22;
 /// How far back the beginning of a line is looked for; lines of containerd have at most 16 KiB.
 const BACK: u64 = 256 << 10;
 
@@ -32,7 +34,7 @@ const BACK: u64 = 256 << 10;
 #[derive(Debug, Default)]
 pub struct Inherited {
     databases: Vec<TailFiles>,
-    /// First bytes of chunks that `tail` inputs made and no output took.
+    /// Metadata of chunks that `tail` inputs made and no output took; empty where they are not known.
     chunks: Vec<Vec<u8>>,
 }
 
@@ -75,11 +77,6 @@ impl Inherited {
     /// # Errors
     /// A file cannot be read.
     pub(super) fn positions(&self, live: &Path, file_name: &str, siblings: &mut Siblings) -> io::Result<Vec<Position>> {
-        let is_its = |name: &str| {
-            let name = Path::new(name);
-            // A rotated file is noted under its place in the tree, the live one by the name that was found.
-            name.parent() == live.parent() || name.file_name().is_some_and(|name| name == file_name)
-        };
         let unsent = self.chunks.iter().any(|head| chunk_may_be_of(head, file_name));
         let family = siblings.rotated(live)?.into_iter().filter(|(rotated, _)| !rotated.gz).map(|(_, path)| path);
         let mut positions = Vec::new();
@@ -90,6 +87,13 @@ impl Inherited {
                 Err(error) => return Err(error),
             };
             let metadata = file.metadata()?;
+            // A file is noted by the name by which it was found, and by its place in the tree once it was rotated: what is live now is not
+            // what had its inode then.
+            let is_its = |name: &str| {
+                let name = Path::new(name);
+                let moved = path != live && name.parent() == live.parent();
+                name == live || moved || name.file_name().is_some_and(|name| name == file_name)
+            };
             // Two inputs may have read it: what the slower one has not read was not sent by both.
             let read = self.databases.iter().filter_map(|files| files.offset(metadata.ino(), is_its)).min();
             let Some(read) = read.filter(|read| *read <= metadata.len()) else { continue };
@@ -156,17 +160,24 @@ fn bytes(file: File) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// First bytes of the chunks of `tail` inputs: each input has a directory of its own name.
+/// Metadata of the chunks of `tail` inputs: each input has a directory of its own name.
 fn chunks(storage: &Path) -> Vec<Vec<u8>> {
     let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten();
     let inputs = entries(storage).filter(|input| input.file_name().to_str().is_some_and(|name| name.starts_with("tail")));
     let files = inputs.flat_map(|input| entries(&input.path())).filter(|chunk| chunk.path().extension().is_some_and(|it| it == "flb"));
-    let head = |path: PathBuf| {
-        let mut head = Vec::new();
-        File::open(path).and_then(|file| file.take(CHUNK_HEAD).read_to_end(&mut head)).ok()?;
-        Some(head)
-    };
-    files.filter_map(|chunk| head(chunk.path())).collect()
+    files.map(|chunk| File::open(chunk.path()).and_then(metadata).unwrap_or_default()).collect()
+}
+
+/// Of a chunk; empty for a file that is none.
+fn metadata(mut chunk: File) -> io::Result<Vec<u8>> {
+    let mut header = [0; METADATA_LENGTH_AT + 2];
+    chunk.read_exact(&mut header)?;
+    let mut metadata = Vec::new();
+    if header.starts_with(&CHUNK_MAGIC) {
+        let len = u16::from_be_bytes([header[METADATA_LENGTH_AT], header[METADATA_LENGTH_AT + 1]]);
+        chunk.take(len.into()).read_to_end(&mut metadata)?;
+    }
+    Ok(metadata)
 }
 
 /// Where the line begins that `offset` is in, or before it the first of the parts of a line that the runtime has cut.

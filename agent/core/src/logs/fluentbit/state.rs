@@ -54,11 +54,11 @@ impl TailFiles {
     }
 }
 
-/// Whether a chunk, by its first bytes, may hold lines of the file with this name under /var/log/containers. Its head has the tag, into which
+/// Whether a chunk, by its metadata, may hold lines of the file with this name under /var/log/containers. They have the tag, into which
 /// the Container Insights layout and the input's own default put the file's path with dots for slashes; a tag without it may be of any file.
-pub fn chunk_may_be_of(head: &[u8], file_name: &str) -> bool {
-    let names_a_file = memchr::memmem::find(head, b"var.log.containers.").is_some();
-    !names_a_file || memchr::memmem::find(head, file_name.as_bytes()).is_some()
+pub fn chunk_may_be_of(metadata: &[u8], file_name: &str) -> bool {
+    let names_a_file = memchr::memmem::find(metadata, b"var.log.containers.").is_some();
+    !names_a_file || memchr::memmem::find(metadata, file_name.as_bytes()).is_some()
 }
 
 #[cfg(test)]
@@ -76,9 +76,9 @@ mod tests {
 
     #[test]
     fn a_chunk_is_of_the_file_that_its_tag_names() {
-        let head = b"\xc1\x00....application.var.log.containers.web-1_shop_app-0a.log\x92\xd7";
-        assert!(chunk_may_be_of(head, "web-1_shop_app-0a.log"));
-        assert!(!chunk_may_be_of(head, "web-2_shop_app-0b.log"));
-        assert!(chunk_may_be_of(b"\xc1\x00....kube", "web-2_shop_app-0b.log"), "of any");
+        let metadata = b"\xf1\x77\x00\x00application.var.log.containers.web-1_shop_app-0a.log";
+        assert!(chunk_may_be_of(metadata, "web-1_shop_app-0a.log"));
+        assert!(!chunk_may_be_of(metadata, "web-2_shop_app-0b.log"));
+        assert!(chunk_may_be_of(b"\xf1\x77\x00\x00kube", "web-2_shop_app-0b.log"), "of any");
     }
 }
