@@ -16,6 +16,7 @@ use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::settings::LogSettings;
 use stanchion_daemon::cluster::ClusterHandle;
 use stanchion_daemon::logs::{LogsParts, spawn};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// What was sent.
@@ -96,7 +97,7 @@ impl Node {
     async fn sent(&self) -> Vec<String> {
         let (sent, shutdown) = (Sent::default(), CancellationToken::new());
         let state = self.dir("flb");
-        let (_handle, task) = spawn(LogsParts {
+        let (handle, task) = spawn(LogsParts {
             settings: LogSettings { age: None, fluent_bit_state: state, ..LogSettings::new(Layout::Raw) },
             sink: sent.clone(),
             cluster: ClusterHandle::fixed(ClusterState { synced: true, ..ClusterState::default() }).watch(),
@@ -108,6 +109,9 @@ impl Node {
             grace: Duration::from_secs(10),
             wall: SystemTime::now,
         });
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let asked = Instant::now();
+        assert!(handle.snapshot().await.is_some() && asked.elapsed() < Duration::from_secs(2), "it answers whatever it waits for");
         tokio::time::sleep(Duration::from_mins(2)).await;
         shutdown.cancel();
         task.await.unwrap();

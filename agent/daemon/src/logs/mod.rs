@@ -96,14 +96,14 @@ pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
     let tailer_parts = TailerParts { settings: parts.settings, log_dir: parts.log_dir, node: parts.node, cluster_name: parts.cluster_name };
     let (counters, counters_receiver) = watch::channel(LogCounters::default());
     // A few people and one scraper ask at a time.
-    let (questions, questions_receiver) = mpsc::channel(8);
-    let runner = move |restored| run::Runner {
+    let (questions, mut questions_receiver) = mpsc::channel(8);
+    let runner = move |restored, questions| run::Runner {
         tailer: Tailer::new(tailer_parts, restored),
         shipper,
         cluster: parts.cluster,
         positions: Some(positions),
         counters,
-        questions: questions_receiver,
+        questions,
         shutdown: parts.shutdown,
         grace: parts.grace,
         clock: run::Clock::new(parts.wall),
@@ -111,15 +111,32 @@ pub fn spawn<S: LogSink>(parts: LogsParts<S>) -> (LogsHandle, JoinHandle<()>) {
     let task = async move {
         let restored = match restored {
             // Whoever ends before it is known where to begin has nothing to say.
-            Restored::Fresh => match ended.run_until_cancelled(Inherited::of(&fluent_bit, parts.wall)).await {
-                Some(inherited) => inherited.map_or(Restored::Fresh, Restored::Inherited),
-                None => return,
-            },
+            Restored::Fresh => {
+                let inherited = answering(&mut questions_receiver, Inherited::of(&fluent_bit, parts.wall));
+                match ended.run_until_cancelled(inherited).await {
+                    Some(inherited) => inherited.map_or(Restored::Fresh, Restored::Inherited),
+                    None => return,
+                }
+            }
             restored => restored,
         };
-        runner(restored).run().await;
+        runner(restored, questions_receiver).run().await;
     };
     (LogsHandle { counters: counters_receiver, questions }, tokio::spawn(task))
+}
+
+/// Who asks meanwhile is told that no file is followed yet.
+async fn answering<T>(questions: &mut mpsc::Receiver<oneshot::Sender<LogsSnapshot>>, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            Some(reply) = questions.recv() => {
+                // Whoever asked may have left.
+                let _ = reply.send(LogsSnapshot::default());
+            }
+        }
+    }
 }
 
 /// What a single pass did.
