@@ -13,7 +13,7 @@ use stanchion_core::cloud::{LogGroupSpec, LogSink, Rejected, SinkError};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::logs::LogBatch;
 use stanchion_core::logs::record::Layout;
-use stanchion_core::logs::settings::LogSettings;
+use stanchion_core::logs::settings::{LogSettings, ReadFrom};
 use stanchion_daemon::cluster::ClusterHandle;
 use stanchion_daemon::logs::{LogsParts, spawn};
 use tokio::time::Instant;
@@ -95,10 +95,14 @@ impl Node {
 
     /// Lines that an agent sends which never ran here, until everything was read.
     async fn sent(&self) -> Vec<String> {
+        self.sent_from(ReadFrom::Head).await
+    }
+
+    async fn sent_from(&self, read_from: ReadFrom) -> Vec<String> {
         let (sent, shutdown) = (Sent::default(), CancellationToken::new());
         let state = self.dir("flb");
         let (handle, task) = spawn(LogsParts {
-            settings: LogSettings { age: None, fluent_bit_state: state, ..LogSettings::new(Layout::Raw) },
+            settings: LogSettings { age: None, read_from, fluent_bit_state: state, ..LogSettings::new(Layout::Raw) },
             sink: sent.clone(),
             cluster: ClusterHandle::fixed(ClusterState { synced: true, ..ClusterState::default() }).watch(),
             node: "n".to_owned(),
@@ -265,4 +269,24 @@ async fn a_database_that_cannot_be_read_leaves_every_file_from_its_beginning() {
     node.write("web", &line(1, "F", "first"));
     fs::write(node.dir("flb/flb_container.db"), "not a database").unwrap();
     assert_eq!(node.sent().await, ["first"]);
+}
+
+/// As a configuration with `Read_from_Head Off` is translated.
+#[tokio::test(start_paused = true)]
+async fn what_began_after_fluent_bits_end_is_read_whole_also_where_old_files_are_not() {
+    let node = Node::new();
+    let fluent_bit = node.fluent_bit();
+    let size = node.write("web", &line(1, "F", "sent"));
+    fluent_bit.read(&node.link("web"), &node.live("web"), size);
+    fluent_bit.end();
+    node.write("new", &line(2, "F", "of a pod that came in between"));
+    assert_eq!(node.sent_from(ReadFrom::Tail).await, ["of a pod that came in between"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_database_of_no_files_says_nothing() {
+    let node = Node::new();
+    node.write("web", &line(1, "F", "old"));
+    node.fluent_bit().end();
+    assert_eq!(node.sent_from(ReadFrom::Tail).await, [""; 0], "Fluent Bit read the journal here, and no file");
 }

@@ -39,7 +39,7 @@ pub struct Inherited {
 }
 
 impl Inherited {
-    /// What is in the directory, once nobody writes there any more, or after [`ENDS`]; `None` where there is nothing of Fluent Bit's.
+    /// What is in the directory, once nobody writes there any more, or after [`ENDS`]; `None` where it read no log files.
     pub(super) async fn of(dir: &Path, wall: fn() -> SystemTime) -> Option<Self> {
         let databases = databases(dir)?;
         let deadline = tokio::time::Instant::now() + ENDS;
@@ -53,16 +53,23 @@ impl Inherited {
             warn!(dir = %dir.display(), "Fluent Bit goes on: both ship logs until it ends");
         }
         let mut inherited = Self::default();
+        let mut unread = 0;
         for path in databases {
             match read(&path) {
+                // Of another input, or of one that had nothing to read.
+                Ok(files) if files.is_empty() => {}
                 Ok(files) => {
                     info!(path = %path.display(), files = files.len(), "log files are read from where Fluent Bit ended");
                     inherited.databases.push(files);
                 }
                 Err(error) => {
+                    unread += 1;
                     warn!(path = %path.display(), error = format!("{error:#}"), "positions of Fluent Bit are not used: its files are read from their beginning");
                 }
             }
+        }
+        if inherited.databases.is_empty() && unread == 0 {
+            return None;
         }
         inherited.chunks = chunks(&dir.join("flb-storage"));
         if !inherited.chunks.is_empty() {
@@ -77,7 +84,7 @@ impl Inherited {
     /// # Errors
     /// A file cannot be read.
     pub(super) fn positions(&self, live: &Path, file_name: &str, siblings: &mut Siblings) -> io::Result<Vec<Position>> {
-        let unsent = self.chunks.iter().any(|head| chunk_may_be_of(head, file_name));
+        let unsent = self.chunks.iter().any(|chunk| chunk_may_be_of(chunk, file_name));
         let family = siblings.rotated(live)?.into_iter().filter(|(rotated, _)| !rotated.gz).map(|(_, path)| path);
         let mut positions = Vec::new();
         for path in family.chain([live.to_owned()]) {

@@ -98,7 +98,7 @@ pub enum Restored {
     Unusable,
     /// The agent never ran here: [`ReadFrom`] decides.
     Fresh,
-    /// The agent never ran here, but Fluent Bit did. [`ReadFrom`] decides of files that it did not read.
+    /// The agent never ran here, but Fluent Bit did: files that it did not read came after its end, and are read from their first byte.
     Inherited(Inherited),
 }
 
@@ -150,7 +150,7 @@ impl Tailer {
             Restored::Fresh => parts.settings.read_from,
             Restored::Inherited(found) => {
                 inherited = Some(found);
-                parts.settings.read_from
+                ReadFrom::Head
             }
             Restored::Unusable => ReadFrom::Head,
             Restored::Positions(positions) => {
