@@ -3,7 +3,10 @@
 #![expect(clippy::unwrap_used, reason = "a failure here is the test's, and names its line")]
 
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use stanchion_core::policy::image::{EndpointImage, MapOp};
 use stanchion_daemon::netpol::{LoadOptions, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
@@ -215,6 +218,91 @@ fn a_flow_lives_through_a_change_that_still_allows_it_and_ends_with_one_that_doe
         rig.pod(&EndpointImage { revision: 4, ..isolated() }).unwrap();
         check(&mut rig, OUT, &back, true, "the flow is allowed again");
     }
+}
+
+/// What a CPU keeps of a flow for the rest of a tick stands for that flow's packets, and for no others.
+#[test]
+fn what_a_cpu_keeps_of_a_flow_is_no_other_ones_and_ends_with_the_tick() {
+    let cpu = first_cpu();
+    sched_setaffinity(Pid::from_raw(0), &cpu).unwrap();
+    let mut rig = rig("recent");
+    let [four, six] = casts();
+    // Its addresses begin as those of `four` do, and are the only ones that a pod without IPv6 could take for them.
+    let lookalike = Cast { friend: ip("a00:14::"), ..six };
+    let alone = EndpointImage { addresses: vec![four.pod], ..isolated() };
+    let ports = (4_000, 80);
+    let ack = tcp(flags::ACK);
+    for cast in [four, six] {
+        let pod = if cast.pod.is_ipv4() { &alone } else { &isolated() };
+        let packet = |way, flags| cast.packet(cast.friend, IN, way, ports, tcp(flags));
+        // A flow that the table no longer has and that this CPU still knows in both directions. A tick may end between the two.
+        let known = |rig: &mut Rig| {
+            for _ in 0..10 {
+                rig.apply(&[MapOp::RemoveEndpoint(SLOT)]).unwrap();
+                rig.pod(pod).unwrap();
+                rig.forget_flows().unwrap();
+                check(rig, IN, &packet(IN, flags::SYN), true, "opens");
+                check(rig, OUT, &packet(OUT, flags::SYN | flags::ACK), true, "is answered");
+                for way in [IN, OUT, IN, OUT] {
+                    check(rig, way, &packet(way, flags::ACK), true, "goes on");
+                }
+                rig.forget_flows().unwrap();
+                if rig.passes(OUT, &packet(OUT, flags::ACK).frame()).unwrap() {
+                    return;
+                }
+            }
+            panic!("no CPU keeps anything of a flow");
+        };
+        for flags in [flags::FIN | flags::ACK, flags::RST, flags::SYN | flags::ACK] {
+            known(&mut rig);
+            check(&mut rig, OUT, &packet(OUT, flags), false, "what changes a flow is for the table");
+        }
+        let other = |peer, ports| cast.packet(peer, IN, OUT, ports, ack);
+        known(&mut rig);
+        check(&mut rig, OUT, &cast.packet(cast.friend, IN, OUT, ports, Packet::udp), false, "the other protocol");
+        check(&mut rig, OUT, &other(cast.stranger, ports), false, "another peer");
+        check(&mut rig, OUT, &other(cast.friend, (4_001, 80)), false, "another port");
+        check(&mut rig, OUT, &other(cast.friend, (4_000, 81)), false, "another port of the pod");
+        if cast.pod.is_ipv4() {
+            check(&mut rig, IN, &lookalike.packet(lookalike.friend, IN, IN, ports, ack), false, "the other family");
+        }
+
+        known(&mut rig);
+        rig.pod(&EndpointImage { ingress: Some(SET + 1), revision: 2, ..pod.clone() }).unwrap();
+        check(&mut rig, OUT, &packet(OUT, flags::ACK), false, "another revision");
+        check(&mut rig, IN, &packet(IN, flags::ACK), false, "another revision");
+
+        known(&mut rig);
+        rig.apply(&[MapOp::RemoveEndpoint(SLOT)]).unwrap();
+        check(&mut rig, OUT, &packet(OUT, flags::ACK), false, "the pod is gone");
+        rig.pod(pod).unwrap();
+        check(&mut rig, OUT, &packet(OUT, flags::ACK), false, "the slot is another pod's, at the same revision");
+
+        // One direction only: nothing came back.
+        rig.apply(&[MapOp::RemoveEndpoint(SLOT)]).unwrap();
+        rig.pod(pod).unwrap();
+        rig.forget_flows().unwrap();
+        for _ in 0..3 {
+            check(&mut rig, IN, &cast.packet(cast.friend, IN, IN, ports, Packet::udp), true, "a datagram of the opener");
+        }
+        rig.forget_flows().unwrap();
+        check(&mut rig, OUT, &cast.packet(cast.friend, IN, OUT, ports, Packet::udp), false, "the other direction");
+
+        known(&mut rig);
+        let until = Instant::now() + Duration::from_secs(10);
+        while rig.passes(OUT, &packet(OUT, flags::ACK).frame()).unwrap() {
+            assert!(Instant::now() < until, "kept beyond the tick");
+        }
+    }
+}
+
+/// One CPU of those that this thread may use.
+fn first_cpu() -> CpuSet {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap()).unwrap();
+    let mut cpu = CpuSet::new();
+    cpu.set(first).unwrap();
+    cpu
 }
 
 #[test]

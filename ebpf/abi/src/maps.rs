@@ -84,44 +84,61 @@ pub mod interface_flag {
     pub const MORE_ADDRESSES: u8 = 1;
 }
 
-/// A pod's policy, in two halves: the agent writes the half that is not in use and then flips [`Self::sequence`] in a second
-/// write that changes a single byte, so that a packet sees the old policy or the new one.
+/// A pod's policy, in two halves: the agent writes the half that is not in use and then [`Self::flags`] in a second write that changes
+/// a single byte (and the epoch when the pod goes), so that a packet sees the old policy or the new one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct Endpoint {
-    /// Grows by one a change; its lowest bit is the half in use.
-    pub sequence: u8,
+    /// [`endpoint_flag`]: of the policy in use, and which half it is in.
+    pub flags: u8,
+    /// Grows by one when the slot ceases to be a pod's: what a CPU keeps of that pod's flows is not the next one's.
+    pub epoch: u8,
     /// Zero.
-    pub reserved: [u8; 7],
+    pub reserved: [u8; 6],
     /// The halves.
     pub halves: [EndpointPolicy; 2],
+}
+
+impl Endpoint {
+    /// The policy in use, and its flags.
+    pub fn policy(&self) -> (u8, &EndpointPolicy) {
+        (self.flags & !endpoint_flag::SECOND, &self.halves[usize::from(self.flags >> 7)])
+    }
+
+    /// The two records to write, one after the other, for a policy with these flags to be in use.
+    pub fn change(mut self, flags: u8, policy: EndpointPolicy) -> [Self; 2] {
+        let half = self.flags & endpoint_flag::SECOND ^ endpoint_flag::SECOND;
+        self.halves[usize::from(half >> 7)] = policy;
+        let epoch = self.epoch.wrapping_add(u8::from(flags & endpoint_flag::READY == 0));
+        [self, Self { flags: flags & !endpoint_flag::SECOND | half, epoch, ..self }]
+    }
 }
 
 /// One half of an [`Endpoint`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct EndpointPolicy {
-    /// [`endpoint_flag`].
-    pub flags: u32,
-    /// Never 0.
+    /// Never 0 of a pod.
     pub revision: u32,
     /// Policy sets by [`crate::direction`].
     pub policy: [u32; 2],
 }
 
-/// Bits of [`EndpointPolicy::flags`].
+/// Bits of [`Endpoint::flags`].
 pub mod endpoint_flag {
     /// Ingress is isolated. Bit number = [`crate::direction::INGRESS`].
-    pub const ISOLATED_INGRESS: u32 = 1;
+    pub const ISOLATED_INGRESS: u8 = 1;
     /// Egress is isolated. Bit number = [`crate::direction::EGRESS`].
-    pub const ISOLATED_EGRESS: u32 = 2;
+    pub const ISOLATED_EGRESS: u8 = 2;
     /// Nothing is dropped for policy, only told.
-    pub const AUDIT: u32 = 4;
+    pub const AUDIT: u8 = 4;
     /// The slot is in use.
-    pub const READY: u32 = 8;
+    pub const READY: u8 = 8;
     /// Egress rules speak of DNS names: copies of the DNS answers that the pod gets go to [`super::map_name::NAMES`], and of what it
     /// sends too early.
-    pub const BY_NAME: u32 = 16;
+    pub const BY_NAME: u8 = 16;
+    /// The second half is in use, else the first.
+    pub const SECOND: u8 = 128;
 }
 
 /// An address of a pod, by its slot.
@@ -220,8 +237,8 @@ pub mod config_flag {
 
 map_data!(
     Interface = 40,
-    Endpoint = 40,
-    EndpointPolicy = 16,
+    Endpoint = 32,
+    EndpointPolicy = 12,
     OwnKey = 24,
     AddressKey = 20,
     AddressValue = 8,

@@ -52,6 +52,11 @@ impl Pair {
     }
 
     #[inline(always)]
+    pub fn word(self) -> u32 {
+        self.0
+    }
+
+    #[inline(always)]
     pub fn pod(self) -> [u8; 2] {
         (self.0 as u16).to_ne_bytes()
     }
@@ -276,5 +281,5 @@ pub const SPREAD: u32 = 0x9e37_79b1;
 /// The first eight bytes of a flow key.
 #[inline(always)]
 pub fn key_start(head: u32, protocol: u8, ports: Pair) -> u64 {
-    u64::from(head | u32::from(protocol) << 16) | u64::from(ports.0) << 32
+    u64::from(head | u32::from(protocol) << 16) | u64::from(ports.word()) << 32
 }

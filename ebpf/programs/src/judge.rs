@@ -25,8 +25,9 @@ pub const PASS: i32 = -1;
 /// `TC_ACT_SHOT`.
 pub const DROP: i32 = 2;
 
+/// The present tick.
 #[inline(always)]
-fn ticks() -> u32 {
+pub fn ticks() -> u32 {
     // SAFETY: no arguments.
     unsafe { (bpf_jiffies64() >> TICK_SHIFT.load()) as u32 }
 }
@@ -290,8 +291,7 @@ pub fn renew() {
 /// Whether a packet belongs to a flow whose policy has not changed since it was judged, and changes nothing about it but
 /// the time of its last packet, which is noted. For packets without TCP flags that mean something.
 #[inline(always)]
-pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8) -> bool {
-    let now = ticks();
+pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8, now: u32) -> bool {
     // SAFETY: the entry lives until the end of the program, though it may by then describe another flow (deleted and used
     // again); that flow would get this one's time stamp, nothing else.
     unsafe {
@@ -410,7 +410,7 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
         crate::judge_itself();
     }
     let mut result = judged::ALLOWED;
-    if packet.pod.policy.flags & (1 << (anew(&packet.found) & found::OPENER)) != 0 {
+    if packet.pod.policy_flags & (1 << (anew(&packet.found) & found::OPENER)) != 0 {
         let set = packet.pod.policy.policy[usize::from(anew(&packet.found) & found::OPENER)];
         let remote = packet.flow.remote;
         let is_own = remote == packet.pod.own
@@ -427,10 +427,10 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
     packet.outcome = result as u32;
     let result = anew(&packet.outcome) as i32;
     if result == judged::DENIED {
-        if packet.pod.policy.flags & endpoint_flag::AUDIT != 0 {
+        if packet.pod.policy_flags & endpoint_flag::AUDIT != 0 {
             return outcome(event_verdict::AUDITED, reason::POLICY);
         }
-        if packet.is_egress() && packet.is_opened_by_pod() && packet.pod.policy.flags & endpoint_flag::BY_NAME != 0 {
+        if packet.is_egress() && packet.is_opened_by_pod() && packet.pod.policy_flags & endpoint_flag::BY_NAME != 0 {
             crate::copy_frame(skb, u32::from(packet.pod.slot), u32::from(frame_kind::EARLY));
         }
         return outcome(event_verdict::DENIED, reason::POLICY);

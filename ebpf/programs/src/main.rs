@@ -11,17 +11,21 @@ mod judge;
 mod maps;
 mod names;
 mod packet;
+mod recent;
+
+use core::hint::cold_path;
 
 use aya_ebpf::bindings::__sk_buff;
 use stanchion_ebpf_abi::{
-    EndpointPolicy, Event, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason, stat, verdict,
+    Endpoint, Event, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason, stat, verdict,
 };
 
 use crate::{
     family::{Address, Family, Flow, V4, V6, key_start},
-    judge::{DROP, PASS, goes_on, is_own},
+    judge::{DROP, PASS, is_own, ticks},
     maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, WALK, count, count_stat, is_told, tell},
     packet::{ETHERNET, FIN, InHand, Ipv4Header, Plain, Pod, RST, SYN, TCP, UDP, anew, ipv4_general, ipv6_general},
+    recent::Recent,
 };
 
 const IPV4: u32 = 0x0800_u16.to_be() as u32;
@@ -46,19 +50,23 @@ pub extern "C" fn pod_ingress(skb: *mut __sk_buff) -> i32 {
 
 #[inline(always)]
 fn run(skb: *mut __sk_buff, direction: u8) -> i32 {
-    let Some((interface, policy)) = pod(skb) else {
+    let Some((interface, endpoint)) = pod(skb) else {
+        cold_path();
         return stranger();
     };
-    if policy.flags & (endpoint_flag::ISOLATED_INGRESS | endpoint_flag::ISOLATED_EGRESS) == 0 {
-        if policy.flags & endpoint_flag::READY == 0 {
+    // Read once: it says which half it speaks of.
+    let flags = anew(&endpoint.flags);
+    if flags & (endpoint_flag::ISOLATED_INGRESS | endpoint_flag::ISOLATED_EGRESS) == 0 {
+        if flags & endpoint_flag::READY == 0 {
+            cold_path();
             return stranger();
         }
         return if direction == direction::INGRESS { PASS } else { unpoliced(skb, interface) };
     }
     // SAFETY: a field of the context.
     match unsafe { (*skb).protocol } {
-        IPV4 => policed::<V4>(skb, interface, policy, direction),
-        IPV6 => policed::<V6>(skb, interface, policy, direction),
+        IPV4 => policed::<V4>(skb, interface, endpoint, flags, direction),
+        IPV6 => policed::<V6>(skb, interface, endpoint, flags, direction),
         ARP => PASS,
         _ => refuse(skb, interface.slot, direction, reason::ETHERTYPE, 0),
     }
@@ -69,22 +77,24 @@ fn run(skb: *mut __sk_buff, direction: u8) -> i32 {
 fn interface(skb: *mut __sk_buff) -> Option<&'static Interface> {
     // SAFETY: a field of the context.
     let if_index = unsafe { (*skb).ifindex };
-    let place = INTERFACES.get(if_index & (INTERFACE_PLACES - 1))?;
-    if place.if_index == if_index {
-        return Some(place);
+    let mut place = INTERFACES.get(if_index & (INTERFACE_PLACES - 1))?;
+    if place.if_index != if_index {
+        cold_path();
+        // SAFETY: a number, read at once.
+        place = INTERFACES.get(unsafe { *INTERFACES_FAR.get(if_index)? })?;
+        // The agent may have given the place away meanwhile.
+        if place.if_index != if_index {
+            return None;
+        }
     }
-    // SAFETY: a number, read at once.
-    let place = INTERFACES.get(unsafe { *INTERFACES_FAR.get(if_index)? })?;
-    // The agent may have given the place away meanwhile.
-    (place.if_index == if_index).then_some(place)
+    Some(place)
 }
 
 /// The pod behind the interface that a packet goes through.
 #[inline(always)]
-fn pod(skb: *mut __sk_buff) -> Option<(&'static Interface, &'static EndpointPolicy)> {
+fn pod(skb: *mut __sk_buff) -> Option<(&'static Interface, &'static Endpoint)> {
     let interface = interface(skb)?;
-    let endpoint = ENDPOINTS.get(u32::from(interface.slot))?;
-    Some((interface, &endpoint.halves[usize::from(endpoint.sequence & 1)]))
+    Some((interface, ENDPOINTS.get(u32::from(interface.slot))?))
 }
 
 /// No record: the agent writes them before it attaches, so this is damage, and closed.
@@ -96,11 +106,12 @@ fn stranger() -> i32 {
 
 /// A packet of a pod with policy. The common one is done when its flow is found; others are only taken in hand here.
 #[inline(always)]
-fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, policy: &EndpointPolicy, direction: u8) -> i32 {
+fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, endpoint: &Endpoint, policy_flags: u8, direction: u8) -> i32 {
+    let policy = &endpoint.halves[usize::from(policy_flags >> 7)];
     let Some(plain) = F::plain(skb, direction) else {
         return match InHand::get() {
             Some(mut packet) => {
-                packet.pod.fill::<F>(interface, policy, direction);
+                packet.pod.fill::<F>(interface, (policy_flags, policy), direction);
                 police(skb, in_hand::NOTHING)
             }
             None => DROP,
@@ -108,23 +119,38 @@ fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, policy: &Endpo
     };
     let Plain { source, destination, flow, flags } = plain;
     let mut state = in_hand::PACKET;
-    if (direction == direction::INGRESS || source == F::own(interface)) && (flow.protocol != TCP || flags & (SYN | FIN | RST) == 0) {
-        let key = F::key(key_start(F::head(interface), flow.protocol, flow.ports), flow.remote);
-        match F::entry(&key) {
-            Some(entry) => {
-                let is_answer = direction == direction::INGRESS && flow.ports.peer() == DNS;
-                if !(is_answer && policy.flags & endpoint_flag::BY_NAME != 0) && goes_on(entry, policy, direction) {
-                    // SAFETY: a field of the context.
-                    count(u32::from(interface.slot), direction, verdict::ALLOW, unsafe { (*skb).len });
-                    return PASS;
+    let is_told_names = direction == direction::INGRESS && flow.ports.peer() == DNS && policy_flags & endpoint_flag::BY_NAME != 0;
+    if (direction == direction::INGRESS || source == F::own(interface))
+        && (flow.protocol != TCP || flags & (SYN | FIN | RST) == 0)
+        && !is_told_names
+    {
+        let now = ticks();
+        let start = key_start(F::head(interface), flow.protocol, flow.ports);
+        let recent = Recent::new((start, F::wide(flow.remote)), (direction, F::NUMBER), (policy.revision, endpoint.epoch), now);
+        let Some(place) = recent.place() else { return DROP };
+        // SAFETY: this CPU's own place.
+        let mut goes_on = unsafe { *place == recent };
+        if !goes_on {
+            match F::entry(&F::key(start, flow.remote)) {
+                Some(entry) => {
+                    goes_on = judge::goes_on(entry, policy, direction, now);
+                    if goes_on {
+                        // SAFETY: as above.
+                        unsafe { *place = recent };
+                    }
                 }
+                None => state = in_hand::NEW,
             }
-            None => state = in_hand::NEW,
+        }
+        if goes_on {
+            // SAFETY: a field of the context.
+            count(u32::from(interface.slot), direction, verdict::ALLOW, unsafe { (*skb).len });
+            return PASS;
         }
     }
     let Some(mut packet) = InHand::get() else { return DROP };
     let Flow { remote, ports, protocol } = flow;
-    packet.pod.fill::<F>(interface, policy, direction);
+    packet.pod.fill::<F>(interface, (policy_flags, policy), direction);
     packet.begin(F::wide(source), F::wide(destination), Flow { remote: F::wide(remote), ports, protocol }, flags);
     police(skb, state)
 }
@@ -180,7 +206,7 @@ extern "C" fn police(skb: *mut __sk_buff, known: u32) -> i32 {
         return DROP;
     }
     if !packet.is_egress()
-        && packet.pod.policy.flags & endpoint_flag::BY_NAME != 0
+        && packet.pod.policy_flags & endpoint_flag::BY_NAME != 0
         && matches!(packet.flow_protocol(), TCP | UDP)
         && packet.flow.ports.peer() == DNS
     {

@@ -14,6 +14,7 @@ use crate::{
     family::Address,
     judge::{Cached, CachedVerdict},
     packet::{Packet, Walk},
+    recent::Recent,
 };
 
 /// Memory is taken when an entry is added, not for the whole table at once.
@@ -84,6 +85,10 @@ pub static CACHE: PerCpuArray<Cache<Cached>> = PerCpuArray::with_max_entries(2, 
 /// Verdicts by a hash of the question.
 #[map]
 pub static VERDICT_CACHE: PerCpuArray<Cache<CachedVerdict>> = PerCpuArray::with_max_entries(1, 0);
+
+/// Flows by a hash of their ends.
+#[map]
+pub static RECENT: PerCpuArray<Cache<Recent>> = PerCpuArray::with_max_entries(1, 0);
 
 /// One value of many entries: the kernel takes its time for each value of a per-CPU map.
 pub type Cache<T> = [T; CACHED as usize];

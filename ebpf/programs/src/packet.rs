@@ -8,7 +8,7 @@ use core::{
 };
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
-use stanchion_ebpf_abi::{Endpoint, EndpointPolicy, FragmentKey, FragmentPorts, IDENTITY_UNKNOWN, Interface, direction, reason};
+use stanchion_ebpf_abi::{EndpointPolicy, FragmentKey, FragmentPorts, IDENTITY_UNKNOWN, Interface, direction, reason};
 
 use crate::{
     family::{Address, Family, Flow, Pair, V4, V6},
@@ -101,6 +101,8 @@ pub struct Pod {
     /// Its address behind the interface.
     pub own: Address,
     pub policy: EndpointPolicy,
+    /// [`stanchion_ebpf_abi::endpoint_flag`].
+    pub policy_flags: u8,
     /// Where keys of its flows begin.
     pub head: u32,
     pub slot: u16,
@@ -113,14 +115,12 @@ pub struct Pod {
 impl Pod {
     /// Field by field: a copy as a whole goes by the stack, in narrow pieces that the processor cannot read wide at once.
     #[inline(always)]
-    pub fn fill<F: Family>(&mut self, interface: &Interface, policy: &EndpointPolicy, direction: u8) {
+    pub fn fill<F: Family>(&mut self, interface: &Interface, (flags, policy): (u8, &EndpointPolicy), direction: u8) {
         self.own = F::wide(F::own(interface));
-        // SAFETY: both are two words long, and lie in map values at a multiple of eight bytes. Volatile, or it becomes a call.
-        unsafe {
-            let (from, to) = (ptr::from_ref(policy).cast::<u64>(), ptr::from_mut(&mut self.policy).cast::<u64>());
-            to.write_volatile(from.read_volatile());
-            to.add(1).write_volatile(from.add(1).read_volatile());
-        }
+        self.policy.revision = policy.revision;
+        self.policy.policy[0] = policy.policy[0];
+        self.policy.policy[1] = policy.policy[1];
+        self.policy_flags = flags;
         self.head = F::head(interface);
         self.slot = interface.slot;
         self.direction = direction;
@@ -128,12 +128,6 @@ impl Pod {
         self.family = F::NUMBER;
     }
 }
-
-const _: () = assert!(
-    size_of::<EndpointPolicy>() == 16
-        && offset_of!(Endpoint, halves) == 8
-        && (offset_of!(Packet, pod) + offset_of!(Pod, policy)).is_multiple_of(8)
-);
 
 impl Packet {
     #[inline(always)]

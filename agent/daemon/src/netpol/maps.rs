@@ -129,7 +129,7 @@ impl KernelMaps {
             }
             MapOp::SetEndpoint(slot, image) => self.set_endpoint(*slot, image),
             MapOp::RemoveEndpoint(slot) => {
-                self.set_policy(*slot, EndpointPolicy::default())?;
+                self.set_policy(*slot, 0, EndpointPolicy::default())?;
                 self.set_own(*slot, &[])
             }
             MapOp::SetNodeAddress(address) => self.change_address(*address, |mut value| {
@@ -229,27 +229,27 @@ impl KernelMaps {
         if image.by_name {
             flags |= endpoint_flag::BY_NAME;
         }
-        let policy = EndpointPolicy { flags, revision: image.revision, policy: [image.ingress.unwrap_or(0), image.egress.unwrap_or(0)] };
+        let policy = EndpointPolicy { revision: image.revision, policy: [image.ingress.unwrap_or(0), image.egress.unwrap_or(0)] };
         self.set_own(slot, &image.addresses)?;
-        self.set_policy(slot, policy)
+        self.set_policy(slot, flags, policy)
     }
 
     /// Writes the half that is not in use, then makes it the one in use.
-    fn set_policy(&mut self, slot: Slot, policy: EndpointPolicy) -> Result<(), MapError> {
+    fn set_policy(&mut self, slot: Slot, flags: u8, policy: EndpointPolicy) -> Result<(), MapError> {
         let index = u32::from(slot.0);
         if index == 0 || index >= ENDPOINT_SLOTS {
             let message = format!("slots are 1 to {}", ENDPOINT_SLOTS - 1);
             return Err(MapError { map: map_name::ENDPOINTS, operation: format!("{slot:?}"), refusal: Refusal::Full, message });
         }
-        let Raw(mut record) = refused(map_name::ENDPOINTS, &slot, self.endpoints.get(&index, 0))?;
-        if record.halves[usize::from(record.sequence & 1)] == policy {
+        let Raw(record) = refused(map_name::ENDPOINTS, &slot, self.endpoints.get(&index, 0))?;
+        if record.policy() == (flags, &policy) {
             return Ok(());
         }
         self.writes += 2;
-        record.halves[usize::from(record.sequence & 1 ^ 1)] = policy;
-        refused(map_name::ENDPOINTS, &slot, self.endpoints.set(index, Raw(record), 0))?;
-        record.sequence = record.sequence.wrapping_add(1);
-        refused(map_name::ENDPOINTS, &slot, self.endpoints.set(index, Raw(record), 0))
+        for record in record.change(flags, policy) {
+            refused(map_name::ENDPOINTS, &slot, self.endpoints.set(index, Raw(record), 0))?;
+        }
+        Ok(())
     }
 
     fn own_keys(&self) -> Result<Vec<(OwnKey, u32)>, MapError> {
@@ -324,7 +324,7 @@ impl PolicyMaps for KernelMaps {
         }
         for (index, item) in (0..).zip(self.endpoints.iter()) {
             let Raw(record) = refused(map_name::ENDPOINTS, &"read", item)?;
-            let EndpointPolicy { flags, revision, policy: [ingress, egress] } = record.halves[usize::from(record.sequence & 1)];
+            let (flags, &EndpointPolicy { revision, policy: [ingress, egress] }) = record.policy();
             if flags & endpoint_flag::READY == 0 {
                 continue;
             }
