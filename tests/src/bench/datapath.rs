@@ -26,8 +26,8 @@ use nix::time::{ClockId, clock_gettime};
 use stanchion_core::policy::image::{EndpointImage, MapOp};
 use stanchion_ebpf_abi::{Config, VERDICT_PREFIX_PORT, VerdictKey, VerdictValue, config_flag, direction, verdict};
 
-use super::Row;
 use super::plot::Plot;
+use super::{Row, median};
 use crate::datapath::packet::{Packet, TCP, UDP, arp, flags};
 use crate::datapath::raw::{self, Yardstick};
 use crate::datapath::{IF_INDEX, Rig, take_events};
@@ -59,11 +59,6 @@ struct Effort {
 /// CPU nanoseconds of this thread.
 fn cpu() -> Duration {
     Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("every thread has a CPU clock"))
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// Nanoseconds of a packet, and of the floor at the same time; both without the empty program.

@@ -19,6 +19,11 @@ use serde::Serialize;
 
 use plot::{Plot, Point};
 
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
 /// One figure.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {

@@ -1,14 +1,16 @@
 //! What policy costs a bulk transfer: iperf3 between two pods of a node, as bare veths, under policy, and under the same rules
-//! in nftables. Each case has a node namespace of its own; rounds take turns, and the best of each case counts, because a
-//! busy machine only ever takes away.
+//! in nftables. Each case has a node namespace of its own. A round has a transfer of each, one right after the other, and its
+//! ratios to the bare veths' count, of which the median is told: a busy machine's speed changes from round to round.
 //!
 //! | case | on the way |
 //! |---|---|
 //! | bare | two veths and a route |
+//! | tc alone | in the programs' places, programs that do nothing |
 //! | policed | both pods isolated both ways, a rule for the server's port |
 //! | nftables | the same in a forward chain, established connections first |
 
 use std::net::Ipv4Addr;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -24,9 +26,12 @@ use stanchion_daemon::cluster::ClusterHandle;
 use stanchion_daemon::netpol::{
     ActivateIf, ActivateRequest, AttachMode, EnforcingMode, LoadOptions, NetpolHandle, NetpolParts, load, spawn,
 };
+use stanchion_netlink::Netlink;
+use stanchion_netlink::tc::{TcHook, TcPlace, TcProgram};
 use tokio_util::sync::CancellationToken;
 
-use super::Row;
+use super::{Row, median};
+use crate::datapath::raw::Yardstick;
 use crate::netns::{Netns, ip_batch, ip_json, sysctl};
 use crate::stray::Maker;
 
@@ -83,16 +88,28 @@ impl Bed {
         command.args(["-s", "-p", &PORT.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
         self.server = Some(self.pods[1].spawn(&mut command).context("start iperf3: `apt-get install iperf3`")?);
         let start = Instant::now();
-        while self.round(1).is_err() {
+        while self.round(8).is_err() {
             ensure!(start.elapsed() < UP, "{}: no connection from the client to the server", self.node.name());
         }
         Ok(())
     }
 
     /// Bytes a second of one transfer.
-    fn round(&self, seconds: u32) -> anyhow::Result<f64> {
+    fn round(&self, megabytes: u32) -> anyhow::Result<f64> {
         let mut command = Command::new("iperf3");
-        command.args(["-J", "-c", &SERVER.to_string(), "-p", &PORT.to_string(), "-t", &seconds.to_string(), "--connect-timeout", "2000"]);
+        command.args([
+            "-A",
+            "0,1",
+            "-J",
+            "-c",
+            &SERVER.to_string(),
+            "-p",
+            &PORT.to_string(),
+            "-n",
+            &format!("{megabytes}M"),
+            "--connect-timeout",
+            "2000",
+        ]);
         let output = self.pods[0].output(&mut command).context("run iperf3")?;
         let report: Value = serde_json::from_slice(&output.stdout).context("iperf3's report")?;
         ensure!(output.status.success(), "iperf3: {}", report["error"]);
@@ -118,14 +135,13 @@ impl Bed {
         let handle = receive.recv_timeout(UP).context("network policy did not start in time")??;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         for (number, (pod, address)) in ["client", "server"].into_iter().zip([CLIENT, SERVER]).enumerate() {
-            let link = ip_json(&self.node, &["link", "show", &format!("eni{number}")])?;
             let request = ActivateRequest {
                 pod: PodName::new("x", pod),
                 pod_uid: String::new(),
                 container_id: ContainerId::new(pod),
                 endpoints: vec![ActivateIf {
                     host_if_name: format!("eni{number}"),
-                    host_if_index: u32::try_from(link[0]["ifindex"].as_u64().context("an index")?)?,
+                    host_if_index: self.index(number)?,
                     ipv4: Some(address),
                     ipv6: None,
                 }],
@@ -136,6 +152,25 @@ impl Bed {
         let snapshot = runtime.block_on(handle.snapshot());
         ensure!(snapshot.endpoints.iter().all(|e| e.ingress_isolated && e.egress_isolated), "both pods are isolated: {snapshot:?}");
         Ok(())
+    }
+
+    /// Puts programs that do nothing where policy's would be.
+    fn attach_empty(&self) -> anyhow::Result<()> {
+        let empty = Yardstick::empty()?;
+        for number in 0..2 {
+            let index = self.index(number)?;
+            let program = |hook| TcProgram { hook, program: empty.as_fd(), name: "empty" };
+            let programs = [program(TcHook::Ingress), program(TcHook::Egress)];
+            let attached = self.node.run(|| Netlink::open()?.attach_programs(index, TcPlace::ours(1), &programs))??;
+            ensure!(attached, "eni{number} has no clsact qdisc");
+        }
+        Ok(())
+    }
+
+    /// The index of a host veth.
+    fn index(&self, number: usize) -> anyhow::Result<u32> {
+        let link = ip_json(&self.node, &["link", "show", &format!("eni{number}")])?;
+        Ok(u32::try_from(link[0]["ifindex"].as_u64().context("an index")?)?)
     }
 
     fn filter(&self) -> anyhow::Result<()> {
@@ -225,22 +260,32 @@ fn policies() -> anyhow::Result<ClusterState> {
 /// # Errors
 /// iperf3 or nft is not there, the kernel refuses, or no connection comes about.
 pub fn run(quick: bool) -> anyhow::Result<Vec<Row>> {
-    let (rounds, seconds) = if quick { (5, 1) } else { (15, 2) };
-    let mut beds = [Bed::new("bare")?, Bed::new("policed")?, Bed::new("nftables")?];
-    beds[1].police()?;
-    beds[2].filter()?;
+    let rounds = if quick { 8 } else { 100 };
+    let mut beds = [Bed::new("bare")?, Bed::new("tc")?, Bed::new("policed")?, Bed::new("nftables")?];
+    beds[1].attach_empty()?;
+    beds[2].police()?;
+    beds[3].filter()?;
     beds.iter_mut().try_for_each(Bed::open)?;
-    let mut best = [0.0_f64; 3];
+    // Milliseconds for a gigabyte, and those of the others in times of it.
+    let (mut bare, mut ratios) = (Vec::with_capacity(rounds), [const { Vec::new() }; 3]);
     for round in 1..=rounds {
-        eprintln!("  round {round} of {rounds}, {seconds} s each ...");
-        for (bed, best) in beds.iter().zip(&mut best) {
-            *best = best.max(bed.round(seconds)?);
+        eprintln!("  round {round} of {rounds}, 256 MiB each ...");
+        let mut bytes = [0.0; 4];
+        // Each is first as often as any other.
+        for turn in 0..beds.len() {
+            let bed = (round + turn) % beds.len();
+            bytes[bed] = beds[bed].round(256)?;
+        }
+        bare.push(1e12 / bytes[0]);
+        for (ratios, other) in ratios.iter_mut().zip(&bytes[1..]) {
+            ratios.push(bytes[0] / other);
         }
     }
-    // Milliseconds for a gigabyte.
-    let [bare, policed, nftables] = best.map(|bytes| 1e12 / bytes);
+    let bare = median(bare);
+    let [tc, policed, nftables] = ratios.map(|ratios| median(ratios) * bare);
     Ok(vec![
         Row::plain("iperf3, bare veths", bare, "ms/GB"),
+        Row::against("iperf3, programs that do nothing in the same places", tc, "ms/GB", bare),
         Row::against("iperf3, policed both ways at both ends", policed, "ms/GB", bare).target(POLICED),
         Row::against("iperf3, the same rules in nftables", nftables, "ms/GB", bare),
     ])
