@@ -97,19 +97,8 @@ impl Bed {
     /// Bytes a second of one transfer.
     fn round(&self, megabytes: u32) -> anyhow::Result<f64> {
         let mut command = Command::new("iperf3");
-        command.args([
-            "-A",
-            "0,1",
-            "-J",
-            "-c",
-            &SERVER.to_string(),
-            "-p",
-            &PORT.to_string(),
-            "-n",
-            &format!("{megabytes}M"),
-            "--connect-timeout",
-            "2000",
-        ]);
+        let amount = format!("{megabytes}M");
+        command.args(["-J", "-c", &SERVER.to_string(), "-p", &PORT.to_string(), "-n", &amount, "--connect-timeout", "2000"]);
         let output = self.pods[0].output(&mut command).context("run iperf3")?;
         let report: Value = serde_json::from_slice(&output.stdout).context("iperf3's report")?;
         ensure!(output.status.success(), "iperf3: {}", report["error"]);
