@@ -91,10 +91,14 @@ pub mod interface_flag {
 pub struct Endpoint {
     /// [`endpoint_flag`]: of the policy in use, and which half it is in.
     pub flags: u8,
-    /// Grows by one when the slot ceases to be a pod's: what a CPU keeps of that pod's flows is not the next one's.
-    pub epoch: u8,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: u8,
+    /// What CPUs keep of the pod's flows stands as long as this stays the same. The first grows by one when the slot ceases to be a
+    /// pod's, and is the agent's to write; the second when a packet changes a flow so that its next packets change it again, and is
+    /// the programs'.
+    pub epoch: [u8; 2],
+    /// Zero.
+    pub reserved2: [u8; 4],
     /// The halves.
     pub halves: [EndpointPolicy; 2],
 }
@@ -109,8 +113,9 @@ impl Endpoint {
     pub fn change(mut self, flags: u8, policy: EndpointPolicy) -> [Self; 2] {
         let half = self.flags & endpoint_flag::SECOND ^ endpoint_flag::SECOND;
         self.halves[usize::from(half >> 7)] = policy;
-        let epoch = self.epoch.wrapping_add(u8::from(flags & endpoint_flag::READY == 0));
-        [self, Self { flags: flags & !endpoint_flag::SECOND | half, epoch, ..self }]
+        let [pods, changes] = self.epoch;
+        let pods = pods.wrapping_add(u8::from(flags & endpoint_flag::READY == 0));
+        [self, Self { flags: flags & !endpoint_flag::SECOND | half, epoch: [pods, changes], ..self }]
     }
 }
 

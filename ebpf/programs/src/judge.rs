@@ -9,8 +9,8 @@ use stanchion_ebpf_abi::{
 use crate::{
     family::{Address, Flow, Pair, SPREAD, WideKey, key_start},
     maps::{
-        CACHE, CONFIG, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICT_CACHE, VERDICTS, cached, count,
-        count_stat, is_told, tell,
+        CACHE, CONFIG, ENDPOINTS, FLOWS_INSERTED, FLOWS_REMOVED, FRAGMENTS, GENERATION, OWN, TICK_SHIFT, VERDICT_CACHE, VERDICTS, cached,
+        count, count_stat, is_told, tell,
     },
     packet::{ACK, FIN, InHand, Kind, Packet, RST, SCTP, SYN, TCP, UDP, anew, fragment_key},
 };
@@ -323,6 +323,8 @@ mod found {
     pub const HAIRPIN: u8 = 8;
     /// The table is known to have none.
     pub const NEW: u8 = 16;
+    /// Its next packet changes it again: CPUs that keep it are to ask the table.
+    pub const TURNS: u8 = 32;
 }
 
 impl Packet {
@@ -362,6 +364,13 @@ pub fn police(skb: *mut __sk_buff, mut packet: InHand, is_new: bool) -> bool {
         packet.found |= found::HAIRPIN;
     }
     packet.outcome = decide(skb, packet);
+    // After the table: who still keeps it from before is before this packet.
+    if packet.has(found::TURNS)
+        && let Some(endpoint) = ENDPOINTS.get_ptr_mut(u32::from(packet.pod.slot))
+    {
+        // SAFETY: a byte of an array's value that only programs write; two that add at once add one, which is enough.
+        unsafe { (*endpoint).epoch[1] = (*endpoint).epoch[1].wrapping_add(1) };
+    }
     let outcome = anew(&packet.outcome);
     let passes = outcome as u8 != event_verdict::DENIED;
     count(u32::from(packet.pod.slot), anew(&packet.pod.direction), u8::from(passes), length);
@@ -390,10 +399,13 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
         unsafe {
             let state = (*entry).state;
             // A SYN where more than SYNs were seen opens a new connection on the same ports.
-            let opens = packet.flow_protocol() == TCP
+            let is_tcp = packet.flow_protocol() == TCP && packet.is(Kind::Member);
+            let opens = is_tcp
                 && packet.flags() & (SYN | ACK) == SYN
-                && packet.is(Kind::Member)
                 && state & (flow_state::REPLIED | flow_state::FIN_POD | flow_state::FIN_PEER | flow_state::RESET) != 0;
+            if opens || (is_tcp && packet.flags() & RST != 0) {
+                packet.found |= found::TURNS;
+            }
             if now.wrapping_sub((*entry).seen) <= u32::from((*entry).timeout) && !opens {
                 if (*entry).revision == packet.pod.policy.revision {
                     if packet.is(Kind::Member) {

@@ -1,6 +1,7 @@
 //! The flows that this CPU has seen go on within the present tick: their next packets are told by one line of memory, without the
 //! flow table. It says nothing that the table would not say: an entry is written where the table said that the flow goes on under
 //! this revision and had the time noted, and whatever changes a flow (TCP flags, another revision, a later tick) goes by the table.
+//! After a reset, or a SYN on old ports, the next packet changes the flow again: then the pod's epoch has grown, for all CPUs.
 
 use crate::{
     family::{Address, SPREAD},
@@ -14,17 +15,17 @@ pub struct Recent {
     /// The flow's key, and in two bits that TCP and UDP leave free in the protocol: direction and family.
     start: u64,
     remote: Address,
-    /// The revision and the slot's epoch.
+    /// The revision and the endpoint's epoch.
     pod: u32,
     tick: u32,
 }
 
 impl Recent {
     #[inline(always)]
-    pub fn new((start, remote): (u64, Address), (direction, family): (u8, u8), (revision, epoch): (u32, u8), tick: u32) -> Self {
+    pub fn new((start, remote): (u64, Address), (direction, family): (u8, u8), (revision, epoch): (u32, [u8; 2]), tick: u32) -> Self {
         let which = u64::from(direction & 1) << 22 | u64::from(family & 2) << 22;
-        // Within a tick no revision grows by 2^24.
-        Self { start: start | which, remote, pod: revision ^ u32::from(epoch) << 24, tick }
+        // Within a tick no revision grows by 2^16.
+        Self { start: start | which, remote, pod: revision ^ u32::from(u16::from_ne_bytes(epoch)) << 16, tick }
     }
 
     /// Where it is if it is known: `*place == self`.
