@@ -8,15 +8,13 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use stanchion_core::policy::image::{EndpointImage, MapOp};
 use stanchion_ebpf_abi::{VERDICT_PREFIX_PORT, VerdictKey, VerdictValue, direction, timeout, verdict};
 use stanchion_lab::datapath::packet::{Packet, TCP, UDP, flags};
-use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry};
+use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry, stay_on_one_cpu};
 
 const IN: u8 = direction::INGRESS;
 const OUT: u8 = direction::EGRESS;
@@ -159,7 +157,7 @@ fn frame(way: u8, ends: Ends, flag: u8) -> Vec<u8> {
     packet.frame()
 }
 
-/// A policy of the pod's; the revision grows unless nothing is revoked.
+/// A policy of the pod, under a revision.
 fn image(rng: &mut StdRng, revision: u32) -> EndpointImage {
     let mut set = || rng.random_bool(0.75).then(|| SETS.choose(rng).unwrap().0);
     let (ingress, egress) = (set(), set());
@@ -196,7 +194,7 @@ fn grow_old(rig: &mut Rig, image: &EndpointImage, ticks: u32) {
 #[test]
 fn random_conversations_fare_as_a_model_of_flows_says() {
     let conversations: u64 = std::env::var("DATAPATH_CONVERSATIONS").ok().and_then(|text| text.parse().ok()).unwrap_or(60);
-    stay_on_one_cpu();
+    stay_on_one_cpu().unwrap();
     let mut rig = Rig::new("conversations", 1_024).unwrap();
     let mut ops = Vec::new();
     for (policy, ports) in SETS {
@@ -258,13 +256,4 @@ fn random_conversations_fare_as_a_model_of_flows_says() {
     }
     println!("{passed} passed, {dropped} dropped");
     assert!(passed > dropped / 4 && dropped > passed / 4, "{passed} passed, {dropped} dropped: they are too much alike");
-}
-
-/// So that what the CPU keeps counts.
-fn stay_on_one_cpu() {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
-    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap()).unwrap();
-    let mut cpu = CpuSet::new();
-    cpu.set(first).unwrap();
-    sched_setaffinity(Pid::from_raw(0), &cpu).unwrap();
 }

@@ -5,8 +5,6 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
 use stanchion_core::policy::image::{EndpointImage, MapOp};
 use stanchion_daemon::netpol::{LoadOptions, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
@@ -14,7 +12,7 @@ use stanchion_ebpf_abi::{
     config_flag, direction, event_verdict, ipv4_word, map_name, reason, verdict,
 };
 use stanchion_lab::datapath::packet::{Fragment, ICMP, ICMPV6, Packet, SCTP, TCP, UDP, arp, flags};
-use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry, key4, take_events};
+use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry, key4, stay_on_one_cpu, take_events};
 use stanchion_lab::stray::Maker;
 
 const IN: u8 = direction::INGRESS;
@@ -223,8 +221,7 @@ fn a_flow_lives_through_a_change_that_still_allows_it_and_ends_with_one_that_doe
 /// What a CPU keeps of a flow for the rest of a tick stands for that flow's packets, and for no others.
 #[test]
 fn what_a_cpu_keeps_of_a_flow_is_no_other_ones_and_ends_with_the_tick() {
-    let cpu = first_cpu();
-    sched_setaffinity(Pid::from_raw(0), &cpu).unwrap();
+    stay_on_one_cpu().unwrap();
     let mut rig = rig("recent");
     let [four, six] = casts();
     // Its addresses begin as those of `four` do, and are the only ones that a pod without IPv6 could take for them.
@@ -294,15 +291,6 @@ fn what_a_cpu_keeps_of_a_flow_is_no_other_ones_and_ends_with_the_tick() {
             assert!(Instant::now() < until, "kept beyond the tick");
         }
     }
-}
-
-/// One CPU of those that this thread may use.
-fn first_cpu() -> CpuSet {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
-    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap()).unwrap();
-    let mut cpu = CpuSet::new();
-    cpu.set(first).unwrap();
-    cpu
 }
 
 #[test]

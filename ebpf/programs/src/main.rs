@@ -13,8 +13,6 @@ mod names;
 mod packet;
 mod recent;
 
-use core::hint::cold_path;
-
 use aya_ebpf::bindings::__sk_buff;
 use stanchion_ebpf_abi::{
     Endpoint, Event, INTERFACE_PLACES, Interface, direction, endpoint_flag, event_verdict, frame_kind, reason, stat, verdict,
@@ -51,14 +49,12 @@ pub extern "C" fn pod_ingress(skb: *mut __sk_buff) -> i32 {
 #[inline(always)]
 fn run(skb: *mut __sk_buff, direction: u8) -> i32 {
     let Some((interface, endpoint)) = pod(skb) else {
-        cold_path();
         return stranger();
     };
     // Read once: it says which half it speaks of.
     let flags = anew(&endpoint.flags);
     if flags & (endpoint_flag::ISOLATED_INGRESS | endpoint_flag::ISOLATED_EGRESS) == 0 {
         if flags & endpoint_flag::READY == 0 {
-            cold_path();
             return stranger();
         }
         return if direction == direction::INGRESS { PASS } else { unpoliced(skb, interface) };
@@ -77,17 +73,14 @@ fn run(skb: *mut __sk_buff, direction: u8) -> i32 {
 fn interface(skb: *mut __sk_buff) -> Option<&'static Interface> {
     // SAFETY: a field of the context.
     let if_index = unsafe { (*skb).ifindex };
-    let mut place = INTERFACES.get(if_index & (INTERFACE_PLACES - 1))?;
-    if place.if_index != if_index {
-        cold_path();
-        // SAFETY: a number, read at once.
-        place = INTERFACES.get(unsafe { *INTERFACES_FAR.get(if_index)? })?;
-        // The agent may have given the place away meanwhile.
-        if place.if_index != if_index {
-            return None;
-        }
+    let place = INTERFACES.get(if_index & (INTERFACE_PLACES - 1))?;
+    if place.if_index == if_index {
+        return Some(place);
     }
-    Some(place)
+    // SAFETY: a number, read at once.
+    let place = INTERFACES.get(unsafe { *INTERFACES_FAR.get(if_index)? })?;
+    // The agent may have given the place away meanwhile.
+    (place.if_index == if_index).then_some(place)
 }
 
 /// The pod behind the interface that a packet goes through.

@@ -11,6 +11,8 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use stanchion_core::policy::image::{EndpointImage, MapOp, PolicyMaps as _, Slot};
 use stanchion_daemon::netpol::{KernelMaps, LoadOptions, Loaded, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
@@ -213,6 +215,18 @@ impl Drop for Rig {
             eprintln!("cannot remove {}: {error}", self.pin_root.display());
         }
     }
+}
+
+/// Keeps the calling thread on one of its CPUs, so that what a CPU keeps of a packet is there for the next one.
+///
+/// # Errors
+/// The kernel's.
+pub fn stay_on_one_cpu() -> anyhow::Result<()> {
+    let (this_thread, mut one) = (Pid::from_raw(0), CpuSet::new());
+    let allowed = sched_getaffinity(this_thread)?;
+    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap_or(false));
+    one.set(first.context("a thread has a CPU")?)?;
+    Ok(sched_setaffinity(this_thread, &one)?)
 }
 
 /// Takes the events out of a ring.
