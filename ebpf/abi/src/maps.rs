@@ -95,7 +95,7 @@ pub struct Endpoint {
     pub reserved: u8,
     /// What CPUs keep of the pod's flows stands as long as this stays the same. The first grows by one when the slot ceases to be a
     /// pod's, and is the agent's to write; the second when a packet changes a flow so that its next packets change it again, and is
-    /// the programs'.
+    /// the programs'. (A policy that the agent writes in the same microseconds takes that back, for the rest of the tick.)
     pub epoch: [u8; 2],
     /// Zero.
     pub reserved2: [u8; 4],
