@@ -224,7 +224,7 @@ fn what_a_cpu_keeps_of_a_flow_is_no_other_ones_and_ends_with_the_tick() {
     stay_on_one_cpu().unwrap();
     let mut rig = rig("recent");
     let [four, six] = casts();
-    // Its addresses begin as those of `four` do, and are the only ones that a pod without IPv6 could take for them.
+    // Its peer's address begins with the bytes of `four`'s and goes on with zeros: the keys of a pod without IPv6 do not differ otherwise.
     let lookalike = Cast { friend: ip("a00:14::"), ..six };
     let alone = EndpointImage { addresses: vec![four.pod], ..isolated() };
     let ports = (4_000, 80);

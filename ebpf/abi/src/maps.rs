@@ -104,15 +104,21 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    /// The half that flags speak of.
+    #[inline(always)]
+    pub fn half(&self, flags: u8) -> &EndpointPolicy {
+        &self.halves[usize::from(flags & endpoint_flag::SECOND != 0)]
+    }
+
     /// The policy in use, and its flags.
     pub fn policy(&self) -> (u8, &EndpointPolicy) {
-        (self.flags & !endpoint_flag::SECOND, &self.halves[usize::from(self.flags >> 7)])
+        (self.flags & !endpoint_flag::SECOND, self.half(self.flags))
     }
 
     /// The two records to write, one after the other, for a policy with these flags to be in use.
     pub fn change(mut self, flags: u8, policy: EndpointPolicy) -> [Self; 2] {
         let half = self.flags & endpoint_flag::SECOND ^ endpoint_flag::SECOND;
-        self.halves[usize::from(half >> 7)] = policy;
+        self.halves[usize::from(half != 0)] = policy;
         let [pods, changes] = self.epoch;
         let pods = pods.wrapping_add(u8::from(flags & endpoint_flag::READY == 0));
         [self, Self { flags: flags & !endpoint_flag::SECOND | half, epoch: [pods, changes], ..self }]

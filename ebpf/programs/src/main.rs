@@ -100,7 +100,7 @@ fn stranger() -> i32 {
 /// A packet of a pod with policy. The common one is done when its flow is found; others are only taken in hand here.
 #[inline(always)]
 fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, endpoint: &Endpoint, policy_flags: u8, direction: u8) -> i32 {
-    let policy = &endpoint.halves[usize::from(policy_flags >> 7)];
+    let policy = endpoint.half(policy_flags);
     let Some(plain) = F::plain(skb, direction) else {
         return match InHand::get() {
             Some(mut packet) => {

@@ -112,7 +112,7 @@ fn gross(program: impl AsFd, frame: &[u8], repeat: u32) -> anyhow::Result<(f64, 
     Ok(((cpu() - start).as_secs_f64() * 1e9 / f64::from(repeat), result))
 }
 
-/// Mean nanoseconds by the kernel's own measure of programs run once on each frame.
+/// Median of the nanoseconds by the kernel's own measure of programs run once on each frame.
 fn cold(program: impl AsFd, frames: &[Vec<u8>]) -> anyhow::Result<f64> {
     let mut figures = Vec::with_capacity(frames.len());
     for frame in frames {
