@@ -13,6 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::branch::VethNames;
 use stanchion_core::cloud::{Imds as _, InstanceIdentity};
+use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::{BranchMode, Config, FlowLogs, PolicyMode, RecordLayout, TelemetryConfig};
 use stanchion_core::conflist::{Chained, FILE_NAME, Owner, PLUGIN};
 use stanchion_core::logs::record::Layout;
@@ -49,6 +50,7 @@ use stanchion_proto::cni_server::CniServer;
 use stanchion_proto::debug_server::DebugServer;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -89,7 +91,8 @@ pub(crate) fn run(args: AgentArgs) -> Result<ExitCode> {
         }
     };
     let set_log_filter = logging::init(&config.operations.log_level)?;
-    for notice in &config.notices {
+    let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
+    for notice in config.notices.iter().chain(&config.unknown(names.iter().map(String::as_str))) {
         warn!("{notice}");
     }
     for setting in config.settings.iter().filter(|s| s.origin != stanchion_core::config::Origin::Default) {
@@ -478,7 +481,7 @@ async fn start_network(
             Some(handle)
         }
     };
-    let host = HostNet::open().context("open the host's network")?;
+    let host = HostNet::open(args.sysctl_root.clone()).context("open the host's network")?;
     let mut netlink = Netlink::open().context("open netlink")?;
     if config.pool.pod_eni && !netlink.has_vlans().context("ask for VLAN interfaces")? {
         warn!(
@@ -512,6 +515,9 @@ async fn start_network(
     });
     tasks.push(("addresses", task));
     if let Some(netpol) = &netpol {
+        if config.network.policy_source == Source::Policies {
+            tokio::spawn(shutdown.clone().run_until_cancelled_owned(tell_of_policies_new_in_force(cluster.watch())));
+        }
         let adoption = cni::spawn_adoption(AdoptParts {
             ipam: ipam.clone(),
             netpol: netpol.clone(),
@@ -627,6 +633,15 @@ fn conflist_parts(
         cluster: views.cluster.clone(),
         node_name: views.node_name.clone(),
         shutdown: shutdown.clone(),
+    }
+}
+
+/// On a cluster whose policies aws-node left alone, those that are there come into force with the switch: said once they are known.
+async fn tell_of_policies_new_in_force(mut cluster: watch::Receiver<Arc<ClusterState>>) {
+    if let Ok(state) = cluster.wait_for(|state| state.synced).await
+        && let Some(notice) = state.policies_new_in_force()
+    {
+        warn!("{notice}");
     }
 }
 

@@ -6,7 +6,8 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, fmt, reload};
 
-/// Starts logging; `level` is a tracing filter or one of aws-node's words (DEBUG, INFO, WARN, ERROR, FATAL).
+/// Starts logging; `level` is a tracing filter or one of aws-node's words (DEBUG, INFO, WARN, ERROR, FATAL). DEBUG and TRACE as a word
+/// are about this agent: its libraries tell of each request, of those too that ship these very lines.
 ///
 /// # Errors
 /// The filter cannot be read.
@@ -23,7 +24,28 @@ fn parse(text: &str) -> Result<EnvFilter> {
     let text = match text.to_ascii_lowercase().as_str() {
         "fatal" => "error".to_owned(),
         "warning" => "warn".to_owned(),
+        word @ ("debug" | "trace") => format!("warn,stanchion={word}"),
         _ => text.to_owned(),
     };
     Ok(EnvFilter::try_new(text)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aws_nodes_words_are_about_the_agent_and_filters_mean_what_they_say() {
+        for (text, filter) in [
+            ("DEBUG", "stanchion=debug,warn"),
+            ("trace", "stanchion=trace,warn"),
+            ("FATAL", "error"),
+            ("Warning", "warn"),
+            ("info", "info"),
+            ("debug,aws_smithy_runtime=trace", "aws_smithy_runtime=trace,debug"),
+        ] {
+            assert_eq!(parse(text).expect("a filter").to_string(), filter, "{text}");
+        }
+        assert!(parse("stanchion=loud").is_err());
+    }
 }

@@ -1,6 +1,7 @@
 //! ADD.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -212,8 +213,8 @@ fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<Vec<VethIndices>, Cn
     if plans.iter().any(|plan| plan.ipv6.is_some()) {
         // Some runtimes start sandboxes with IPv6 switched off; a kernel without it refuses the address later, with a better message.
         let switched = site.netns.run(|| {
-            let _ = sysctl::ensure("net/ipv6/conf/default/disable_ipv6", "0");
-            let _ = sysctl::ensure("net/ipv6/conf/lo/disable_ipv6", "0");
+            let _ = sysctl::ensure(Path::new(sysctl::ROOT), "net/ipv6/conf/default/disable_ipv6", "0");
+            let _ = sysctl::ensure(Path::new(sysctl::ROOT), "net/ipv6/conf/lo/disable_ipv6", "0");
         });
         switched.map_err(|error| sandbox::netns_error(&error))?;
     }

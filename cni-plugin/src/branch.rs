@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::path::Path;
 
 use stanchion_core::cni::result::PrevResult;
 use stanchion_core::cni::{CniError, ErrorCode, Invocation};
@@ -62,7 +63,7 @@ pub(crate) fn connect(host: &mut Netlink, plan: &PodPlan) -> Result<(), CniError
         }
     };
     // The router's advertisements are the node's business.
-    let _ = sysctl::ensure(&format!("net/ipv6/conf/{}/accept_ra", link.if_name()), "0");
+    let _ = sysctl::ensure(Path::new(sysctl::ROOT), &format!("net/ipv6/conf/{}/accept_ra", link.if_name()), "0");
     host.perform_all(&plan.branch_ops(index)).map_err(|error| kernel_error(&error))
 }
 

@@ -295,6 +295,12 @@ async fn verbs_about_no_container() {
     let answer = site.exec(nobody("STATUS"), &site.conf()).await;
     let error: Value = serde_json::from_str(&answer.stdout).unwrap();
     assert_eq!(error["code"], 50);
+    // Once pods could be connected in this boot, an agent that is away does not make the node NotReady.
+    let mark = stanchion_core::conflist::ready_mark(&site.socket());
+    std::fs::write(&mark, "of an earlier boot").unwrap();
+    assert!(!site.exec(nobody("STATUS"), &site.conf()).await.ok);
+    std::fs::copy("/proc/sys/kernel/random/boot_id", &mark).unwrap();
+    assert!(site.exec(nobody("STATUS"), &site.conf()).await.ok);
 }
 
 /// Each runtime's calls in their order, with the sandbox's real namespace in the place of the recorded one.

@@ -122,6 +122,11 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     .await
     .unwrap();
 
+    // A service mesh chains itself in, in its own way of writing: it stays, also when the rest is written anew.
+    let mut chained = read().unwrap();
+    chained["plugins"].as_array_mut().unwrap().push(json!({"type": "istio-cni"}));
+    fs::write(&conflist, chained.to_string()).unwrap();
+
     // A newer portmap: STATUS for containerd 2.
     portmap_that_speaks(&node1, &["0.4.0", "1.0.0", "1.1.0"]);
     wait_for("the newer version", Duration::from_secs(15), || {
@@ -133,6 +138,8 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
     })
     .await
     .unwrap();
+    let plugins = read().unwrap()["plugins"].clone();
+    assert_eq!([0, 1, 2].map(|place| plugins[place]["type"].as_str().unwrap()), ["stanchion-cni", "portmap", "istio-cni"]);
 
     wait_for("the taint to go, the condition and the event to come", SOON, || {
         let conditions = kube.get(NODES, "/node1").unwrap()["status"]["conditions"].clone();
@@ -184,4 +191,6 @@ async fn the_conflist_comes_when_pods_can_and_the_node_is_told() {
 
     agent.stop(SOON).await.unwrap();
     assert!(conflist.exists(), "stopping removes nothing");
+    let mark = fs::read(stanchion_core::conflist::ready_mark(&node1.socket())).unwrap();
+    assert_eq!(mark, fs::read("/proc/sys/kernel/random/boot_id").unwrap(), "STATUS goes on to say yes");
 }

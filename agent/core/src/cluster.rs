@@ -47,6 +47,26 @@ pub struct ClusterState {
     pub vpc_cni_config: Option<Arc<BTreeMap<String, String>>>,
 }
 
+impl ClusterState {
+    /// A sentence for a person if NetworkPolicies are there that nobody enforced before this agent: aws-node's ConfigMap says that AWS's
+    /// policy controller is off, as it does unless the add-on's `enableNetworkPolicy` is set.
+    pub fn policies_new_in_force(&self) -> Option<String> {
+        let config = self.vpc_cni_config.as_ref()?;
+        let on = config.get("enable-network-policy-controller").is_some_and(|on| on.trim().eq_ignore_ascii_case("true"));
+        let policies: Vec<String> = self.network_policies.keys().map(ToString::to_string).collect();
+        if on || policies.is_empty() {
+            return None;
+        }
+        let shown = policies.iter().take(5).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = if policies.len() > 5 { ", ..." } else { "" };
+        Some(format!(
+            "{} NetworkPolicies are in force on this node's pods that aws-node did not enforce (the ConfigMap kube-system/amazon-vpc-cni \
+             does not say enable-network-policy-controller=true): {shown}{more}; NETWORK_POLICY_ENFORCING_MODE=none leaves them alone",
+            policies.len()
+        ))
+    }
+}
+
 /// One object of a kind that the agent reads.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
@@ -270,6 +290,24 @@ mod tests {
         assert!(!Arc::ptr_eq(&first.pods[&key("b")], &second.pods[&key("b")]));
         assert!(!second.pods.contains_key(&key("c")));
         assert!(second.synced);
+    }
+
+    #[test]
+    fn policies_that_aws_node_left_alone_are_told() {
+        let config = |on: &str| Object::VpcCniConfig(BTreeMap::from([("enable-network-policy-controller".to_owned(), on.to_owned())]));
+        let policy = |name: &str| {
+            Object::NetworkPolicy(NetworkPolicy {
+                metadata: Meta { name: name.to_owned(), namespace: "x".to_owned(), ..Meta::default() },
+                ..NetworkPolicy::default()
+            })
+        };
+        let told = |objects: Vec<Object>| ClusterState::default().replaced_by(objects).policies_new_in_force();
+        let said = told(vec![config("false"), policy("deny"), policy("allow")]).expect("a notice");
+        assert!(said.starts_with("2 NetworkPolicies") && said.contains("x/allow, x/deny;"), "{said}");
+        assert!(told(vec![Object::VpcCniConfig(BTreeMap::new()), policy("deny")]).is_some(), "off unless it says otherwise");
+        assert_eq!(told(vec![config("true"), policy("deny")]), None);
+        assert_eq!(told(vec![config("false")]), None);
+        assert_eq!(told(vec![policy("deny")]), None, "no cluster of aws-node's");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The network configuration that the container runtime reads: `10-aws.conflist`, network `aws-cni`, as aws-node names them,
 //! so that a node can be handed over in both directions.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -11,6 +11,8 @@ pub const FILE_NAME: &str = "10-aws.conflist";
 pub const PLUGIN: &str = "stanchion-cni";
 /// The network's name, part of every allocation's key; aws-node's too.
 const NETWORK: &str = "aws-cni";
+/// aws-node's plugin.
+const AWS_PLUGIN: &str = "aws-cni";
 
 /// What the configuration says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +50,9 @@ impl Chained {
         }
     }
 
+    /// Every one of them.
+    const ALL: [Self; 3] = [Self::Portmap, Self::Bandwidth, Self::NoIpv6];
+
     fn document(self) -> Value {
         match self {
             Self::Portmap => json!({"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}),
@@ -62,8 +67,9 @@ impl Chained {
 }
 
 impl Conflist<'_> {
-    /// The file's content.
-    pub fn render(&self) -> String {
+    /// The file's content, with those plugins of the file that is there (`present`, `null` for none) that somebody else chained into it:
+    /// service meshes put theirs into the first configuration by name and expect it to stay.
+    pub fn render(&self, present: &Value) -> String {
         let mut own = json!({
             "type": PLUGIN,
             "socket": self.socket.display().to_string(),
@@ -73,10 +79,54 @@ impl Conflist<'_> {
             own["pluginLogFile"] = json!(self.log_file);
             own["pluginLogLevel"] = json!(self.log_level);
         }
-        let plugins: Vec<Value> = std::iter::once(own).chain(self.chained.iter().map(|plugin| plugin.document())).collect();
-        let document = json!({"cniVersion": self.version, "name": NETWORK, "plugins": plugins});
+        let plugins = std::iter::once(own).chain(self.chained.iter().map(|plugin| plugin.document())).collect();
+        let document = json!({"cniVersion": self.version, "name": NETWORK, "plugins": with_others(plugins, present)});
         format!("{document:#}\n")
     }
+}
+
+/// What somebody else chained into a configuration of ours or aws-node's.
+pub fn others(configuration: &Value) -> impl Iterator<Item = &Value> {
+    plugins(configuration).iter().filter(|plugin| !is_known(plugin))
+}
+
+/// None where the first plugin, which makes the interface, is a third one's: such a configuration is replaced.
+fn plugins(configuration: &Value) -> &[Value] {
+    let plugins = configuration.get("plugins").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let first = plugins.first().map(kind).unwrap_or_default();
+    if [PLUGIN, AWS_PLUGIN].contains(&first) { plugins } else { &[] }
+}
+
+/// The name of a plugin's binary.
+pub fn kind(plugin: &Value) -> &str {
+    plugin.get("type").and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Ours, aws-node's, or one that both chain by their settings. `tuning` may be anybody's: by what it says.
+fn is_known(plugin: &Value) -> bool {
+    let tuning = Chained::NoIpv6.binary();
+    [PLUGIN, AWS_PLUGIN, "egress-cni"].contains(&kind(plugin))
+        || Chained::ALL.iter().any(|chained| *plugin == chained.document() || (kind(plugin) == chained.binary() && kind(plugin) != tuning))
+}
+
+/// `list` with the plugins of others, each after the same one of `list` as it is in `present`.
+fn with_others(mut list: Vec<Value>, present: &Value) -> Vec<Value> {
+    // The first is whoever connects the pod.
+    let mut place = 1;
+    for plugin in plugins(present) {
+        if !is_known(plugin) {
+            list.insert(place, plugin.clone());
+            place += 1;
+        } else if let Some(ours) = list.iter().position(|ours| kind(ours) == kind(plugin) && is_known(ours)) {
+            place = ours + 1;
+        }
+    }
+    list
+}
+
+/// Where the agent says, beside its socket, that pods could be connected: a file with the id of the boot in which that was so.
+pub fn ready_mark(socket: &Path) -> PathBuf {
+    socket.with_file_name("ready")
 }
 
 /// Versions of the specification that a configuration may have, newest first. 1.1.0 brings STATUS, from which containerd 2
@@ -134,7 +184,7 @@ pub fn owner(content: &str) -> Owner {
     let document: Value = serde_json::from_str(content).unwrap_or_default();
     match document.pointer("/plugins/0/type").and_then(Value::as_str) {
         Some(PLUGIN) => Owner::Stanchion,
-        Some("aws-cni") => Owner::AwsNode,
+        Some(AWS_PLUGIN) => Owner::AwsNode,
         _ => Owner::Other,
     }
 }
@@ -158,7 +208,7 @@ mod tests {
             log_level: "ERROR",
             chained: &[Chained::Portmap, Chained::Bandwidth, Chained::NoIpv6],
         };
-        let text = conflist.render();
+        let text = conflist.render(&Value::Null);
         assert_eq!(owner(&text), Owner::Stanchion);
         let document: Value = serde_json::from_str(&text).unwrap();
         assert_eq!([1, 2, 3].map(|index| document["plugins"][index]["type"].as_str().unwrap()), ["portmap", "bandwidth", "tuning"]);
@@ -172,8 +222,44 @@ mod tests {
             (conf.name.as_str(), conf.socket.to_str(), conf.log_file.as_deref()),
             ("aws-cni", Some("/run/a.sock"), Some(Path::new("/var/log/p.log")))
         );
-        let bare = Conflist { log_file: "", chained: &[], ..conflist }.render();
+        let bare = Conflist { log_file: "", chained: &[], ..conflist }.render(&Value::Null);
         assert!(!bare.contains("portmap") && !bare.contains("pluginLog"), "{bare}");
+    }
+
+    #[test]
+    fn what_others_chained_in_stays_in_its_place() {
+        let conflist = |chained: &'static [Chained]| Conflist {
+            version: "1.0.0",
+            socket: Path::new("/run/a.sock"),
+            log_file: "",
+            log_level: "",
+            chained,
+        };
+        let types = |text: &str| -> Vec<String> {
+            let document: Value = serde_json::from_str(text).unwrap();
+            document["plugins"].as_array().unwrap().iter().map(|plugin| kind(plugin).to_owned()).collect()
+        };
+        let istio = json!({"type": "istio-cni", "log_level": "info"});
+        let sysctls = json!({"type": "tuning", "sysctl": {"net.core.somaxconn": "1024"}});
+        // As aws-node's entrypoint writes it, with two guests.
+        let aws = json!({"cniVersion": "0.4.0", "name": "aws-cni", "plugins": [
+            {"type": "aws-cni"}, {"type": "egress-cni"}, sysctls, {"type": "portmap", "snat": true}, Chained::NoIpv6.document(), istio,
+        ]});
+        assert_eq!(others(&aws).collect::<Vec<_>>(), [&sysctls, &istio]);
+        let first = conflist(&[Chained::Portmap]).render(&aws);
+        assert_eq!(types(&first), [PLUGIN, "tuning", "portmap", "istio-cni"]);
+        let first: Value = serde_json::from_str(&first).unwrap();
+        assert_eq!((&first["plugins"][1], &first["plugins"][3]), (&sysctls, &istio));
+        // Ours again, with other settings: the guests stay, what the settings chained no more does not.
+        let second = conflist(&[Chained::Portmap, Chained::Bandwidth, Chained::NoIpv6]).render(&first);
+        assert_eq!(types(&second), [PLUGIN, "tuning", "portmap", "istio-cni", "bandwidth", "tuning"]);
+        let third = conflist(&[]).render(&serde_json::from_str(&second).unwrap());
+        assert_eq!(types(&third), [PLUGIN, "tuning", "istio-cni"]);
+        assert_eq!(serde_json::from_str::<Value>(&third).unwrap()["plugins"][1], sysctls);
+        // Nothing of somebody else's own network, nor of what is none.
+        for present in [json!({"plugins": [{"type": "cilium-cni"}, istio]}), json!({"plugins": []}), json!([1]), Value::Null] {
+            assert_eq!(types(&conflist(&[Chained::Portmap]).render(&present)), [PLUGIN, "portmap"], "{present}");
+        }
     }
 
     #[test]

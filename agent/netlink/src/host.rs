@@ -1,6 +1,8 @@
 //! The real [`HostNetwork`]: a thread that lives in one namespace and applies plans there.
 
+use std::io::ErrorKind;
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
 use stanchion_core::network::diff::{diff, missing, wanted_sysctls};
@@ -42,13 +44,14 @@ pub enum OpenError {
 // === impl HostNet ===
 
 impl HostNet {
-    /// For the calling thread's namespace.
+    /// For the calling thread's namespace, whose sysctls can be written below `sysctls`: a container's `/proc/sys` is read-only, and
+    /// `/proc/sys/net` of the host mounted elsewhere is that of whoever opens it.
     ///
     /// # Errors
     /// When there is no netlink socket or thread to be had.
-    pub fn open() -> Result<Self, OpenError> {
+    pub fn open(sysctls: PathBuf) -> Result<Self, OpenError> {
         // A new thread is in the namespace of the one that starts it: entering would need CAP_SYS_ADMIN for nothing.
-        Self::start(Netlink::open()?, || Ok(()))
+        Self::start(Netlink::open()?, sysctls, || Ok(()))
     }
 
     /// For `netns`.
@@ -57,10 +60,14 @@ impl HostNet {
     /// When there is no netlink socket or thread to be had.
     pub fn open_in(netns: Netns) -> Result<Self, OpenError> {
         let netlink = netns.run(Netlink::open)??;
-        Self::start(netlink, move || netns.enter())
+        Self::start(netlink, PathBuf::from(sysctl::ROOT), move || netns.enter())
     }
 
-    fn start(netlink: Netlink, enter: impl FnOnce() -> Result<(), NetnsError> + Send + 'static) -> Result<Self, OpenError> {
+    fn start(
+        netlink: Netlink,
+        sysctls: PathBuf,
+        enter: impl FnOnce() -> Result<(), NetnsError> + Send + 'static,
+    ) -> Result<Self, OpenError> {
         let (jobs, inbox) = mpsc::channel();
         std::thread::Builder::new()
             .name("host-network".to_owned())
@@ -69,7 +76,7 @@ impl HostNet {
                     tracing::error!(%error, "host network thread ends");
                     return;
                 }
-                work(netlink, &inbox);
+                work(netlink, &sysctls, &inbox);
             })
             .map_err(OpenError::Thread)?;
         Ok(Self { jobs })
@@ -99,14 +106,14 @@ impl HostNetwork for HostNet {
     }
 }
 
-fn work(mut netlink: Netlink, inbox: &mpsc::Receiver<Job>) {
+fn work(mut netlink: Netlink, sysctls: &Path, inbox: &mpsc::Receiver<Job>) {
     let mut last = None;
     let mut memory = Memory { upstream_is_gone: false, may_have_ipv6_table: true };
     while let Ok((plan, reply)) = inbox.recv() {
         if plan.is_some() {
             last = plan;
         }
-        let outcome = last.as_deref().map(|plan| apply(&mut netlink, plan, &mut memory)).transpose();
+        let outcome = last.as_deref().map(|plan| apply(&mut netlink, sysctls, plan, &mut memory)).transpose();
         // Nobody waits any more: the work is done all the same, the next plan finds it done.
         let _ = reply.send(outcome);
     }
@@ -120,8 +127,8 @@ struct Memory {
     may_have_ipv6_table: bool,
 }
 
-fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Result<HostReport, HostError> {
-    let mut observed = observe(netlink, desired)?;
+fn apply(netlink: &mut Netlink, sysctls: &Path, desired: &HostPlan, memory: &mut Memory) -> Result<HostReport, HostError> {
+    let mut observed = observe(netlink, sysctls, desired)?;
     if !memory.upstream_is_gone {
         let lives = |address: IpAddr| observed.routes.iter().any(|route| route.dst == address.into());
         let upstream = nft::observe_upstream(lives).map_err(|error| HostError::Observe { what: "nft chains", error })?;
@@ -155,7 +162,7 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Resu
         } else {
             for op in run {
                 let result = match op {
-                    NetOp::Sysctl { path, value } => sysctl::ensure(path, value).map_err(|error| format!("sysctl {path}: {error}")),
+                    NetOp::Sysctl { path, value } => set(sysctls, path, value),
                     NetOp::Nft { document } => nft::apply(document),
                     NetOp::Legacy { document } => legacy::apply(document),
                     _ => Ok(()),
@@ -165,6 +172,18 @@ fn apply(netlink: &mut Netlink, desired: &HostPlan, memory: &mut Memory) -> Resu
         }
     }
     Ok(report)
+}
+
+fn set(sysctls: &Path, path: &str, value: &str) -> Result<(), String> {
+    sysctl::ensure(sysctls, path, value).map_err(|error| {
+        let remedy = match error.kind() {
+            ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => {
+                "; mount the host's /proc/sys/net writable and name its place with --sysctl-root, or set it on the host"
+            }
+            _ => "",
+        };
+        format!("{path} cannot be set to {value} in {}: {error}{remedy}", sysctls.display())
+    })
 }
 
 fn is_of_a_gone_link(error: &NetlinkError) -> bool {
@@ -178,7 +197,7 @@ fn record(report: &mut HostReport, op: &NetOp, result: Result<(), String>) {
     }
 }
 
-fn observe(netlink: &mut Netlink, desired: &HostPlan) -> Result<HostObserved, HostError> {
+fn observe(netlink: &mut Netlink, sysctls: &Path, desired: &HostPlan) -> Result<HostObserved, HostError> {
     let failed = |what| move |error: NetlinkError| HostError::Observe { what, error: error.chain() };
     let mut observed = HostObserved {
         // Rules before routes before links: see HostObserved.
@@ -189,7 +208,8 @@ fn observe(netlink: &mut Netlink, desired: &HostPlan) -> Result<HostObserved, Ho
         ..HostObserved::default()
     };
     for (path, _) in wanted_sysctls(desired, &observed) {
-        let value = sysctl::read(&path).map_err(|error| HostError::Observe { what: "sysctls", error: format!("{path}: {error}") })?;
+        let value =
+            sysctl::read(sysctls, &path).map_err(|error| HostError::Observe { what: "sysctls", error: format!("{path}: {error}") })?;
         observed.sysctls.extend(value.map(|value| (path, value)));
     }
     observed.nft = nft::observe(Family::Ip).map_err(|error| HostError::Observe { what: "nft ruleset", error })?;

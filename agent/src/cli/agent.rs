@@ -38,14 +38,17 @@ pub(crate) struct AgentArgs {
     /// The sys file system of the node
     #[arg(long, default_value = "/sys")]
     pub(crate) sys_root: PathBuf,
+    /// Where the host's sysctls can be written; `net/ipv4/...` lies below
+    #[arg(long, default_value = stanchion_netlink::sysctl::ROOT)]
+    pub(crate) sysctl_root: PathBuf,
     /// Where the runtime looks for network configurations; default: HOST_CNI_CONFDIR_PATH or /etc/cni/net.d
     #[arg(long)]
     pub(crate) cni_conf_dir: Option<PathBuf>,
     /// Where the runtime looks for plugins; default: HOST_CNI_BIN_PATH or /opt/cni/bin
     #[arg(long)]
     pub(crate) cni_bin_dir: Option<PathBuf>,
-    /// Where metrics are served; DISABLE_METRICS turns them off
-    #[arg(long, default_value = "0.0.0.0:61678")]
+    /// Where metrics are served, [::] for both address families; DISABLE_METRICS turns them off
+    #[arg(long, default_value = "[::]:61678")]
     pub(crate) metrics_address: std::net::SocketAddr,
 }
 

@@ -62,6 +62,7 @@ pub(crate) fn run(args: &InstallArgs, connection: &Connection) -> Result<ExitCod
         modules: "/lib/modules".into(),
         disable_early_demux: config.network.disable_tcp_early_demux,
         ipv6: config.pool.ipv6,
+        egress: if config.pool.ipv6 { config.network.v4_egress } else { config.network.v6_egress },
     };
     let steps = if args.remove { remove(&places, args) } else { steps::install(&places) };
     if connection.output == "json" {

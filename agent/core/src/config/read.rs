@@ -134,11 +134,53 @@ impl Config {
         r.finish(pool, network, telemetry, operations)
     }
 
+    /// Notices about variables among `names` that look like settings of the agent or of aws-node and are none: a typing error, or a setting
+    /// of another version. What Kubernetes sets for a service of such a name is none of them.
+    pub fn unknown<'a>(&self, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+        let known = |name: &str| {
+            self.settings
+                .iter()
+                .map(|setting| setting.name)
+                .chain(MEANINGLESS.map(|(name, _)| name))
+                .chain(ELSEWHERE)
+                .any(|known| known == name)
+        };
+        let of_a_service = |name: &str| {
+            name.ends_with("_SERVICE_HOST") || name.contains("_SERVICE_PORT") || name.ends_with("_PORT") || name.contains("_PORT_")
+        };
+        names
+            .filter(|name| FAMILIES.iter().any(|family| name.starts_with(family)) && !known(name) && !of_a_service(name))
+            .map(|name| {
+                format!("{name} is set and has no effect: this agent has no such setting; `stanchion config` shows all that it has")
+            })
+            .collect()
+    }
+
     /// For a person: name, value, origin, meaning; the settings of `/v1/ipamd-env-settings` too.
     pub fn render(&self) -> Vec<Setting> {
         self.settings.clone()
     }
 }
+
+/// How names of settings begin, ours and aws-node's.
+const FAMILIES: [&str; 13] = [
+    "STANCHION_",
+    "AWS_VPC_",
+    "AWS_MANAGE_",
+    "AWS_EXTERNAL_SERVICE_",
+    "WARM_",
+    "MINIMUM_IP_",
+    "MAX_ENI",
+    "ENABLE_",
+    "DISABLE_",
+    "ENI_CONFIG_",
+    "POD_SECURITY_GROUP_",
+    "NETWORK_POLICY_",
+    "INTROSPECTION_",
+];
+
+/// Variables of the commands that are asked by people.
+const ELSEWHERE: [&str; 1] = ["STANCHION_SOCKET"];
 
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
 const MEANINGLESS: [(&str, &str); 11] = [

@@ -355,6 +355,11 @@ impl<'a> Reader<'a> {
             let notice = "ENABLE_POD_ENI=true in strict mode: the kubelet's TCP probes of pods with security groups need DISABLE_TCP_EARLY_DEMUX=true";
             self.notices.push(notice.to_owned());
         }
+        if telemetry.node_metrics && operations.disable_metrics {
+            let notice = "STANCHION_NODE_METRICS=true has no effect where DISABLE_METRICS is true: give the container of logs and metrics a listener \
+                          (--metrics-address, telemetry.metricsAddress of the chart)";
+            self.notices.push(notice.to_owned());
+        }
         if self.errors.is_empty() {
             Ok(Config { pool, network, telemetry, operations, settings: self.settings, notices: self.notices })
         } else {

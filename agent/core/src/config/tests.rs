@@ -290,3 +290,33 @@ fn otlp_requests_are_signed_for_whom_it_says() {
         assert_eq!(region(OtlpSign::Never, endpoint), None);
     }
 }
+
+#[test]
+fn names_that_look_like_settings_and_are_none_are_told() {
+    let config = read(&[("STANCHION_NODE_METRICS", "true"), ("DISABLE_METRICS", "true")]).unwrap();
+    assert!(config.notices[0].starts_with("STANCHION_NODE_METRICS=true has no effect"), "{:?}", config.notices);
+    let told = config.unknown(
+        [
+            "WARM_IP_TARGETS",
+            "STANCHION_METRIC_PRESET",
+            "AWS_VPC_K8S_NEW",
+            // Settings, and a variable of aws-node that is told elsewhere.
+            "WARM_IP_TARGET",
+            "STANCHION_METRICS_PRESET",
+            "STANCHION_SOCKET",
+            "ENABLE_NFTABLES",
+            // Others' business.
+            "PATH",
+            "AWS_REGION",
+            "AWS_WEB_IDENTITY_TOKEN_FILE",
+            // Of a service called stanchion.
+            "STANCHION_SERVICE_HOST",
+            "STANCHION_SERVICE_PORT_METRICS",
+            "STANCHION_PORT",
+            "STANCHION_PORT_61678_TCP_ADDR",
+        ]
+        .into_iter(),
+    );
+    let names: Vec<&str> = told.iter().filter_map(|notice| notice.split(' ').next()).collect();
+    assert_eq!(names, ["WARM_IP_TARGETS", "STANCHION_METRIC_PRESET", "AWS_VPC_K8S_NEW"]);
+}

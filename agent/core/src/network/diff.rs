@@ -72,21 +72,27 @@ pub fn missing(desired: &HostPlan, observed: &HostObserved) -> Vec<Mac> {
 
 /// The sysctls that the plan wants, as paths below `/proc/sys`; those of the primary interface need its name.
 pub fn wanted_sysctls(desired: &HostPlan, observed: &HostObserved) -> Vec<(String, String)> {
-    let mut wanted = vec![("net/ipv4/tcp_early_demux".to_owned(), u8::from(desired.tcp_early_demux).to_string())];
     let primary = desired.primary().and_then(|eni| observed.link_with_mac(eni.mac)).map(|link| link.name.as_str());
-    if desired.ipv6 {
+    host_sysctls(desired.ipv6, desired.egress.is_some(), desired.tcp_early_demux, primary)
+}
+
+/// The sysctls of a node, as paths below `/proc/sys` and values, in the order in which they are to be written: `ipv6` of its pods,
+/// `egress` of theirs to the other family, `primary` the interface of the primary ENI if it is known.
+pub fn host_sysctls(ipv6: bool, egress: bool, early_demux: bool, primary: Option<&str>) -> Vec<(String, String)> {
+    let mut wanted = vec![("net/ipv4/tcp_early_demux".to_owned(), u8::from(early_demux).to_string())];
+    if ipv6 {
         wanted.push(("net/ipv6/conf/all/disable_ipv6".to_owned(), "0".to_owned()));
         wanted.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
         // With forwarding on, router advertisements are only heard with 2.
         wanted.extend(primary.map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned())));
-        if desired.egress.is_some() {
+        if egress {
             wanted.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
         }
     } else {
         wanted.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
         // Answers of node-port connections come from pods on other ENIs: loose reverse path check.
         wanted.extend(primary.map(|name| (format!("net/ipv4/conf/{name}/rp_filter"), "2".to_owned())));
-        if desired.egress.is_some() {
+        if egress {
             // Before forwarding: with it on, the default route that a router advertised would go.
             wanted.extend(primary.map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned())));
             wanted.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));

@@ -25,7 +25,7 @@ use std::future::Future;
 use serde::Serialize;
 
 pub use branch::{BranchLink, BranchPod};
-pub use diff::diff;
+pub use diff::{diff, host_sysctls};
 pub use host::{Egress, EniPlan, EniRole, HostPlan, PodHost, Randomize, Snat};
 pub use names::{eni_route_table, host_veth_name, subnet_gateway};
 pub use ops::{HostObserved, NetOp, NodeIf, Route, Rule, VlanLink};

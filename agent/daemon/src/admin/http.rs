@@ -1,6 +1,6 @@
 //! The two HTTP listeners of aws-node: metrics on :61678, introspection on 127.0.0.1:61679.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use serde_json::Value;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -127,12 +128,22 @@ fn json(value: Option<Value>) -> axum::response::Response {
     }
 }
 
+/// `[::]` is every address of both families; on a node whose kernel has no IPv6, of the one that is there.
+async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        outcome => outcome,
+    }
+}
+
 /// Binds with growing pauses (the port may still be held by the agent that this one replaces) and serves until shutdown.
 async fn serve(bind: &Bind, router: Router, shutdown: CancellationToken) {
     let mut pause = Duration::from_secs(1);
     loop {
         let failed = match bind {
-            Bind::Tcp(address) => match tokio::net::TcpListener::bind(address).await {
+            Bind::Tcp(address) => match listen(*address).await {
                 Ok(listener) => {
                     info!(%address, "HTTP listens");
                     let ended = shutdown.clone();

@@ -47,9 +47,9 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
     let mut watches = Watches { clients, updates, shutdown: shutdown.clone(), sources: Vec::new() };
     watches.add::<Node>(Kind::Node, None, resource("", "v1", "Node", "nodes"), node_selector);
     watches.all::<Pod>(Kind::Pod, resource("", "v1", "Pod", "pods"), (!scope.policy).then_some(own_pods));
-    let config_map = watch::channel(Some("metadata.name=amazon-vpc-cni".to_owned())).1;
-    watches.add::<VpcCniConfig>(Kind::VpcCniConfig, Some("kube-system"), resource("", "v1", "ConfigMap", "configmaps"), config_map);
     if scope.policy {
+        let config_map = watch::channel(Some("metadata.name=amazon-vpc-cni".to_owned())).1;
+        watches.add::<VpcCniConfig>(Kind::VpcCniConfig, Some("kube-system"), resource("", "v1", "ConfigMap", "configmaps"), config_map);
         watches.all::<Namespace>(Kind::Namespace, resource("", "v1", "Namespace", "namespaces"), None);
         watches.all::<Service>(Kind::Service, resource("", "v1", "Service", "services"), None);
         let slices = resource("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices");

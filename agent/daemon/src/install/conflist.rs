@@ -8,7 +8,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
-use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, boot_time, owner};
+use serde_json::Value;
+use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, boot_time, kind, others, owner, ready_mark};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -86,6 +87,7 @@ async fn keep(parts: ConflistParts) {
     let mut known = Known::default();
     loop {
         until_ready(&parts).await;
+        mark_ready(&parts);
         let mut pause = DIRECTORY_EVERY;
         if parts.directory.is_dir() {
             pause = LOOK_EVERY;
@@ -133,6 +135,19 @@ async fn until_ready(parts: &ConflistParts) {
     }
 }
 
+/// From now on STATUS says yes, until the node boots again: what a runtime makes of a no is a node that is not Ready, whose pods leave
+/// their services and are evicted after minutes, all of them connected. An agent that is started anew is no reason for that.
+fn mark_ready(parts: &ConflistParts) {
+    let path = ready_mark(&parts.socket);
+    let boot = fs::read_to_string(parts.proc_root.join("sys/kernel/random/boot_id")).unwrap_or_default();
+    if !boot.is_empty()
+        && fs::read_to_string(&path).unwrap_or_default() != boot
+        && let Err(error) = files::put(&path, boot.as_bytes(), 0o644)
+    {
+        warn!(error = &error as &dyn std::error::Error, "STATUS will fail while no agent answers");
+    }
+}
+
 /// `containerd://2.3.4`; `None` while the Node is not known.
 fn runtime(parts: &ConflistParts) -> Option<String> {
     let cluster = parts.cluster.latest();
@@ -162,14 +177,22 @@ fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str, known: &m
     }
     let portmap = parts.bin_dir.join(Chained::Portmap.binary()).is_file().then_some(Chained::Portmap);
     let chained: Vec<Chained> = portmap.into_iter().chain(parts.chained.iter().copied()).collect();
+    let there = fs::read_to_string(path).unwrap_or_default();
+    let present = serde_json::from_str(&there).unwrap_or(Value::Null);
+    let called: Vec<&str> = chained.iter().map(|plugin| plugin.binary()).chain(others(&present).map(kind)).collect();
     let conflist = Conflist {
-        version: version(&parts.bin_dir, &chained, runtime, &mut known.spoken)?,
+        version: version(&parts.bin_dir, &called, runtime, &mut known.spoken)?,
         socket: &parts.socket,
         log_file: &parts.log.0,
         log_level: &parts.log.1,
         chained: &chained,
     };
-    let written = files::put(path, conflist.render().as_bytes(), 0o644).map_err(words)? == Outcome::Written;
+    let mut wanted = conflist.render(&present);
+    if serde_json::from_str::<Value>(&wanted).is_ok_and(|document| document == present) {
+        // Who chains itself in writes the file in its own way.
+        wanted = there;
+    }
+    let written = files::put(path, wanted.as_bytes(), 0o644).map_err(words)? == Outcome::Written;
     if written && let Err(error) = loopback::ensure(&parts.bin_dir) {
         warn!(%error, directory = %parts.bin_dir.display(), "no plugin loopback, and none can be put there: runtimes that need it start no pod");
     }

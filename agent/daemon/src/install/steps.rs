@@ -6,7 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN};
+use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, kind, others, ready_mark};
+use stanchion_core::network::host_sysctls;
 
 use super::chained::{Spoken, version};
 use super::conflist::{earlier, present};
@@ -59,6 +60,8 @@ pub struct Places {
     pub disable_early_demux: bool,
     /// IPv6 pods.
     pub ipv6: bool,
+    /// Pods reach the other address family (ENABLE_V4_EGRESS, ENABLE_V6_EGRESS).
+    pub egress: bool,
 }
 
 fn step(what: impl Into<String>, mark: Mark, text: impl Into<String>) -> Step {
@@ -127,6 +130,11 @@ pub fn remove(places: &Places) -> Vec<Step> {
             Err(error) => steps.push(step(loopback::NAME, Mark::Failed, error.to_string())),
         }
         steps.push(removed(&places.bin_dir.join(PLUGIN)));
+        // Nobody asks our plugin any more; if it comes back in this boot, it is asked anew.
+        let mark = ready_mark(&places.socket);
+        if mark.exists() {
+            steps.push(removed(&mark));
+        }
     }
     steps
 }
@@ -193,16 +201,8 @@ fn module(places: &Places, name: &str) -> Step {
 
 /// Those that the agent would set itself where it may; read before they are written.
 fn sysctls(places: &Places) -> Vec<Step> {
-    let mut wanted = vec![("net/ipv4/tcp_early_demux".to_owned(), u8::from(!places.disable_early_demux).to_string())];
     let primary = primary_interface(&places.proc_root);
-    if places.ipv6 {
-        wanted.push(("net/ipv6/conf/all/disable_ipv6".to_owned(), "0".to_owned()));
-        wanted.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
-        wanted.extend(primary.iter().map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned())));
-    } else {
-        wanted.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
-        wanted.extend(primary.iter().map(|name| (format!("net/ipv4/conf/{name}/rp_filter"), "2".to_owned())));
-    }
+    let wanted = host_sysctls(places.ipv6, places.egress, !places.disable_early_demux, primary.as_deref());
     let set = |(name, value): (String, String)| {
         let what = format!("sysctl {}", name.replace('/', "."));
         let path = places.proc_root.join("sys").join(&name);
@@ -254,12 +254,14 @@ fn configuration(places: &Places, directory: &Path) -> Step {
     let path = directory.join(FILE_NAME);
     let chained = if places.bin_dir.join(Chained::Portmap.binary()).is_file() { &[Chained::Portmap][..] } else { &[] };
     // The runtime is not known here; the agent writes its version when it has read the Node.
-    let version = match version(&places.bin_dir, chained, "", &mut Spoken::default()) {
+    let present = fs::read_to_string(&path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+    let called: Vec<&str> = chained.iter().map(|plugin| plugin.binary()).chain(others(&present).map(kind)).collect();
+    let version = match version(&places.bin_dir, &called, "", &mut Spoken::default()) {
         Ok(version) => version,
         Err(problem) => return step(FILE_NAME, Mark::Failed, problem),
     };
     let conflist = Conflist { version, socket: &places.socket, log_file: "", log_level: "", chained };
-    match files::put(&path, conflist.render().as_bytes(), 0o644) {
+    match files::put(&path, conflist.render(&present).as_bytes(), 0o644) {
         Err(error) => step(path.display().to_string(), Mark::Failed, format!("{error}: {}", error.source) + remedy(&error.source)),
         Ok(outcome) => {
             let what = path.display().to_string();
@@ -329,12 +331,13 @@ mod tests {
                 plugin: self.path("image/stanchion-cni"),
                 bin_dir: self.path("bin"),
                 conf_dir: Some(self.path("net.d")),
-                socket: "/var/run/stanchion/agent.sock".into(),
+                socket: self.path("run/agent.sock"),
                 proc_root: self.path("proc"),
                 sys_root: self.path("sys"),
                 modules: self.path("modules"),
                 disable_early_demux: false,
                 ipv6: false,
+                egress: false,
             }
         }
     }
@@ -359,10 +362,25 @@ mod tests {
         );
         let second = install(&host.places());
         assert!(second.iter().all(|s| s.mark == Mark::Present), "{second:#?}");
+        host.write("run/ready", "of this boot");
         let back = remove(&host.places());
-        assert_eq!(of(&back, Mark::Done), ["10-aws.conflist", "stanchion-cni"]);
+        assert_eq!(of(&back, Mark::Done), ["10-aws.conflist", "stanchion-cni", "ready"]);
         assert!(host.path("bin/portmap").is_file());
         assert!(remove(&host.places()).iter().all(|s| s.mark == Mark::Present));
+    }
+
+    #[test]
+    fn with_egress_to_ipv6_the_host_forwards_it_and_still_hears_its_router() {
+        let host = Host::new();
+        host.write("proc/sys/net/ipv6/conf/all/forwarding", "0\n");
+        host.write("proc/sys/net/ipv6/conf/ens5/accept_ra", "1\n");
+        let steps = install(&Places { egress: true, ..host.places() });
+        let done = of(&steps, Mark::Done);
+        assert_eq!(done[2..4], ["sysctl net.ipv6.conf.ens5.accept_ra", "sysctl net.ipv6.conf.all.forwarding"], "{steps:#?}");
+        assert_eq!(
+            (host.read("proc/sys/net/ipv6/conf/all/forwarding"), host.read("proc/sys/net/ipv6/conf/ens5/accept_ra")),
+            ("1".into(), "2".into())
+        );
     }
 
     #[test]

@@ -59,6 +59,17 @@ pub(super) struct Raw<T: abi::MapData>(pub(super) T);
 // SAFETY: the contract of `MapData` is that of `Pod`.
 unsafe impl<T: abi::MapData> aya::Pod for Raw<T> {}
 
+/// Root is refused a directory of the BPF file system by a security module only.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            " (a container needs an AppArmor profile that lets it write below /sys/fs/bpf, such as Unconfined, \
+             and with SELinux a type such as super_t)"
+        }
+        _ => "",
+    }
+}
+
 /// How to load.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -90,7 +101,7 @@ pub enum LoadError {
         source: io::Error,
     },
     /// The pins' directory.
-    #[error("cannot create {path}")]
+    #[error("cannot create {path}{}", remedy(.source))]
     Directory {
         /// Which.
         path: PathBuf,
