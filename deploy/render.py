@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Renders deploy/chart into deploy/manifests with Helm's own engine (PyPI: helm-python-sdk) and lints it.
+"""Renders deploy/chart into deploy/manifests with Helm's own engine (PyPI: helm-python-sdk), lints it, and checks what other values make of it.
 
     python3 -m venv /tmp/helm && /tmp/helm/bin/pip install helm-python-sdk==0.2.2
     /tmp/helm/bin/python deploy/render.py [--check]
@@ -7,12 +7,15 @@
 --check writes nothing and fails when a manifest differs from what the chart renders; `cargo xtask test` runs it.
 """
 
+import json
 import pathlib
 import sys
 
 import helm_python
 
 DEPLOY = pathlib.Path(__file__).resolve().parent
+# Of the cluster that the manifests are for.
+KUBERNETES = "1.35.0"
 EVERYTHING = {
     "clusterName": "example",
     "clusterEndpoint": "https://0123456789ABCDEF.gr7.eu-west-1.eks.amazonaws.com",
@@ -23,7 +26,13 @@ EVERYTHING = {
         "ENI_CONFIG_LABEL_DEF": "topology.kubernetes.io/zone",
         "ANNOTATE_POD_IP": "true",
         "NETWORK_POLICY_SOURCE": "policy-endpoints",
+        # As aws-node's DaemonSet has them.
+        "DISABLE_INTROSPECTION": "false",
+        "DISABLE_METRICS": "false",
+        "HOST_CNI_BIN_PATH": "/host/opt/cni/bin",
+        "HOST_CNI_CONFDIR_PATH": "/host/etc/cni/net.d",
     },
+    "init": {"env": {"DISABLE_TCP_EARLY_DEMUX": "false", "ENABLE_V6_EGRESS": "false"}},
     "crd": {"create": True},
     "eniConfig": {"create": True, "region": "eu-west-1", "subnets": {"a": {"id": "subnet-0a", "securityGroups": ["sg-0a"]}}},
     "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::111122223333:role/stanchion"}},
@@ -31,21 +40,152 @@ EVERYTHING = {
     "serviceMonitor": {"create": True},
 }
 MANIFESTS = {"stanchion.yaml": {}, "stanchion-all-features.yaml": EVERYTHING}
+HEAD = "# Rendered from deploy/chart by deploy/render.py: change it there. Read MIGRATION.md before it meets a running cluster.\n"
 
 
-def render(values):
+def documents(values, kubernetes=KUBERNETES):
     chart = helm_python.Chart.load(str(DEPLOY / "chart"))
     chart.validate_schema(values)
-    rendered = chart.render(values, name="stanchion", namespace="kube-system")
-    text = []
+    # What Chart.render asks, which has no argument for the version.
+    release = {"name": "stanchion", "namespace": "kube-system", "kube_version": kubernetes}
+    rendered = json.loads(helm_python._native.call_string("helm_render", chart._raw(), json.dumps(values), json.dumps(release)))
+    found = []
     for path in sorted(rendered):
         if not path.endswith(".yaml"):
             continue
         for document in rendered[path].split("\n---"):
             if any(line.strip() and not line.lstrip().startswith("#") for line in document.splitlines() if line.strip() != "---"):
-                text.append(document.strip("\n").removeprefix("---\n").rstrip() + "\n")
-    head = "# Rendered from deploy/chart by deploy/render.py: change it there. Read MIGRATION.md before it meets a running cluster.\n"
-    return head + "---\n".join(text)
+                found.append(document.strip("\n").removeprefix("---\n").rstrip() + "\n")
+    return found
+
+
+class Rendered:
+    """The objects that some values render to."""
+
+    def __init__(self, values, kubernetes=KUBERNETES):
+        self.objects = [helm_python.values_from_yaml(document) for document in documents(values, kubernetes)]
+
+    def of(self, kind):
+        return [object for object in self.objects if object["kind"] == kind]
+
+    @property
+    def pod(self):
+        return self.of("DaemonSet")[0]["spec"]["template"]
+
+    def container(self, name):
+        spec = self.pod["spec"]
+        return next(container for container in spec["initContainers"] + spec["containers"] if container["name"] == name)
+
+    def environment(self, name):
+        """Each name once."""
+        entries = self.container(name)["env"]
+        names = [entry["name"] for entry in entries]
+        assert len(set(names)) == len(names), f"{name}: a name is there twice: {sorted(names)}"
+        return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in entries}
+
+    def may(self, verb, resource):
+        return any(resource in rule["resources"] and verb in rule["verbs"] for rule in self.of("ClusterRole")[0]["rules"])
+
+
+def the_schema_refuses_what_is_no_value():
+    for bad in [{"image": {"pullPolicy": "Sometimes"}}, {"env": {"NETWORK_POLICY_ENFORCING_MODE": "off"}}, {"enabel": True}]:
+        try:
+            helm_python.Chart.load(str(DEPLOY / "chart")).validate_schema(bad)
+        except helm_python.HelmError:
+            continue
+        raise AssertionError(f"{bad} passes")
+
+
+def the_dashboards_are_in_the_chart():
+    assert len(Rendered({"dashboards": {"create": True}}).of("ConfigMap")) == 2
+
+
+def what_the_chart_sets_for_a_container_stands_over_the_environment_that_is_given():
+    shipped_by_aws_node = {
+        "DISABLE_METRICS": "false",
+        "DISABLE_INTROSPECTION": "false",
+        "HOST_CNI_BIN_PATH": "/opt/cni/bin",
+        "HOST_CNI_CONFDIR_PATH": "/etc/cni/net.d",
+        "MY_NODE_NAME": "x",
+        "CLUSTER_NAME": "x",
+        "CLUSTER_ENDPOINT": "x",
+        "STANCHION_STARTUP_TAINT": "x",
+        "STANCHION_NODE_CONDITION": "false",
+    }
+    as_list = [{"name": name, "value": value} for name, value in shipped_by_aws_node.items()]
+    own = {"clusterName": "c", "clusterEndpoint": "https://e", "startupTaint": "t", "nodeCondition": True}
+    for given in [{"env": shipped_by_aws_node}, {"extraEnv": as_list + as_list}, {"env": shipped_by_aws_node, "extraEnv": as_list}]:
+        rendered = Rendered(own | given)
+        telemetry, network = rendered.environment("telemetry"), rendered.environment("network")
+        assert (telemetry["DISABLE_METRICS"], telemetry["DISABLE_INTROSPECTION"]) == ("true", "true"), telemetry
+        assert (network["DISABLE_METRICS"], network["DISABLE_INTROSPECTION"]) == ("false", "false"), network
+        assert (network["HOST_CNI_BIN_PATH"], network["HOST_CNI_CONFDIR_PATH"]) == ("/host/opt/cni/bin", "/host/etc/cni/net.d"), network
+        for environment in [telemetry, network, rendered.environment("install")]:
+            assert environment["MY_NODE_NAME"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+            found = [environment[name] for name in ["CLUSTER_NAME", "CLUSTER_ENDPOINT", "STANCHION_STARTUP_TAINT", "STANCHION_NODE_CONDITION"]]
+            assert found == ["c", "https://e", "t", "true"], found
+
+
+def extra_env_stands_over_env_and_env_over_that_of_init():
+    rendered = Rendered({
+        "init": {"env": {"A": "init", "B": "init", "C": "init", "ENABLE_V6_EGRESS": True}},
+        "env": {"B": "env", "C": "env", "ENABLE_V6_EGRESS": False},
+        "extraEnv": [{"name": "Z", "value": "1"}, {"name": "C", "value": "early"}, {"name": "C", "value": "$(Z)"}],
+    })
+    for name in ["install", "network", "telemetry"]:
+        environment = rendered.environment(name)
+        assert [environment[key] for key in ["A", "B", "C", "ENABLE_V6_EGRESS"]] == ["init", "env", "$(Z)", "false"], environment
+        # An entry may name those before it.
+        assert list(environment)[-2:] == ["Z", "C"], environment
+
+
+def rights_follow_the_environment_wherever_it_is_given():
+    needs = {
+        ("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true"): [("watch", "eniconfigs"), ("patch", "cninodes")],
+        ("ENABLE_POD_ENI", "1"): [("patch", "cninodes")],
+        ("ANNOTATE_POD_IP", "True"): [("patch", "pods")],
+        ("NETWORK_POLICY_SOURCE", "policy-endpoints"): [("watch", "policyendpoints"), ("watch", "clusterpolicyendpoints")],
+        ("STANCHION_STARTUP_TAINT", "key"): [("patch", "nodes")],
+        ("STANCHION_NODE_CONDITION", "true"): [("patch", "nodes/status")],
+    }
+    elsewhere = {"valueFrom": {"configMapKeyRef": {"name": "settings", "key": "x"}}}
+    for (name, value), rights in needs.items():
+        ways = [
+            {"env": {name: value}},
+            {"init": {"env": {name: value}}},
+            {"extraEnv": [{"name": name, "value": value}]},
+            {"extraEnv": [{"name": name} | elsewhere]},
+            {"env": {name: ""}, "extraEnv": [{"name": name, "value": value}]},
+        ]
+        for values in ways:
+            rendered = Rendered(values)
+            for verb, resource in rights:
+                assert rendered.may(verb, resource), f"{values}: no right to {verb} {resource}"
+        off = Rendered({"env": {name: value}, "extraEnv": [{"name": name, "value": ""}]})
+        for verb, resource in rights:
+            assert not off.may(verb, resource), f"{name} is off: the right to {verb} {resource} is too much"
+
+
+def only_what_is_read_without_network_policy_may_be_read():
+    for none in [{"env": {"NETWORK_POLICY_ENFORCING_MODE": "none"}}, {"extraEnv": [{"name": "NETWORK_POLICY_ENFORCING_MODE", "value": "None"}]}]:
+        for telemetry in [True, False]:
+            rendered = Rendered(none | {"telemetry": {"enabled": telemetry}})
+            assert rendered.may("watch", "services") == telemetry, f"{none}: services"
+            for resource in ["namespaces", "networkpolicies", "endpointslices"]:
+                assert not rendered.may("watch", resource), f"{none}: {resource}"
+    # Nobody here knows it.
+    unknown = {"name": "NETWORK_POLICY_ENFORCING_MODE", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "mode"}}}
+    assert Rendered({"extraEnv": [unknown]}).may("watch", "networkpolicies")
+
+
+CHECKS = [
+    the_schema_refuses_what_is_no_value,
+    the_dashboards_are_in_the_chart,
+    what_the_chart_sets_for_a_container_stands_over_the_environment_that_is_given,
+    extra_env_stands_over_env_and_env_over_that_of_init,
+    rights_follow_the_environment_wherever_it_is_given,
+    only_what_is_read_without_network_policy_may_be_read,
+]
 
 
 def main():
@@ -53,23 +193,19 @@ def main():
     problems = []
     for name, values in MANIFESTS.items():
         path = DEPLOY / "manifests" / name
-        text = render(values)
+        text = HEAD + "---\n".join(documents(values))
         if check and (not path.exists() or path.read_text() != text):
             problems.append(f"{path}: differs from what the chart renders: run deploy/render.py")
         elif not check:
             path.write_text(text)
     report = helm_python.lint(str(DEPLOY / "chart"), strict=True)
     print(report)
-    for bad in [{"image": {"pullPolicy": "Sometimes"}}, {"env": {"NETWORK_POLICY_ENFORCING_MODE": "off"}}, {"enabel": True}]:
+    for holds in CHECKS:
         try:
-            helm_python.Chart.load(str(DEPLOY / "chart")).validate_schema(bad)
-            problems.append(f"the schema lets {bad} pass")
-        except helm_python.HelmError:
-            pass
-    dashboards = render({"dashboards": {"create": True}})
-    if dashboards.count("kind: ConfigMap") < 2:
-        problems.append("the dashboards are not in the chart")
-    print("\n".join(problems) or "the manifests are what the chart renders" if check else "written")
+            holds()
+        except (AssertionError, helm_python.HelmError) as problem:
+            problems.append(f"{holds.__name__}: {problem}")
+    print("\n".join(problems) or ("the manifests are what the chart renders" if check else "written"))
     return 1 if problems else 0
 
 

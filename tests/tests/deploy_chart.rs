@@ -90,9 +90,12 @@ fn the_agent_accepts_the_environment_of_each_container() {
             };
             let config = Config::read(&get).unwrap_or_else(|errors| panic!("{name} {}: {errors:?}", container["name"]));
             let known: BTreeSet<&str> = config.settings.iter().map(|setting| setting.name).collect();
+            let mut seen = BTreeSet::new();
             for entry in environment {
                 let variable = entry["name"].as_str().unwrap();
                 assert!(known.contains(variable), "{name}: {variable} is no setting of the agent");
+                // The kubelet would take the last one.
+                assert!(seen.insert(variable), "{name} {}: {variable} twice", container["name"]);
             }
         }
     }
