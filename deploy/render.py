@@ -178,6 +178,28 @@ def only_what_is_read_without_network_policy_may_be_read():
     assert Rendered({"extraEnv": [unknown]}).may("watch", "networkpolicies")
 
 
+def the_apparmor_profile_of_the_network_container_has_the_form_of_the_cluster():
+    annotation = "container.apparmor.security.beta.kubernetes.io/network"
+    localhost = {"type": "Localhost", "localhostProfile": "stanchion"}
+    forms = {"Unconfined": "unconfined", "RuntimeDefault": "runtime/default", "Localhost": "localhost/stanchion"}
+    for profile in [None, {"type": "Unconfined"}, {"type": "RuntimeDefault"}, localhost]:
+        values = {"podAnnotations": {"a": "b"}, "network": {"securityContext": {"appArmorProfile": profile} if profile else {}}}
+        wanted = profile or {"type": "Unconfined"}
+        for kubernetes in ["1.30.0", "v1.30.14-eks-3abbec1", KUBERNETES]:
+            rendered = Rendered(values, kubernetes)
+            assert rendered.container("network")["securityContext"]["appArmorProfile"] == wanted, f"{kubernetes}: {values}"
+            assert rendered.pod["metadata"]["annotations"] == {"a": "b"}, f"{kubernetes}: {values}"
+        for kubernetes in ["1.29.0", "v1.29.15-eks-473151a"]:
+            rendered = Rendered(values, kubernetes)
+            assert "appArmorProfile" not in rendered.container("network")["securityContext"], f"{kubernetes}: {values}"
+            assert rendered.pod["metadata"]["annotations"] == {"a": "b", annotation: forms[wanted["type"]]}, f"{kubernetes}: {values}"
+    none = {"network": {"securityContext": {"appArmorProfile": None}}}
+    for kubernetes in ["1.29.0", KUBERNETES]:
+        rendered = Rendered(none, kubernetes)
+        assert "appArmorProfile" not in rendered.container("network")["securityContext"], f"{kubernetes}: {none}"
+        assert "annotations" not in rendered.pod["metadata"], f"{kubernetes}: {none}"
+
+
 CHECKS = [
     the_schema_refuses_what_is_no_value,
     the_dashboards_are_in_the_chart,
@@ -185,6 +207,7 @@ CHECKS = [
     extra_env_stands_over_env_and_env_over_that_of_init,
     rights_follow_the_environment_wherever_it_is_given,
     only_what_is_read_without_network_policy_may_be_read,
+    the_apparmor_profile_of_the_network_container_has_the_form_of_the_cluster,
 ]
 
 

@@ -30,6 +30,23 @@ fn container(daemon_set: &Value, name: &str) -> Value {
     containers(daemon_set).find(|container| container["name"] == name).unwrap().clone()
 }
 
+/// What the last of a container's arguments that begin so says.
+fn argument(container: &Value, flag: &str) -> Option<String> {
+    let arguments = container["args"].as_array().unwrap().iter();
+    arguments.filter_map(|argument| argument.as_str().unwrap().strip_prefix(flag)).next_back().map(str::to_owned)
+}
+
+/// The container's mounts of paths of the host: path and mount.
+fn host_mounts(daemon_set: &Value, container: &Value) -> Vec<(String, Value)> {
+    let volumes = daemon_set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+    let mounts = container["volumeMounts"].as_array().unwrap().iter();
+    let host = mounts.filter_map(|mount| {
+        let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]).unwrap();
+        Some((volume["hostPath"]["path"].as_str()?.to_owned(), mount.clone()))
+    });
+    host.collect()
+}
+
 const BOTH: [&str; 2] = ["stanchion.yaml", "stanchion-all-features.yaml"];
 
 #[test]
@@ -64,6 +81,45 @@ fn the_network_container_has_the_capabilities_that_the_agent_keeps_and_no_more()
     assert_eq!(added, kept);
     let page = std::fs::read_to_string(deploy().join("SECURITY.md")).unwrap();
     assert!(kept.iter().all(|capability| page.contains(&format!("`CAP_{capability}`"))), "SECURITY.md names each of {kept:?}");
+}
+
+#[test]
+fn the_network_container_may_pin_programs_where_apparmor_is_enforced() {
+    let set = daemon_set("stanchion.yaml");
+    for (name, profile) in [("network", serde_json::json!({"type": "Unconfined"})), ("telemetry", Value::Null), ("install", Value::Null)] {
+        assert_eq!(container(&set, name)["securityContext"]["appArmorProfile"], profile, "{name}");
+    }
+    let page = std::fs::read_to_string(deploy().join("SECURITY.md")).unwrap();
+    assert!(page.contains("network.securityContext.appArmorProfile"));
+}
+
+#[test]
+fn the_network_container_may_set_back_sysctls_of_the_hosts_network_and_no_others() {
+    for name in BOTH {
+        let set = daemon_set(name);
+        let network = container(&set, "network");
+        let root = argument(&network, "--sysctl-root=").unwrap();
+        let below: Vec<_> = host_mounts(&set, &network).into_iter().filter(|(path, _)| path.starts_with("/proc")).collect();
+        let [(path, mount)] = below.as_slice() else { panic!("{name}: {below:?}") };
+        assert_eq!((path.as_str(), &mount["mountPath"]), ("/proc/sys/net", &Value::String(format!("{root}/net"))), "{name}");
+        assert_ne!(mount["readOnly"], true, "{name}");
+        assert_eq!(argument(&container(&set, "telemetry"), "--sysctl-root="), None);
+    }
+}
+
+#[test]
+fn each_path_of_the_host_that_can_be_written_is_said_with_its_reason() {
+    let page = std::fs::read_to_string(deploy().join("SECURITY.md")).unwrap();
+    for name in BOTH {
+        let set = daemon_set(name);
+        for container in containers(&set).filter(|container| container["securityContext"]["privileged"] != true) {
+            let row = format!("| {} |", container["name"].as_str().unwrap());
+            for (path, mount) in host_mounts(&set, container) {
+                let said = page.lines().any(|line| line.starts_with(&row) && line.contains(&format!("`{path}`")));
+                assert!(said || mount["readOnly"] == true, "{name}: SECURITY.md has no row of {row} with {path}");
+            }
+        }
+    }
 }
 
 #[test]
