@@ -16,6 +16,12 @@ import helm_python
 DEPLOY = pathlib.Path(__file__).resolve().parent
 # Of the cluster that the manifests are for.
 KUBERNETES = "1.35.0"
+LOG_CONFIG = """\
+merge: {under: log_processed}
+redact: [{pattern: '(password|token)=\\S+', replace: '$1=***'}]
+routes: [{files: ["kube-proxy-*"], group: "/aws/containerinsights/{cluster}/dataplane", stream: "{node}-{pod}"}]
+journal: {}
+"""
 EVERYTHING = {
     "clusterName": "example",
     "clusterEndpoint": "https://0123456789ABCDEF.gr7.eu-west-1.eks.amazonaws.com",
@@ -36,6 +42,11 @@ EVERYTHING = {
     "crd": {"create": True},
     "eniConfig": {"create": True, "region": "eu-west-1", "subnets": {"a": {"id": "subnet-0a", "securityGroups": ["sg-0a"]}}},
     "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::111122223333:role/stanchion"}},
+    "telemetry": {
+        "logConfig": LOG_CONFIG,
+        "extraVolumeMounts": [{"name": "journal", "mountPath": "/run/log/journal", "readOnly": True}],
+    },
+    "extraVolumes": [{"name": "journal", "hostPath": {"path": "/run/log/journal", "type": "DirectoryOrCreate"}}],
     "podMonitor": {"create": True},
     "serviceMonitor": {"create": True},
 }
@@ -200,6 +211,36 @@ def the_apparmor_profile_of_the_network_container_has_the_form_of_the_cluster():
         assert "annotations" not in rendered.pod["metadata"], f"{kubernetes}: {none}"
 
 
+def the_settings_file_of_log_shipping_is_mounted_as_it_is_given():
+    def restart(rendered):
+        return rendered.pod["metadata"].get("annotations")
+
+    texts = [LOG_CONFIG, "record: raw", "  # begins with spaces\n", "a: 1\r\n\tb\n---\n{{ .Values.x }}: 'é'  \n\n"]
+    for text in texts:
+        rendered = Rendered({"telemetry": {"logConfig": text}, "env": {"STANCHION_LOG_CONFIG": "/elsewhere"}})
+        [map] = rendered.of("ConfigMap")
+        [volume] = [volume for volume in rendered.pod["spec"]["volumes"] if volume.get("configMap") == {"name": map["metadata"]["name"]}]
+        [mount] = [mount for mount in rendered.container("telemetry")["volumeMounts"] if mount["name"] == volume["name"]]
+        assert mount["readOnly"]
+        assert map["data"] == {rendered.environment("telemetry")["STANCHION_LOG_CONFIG"].removeprefix(mount["mountPath"] + "/"): text}, map
+        assert restart(rendered) != restart(Rendered({"telemetry": {"logConfig": text + "# changed\n"}}))
+        assert restart(rendered) == restart(Rendered({"telemetry": {"logConfig": text}}))
+        assert not Rendered({"telemetry": {"enabled": False, "logConfig": text}}).of("ConfigMap")
+    without = Rendered({"env": {"STANCHION_LOG_CONFIG": "/elsewhere"}})
+    assert without.environment("telemetry")["STANCHION_LOG_CONFIG"] == "/elsewhere"
+    assert not without.of("ConfigMap") and restart(without) is None
+
+
+def volumes_may_be_added_to_each_container():
+    volume = {"name": "rules", "configMap": {"name": "rules"}}
+    mount = {"name": "rules", "mountPath": "/etc/rules", "readOnly": True}
+    for name in ["network", "telemetry"]:
+        rendered = Rendered({"extraVolumes": [volume], name: {"extraVolumeMounts": [mount]}})
+        assert volume in rendered.pod["spec"]["volumes"] and mount in rendered.container(name)["volumeMounts"], name
+        [other] = {"network", "telemetry"} - {name}
+        assert mount not in rendered.container(other)["volumeMounts"], other
+
+
 CHECKS = [
     the_schema_refuses_what_is_no_value,
     the_dashboards_are_in_the_chart,
@@ -208,6 +249,8 @@ CHECKS = [
     rights_follow_the_environment_wherever_it_is_given,
     only_what_is_read_without_network_policy_may_be_read,
     the_apparmor_profile_of_the_network_container_has_the_form_of_the_cluster,
+    the_settings_file_of_log_shipping_is_mounted_as_it_is_given,
+    volumes_may_be_added_to_each_container,
 ]
 
 

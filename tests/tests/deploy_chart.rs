@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use stanchion_core::config::Config;
+use stanchion_core::logs::config::LogFile;
+use stanchion_core::logs::record::Layout;
+use stanchion_core::logs::settings::LogSettings;
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
@@ -155,6 +158,25 @@ fn the_agent_accepts_the_environment_of_each_container() {
             }
         }
     }
+}
+
+#[test]
+fn the_telemetry_container_finds_the_settings_of_log_shipping_where_the_environment_says() {
+    let name = "stanchion-all-features.yaml";
+    let (documents, set) = (documents(name), daemon_set(name));
+    let telemetry = container(&set, "telemetry");
+    let variable = telemetry["env"].as_array().unwrap().iter().find(|entry| entry["name"] == "STANCHION_LOG_CONFIG").unwrap();
+    let path = Path::new(variable["value"].as_str().unwrap());
+    let mounts = telemetry["volumeMounts"].as_array().unwrap();
+    let mount = mounts.iter().find(|mount| Path::new(mount["mountPath"].as_str().unwrap()) == path.parent().unwrap()).unwrap();
+    let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+    let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]).unwrap();
+    let map = documents.iter().find(|d| d["kind"] == "ConfigMap" && d["metadata"]["name"] == volume["configMap"]["name"]).unwrap();
+    let text = map["data"][path.file_name().unwrap().to_str().unwrap()].as_str().unwrap();
+    let settings = LogFile::parse(text).unwrap().apply(LogSettings::new(Layout::FluentBit)).unwrap();
+    // A journal in memory is mounted where it is looked for.
+    let journal = settings.journal.unwrap().dirs;
+    assert!(mounts.iter().any(|mount| journal.iter().any(|directory| mount["mountPath"] == *directory)), "{journal:?}");
 }
 
 #[test]
