@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Renders deploy/chart into deploy/manifests with Helm's own engine (PyPI: helm-python-sdk), lints it, and checks what other values make of it.
+"""Renders deploy/chart into deploy/manifests with Helm's own engine (PyPI: helm-python-sdk), lints it, and checks what other
+values make of it.
 
     python3 -m venv /tmp/helm && /tmp/helm/bin/pip install helm-python-sdk==0.2.2
     /tmp/helm/bin/python deploy/render.py [--check]
@@ -32,6 +33,7 @@ EVERYTHING = {
         "ENI_CONFIG_LABEL_DEF": "topology.kubernetes.io/zone",
         "ANNOTATE_POD_IP": "true",
         "NETWORK_POLICY_SOURCE": "policy-endpoints",
+        "STANCHION_NODE_METRICS": "true",
         # As aws-node's DaemonSet has them.
         "DISABLE_INTROSPECTION": "false",
         "DISABLE_METRICS": "false",
@@ -43,6 +45,7 @@ EVERYTHING = {
     "eniConfig": {"create": True, "region": "eu-west-1", "subnets": {"a": {"id": "subnet-0a", "securityGroups": ["sg-0a"]}}},
     "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::111122223333:role/stanchion"}},
     "telemetry": {
+        "metricsAddress": "[::]:61680",
         "logConfig": LOG_CONFIG,
         "extraVolumeMounts": [{"name": "journal", "mountPath": "/run/log/journal", "readOnly": True}],
     },
@@ -77,7 +80,7 @@ class Rendered:
         self.objects = [helm_python.values_from_yaml(document) for document in documents(values, kubernetes)]
 
     def of(self, kind):
-        return [object for object in self.objects if object["kind"] == kind]
+        return [found for found in self.objects if found["kind"] == kind]
 
     @property
     def pod(self):
@@ -133,8 +136,8 @@ def what_the_chart_sets_for_a_container_stands_over_the_environment_that_is_give
         assert (network["HOST_CNI_BIN_PATH"], network["HOST_CNI_CONFDIR_PATH"]) == ("/host/opt/cni/bin", "/host/etc/cni/net.d"), network
         for environment in [telemetry, network, rendered.environment("install")]:
             assert environment["MY_NODE_NAME"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
-            found = [environment[name] for name in ["CLUSTER_NAME", "CLUSTER_ENDPOINT", "STANCHION_STARTUP_TAINT", "STANCHION_NODE_CONDITION"]]
-            assert found == ["c", "https://e", "t", "true"], found
+            assert environment["CLUSTER_NAME"] == "c" and environment["CLUSTER_ENDPOINT"] == "https://e", environment
+            assert environment["STANCHION_STARTUP_TAINT"] == "t" and environment["STANCHION_NODE_CONDITION"] == "true", environment
 
 
 def extra_env_stands_over_env_and_env_over_that_of_init():
@@ -178,14 +181,15 @@ def rights_follow_the_environment_wherever_it_is_given():
 
 
 def only_what_is_read_without_network_policy_may_be_read():
-    for none in [{"env": {"NETWORK_POLICY_ENFORCING_MODE": "none"}}, {"extraEnv": [{"name": "NETWORK_POLICY_ENFORCING_MODE", "value": "None"}]}]:
+    mode = "NETWORK_POLICY_ENFORCING_MODE"
+    for none in [{"env": {mode: "none"}}, {"extraEnv": [{"name": mode, "value": "None"}]}]:
         for telemetry in [True, False]:
             rendered = Rendered(none | {"telemetry": {"enabled": telemetry}})
             assert rendered.may("watch", "services") == telemetry, f"{none}: services"
             for resource in ["namespaces", "networkpolicies", "endpointslices"]:
                 assert not rendered.may("watch", resource), f"{none}: {resource}"
     # Nobody here knows it.
-    unknown = {"name": "NETWORK_POLICY_ENFORCING_MODE", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "mode"}}}
+    unknown = {"name": mode, "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "mode"}}}
     assert Rendered({"extraEnv": [unknown]}).may("watch", "networkpolicies")
 
 
@@ -218,11 +222,12 @@ def the_settings_file_of_log_shipping_is_mounted_as_it_is_given():
     texts = [LOG_CONFIG, "record: raw", "  # begins with spaces\n", "a: 1\r\n\tb\n---\n{{ .Values.x }}: 'é'  \n\n"]
     for text in texts:
         rendered = Rendered({"telemetry": {"logConfig": text}, "env": {"STANCHION_LOG_CONFIG": "/elsewhere"}})
-        [map] = rendered.of("ConfigMap")
-        [volume] = [volume for volume in rendered.pod["spec"]["volumes"] if volume.get("configMap") == {"name": map["metadata"]["name"]}]
+        [settings] = rendered.of("ConfigMap")
+        [volume] = [volume for volume in rendered.pod["spec"]["volumes"] if volume.get("configMap") == {"name": settings["metadata"]["name"]}]
         [mount] = [mount for mount in rendered.container("telemetry")["volumeMounts"] if mount["name"] == volume["name"]]
         assert mount["readOnly"]
-        assert map["data"] == {rendered.environment("telemetry")["STANCHION_LOG_CONFIG"].removeprefix(mount["mountPath"] + "/"): text}, map
+        name = rendered.environment("telemetry")["STANCHION_LOG_CONFIG"].removeprefix(mount["mountPath"] + "/")
+        assert settings["data"] == {name: text}, settings
         assert restart(rendered) != restart(Rendered({"telemetry": {"logConfig": text + "# changed\n"}}))
         assert restart(rendered) == restart(Rendered({"telemetry": {"logConfig": text}}))
         assert not Rendered({"telemetry": {"enabled": False, "logConfig": text}}).of("ConfigMap")
@@ -241,6 +246,30 @@ def volumes_may_be_added_to_each_container():
         assert mount not in rendered.container(other)["volumeMounts"], other
 
 
+def prometheus_asks_telemetry_where_it_serves():
+    monitors = {"podMonitor": {"create": True, "relabelings": [{"action": "labeldrop"}]}, "serviceMonitor": {"create": True}}
+
+    def asked(rendered):
+        [pod], [service], [endpoints] = rendered.of("PodMonitor"), rendered.of("ServiceMonitor"), rendered.of("Service")
+        by_pod = pod["spec"]["podMetricsEndpoints"]
+        assert all(endpoint["relabelings"] == [{"action": "labeldrop"}] for endpoint in by_pod), by_pod
+        ports = {port["name"]: port["port"] for port in endpoints["spec"]["ports"] if port["targetPort"] == port["name"]}
+        names = [endpoint["port"] for endpoint in by_pod]
+        assert [endpoint["port"] for endpoint in service["spec"]["endpoints"]] == names == list(ports), service
+        return ports
+
+    for address, port in [("[::]:61680", 61680), ("0.0.0.0:9100", 9100)]:
+        # Turned off, the network container's own text is.
+        rendered = Rendered(monitors | {"telemetry": {"metricsAddress": address}, "env": {"DISABLE_METRICS": "true"}})
+        telemetry = rendered.container("telemetry")
+        assert telemetry["ports"] == [{"name": "telemetry", "containerPort": port, "protocol": "TCP"}], telemetry["ports"]
+        assert f"--metrics-address={address}" in telemetry["args"]
+        assert rendered.environment("telemetry")["DISABLE_METRICS"] == "false"
+        assert asked(rendered) == {"metrics": 61678, "telemetry": port}, address
+    for nowhere in [{"telemetry": {"metricsAddress": ""}}, {"telemetry": {"enabled": False, "metricsAddress": "[::]:61680"}}]:
+        assert asked(Rendered(monitors | nowhere)) == {"metrics": 61678}, nowhere
+
+
 CHECKS = [
     the_schema_refuses_what_is_no_value,
     the_dashboards_are_in_the_chart,
@@ -251,6 +280,7 @@ CHECKS = [
     the_apparmor_profile_of_the_network_container_has_the_form_of_the_cluster,
     the_settings_file_of_log_shipping_is_mounted_as_it_is_given,
     volumes_may_be_added_to_each_container,
+    prometheus_asks_telemetry_where_it_serves,
 ]
 
 

@@ -180,6 +180,23 @@ fn the_telemetry_container_finds_the_settings_of_log_shipping_where_the_environm
 }
 
 #[test]
+fn every_port_that_prometheus_asks_is_a_containers() {
+    let name = "stanchion-all-features.yaml";
+    let set = daemon_set(name);
+    let ports = |container: &Value| container["ports"].as_array().cloned().unwrap_or_default();
+    let served: BTreeSet<String> = containers(&set).flat_map(ports).map(|port| port["name"].as_str().unwrap().to_owned()).collect();
+    for (kind, list) in [("PodMonitor", "podMetricsEndpoints"), ("ServiceMonitor", "endpoints"), ("Service", "ports")] {
+        let document = documents(name).into_iter().find(|document| document["kind"] == kind).unwrap();
+        let port = |asked: &Value| asked[if kind == "Service" { "targetPort" } else { "port" }].as_str().unwrap().to_owned();
+        let asked: BTreeSet<String> = document["spec"][list].as_array().unwrap().iter().map(port).collect();
+        assert_eq!(asked, served, "{kind}");
+    }
+    let telemetry = container(&set, "telemetry");
+    let address: std::net::SocketAddr = argument(&telemetry, "--metrics-address=").unwrap().parse().unwrap();
+    assert_eq!(telemetry["ports"][0]["containerPort"], address.port());
+}
+
+#[test]
 fn a_cni_stays_until_the_node_ends_and_comes_before_everything_else() {
     let set = daemon_set("stanchion.yaml");
     let spec = &set["spec"]["template"]["spec"];

@@ -73,3 +73,8 @@ container (a dict, the second argument), for all of them, extraEnv (its last ent
 {{- define "stanchion.isTrue" -}}
 {{- if has (include "stanchion.setting" .) (list "1" "t" "true" "?") }}true{{ end -}}
 {{- end -}}
+
+{{- /* The port of telemetry's own Prometheus text; empty where there is none. */ -}}
+{{- define "stanchion.telemetryPort" -}}
+{{- if .Values.telemetry.enabled }}{{ regexFind "[0-9]+$" .Values.telemetry.metricsAddress }}{{ end -}}
+{{- end -}}
