@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use stanchion_core::config::Config;
+use stanchion_core::logs::config::LogFile;
+use stanchion_core::logs::record::Layout;
+use stanchion_core::logs::settings::LogSettings;
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
@@ -28,6 +31,23 @@ fn containers(daemon_set: &Value) -> impl Iterator<Item = &Value> {
 
 fn container(daemon_set: &Value, name: &str) -> Value {
     containers(daemon_set).find(|container| container["name"] == name).unwrap().clone()
+}
+
+/// What the last of a container's arguments that begin so says.
+fn argument(container: &Value, flag: &str) -> Option<String> {
+    let arguments = container["args"].as_array().unwrap().iter();
+    arguments.filter_map(|argument| argument.as_str().unwrap().strip_prefix(flag)).next_back().map(str::to_owned)
+}
+
+/// The container's mounts of paths of the host: path and mount.
+fn host_mounts(daemon_set: &Value, container: &Value) -> Vec<(String, Value)> {
+    let volumes = daemon_set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+    let mounts = container["volumeMounts"].as_array().unwrap().iter();
+    let host = mounts.filter_map(|mount| {
+        let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]).unwrap();
+        Some((volume["hostPath"]["path"].as_str()?.to_owned(), mount.clone()))
+    });
+    host.collect()
 }
 
 const BOTH: [&str; 2] = ["stanchion.yaml", "stanchion-all-features.yaml"];
@@ -67,6 +87,45 @@ fn the_network_container_has_the_capabilities_that_the_agent_keeps_and_no_more()
 }
 
 #[test]
+fn the_network_container_may_pin_programs_where_apparmor_is_enforced() {
+    let set = daemon_set("stanchion.yaml");
+    for (name, profile) in [("network", serde_json::json!({"type": "Unconfined"})), ("telemetry", Value::Null), ("install", Value::Null)] {
+        assert_eq!(container(&set, name)["securityContext"]["appArmorProfile"], profile, "{name}");
+    }
+    let page = std::fs::read_to_string(deploy().join("SECURITY.md")).unwrap();
+    assert!(page.contains("network.securityContext.appArmorProfile"));
+}
+
+#[test]
+fn the_network_container_may_set_back_sysctls_of_the_hosts_network_and_no_others() {
+    for name in BOTH {
+        let set = daemon_set(name);
+        let network = container(&set, "network");
+        let root = argument(&network, "--sysctl-root=").unwrap();
+        let below: Vec<_> = host_mounts(&set, &network).into_iter().filter(|(path, _)| path.starts_with("/proc")).collect();
+        let [(path, mount)] = below.as_slice() else { panic!("{name}: {below:?}") };
+        assert_eq!((path.as_str(), &mount["mountPath"]), ("/proc/sys/net", &Value::String(format!("{root}/net"))), "{name}");
+        assert_ne!(mount["readOnly"], true, "{name}");
+        assert_eq!(argument(&container(&set, "telemetry"), "--sysctl-root="), None);
+    }
+}
+
+#[test]
+fn each_path_of_the_host_that_can_be_written_is_said_with_its_reason() {
+    let page = std::fs::read_to_string(deploy().join("SECURITY.md")).unwrap();
+    for name in BOTH {
+        let set = daemon_set(name);
+        for container in containers(&set).filter(|container| container["securityContext"]["privileged"] != true) {
+            let row = format!("| {} |", container["name"].as_str().unwrap());
+            for (path, mount) in host_mounts(&set, container) {
+                let said = page.lines().any(|line| line.starts_with(&row) && line.contains(&format!("`{path}`")));
+                assert!(said || mount["readOnly"] == true, "{name}: SECURITY.md has no row of {row} with {path}");
+            }
+        }
+    }
+}
+
+#[test]
 fn every_volume_is_mounted_and_every_mount_has_its_volume() {
     for name in BOTH {
         let set = daemon_set(name);
@@ -90,12 +149,51 @@ fn the_agent_accepts_the_environment_of_each_container() {
             };
             let config = Config::read(&get).unwrap_or_else(|errors| panic!("{name} {}: {errors:?}", container["name"]));
             let known: BTreeSet<&str> = config.settings.iter().map(|setting| setting.name).collect();
+            let mut seen = BTreeSet::new();
             for entry in environment {
                 let variable = entry["name"].as_str().unwrap();
                 assert!(known.contains(variable), "{name}: {variable} is no setting of the agent");
+                // The kubelet would take the last one.
+                assert!(seen.insert(variable), "{name} {}: {variable} twice", container["name"]);
             }
         }
     }
+}
+
+#[test]
+fn the_telemetry_container_finds_the_settings_of_log_shipping_where_the_environment_says() {
+    let name = "stanchion-all-features.yaml";
+    let (documents, set) = (documents(name), daemon_set(name));
+    let telemetry = container(&set, "telemetry");
+    let variable = telemetry["env"].as_array().unwrap().iter().find(|entry| entry["name"] == "STANCHION_LOG_CONFIG").unwrap();
+    let path = Path::new(variable["value"].as_str().unwrap());
+    let mounts = telemetry["volumeMounts"].as_array().unwrap();
+    let mount = mounts.iter().find(|mount| Path::new(mount["mountPath"].as_str().unwrap()) == path.parent().unwrap()).unwrap();
+    let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+    let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]).unwrap();
+    let map = documents.iter().find(|d| d["kind"] == "ConfigMap" && d["metadata"]["name"] == volume["configMap"]["name"]).unwrap();
+    let text = map["data"][path.file_name().unwrap().to_str().unwrap()].as_str().unwrap();
+    let settings = LogFile::parse(text).unwrap().apply(LogSettings::new(Layout::FluentBit)).unwrap();
+    // A journal in memory is mounted where it is looked for.
+    let journal = settings.journal.unwrap().dirs;
+    assert!(mounts.iter().any(|mount| journal.iter().any(|directory| mount["mountPath"] == *directory)), "{journal:?}");
+}
+
+#[test]
+fn every_port_that_prometheus_asks_is_a_containers() {
+    let name = "stanchion-all-features.yaml";
+    let set = daemon_set(name);
+    let ports = |container: &Value| container["ports"].as_array().cloned().unwrap_or_default();
+    let served: BTreeSet<String> = containers(&set).flat_map(ports).map(|port| port["name"].as_str().unwrap().to_owned()).collect();
+    for (kind, list) in [("PodMonitor", "podMetricsEndpoints"), ("ServiceMonitor", "endpoints"), ("Service", "ports")] {
+        let document = documents(name).into_iter().find(|document| document["kind"] == kind).unwrap();
+        let port = |asked: &Value| asked[if kind == "Service" { "targetPort" } else { "port" }].as_str().unwrap().to_owned();
+        let asked: BTreeSet<String> = document["spec"][list].as_array().unwrap().iter().map(port).collect();
+        assert_eq!(asked, served, "{kind}");
+    }
+    let telemetry = container(&set, "telemetry");
+    let address: std::net::SocketAddr = argument(&telemetry, "--metrics-address=").unwrap().parse().unwrap();
+    assert_eq!(telemetry["ports"][0]["containerPort"], address.port());
 }
 
 #[test]

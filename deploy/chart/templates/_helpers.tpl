@@ -26,28 +26,55 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{- /* A container's environment, each name once. Of equal names that counts which comes first: what the chart sets for the
+container (a dict, the second argument), for all of them, extraEnv (its last entry, as in Kubernetes), env, init.env. */ -}}
 {{- define "stanchion.env" -}}
+{{- $values := (index . 0).Values -}}
+{{- $own := index . 1 -}}
+{{- with $values.clusterName }}{{ $_ := set $own "CLUSTER_NAME" . }}{{ end -}}
+{{- with $values.clusterEndpoint }}{{ $_ := set $own "CLUSTER_ENDPOINT" . }}{{ end -}}
+{{- with $values.startupTaint }}{{ $_ := set $own "STANCHION_STARTUP_TAINT" . }}{{ end -}}
+{{- if $values.nodeCondition }}{{ $_ := set $own "STANCHION_NODE_CONDITION" "true" }}{{ end -}}
 - {name: MY_NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
-{{- with .Values.clusterName }}
-- {name: CLUSTER_NAME, value: {{ . | quote }}}
-{{- end }}
-{{- with .Values.clusterEndpoint }}
-- {name: CLUSTER_ENDPOINT, value: {{ . | quote }}}
-{{- end }}
-{{- with .Values.startupTaint }}
-- {name: STANCHION_STARTUP_TAINT, value: {{ . | quote }}}
-{{- end }}
-{{- if .Values.nodeCondition }}
-- {name: STANCHION_NODE_CONDITION, value: "true"}
-{{- end }}
-{{- range $name, $value := .Values.env }}
+{{- range $name, $value := $own }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
-{{- with .Values.extraEnv }}
+{{- $taken := set $own "MY_NODE_NAME" "" }}
+{{- $extra := list }}
+{{- range reverse (default list $values.extraEnv) }}
+{{- if not (hasKey $taken .name) }}
+{{- $_ := set $taken .name "" }}
+{{- $extra = prepend $extra . }}
+{{- end }}
+{{- end }}
+{{- $settings := dict }}
+{{- range $given := list $values.init.env $values.env }}
+{{- range $name, $value := $given }}
+{{- if not (hasKey $taken $name) }}{{ $_ := set $settings $name $value }}{{ end }}
+{{- end }}
+{{- end }}
+{{- range $name, $value := $settings }}
+- {name: {{ $name }}, value: {{ $value | quote }}}
+{{- end }}
+{{- with $extra }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
 
+{{- /* What the containers' environment says of a setting, in small letters; "?" where only the node knows (valueFrom). */ -}}
+{{- define "stanchion.setting" -}}
+{{- $name := index . 1 -}}
+{{- range include "stanchion.env" (list (index . 0) (dict)) | fromYamlArray -}}
+{{- if eq .name $name }}{{ if .valueFrom }}?{{ else }}{{ default "" .value | toString | lower }}{{ end }}{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Whether a setting is true, or may be. */ -}}
 {{- define "stanchion.isTrue" -}}
-{{- if has (. | toString | lower) (list "1" "t" "true") }}true{{ end -}}
+{{- if has (include "stanchion.setting" .) (list "1" "t" "true" "?") }}true{{ end -}}
+{{- end -}}
+
+{{- /* The port of telemetry's own Prometheus text; empty where there is none. */ -}}
+{{- define "stanchion.telemetryPort" -}}
+{{- if .Values.telemetry.enabled }}{{ regexFind "[0-9]+$" .Values.telemetry.metricsAddress }}{{ end -}}
 {{- end -}}
