@@ -131,6 +131,12 @@ impl StoredEni {
         self.device_index == 0 && self.network_card == 0
     }
 
+    /// Neither the length of its own address nor its gateway is known: nothing of it can be planned. The primary ENI's are the operating
+    /// system's matter.
+    pub fn lacks_range(&self) -> bool {
+        !self.is_primary() && self.primary_ipv4.is_some() && self.subnet_cidr.is_none()
+    }
+
     /// Gives out addresses.
     pub fn serves_pods(&self) -> bool {
         self.role == EniRole::Pods && self.state == EniState::Serving

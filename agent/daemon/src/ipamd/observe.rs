@@ -21,8 +21,8 @@ use super::execute::Executor;
 
 /// How often IMDS is read when nothing happens.
 const OBSERVE_EVERY: Duration = Duration::from_secs(60);
-/// The same while AWS's resource controller is to attach a trunk: pods wait for it.
-const OBSERVE_FOR_TRUNK: Duration = Duration::from_secs(5);
+/// The same while pods wait for it: AWS's resource controller is to attach a trunk, or IMDS to tell the range of a new ENI's subnet.
+const OBSERVE_SOON: Duration = Duration::from_secs(5);
 /// How often the host network is healed.
 const HEAL_EVERY: Duration = Duration::from_secs(15);
 /// How often the zone's subnets are read.
@@ -42,12 +42,13 @@ pub(super) struct Observation {
     pub(super) vpc_cidrs: Option<(Vec<Ipv4Net>, Vec<Ipv6Net>)>,
 }
 
-/// Reads IMDS, and EC2 when IMDS shows something else than `known`.
+/// Reads IMDS, and EC2 when IMDS shows something else than `known`; what it does not show yet of `awaited` is nothing to ask EC2 for.
 pub(super) async fn observe<E: Ec2Api, I: Imds>(
     executor: Executor<E>,
     imds: Arc<I>,
     primary: stanchion_core::ids::Mac,
-    known: BTreeMap<EniId, BTreeSet<IpNet>>,
+    mut known: BTreeMap<EniId, BTreeSet<IpNet>>,
+    awaited: BTreeSet<EniId>,
     ask_ec2: AskEc2,
 ) -> Observation {
     let shown = imds.enis().await;
@@ -55,6 +56,7 @@ pub(super) async fn observe<E: Ec2Api, I: Imds>(
         Ok(enis) => {
             let shown: BTreeMap<EniId, BTreeSet<IpNet>> =
                 enis.iter().map(|eni| (eni.id.clone(), imds_cidrs(eni).into_iter().collect())).collect();
+            known.retain(|id, _| shown.contains_key(id) || !awaited.contains(id));
             shown != known
         }
         // Without IMDS only EC2 can tell.
@@ -95,11 +97,32 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     /// Until IMDS is read again when nothing happens.
     pub(super) fn observation_pause(&self) -> Duration {
-        if self.wants_trunk() { OBSERVE_FOR_TRUNK } else { OBSERVE_EVERY }
+        if self.wants_trunk() || self.awaiting_range().next().is_some() { OBSERVE_SOON } else { OBSERVE_EVERY }
+    }
+
+    /// ENIs that cannot join before their subnet's range is known.
+    fn awaiting_range(&self) -> impl Iterator<Item = &StoredEni> {
+        self.store.enis().values().filter(|eni| eni.state == EniState::Joining && eni.lacks_range())
+    }
+
+    /// ENIs that came before their subnet was known join once somebody tells its ranges: IMDS, EC2's list or another ENI of it.
+    fn learn_ranges(&mut self, imds: &[ImdsEni]) {
+        let awaiting: Vec<_> = self.awaiting_range().map(|eni| (eni.id.clone(), eni.subnet.clone())).collect();
+        for (id, subnet) in awaiting {
+            let shown = imds.iter().find(|shown| shown.subnet == subnet && shown.subnet_cidr.is_some());
+            let cidr = shown.and_then(|shown| shown.subnet_cidr).or_else(|| self.known_subnet_cidr(&subnet));
+            if let (Some(cidr), Some(eni)) = (cidr, self.store.eni_mut(&id)) {
+                eni.subnet_cidr = Some(cidr);
+                if let Some(shown) = shown {
+                    eni.subnet_ipv6_cidrs.clone_from(&shown.subnet_ipv6_cidrs);
+                }
+                self.host_due = Some(Instant::now());
+            }
+        }
     }
 
     pub(super) fn known_subnet_cidr(&self, subnet: &SubnetId) -> Option<Ipv4Net> {
-        let of_enis = self.store.enis().values().find(|eni| eni.subnet == *subnet).and_then(|eni| eni.subnet_cidr);
+        let of_enis = self.store.enis().values().filter(|eni| eni.subnet == *subnet).find_map(|eni| eni.subnet_cidr);
         of_enis.or_else(|| self.subnets.iter().find(|known| known.id == *subnet).map(|known| known.cidr))
     }
 
@@ -121,9 +144,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 (false, true) => AskEc2::IfDifferent,
                 (false, false) => AskEc2::Always,
             };
+            let awaited = self.awaiting_range().map(|eni| eni.id.clone()).collect();
             let (executor, imds, primary) = (self.executor.clone(), Arc::clone(&self.imds), self.identity.primary_mac);
             *self.counters.reconciles.entry("eniReconcileAdd").or_default() += 1;
-            self.tasks.spawn(async move { Work::Observed(observe(executor, imds, primary, known, ask).await) });
+            self.tasks.spawn(async move { Work::Observed(observe(executor, imds, primary, known, awaited, ask).await) });
         }
         if self.subnets_due <= now {
             self.subnets_due = now + SUBNETS_EVERY;
@@ -163,6 +187,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.subnets = subnets;
                 // A tag that was set or taken away concerns the ENIs that are there.
                 self.store.set_excluded(&self.excluded);
+                self.learn_ranges(&[]);
                 self.place();
             }
             Err(error) => self.error_text("describe subnets", error),
@@ -220,6 +245,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             self.error_text("read IMDS", error);
             Vec::new()
         });
+        self.learn_ranges(&imds);
         match observation.ec2 {
             Some(Ok(ec2)) => {
                 self.ec2_verified = true;
@@ -227,7 +253,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.forget_missing(&ec2);
                 self.resolve_doubts(&ec2);
                 if !self.missing.is_empty() || !self.doubtful.is_empty() {
-                    self.observe_due = Instant::now() + GONE_AFTER;
+                    self.observe_due = self.observe_due.min(Instant::now() + GONE_AFTER);
                 }
             }
             Some(Err(error)) => {
@@ -237,6 +263,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             None if self.config.pool.imds_only => self.adopt(&imds, None),
             None => {}
         }
+        self.observe_due = self.observe_due.min(Instant::now() + self.observation_pause());
         self.follow_groups(&imds);
     }
 
@@ -414,7 +441,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             RandomizeSnat::None => Randomize::No,
         };
         let mut plan = HostPlan {
-            enis: managed.map(|eni| eni_plan(eni, network.eni_mtu)).collect(),
+            enis: managed.filter_map(|eni| eni_plan(eni, network.eni_mtu)).collect(),
             pods: self.pod_hosts(),
             branches: Vec::new(),
             strict_branches: self.config.pool.pod_eni && self.config.pool.branch_mode == BranchMode::Strict,
@@ -468,7 +495,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let trouble = !report.failed.is_empty();
         let mut waits = false;
         let mut ready = Vec::new();
-        for eni in self.store.enis().values().filter(|eni| eni.state == EniState::Joining) {
+        for eni in self.store.enis().values().filter(|eni| eni.state == EniState::Joining && !eni.lacks_range()) {
             // One that joined after the plan was made waits for the next.
             let newer = !planned.as_ref().is_some_and(|plan| plan.enis.iter().any(|planned| planned.id == eni.id));
             let refused = report.failed.iter().any(|failed| concerns(&failed.op, eni));
@@ -562,14 +589,18 @@ fn concerns(op: &NetOp, eni: &StoredEni) -> bool {
     }
 }
 
-fn eni_plan(eni: &StoredEni, mtu: u32) -> EniPlan {
+/// `None` while its subnet's range is not known: with a wrong length the gateway would be wrong, and its pods would reach nobody.
+fn eni_plan(eni: &StoredEni, mtu: u32) -> Option<EniPlan> {
+    if eni.lacks_range() {
+        return None;
+    }
     let role = match eni.role {
         _ if eni.is_primary() => HostRole::Primary,
         EniRole::Trunk => HostRole::Trunk,
         _ => HostRole::Secondary,
     };
     let length = eni.subnet_cidr.map_or(32, |cidr| cidr.prefix_len());
-    EniPlan {
+    Some(EniPlan {
         id: eni.id.clone(),
         mac: eni.mac,
         role,
@@ -579,5 +610,5 @@ fn eni_plan(eni: &StoredEni, mtu: u32) -> EniPlan {
         ipv6: None,
         table: eni.route_table,
         mtu,
-    }
+    })
 }

@@ -192,6 +192,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                     self.granted(&record.id, &record.cidrs.keys().copied().collect::<Vec<_>>());
                     record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
                     record.state = EniState::Joining;
+                    if record.lacks_range() {
+                        // IMDS tells it.
+                        self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
+                    }
                     self.store.put_eni(record);
                     self.host_due = Some(Instant::now());
                 }
@@ -277,7 +281,12 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         parts.extend(self.in_flight.values().map(|action| format!("under way: {action}")));
         let joining = self.store.enis().values().filter(|eni| eni.state == EniState::Joining);
         parts.extend(joining.map(|eni| {
-            format!("{} is attached but its interface {} is not ready since {} s", eni.id, eni.mac, now.since(eni.added).as_secs())
+            let lacking = if eni.lacks_range() {
+                format!("the range of its subnet {} is not known: IMDS does not tell it", eni.subnet)
+            } else {
+                format!("its interface {} is not ready", eni.mac)
+            };
+            format!("{} is attached but {lacking} since {} s", eni.id, now.since(eni.added).as_secs())
         }));
         if !self.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::Subnet { .. } | Blocked::ActionPaused { error: Some(_), .. }))
             && let Some(last) = self.errors.back()

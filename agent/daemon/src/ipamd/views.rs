@@ -92,6 +92,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let now = self.clock.now();
         let role = match (eni.state, eni.role) {
             (EniState::Releasing, _) => "releasing",
+            (EniState::Joining, _) if eni.lacks_range() => "joining: the range of its subnet is not known yet",
             (EniState::Joining, _) => "joining: its interface is not ready",
             (_, EniRole::Pods) => "pods",
             (_, EniRole::PrimaryOfCustomNetworking) => "node only (custom networking)",
