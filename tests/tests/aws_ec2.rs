@@ -358,3 +358,30 @@ async fn scattered_addresses_fragment_a_subnet_by_themselves() {
     let prefixes = bed.cloud.free_prefixes(&SUBNET.into());
     assert!(prefixes * 16 < free / 2, "{free} addresses but {prefixes} blocks");
 }
+
+/// An IPv6-only subnet has no IPv4 range: it can hold no ENI of ours, and says nothing of those beside it.
+#[tokio::test]
+async fn a_subnet_without_an_ipv4_range_is_passed_over() {
+    let bed = bed().await;
+    let item = |id: &str, ranges: &str| {
+        format!(
+            "<item><subnetId>{id}</subnetId><vpcId>v</vpcId>{ranges}<availableIpAddressCount>0</availableIpAddressCount>\
+             <availabilityZone>eu-west-1a</availabilityZone></item>"
+        )
+    };
+    let reply = |items: &[String]| {
+        format!("<?xml version=\"1.0\"?><DescribeSubnetsResponse><subnetSet>{}</subnetSet></DescribeSubnetsResponse>", items.concat())
+    };
+    let ipv6 = "<ipv6Native>true</ipv6Native><ipv6CidrBlockAssociationSet><item><ipv6CidrBlock>2001:db8:0:2::/64</ipv6CidrBlock></item>\
+                </ipv6CidrBlockAssociationSet>";
+    let (native, empty) = (item("subnet-6", ipv6), item("subnet-7", &format!("<cidrBlock></cidrBlock>{ipv6}")));
+    let text = reply(&[native, item("subnet-4", "<cidrBlock>10.0.7.0/24</cidrBlock>"), empty]);
+    bed.cloud.inject(Fault::once("DescribeSubnets", Effect::Garbage(text)));
+    let subnets = bed.ec2.describe_subnets(&bed.vpc, "eu-west-1a").await.unwrap();
+    let read: Vec<_> = subnets.iter().map(|subnet| (subnet.id.as_str(), subnet.cidr.to_string())).collect();
+    assert_eq!(read, [("subnet-4", "10.0.7.0/24".to_owned())]);
+    for bad in ["<cidrBlock>10.0.7.0/44</cidrBlock>", "<cidrBlock>ten</cidrBlock>"] {
+        bed.cloud.inject(Fault::once("DescribeSubnets", Effect::Garbage(reply(&[item("subnet-4", bad)]))));
+        assert!(bed.ec2.describe_subnets(&bed.vpc, "eu-west-1a").await.is_err(), "{bad}");
+    }
+}

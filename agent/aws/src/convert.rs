@@ -91,12 +91,15 @@ fn kind(wire: &NetworkInterfaceType) -> EniKind {
     }
 }
 
-pub(crate) fn subnet(wire: &aws_sdk_ec2::types::Subnet) -> Result<Subnet, BadReply> {
-    Ok(Subnet {
+/// `None` for a subnet without an IPv4 range: neither an IPv4 nor an IPv6 cluster has nodes or ENIs there ("VPC and subnet requirements"
+/// in the EKS user guide).
+pub(crate) fn subnet(wire: &aws_sdk_ec2::types::Subnet) -> Result<Option<Subnet>, BadReply> {
+    let Some(cidr) = wire.cidr_block().filter(|text| !text.is_empty()) else { return Ok(None) };
+    Ok(Some(Subnet {
         id: SubnetId::new(need("subnetId", wire.subnet_id())?),
         vpc: VpcId::new(need("vpcId", wire.vpc_id())?),
         availability_zone: need("availabilityZone", wire.availability_zone())?.to_owned(),
-        cidr: parse("cidrBlock", need("cidrBlock", wire.cidr_block())?)?,
+        cidr: parse("cidrBlock", cidr)?,
         ipv6_cidrs: wire
             .ipv6_cidr_block_association_set()
             .iter()
@@ -105,7 +108,7 @@ pub(crate) fn subnet(wire: &aws_sdk_ec2::types::Subnet) -> Result<Subnet, BadRep
             .collect::<Result<_, _>>()?,
         available_addresses: number("availableIpAddressCount", wire.available_ip_address_count().unwrap_or(0))?,
         tags: tags(wire.tags()),
-    })
+    }))
 }
 
 pub(crate) fn limits(wire: &InstanceTypeInfo) -> Result<InstanceLimits, BadReply> {

@@ -102,7 +102,7 @@ impl Ec2Api for SdkEc2 {
         loop {
             let reply = request.clone().set_next_token(token.clone()).send().await.map_err(|e| self.failed(action, e))?;
             for subnet in reply.subnets() {
-                subnets.push(convert::subnet(subnet).map_err(|bad| unreadable(action, &bad))?);
+                subnets.extend(convert::subnet(subnet).map_err(|bad| unreadable(action, &bad))?);
             }
             token = next_page(action, token, reply.next_token)?;
             if token.is_none() {

@@ -272,7 +272,7 @@ pub trait Ec2Api: Send + Sync + 'static {
     /// ENIs in state `available` that carry the tag key `node.k8s.amazonaws.com/instance_id`, in the VPC, with all the
     /// given tags.
     fn describe_leaked(&self, vpc: &VpcId, tags: &BTreeMap<String, String>) -> impl Future<Output = Result<Vec<Eni>, Ec2Error>> + Send;
-    /// Subnets of the VPC in the zone.
+    /// Subnets of the VPC in the zone, those without an IPv4 range left out.
     fn describe_subnets(&self, vpc: &VpcId, zone: &str) -> impl Future<Output = Result<Vec<Subnet>, Ec2Error>> + Send;
     /// Limits of an instance type.
     fn describe_instance_type(&self, instance_type: &str) -> impl Future<Output = Result<crate::limits::InstanceLimits, Ec2Error>> + Send;
