@@ -3,15 +3,20 @@
 use std::time::Duration;
 
 use ipnet::Ipv4Net;
+use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api as _, Eni};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::network::EniRole;
-use stanchion_lab::fake_aws::{ApiError, Effect, Fault, SubnetSpec, Timing};
+use stanchion_lab::fake_aws::{ApiError, DirectEc2, Effect, Fault, SubnetSpec, Timing};
 use stanchion_lab::ipam_world::{World, WorldSpec};
 
 const SECOND: Duration = Duration::from_secs(1);
 
 fn denied() -> Effect {
     Effect::Error(ApiError::with_status(403, "UnauthorizedOperation", "You are not authorized to perform this operation."))
+}
+
+fn throttled() -> Effect {
+    Effect::Error(ApiError::with_status(503, "RequestLimitExceeded", "Request limit exceeded."))
 }
 
 /// The range is the length of the ENI's own address and tells the gateway: with a wrong one its pods reach nobody.
@@ -45,4 +50,60 @@ async fn an_eni_of_a_subnet_that_nobody_described_serves_once_imds_tells_its_ran
         assert!(looks < 15, "EC2 need not be asked for what IMDS is about to tell: {looks}");
         world.stop().await;
     }
+}
+
+/// An ENI that somebody else made, attached by hand.
+async fn attached_by_hand(world: &World, device_index: u16, tags: &[(&str, &str)]) -> Eni {
+    let by_hand = DirectEc2::new(&world.cloud, Duration::ZERO);
+    let request = CreateEni {
+        client_token: String::new(),
+        subnet: world.subnet.clone(),
+        security_groups: vec!["sg-nodes".into()],
+        description: "a person's".to_owned(),
+        tags: tags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        addresses: Some(AddressRequest::Ipv4(1)),
+    };
+    let eni = by_hand.create_eni(&request).await.expect("created");
+    by_hand.attach_eni(&eni.id, &world.instance, device_index, 0).await.expect("attached");
+    world.cloud.eni(&eni.id).expect("there")
+}
+
+/// Tags are EC2's: without its word only the primary ENI and those on which the agent gave out addresses are known to be the pods'.
+#[tokio::test(start_paused = true)]
+async fn until_ec2_tells_whose_an_eni_is_nothing_of_it_is_touched_or_given_out() {
+    let mut world = World::start(WorldSpec::new("m5.xlarge", &[("WARM_IP_TARGET", "1")]));
+    for n in 0..15 {
+        world.add(&format!("pod-{n}"), SECOND * 60).await.expect("served");
+    }
+    let theirs = attached_by_hand(&world, 2, &[("node.k8s.amazonaws.com/no_manage", "true")]).await;
+    let untagged = attached_by_hand(&world, 3, &[]).await;
+    let planned = |world: &World, eni: &Eni| world.host.plan().enis.iter().any(|planned| planned.id == eni.id);
+    while !planned(&world, &untagged) {
+        tokio::time::sleep(SECOND).await;
+    }
+    assert_eq!((world.per_eni(), planned(&world, &theirs)), (vec![14, 2, 1, 1], false));
+
+    world.cloud.inject(Fault::always("DescribeNetworkInterfaces", throttled()));
+    world.restart();
+    world.handle.ready().await.expect("ready without EC2's word");
+    let second = world.cloud.enis_of(&world.instance)[1].clone();
+    world.add("next", SECOND * 30).await.expect("of the ENI that has a pod");
+    assert!(planned(&world, &second), "the checkpoint names it");
+    world.cloud.inject(Fault::always("AssignPrivateIpAddresses", throttled()));
+    let mut given = Vec::new();
+    for n in 0..4 {
+        match world.add(&format!("late-{n}"), SECOND).await {
+            Ok(served) => given.push(served.attachments[0].eni.clone()),
+            Err(error) => assert!(error.to_string().contains("EC2 has not told whether"), "{error}"),
+        }
+        assert!(!planned(&world, &theirs) && !planned(&world, &untagged), "no operation of the host concerns them");
+    }
+    assert!(!given.contains(&theirs.id) && !given.contains(&untagged.id), "{given:?}");
+
+    world.cloud.clear_faults();
+    world.cloud.inject(Fault::always("AssignPrivateIpAddresses", throttled()));
+    let served = world.add("last", SECOND * 120).await.expect("EC2 has told");
+    assert_eq!(served.attachments[0].eni, untagged.id);
+    assert!(planned(&world, &untagged) && !planned(&world, &theirs));
+    world.stop().await;
 }

@@ -69,6 +69,8 @@ pub enum EniRole {
     EfaOnly,
     /// Tagged `no_manage`, or not ours under MANAGE_UNTAGGED_ENI=false: counted, never touched.
     Unmanaged,
+    /// EC2 has not told yet whether it is ours: counted, not touched before it does.
+    Unconfirmed,
     /// On a network card that is not managed (ENABLE_MULTI_NIC is off).
     OtherCard,
 }

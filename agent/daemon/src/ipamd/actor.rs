@@ -1,6 +1,7 @@
 //! The actor: one task that owns the datastore. It never waits for EC2: actions run beside it and report back.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -112,6 +113,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) missing: BTreeMap<(EniId, Option<ipnet::IpNet>), Time>,
     /// What EC2 was asked to take away and did not answer for, and since when. It serves nobody.
     pub(super) doubtful: BTreeMap<(EniId, Option<ipnet::IpNet>), Time>,
+    /// Addresses that pods held or had lately when the agent started; `None` where EC2 is never asked.
+    pub(super) given_out: Option<BTreeSet<IpAddr>>,
     /// EC2 has confirmed the picture that IMDS gave.
     pub(super) ec2_verified: bool,
     pub(super) vpc: Option<VpcId>,
@@ -358,8 +361,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let attachments = allocation.held.iter().map(|held| {
             let eni = self.store.eni_of(held.address);
             let (ipv4, ipv6) = match held.address {
-                std::net::IpAddr::V4(address) => (Some(address), None),
-                std::net::IpAddr::V6(address) => (None, Some(address)),
+                IpAddr::V4(address) => (Some(address), None),
+                IpAddr::V6(address) => (None, Some(address)),
             };
             AssignedAddress {
                 ipv4,

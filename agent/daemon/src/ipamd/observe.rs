@@ -90,6 +90,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             manage_untagged: self.config.pool.manage_untagged_eni,
             cards: &self.pool_limits.cards,
             excluded_subnets: &self.excluded,
+            given_out: self.given_out.as_ref(),
             slots: self.limits.slots_per_eni(),
             now,
         }
@@ -286,6 +287,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             record.cidrs.retain(|cidr, _| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&record.id, *cidr, now));
             match self.store.eni_mut(&record.id) {
                 Some(known) => {
+                    if is_hands_off(known.role) && !is_hands_off(record.role) {
+                        tracing::info!(eni = %record.id, mac = %record.mac, role = ?record.role, "adopted, as EC2 tells that it is ours");
+                        known.state = EniState::Joining;
+                        known.added = now;
+                        known.cidrs.clear();
+                        self.host_due = Some(Instant::now());
+                    }
                     known.role = record.role;
                     known.kind = record.kind;
                     known.attachment = record.attachment.or(known.attachment.take());
@@ -576,7 +584,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 }
 
 fn is_hands_off(role: EniRole) -> bool {
-    matches!(role, EniRole::Unmanaged | EniRole::EfaOnly | EniRole::OtherCard)
+    matches!(role, EniRole::Unmanaged | EniRole::Unconfirmed | EniRole::EfaOnly | EniRole::OtherCard)
 }
 
 /// The operation makes the ENI's table, rule or address.

@@ -5,7 +5,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api, Ec2Error, Imds};
 use stanchion_core::ids::{EniId, SubnetId};
-use stanchion_core::ipam::{Action, Blocked, DESCRIPTION_PREFIX, Demand, EniState, Placement, PlanInput, Provisioning, plan, tags_for_new};
+use stanchion_core::ipam::{
+    Action, Blocked, DESCRIPTION_PREFIX, Demand, EniRole, EniState, Placement, PlanInput, Provisioning, plan, tags_for_new,
+};
 use stanchion_core::network::HostNetwork;
 use tokio::time::Instant;
 
@@ -288,6 +290,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             };
             format!("{} is attached but {lacking} since {} s", eni.id, now.since(eni.added).as_secs())
         }));
+        let unconfirmed = self.store.enis().values().filter(|eni| eni.role == EniRole::Unconfirmed);
+        parts.extend(unconfirmed.map(|eni| format!("{} is not used: EC2 has not told whether it is the agent's", eni.id)));
         if !self.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::Subnet { .. } | Blocked::ActionPaused { error: Some(_), .. }))
             && let Some(last) = self.errors.back()
         {

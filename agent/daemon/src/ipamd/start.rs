@@ -1,6 +1,7 @@
 //! From nothing to a serving actor: who am I, what is attached, who holds what.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -210,6 +211,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         missing: BTreeMap::new(),
         doubtful: BTreeMap::new(),
         tagged: BTreeSet::new(),
+        given_out: None,
         ec2_verified: attached.is_some(),
         host_due: Some(now),
         host_running: false,
@@ -237,6 +239,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         Err(error) => actor.error("describe subnets", &error),
     }
     let cooling = actor.take_moved();
+    actor.take_given_out(&cooling)?;
     actor.take_enis(&shown, attached.as_deref());
     if attached.is_some() {
         actor.observe_due = now + actor.observation_pause();
@@ -325,6 +328,20 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 Vec::new()
             }
         }
+    }
+
+    /// What the files say of pods' addresses, before the first picture of the ENIs: where EC2 does not tell, an ENI is ours by them.
+    fn take_given_out(&mut self, cooling: &[CoolingEntry]) -> Result<(), StartError> {
+        if self.config.pool.imds_only {
+            return Ok(());
+        }
+        let mut given_out: BTreeSet<IpAddr> = cooling.iter().map(|entry| entry.address).collect();
+        for (card, _) in self.pool_limits.cards.clone() {
+            let held = self.files.read_checkpoint(card)?.map(|file| file.allocations).unwrap_or_default();
+            given_out.extend(held.iter().filter_map(|entry| entry.ipv4.map(IpAddr::V4).or(entry.ipv6.map(IpAddr::V6))));
+        }
+        self.given_out = Some(given_out);
+        Ok(())
     }
 
     /// None lasts longer from now than when it began: the node may have been started anew since, with its clock behind.

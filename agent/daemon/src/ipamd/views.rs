@@ -100,6 +100,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             (_, EniRole::Trunk) => "trunk",
             (_, EniRole::EfaOnly) => "efa-only",
             (_, EniRole::Unmanaged) => "unmanaged",
+            (_, EniRole::Unconfirmed) => "not used before EC2 tells its tags",
             (_, EniRole::OtherCard) => "on a card that is not managed",
         };
         let cidrs = eni.cidrs.keys().map(|cidr| {
