@@ -8,6 +8,7 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::network::EniRole;
 use stanchion_lab::fake_aws::{ApiError, DirectEc2, Effect, Fault, SubnetSpec, Timing};
 use stanchion_lab::ipam_world::{World, WorldSpec};
+use tokio::time::timeout;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -17,6 +18,13 @@ fn denied() -> Effect {
 
 fn throttled() -> Effect {
     Effect::Error(ApiError::with_status(503, "RequestLimitExceeded", "Request limit exceeded."))
+}
+
+/// Where new ENIs may go: a /24 of the node's zone that is tagged for pods.
+fn tagged(id: &str, cidr: &str) -> SubnetSpec {
+    let mut subnet = SubnetSpec::new(id, "eu-west-1a", cidr.parse().expect("CIDR"));
+    subnet.tags.insert("kubernetes.io/role/cni".to_owned(), "1".to_owned());
+    subnet
 }
 
 /// The range is the length of the ENI's own address and tells the gateway: with a wrong one its pods reach nobody.
@@ -105,5 +113,70 @@ async fn until_ec2_tells_whose_an_eni_is_nothing_of_it_is_touched_or_given_out()
     let served = world.add("last", SECOND * 120).await.expect("EC2 has told");
     assert_eq!(served.attachments[0].eni, untagged.id);
     assert!(planned(&world, &untagged) && !planned(&world, &theirs));
+    world.stop().await;
+}
+
+/// A node whose own subnet is full, beside one that is tagged for pods.
+fn with_a_full_subnet(of_subnets: Fault) -> World {
+    let mut spec = WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]);
+    spec.subnet = "10.0.16.0/28".parse().expect("CIDR");
+    World::start_with(spec, |cloud, subnet| {
+        let free = (4..15).map(|n| std::net::Ipv4Addr::new(10, 0, 16, n)).filter(|ip| cloud.owner_of((*ip).into()).is_none());
+        assert!(cloud.occupy(subnet, free.collect::<Vec<_>>()));
+        cloud.add_subnet(tagged("subnet-pods", "10.0.64.0/24"));
+        cloud.inject(of_subnets);
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn subnets_that_ec2_did_not_tell_at_the_start_are_asked_for_again_at_once() {
+    let mut world = with_a_full_subnet(Fault::once("DescribeSubnets", throttled()));
+    timeout(SECOND * 60, world.handle.ready()).await.expect("within a minute").expect("ready");
+    world.settle(SECOND * 20).await;
+    let reads = world.cloud.count("DescribeSubnets");
+    assert_eq!((reads, world.per_eni()), (2, vec![0, 1]));
+    world.stop().await;
+
+    // For good: as without discovery, and not asked for all the time.
+    let mut world = World::start_with(WorldSpec::new("m5.large", &[]), |cloud, _| {
+        cloud.inject(Fault::always("DescribeSubnets", throttled()));
+    });
+    for n in 0..12 {
+        world.add(&format!("pod-{n}"), SECOND * 120).await.expect("of the node's own subnet");
+    }
+    tokio::time::sleep(SECOND * 3_600).await;
+    let reads = world.cloud.count("DescribeSubnets");
+    assert!((8..20).contains(&reads), "{reads} in an hour");
+    world.stop().await;
+}
+
+/// The tag that keeps pods out of a subnet is in the list that is missing: no ENI is made there meanwhile.
+#[tokio::test(start_paused = true)]
+async fn no_eni_is_made_where_a_tag_that_is_not_known_yet_may_forbid_it() {
+    let mut world = World::start_with(WorldSpec::new("m5.large", &[]), |cloud, subnet| {
+        cloud.tag_subnet(subnet, "kubernetes.io/role/cni", "0");
+        cloud.add_subnet(tagged("subnet-pods", "10.0.64.0/24"));
+        cloud.inject(Fault::times("DescribeSubnets", 2, throttled()));
+    });
+    for n in 0..12 {
+        world.add(&format!("pod-{n}"), SECOND * 60).await.expect("served");
+    }
+    world.settle(SECOND * 20).await;
+    let enis = world.cloud.enis_of(&world.instance);
+    assert!(enis.len() > 1 && enis.iter().skip(1).all(|eni| eni.subnet.as_str() == "subnet-pods"), "{enis:?}");
+    world.stop().await;
+}
+
+/// A role without ec2:DescribeSubnets never will tell: nobody waits for it.
+#[tokio::test(start_paused = true)]
+async fn a_role_that_may_not_read_subnets_puts_enis_into_the_nodes_own_at_once() {
+    let mut world = World::start_with(WorldSpec::new("m5.large", &[]), |cloud, _| {
+        cloud.inject(Fault::always("DescribeSubnets", denied()));
+    });
+    for n in 0..12 {
+        world.add(&format!("pod-{n}"), SECOND * 3).await.expect("served");
+    }
+    tokio::time::sleep(SECOND * 3_600).await;
+    assert!(world.cloud.count("DescribeSubnets") <= 7, "{}", world.cloud.count("DescribeSubnets"));
     world.stop().await;
 }

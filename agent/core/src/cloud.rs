@@ -147,6 +147,14 @@ pub enum Ec2Error {
     },
 }
 
+impl Ec2Error {
+    /// The role lacks the permission: the same call will be refused as long as nobody changes it.
+    pub fn is_denied(&self) -> bool {
+        let Self::Unauthorized { code, .. } = self else { return false };
+        ["UnauthorizedOperation", "Client.UnauthorizedOperation", "AccessDenied", "AccessDeniedException"].contains(&code.as_str())
+    }
+}
+
 /// The type of an ENI as EC2 names it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

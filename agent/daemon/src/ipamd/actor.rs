@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::branch::wants_branch;
-use stanchion_core::cloud::{Ec2Api, Imds, InstanceIdentity, Subnet};
+use stanchion_core::cloud::{Ec2Api, Ec2Error, Imds, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{EniId, PodName, SecurityGroupId, SubnetId, VpcId};
@@ -43,7 +43,7 @@ pub(super) enum Work {
     /// ENIs were read.
     Observed(Observation),
     /// Subnets were read.
-    Subnets(Result<Vec<Subnet>, String>),
+    Subnets(Result<Vec<Subnet>, Ec2Error>),
     /// Leaked ENIs were looked for; how many were deleted.
     Swept(Result<u32, String>),
     /// An adopted ENI got its tags.
@@ -130,6 +130,9 @@ pub(super) struct Actor<E, I, H> {
     pub(super) observe_due: Instant,
     pub(super) observing: bool,
     pub(super) subnets_due: Instant,
+    pub(super) subnets_pause: Duration,
+    /// Why new ENIs wait for the first list of the zone's subnets, if they do.
+    pub(super) subnets_awaited: Option<String>,
     pub(super) sweep_due: Instant,
     pub(super) wake_at: Option<Time>,
     pub(super) ever_had_addresses: bool,

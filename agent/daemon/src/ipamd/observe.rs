@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use stanchion_core::cloud::{Ec2Api, Eni, EniKind, Imds, ImdsEni, Subnet};
+use stanchion_core::cloud::{Ec2Api, Ec2Error, Eni, EniKind, Imds, ImdsEni, Subnet};
 use stanchion_core::config::{BranchMode, RandomizeSnat};
 use stanchion_core::ids::{EniId, SubnetId};
 use stanchion_core::ipam::{
-    Action, Adoption, DESCRIPTION_PREFIX, EniRole, EniState, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name,
-    excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
+    Action, Adoption, DESCRIPTION_PREFIX, EniRole, EniState, Leak, Placement, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs,
+    eni_config_name, excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
 };
 use stanchion_core::network::egress;
 use stanchion_core::network::{EniPlan, EniRole as HostRole, HostNetwork, HostPlan, HostReport, NetOp, PodHost, Randomize, Snat};
@@ -26,7 +26,12 @@ const OBSERVE_SOON: Duration = Duration::from_secs(5);
 /// How often the host network is healed.
 const HEAL_EVERY: Duration = Duration::from_secs(15);
 /// How often the zone's subnets are read.
-const SUBNETS_EVERY: Duration = Duration::from_secs(600);
+pub(super) const SUBNETS_EVERY: Duration = Duration::from_secs(600);
+/// First pause before subnets that EC2 did not tell are asked for again; doubles up to [`SUBNETS_EVERY`].
+pub(super) const SUBNETS_PAUSE: Duration = Duration::from_secs(5);
+/// New ENIs wait for the first list while the pause is shorter than this, as a tag may keep pods out of the node's own subnet. Then they
+/// go there: a node whose EC2 tells no list still has to serve, and an ENI in a wrong place is given back when the list comes.
+const SUBNETS_PATIENCE: Duration = Duration::from_secs(60);
 /// How often leaked ENIs are looked for.
 pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// EC2 must miss something this long before it is forgotten: Describe lags behind, too.
@@ -177,22 +182,34 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.tasks.spawn(async move {
             let call = executor.ec2.describe_subnets(&vpc, &zone);
             let result = executor.meter.run(stanchion_core::cloud::Ec2Action::DescribeSubnets, call).await;
-            Work::Subnets(result.map_err(|error| chain(&error)))
+            Work::Subnets(result)
         });
     }
 
-    pub(super) fn subnets_read(&mut self, result: Result<Vec<Subnet>, String>) {
+    pub(super) fn subnets_read(&mut self, result: Result<Vec<Subnet>, Ec2Error>) {
+        self.subnets_awaited = None;
         match result {
             Ok(subnets) => {
+                self.subnets_pause = SUBNETS_PAUSE;
                 self.excluded = excluded_subnets(&subnets);
                 self.subnets = subnets;
                 // A tag that was set or taken away concerns the ENIs that are there.
                 self.store.set_excluded(&self.excluded);
                 self.learn_ranges(&[]);
-                self.place();
             }
-            Err(error) => self.error_text("describe subnets", error),
+            Err(error) => {
+                // A role that may not ask goes on without discovery.
+                if !error.is_denied() {
+                    self.subnets_due = self.subnets_due.min(Instant::now() + self.subnets_pause);
+                    if self.subnets.is_empty() && self.subnets_pause < SUBNETS_PATIENCE {
+                        self.subnets_awaited = Some(format!("EC2 has not told the tags of the zone's subnets yet: {error}"));
+                    }
+                    self.subnets_pause = (self.subnets_pause * 2).min(SUBNETS_EVERY);
+                }
+                self.error("describe subnets", &error);
+            }
         }
+        self.place();
     }
 
     /// Where new ENIs go, from the settings, the cluster and the subnets.
@@ -202,12 +219,14 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.placement = if pool.custom_networking {
             let cluster = self.cluster.borrow();
             match cluster.nodes.get(&self.node_name) {
-                None => stanchion_core::ipam::Placement::Nowhere(format!("node {} is not known yet", self.node_name)),
+                None => Placement::Nowhere(format!("node {} is not known yet", self.node_name)),
                 Some(node) => {
                     let name = eni_config_name(node, &pool.eni_config_annotation, &pool.eni_config_label);
                     place_by_eni_config(name, cluster.eni_configs.get(name).map(Arc::as_ref), &primary.security_groups)
                 }
             }
+        } else if let Some(why) = &self.subnets_awaited {
+            Placement::Nowhere(why.clone())
         } else {
             place_by_discovery(&self.subnets, &primary.subnet, &pool.cluster_name, pool.subnet_discovery, &primary.security_groups)
         };

@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use stanchion_core::boot::Boot;
-use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, Subnet};
+use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{PodName, VpcId};
 use stanchion_core::ipam::{
-    CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Rest, Targets, excluded_subnets,
-    managed_cards, restore,
+    CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Rest, Targets, managed_cards, restore,
 };
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, host_veth_name};
@@ -28,7 +27,7 @@ use super::execute::Executor;
 use super::files::{FileError, Files};
 use super::handle::{IpamHandle, IpamStatus, MAILBOX};
 use super::meter::Meter;
-use super::observe::GONE_AFTER;
+use super::observe::{GONE_AFTER, SUBNETS_EVERY, SUBNETS_PAUSE};
 use super::pool::GOING;
 use super::snapshot::{IpamCounters, IpamSnapshot};
 
@@ -220,7 +219,9 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         host_pause: Duration::from_millis(100),
         observe_due: now + UNVERIFIED_PAUSE,
         observing: false,
-        subnets_due: now + Duration::from_secs(600),
+        subnets_due: now + SUBNETS_EVERY,
+        subnets_pause: SUBNETS_PAUSE,
+        subnets_awaited: None,
         sweep_due: now + Duration::from_secs(seed % FIRST_SWEEP_WITHIN),
         wake_at: None,
         ever_had_addresses: false,
@@ -234,10 +235,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         limits,
         targets,
     };
-    match subnets {
-        Ok(subnets) => actor.take_subnets(subnets),
-        Err(error) => actor.error("describe subnets", &error),
-    }
+    actor.subnets_read(subnets);
     let cooling = actor.take_moved();
     actor.take_given_out(&cooling)?;
     actor.take_enis(&shown, attached.as_deref());
@@ -309,11 +307,6 @@ fn seed_of(instance: &str) -> u64 {
 }
 
 impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
-    fn take_subnets(&mut self, subnets: Vec<Subnet>) {
-        self.excluded = excluded_subnets(&subnets);
-        self.subnets = subnets;
-    }
-
     /// What went from ENI to ENI lately, before the first picture of them, which may be older; returns the cool-downs.
     fn take_moved(&mut self) -> Vec<CoolingEntry> {
         match self.files.read_cooling() {
