@@ -8,7 +8,7 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::network::EniRole;
 use stanchion_lab::fake_aws::{ApiError, DirectEc2, Effect, Fault, SubnetSpec, Timing};
 use stanchion_lab::ipam_world::{World, WorldSpec};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -178,5 +178,26 @@ async fn a_role_that_may_not_read_subnets_puts_enis_into_the_nodes_own_at_once()
     }
     tokio::time::sleep(SECOND * 3_600).await;
     assert!(world.cloud.count("DescribeSubnets") <= 7, "{}", world.cloud.count("DescribeSubnets"));
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subnet_that_takes_no_enis_does_not_hold_up_the_next() {
+    let mut world = World::start_with(WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]), |cloud, _| {
+        cloud.add_subnet(tagged("subnet-big", "10.0.128.0/18"));
+    });
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 20).await;
+    world.cloud.remove_subnet(&"subnet-big".into());
+    for n in 0..9 {
+        world.add(&format!("pod-{n}"), SECOND * 10).await.expect("of the primary ENI");
+    }
+    let asked = Instant::now();
+    let served = world.add("tenth", SECOND * 30).await.expect("of an ENI in the node's own subnet");
+    assert_eq!(served.attachments[0].device_index, 1);
+    assert!(asked.elapsed() < SECOND * 3, "{:?}", asked.elapsed());
+    world.settle(SECOND * 60).await;
+    let refused = world.cloud.calls().iter().filter(|call| call.error.as_deref() == Some("InvalidSubnetID.NotFound")).count();
+    assert_eq!((refused, world.cloud.count("DescribeSubnets")), (1, 2), "the list is read anew, and the subnet is not in it");
     world.stop().await;
 }

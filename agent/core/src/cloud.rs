@@ -153,6 +153,16 @@ impl Ec2Error {
         let Self::Unauthorized { code, .. } = self else { return false };
         ["UnauthorizedOperation", "Client.UnauthorizedOperation", "AccessDenied", "AccessDeniedException"].contains(&code.as_str())
     }
+
+    /// A new ENI was refused for a reason that another subnet may not have: this one is gone, or the role may not use it.
+    pub fn refuses_subnet(&self) -> bool {
+        match self {
+            Self::NotFound { action, .. } => *action == Ec2Action::CreateNetworkInterface,
+            Self::Unauthorized { action, .. } => *action == Ec2Action::CreateNetworkInterface && self.is_denied(),
+            Self::Other { action, code, .. } => *action == Ec2Action::CreateNetworkInterface && code.starts_with("Invalid"),
+            _ => false,
+        }
+    }
 }
 
 /// The type of an ENI as EC2 names it.

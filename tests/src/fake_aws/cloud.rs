@@ -183,6 +183,11 @@ impl Cloud {
         }
     }
 
+    /// Somebody deletes a subnet.
+    pub fn remove_subnet(&self, subnet: &SubnetId) {
+        self.lock().subnets.remove(subnet);
+    }
+
     /// Sets a tag of a subnet.
     pub fn tag_subnet(&self, subnet: &SubnetId, key: &str, value: &str) {
         if let Some(subnet) = self.lock().subnets.get_mut(subnet) {

@@ -187,6 +187,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Done::Attached(eni) => {
                 if let Some((subnet, request)) = asked {
                     self.memory.subnet_gave(subnet, request);
+                    self.memory.subnet_took_eni(subnet);
                 }
                 tracing::info!(eni = %eni.id, mac = %eni.mac, subnet = %eni.subnet, "attached");
                 let subnet = self.subnets.iter().find(|subnet| subnet.id == eni.subnet);
@@ -242,6 +243,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                     eni.state = EniState::Serving;
                 }
             }
+            // The list that named the subnet may be old.
+            Action::AttachEni { .. } if error.refuses_subnet() => self.subnets_due = Instant::now(),
             Action::Assign { .. } | Action::AttachEni { .. } => {}
         }
         // What EC2 does not find, or has another opinion of, we must look at.
@@ -292,7 +295,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }));
         let unconfirmed = self.store.enis().values().filter(|eni| eni.role == EniRole::Unconfirmed);
         parts.extend(unconfirmed.map(|eni| format!("{} is not used: EC2 has not told whether it is the agent's", eni.id)));
-        if !self.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::Subnet { .. } | Blocked::ActionPaused { error: Some(_), .. }))
+        if !self.blocked.iter().any(|(_, blocked)| tells_failure(blocked))
             && let Some(last) = self.errors.back()
         {
             parts.push(format!("last failure at {}: {}", last.time, last.error));
@@ -313,4 +316,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
         blocked.to_string()
     }
+}
+
+/// EC2's words are in it.
+fn tells_failure(blocked: &Blocked) -> bool {
+    matches!(blocked, Blocked::Subnet { .. } | Blocked::ClosedSubnet { .. } | Blocked::ActionPaused { error: Some(_), .. })
 }
