@@ -201,3 +201,21 @@ async fn a_subnet_that_takes_no_enis_does_not_hold_up_the_next() {
     assert_eq!((refused, world.cloud.count("DescribeSubnets")), (1, 2), "the list is read anew, and the subnet is not in it");
     world.stop().await;
 }
+
+/// Without the VPC's ranges everything would look like outside of it, and get the node's address.
+#[tokio::test(start_paused = true)]
+async fn no_source_nat_is_written_before_the_vpcs_ranges_are_known() {
+    let unavailable = Effect::Error(ApiError::with_status(503, "ServiceUnavailable", ""));
+    let path = "imds:/latest/meta-data/network/interfaces/macs/vpc-ipv4-cidr-blocks";
+    let mut world = World::start_with(WorldSpec::new("m5.large", &[]), |cloud, _| cloud.inject(Fault::times(path, 5, unavailable)));
+    for _ in 0..1_200 {
+        let plan = world.host.plan();
+        let vpc: Ipv4Net = "10.0.0.0/16".parse().expect("CIDR");
+        assert!(plan.snat.as_ref().is_none_or(|snat| snat.bypass.contains(&vpc)), "{:?}", plan.snat);
+        tokio::time::sleep(SECOND / 10).await;
+    }
+    assert!(world.host.plan().snat.is_some());
+    let served = world.add("first", SECOND).await.expect("served");
+    assert!(served.vpc_cidrs.iter().any(|cidr| cidr.to_string() == "10.0.0.0/16"), "{:?}", served.vpc_cidrs);
+    world.stop().await;
+}

@@ -256,6 +256,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.observing = false;
         self.observe_due = Instant::now() + self.observation_pause();
         if let Some((v4, v6)) = observation.vpc_cidrs
+            && !v4.is_empty()
             && (v4 != self.vpc_cidrs || v6 != self.vpc_ipv6_cidrs)
         {
             (self.vpc_cidrs, self.vpc_ipv6_cidrs) = (v4, v6);

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::boot::Boot;
 use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity};
 use stanchion_core::cluster::ClusterState;
@@ -91,6 +92,8 @@ enum NotYet {
     Imds(#[from] ImdsError),
     #[error("IMDS does not show the primary ENI {0} yet")]
     NoPrimary(stanchion_core::ids::Mac),
+    #[error("IMDS does not show the VPC's IPv4 ranges yet")]
+    NoVpcRange,
     #[error("the limits of {instance_type} are not in the table and EC2 does not tell them")]
     Limits { instance_type: String, source: Ec2Error },
 }
@@ -121,6 +124,8 @@ struct Found {
     identity: InstanceIdentity,
     limits: InstanceLimits,
     imds: Vec<ImdsEni>,
+    vpc_cidrs: Vec<Ipv4Net>,
+    vpc_ipv6_cidrs: Vec<Ipv6Net>,
 }
 
 impl Found {
@@ -173,9 +178,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     if takes_over && attached.is_none() {
         found = find_out(&*imds, &*executor.ec2, &executor.meter, &snapshots).await;
     }
-    let Found { identity, limits, imds: shown } = found;
-    let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await.unwrap_or_default();
-    let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await.unwrap_or_default();
+    let Found { identity, limits, imds: shown, vpc_cidrs, vpc_ipv6_cidrs } = found;
 
     let seed = seed_of(identity.instance.as_str());
     let eni_limit = parts.config.pool.max_eni.map_or(limits.max_enis, |max| max.min(limits.max_enis));
@@ -274,6 +277,12 @@ async fn find_out_once(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Re
     if !shown.iter().any(|eni| eni.mac == identity.primary_mac) {
         return Err(NotYet::NoPrimary(identity.primary_mac));
     }
+    // Every VPC has one; without it traffic inside the VPC would get the node's address.
+    let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await?;
+    if vpc_cidrs.is_empty() {
+        return Err(NotYet::NoVpcRange);
+    }
+    let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await?;
     let limits = match InstanceLimits::lookup(&identity.instance_type) {
         Some(limits) => limits.clone(),
         None => {
@@ -282,7 +291,7 @@ async fn find_out_once(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Re
             told.map_err(|source| NotYet::Limits { instance_type: identity.instance_type.clone(), source })?
         }
     };
-    Ok(Found { identity, limits, imds: shown })
+    Ok(Found { identity, limits, imds: shown, vpc_cidrs, vpc_ipv6_cidrs })
 }
 
 /// Some tries, and as many more as fit in before `tries_until`.
