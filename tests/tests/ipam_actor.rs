@@ -598,3 +598,32 @@ async fn without_the_switch_only_the_first_card_is_managed() {
     assert_eq!(world.per_eni().len(), 1);
     world.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_on_every_card_that_waits_for_one_of_them_holds_up_no_other_pod() {
+    let spec = WorldSpec::new("c6in.32xlarge", &[("ENABLE_MULTI_NIC", "true"), ("WARM_IP_TARGET", "4")]);
+    let denied = ApiError::with_status(403, "UnauthorizedOperation", "You are not authorized to perform this operation.");
+    let mut world = World::start_with(spec, |cloud, _| cloud.inject(Fault::always("CreateNetworkInterface", Effect::Error(denied))));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 5).await;
+    let waits: Vec<_> = ["wide-0", "wide-1"]
+        .map(|name| {
+            let wide = stanchion_daemon::ipamd::AssignRequest { multi_nic: true, ..stanchion_lab::ipam_world::request(name, SECOND * 60) };
+            let handle = world.handle.clone();
+            tokio::spawn(async move { handle.assign(wide).await })
+        })
+        .into();
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(world.handle.snapshot().waiting, 2);
+    for n in 0..20 {
+        let asked = tokio::time::Instant::now();
+        let plain = world.add(&format!("plain-{n}"), SECOND * 10).await.expect("the first card serves");
+        assert_eq!(plain.attachments.len(), 1);
+        assert!(asked.elapsed() < SECOND * 2, "plain-{n} waited {:?}", asked.elapsed());
+    }
+    world.cloud.clear_faults();
+    for wait in waits {
+        assert_eq!(wait.await.expect("no panic").expect("served when the permission came").attachments.len(), 2);
+    }
+    world.stop().await;
+}

@@ -213,7 +213,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.counters.add_requests += 1;
                 // Those who wait come first; a key that holds addresses is answered at once.
                 let held = self.store.allocations().contains_key(&request.key);
-                if !held && (!self.waiting.is_empty() || !self.try_assign(&request)) {
+                if !held && (self.is_behind_others(&request) || !self.try_assign(&request)) {
                     self.waiting.push_back(Waiting { request, reply, since: Instant::now() });
                     return;
                 }
@@ -243,6 +243,11 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
     }
 
+    /// Somebody waits for what it asks for. A pod that lacks an address of one card leaves those of the others to others.
+    fn is_behind_others(&self, request: &AssignRequest) -> bool {
+        self.waiting.iter().any(|waiting| request.multi_nic || !waiting.request.multi_nic)
+    }
+
     fn try_assign(&mut self, request: &AssignRequest) -> bool {
         let cards: Vec<u16> = self.pool_limits.cards.iter().map(|(card, _)| *card).collect();
         let now = self.clock.now();
@@ -260,17 +265,16 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     fn serve_waiting(&mut self) {
         let mut prepared = Vec::new();
         let now = Instant::now();
-        while let Some(waiting) = self.waiting.pop_front() {
+        for waiting in std::mem::take(&mut self.waiting) {
             if waiting.reply.is_closed() {
                 continue;
             }
-            if self.try_assign(&waiting.request) {
-                let waited = Some(waiting.since.elapsed());
-                prepared.push(Prepared::Assigned { key: waiting.request.key, fresh: true, reply: waiting.reply, waited });
+            if self.is_behind_others(&waiting.request) || !self.try_assign(&waiting.request) {
+                self.waiting.push_back(waiting);
                 continue;
             }
-            self.waiting.push_front(waiting);
-            break;
+            let waited = Some(waiting.since.elapsed());
+            prepared.push(Prepared::Assigned { key: waiting.request.key, fresh: true, reply: waiting.reply, waited });
         }
         self.commit(prepared);
         let (late, rest): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(|waiting| waiting.request.deadline <= now);
