@@ -219,3 +219,40 @@ async fn no_source_nat_is_written_before_the_vpcs_ranges_are_known() {
     assert!(served.vpc_cidrs.iter().any(|cidr| cidr.to_string() == "10.0.0.0/16"), "{:?}", served.vpc_cidrs);
     world.stop().await;
 }
+
+/// Where only IMDS may be asked, what it no longer shows for minutes is somebody else's.
+#[tokio::test(start_paused = true)]
+async fn in_imds_only_mode_what_imds_stops_showing_is_forgotten_and_what_it_hides_for_a_while_is_not() {
+    let timing = Timing { imds_lag: SECOND * 5, ..Timing::default() };
+    let mut world = World::start(WorldSpec { timing, ..WorldSpec::new("m5.large", &[("ENABLE_IMDS_ONLY_MODE", "true")]) });
+    let by_hand = DirectEc2::new(&world.cloud, Duration::ZERO);
+    let primary = world.cloud.enis_of(&world.instance)[0].id.clone();
+    let given = by_hand.assign(&primary, AddressRequest::Ipv4(3)).await.expect("provided");
+    world.handle.ready().await.expect("ready");
+    let total = |world: &World| world.handle.snapshot().pools[0].total;
+    assert_eq!(total(&world), 3);
+
+    // Nothing that IMDS does not say takes anything away.
+    world.cloud.inject(Fault::always("imds:*", Effect::DropRequest));
+    tokio::time::sleep(SECOND * 900).await;
+    world.cloud.clear_faults();
+    let second = attached_by_hand(&world, 1, &[]).await;
+    tokio::time::sleep(SECOND * 120).await;
+    assert_eq!(total(&world), 4);
+    world.cloud.hide_from_imds(&second.id, SECOND * 100);
+    tokio::time::sleep(SECOND * 300).await;
+    assert_eq!(total(&world), 4, "back before three minutes were over");
+    world.cloud.hide_from_imds(&primary, SECOND * 600);
+    tokio::time::sleep(SECOND * 590).await;
+    assert_eq!(total(&world), 4, "the primary ENI cannot go");
+    tokio::time::sleep(SECOND * 120).await;
+
+    by_hand.unassign(&primary, &given[1..]).await.expect("taken back");
+    by_hand.detach_eni(&second.attachment.expect("attached").id).await.expect("detached");
+    tokio::time::sleep(SECOND * 600).await;
+    let served = world.add("first", SECOND).await.expect("the one that is left");
+    assert_eq!(world.cloud.owner_of(served.attachments[0].ipv4.expect("IPv4").into()), Some(primary));
+    let why = world.add("second", SECOND).await.expect_err("nothing else is there").to_string();
+    assert!(why.contains("1 addresses, 1 held"), "{why}");
+    world.stop().await;
+}

@@ -36,6 +36,8 @@ const SUBNETS_PATIENCE: Duration = Duration::from_secs(60);
 pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// EC2 must miss something this long before it is forgotten: Describe lags behind, too.
 pub(super) const GONE_AFTER: Duration = Duration::from_secs(30);
+/// The same where only IMDS may be asked (ENABLE_IMDS_ONLY_MODE), which leaves out an attached ENI for a while at times.
+const HIDDEN_AT_MOST: Duration = Duration::from_secs(180);
 /// Pauses between looks for the interface of a new ENI.
 const LINK_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(400));
 
@@ -271,7 +273,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Some(Ok(ec2)) => {
                 self.ec2_verified = true;
                 self.adopt(&imds, Some(&ec2));
-                self.forget_missing(&ec2);
+                let there = ec2.iter().map(|eni| (eni.id.clone(), ec2_cidrs(eni))).collect();
+                self.forget_missing(&there, GONE_AFTER);
                 self.resolve_doubts(&ec2);
                 if !self.missing.is_empty() || !self.doubtful.is_empty() {
                     self.observe_due = self.observe_due.min(Instant::now() + GONE_AFTER);
@@ -281,7 +284,14 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.ec2_verified = false;
                 self.error_text("describe ENIs", error);
             }
-            None if self.config.pool.imds_only => self.adopt(&imds, None),
+            None if self.config.pool.imds_only => {
+                self.adopt(&imds, None);
+                // A read that failed tells nothing of what is gone, nor does one without the primary ENI, which cannot go.
+                if imds.iter().any(|eni| eni.mac == self.identity.primary_mac) {
+                    let there = imds.iter().map(|eni| (eni.id.clone(), imds_cidrs(eni))).collect();
+                    self.forget_missing(&there, HIDDEN_AT_MOST);
+                }
+            }
             None => {}
         }
         self.observe_due = self.observe_due.min(Instant::now() + self.observation_pause());
@@ -381,9 +391,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
     }
 
-    /// Forgets ENIs and CIDRs that EC2 did not show in two looks at least [`GONE_AFTER`] apart. Allocations stay: they end
-    /// with their pods.
-    fn forget_missing(&mut self, ec2: &[Eni]) {
+    /// Forgets ENIs and CIDRs that were not `there` in looks at least `after` apart, nor in any between. Allocations stay: they end with
+    /// their pods.
+    fn forget_missing(&mut self, there: &BTreeMap<EniId, Vec<IpNet>>, after: Duration) {
         let now = self.clock.now();
         let mut missing = BTreeMap::new();
         for eni in self.store.enis().values() {
@@ -391,10 +401,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             if (eni.state == EniState::Releasing && !doubtful) || self.in_flight.values().any(|action| action.eni() == Some(&eni.id)) {
                 continue;
             }
-            match ec2.iter().find(|described| described.id == eni.id) {
+            match there.get(&eni.id) {
                 None => drop(missing.insert((eni.id.clone(), None), now)),
-                Some(described) => {
-                    let there = ec2_cidrs(described);
+                Some(there) => {
                     for cidr in eni.cidrs.keys().filter(|cidr| !there.contains(cidr)) {
                         missing.insert((eni.id.clone(), Some(*cidr)), now);
                     }
@@ -406,7 +415,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 *since = *first;
             }
         }
-        let gone: Vec<_> = missing.iter().filter(|(_, since)| now.since(**since) >= GONE_AFTER).map(|(what, _)| what.clone()).collect();
+        let gone: Vec<_> = missing.iter().filter(|(_, since)| now.since(**since) >= after).map(|(what, _)| what.clone()).collect();
         for what in gone {
             missing.remove(&what);
             self.forget(&what.0, what.1);
@@ -444,13 +453,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         match cidr {
             Some(cidr) => {
                 self.counters.force_removed_ips += held(&cidr);
-                tracing::warn!(eni = %id, %cidr, "EC2 no longer has this CIDR");
+                tracing::warn!(eni = %id, %cidr, "the ENI no longer has this CIDR");
                 self.store.remove_cidr(id, cidr);
             }
             None => {
                 let pods: u64 = self.store.enis().get(id).map_or(0, |eni| eni.cidrs.keys().map(held).sum());
                 self.counters.force_removed_enis += u64::from(pods > 0);
-                tracing::warn!(eni = %id, pods, "EC2 no longer has this ENI attached");
+                tracing::warn!(eni = %id, pods, "this ENI is no longer attached");
                 self.store.remove_eni(id);
                 self.host_due = Some(Instant::now());
             }
