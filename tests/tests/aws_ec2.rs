@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use aws_common::{Bed, SUBNET, bed, bed_with};
 use ipnet::IpNet;
-use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api as _, Ec2Error, Eni, EniKind};
+use stanchion_core::cloud::{AddressRequest, ConnectionTracking, CreateEni, Ec2Api as _, Ec2Error, Eni, EniKind};
 use stanchion_core::ids::{AttachmentId, EniId};
 use stanchion_lab::fake_aws::{
     ApiError, Bucket, Chaos, CloudConfig, DirectEc2, Effect, EniEvent, Fault, InstanceSpec, Placement, SubnetSpec, Timing,
@@ -25,6 +25,7 @@ fn request(token: &str, addresses: Option<AddressRequest>) -> CreateEni {
             ("cluster.k8s.amazonaws.com/name".to_owned(), "demo & <test>".to_owned()),
         ]),
         addresses,
+        connection_tracking: None,
     }
 }
 
@@ -41,6 +42,13 @@ async fn an_eni_lives_from_creation_to_deletion() {
     let made = bed.ec2.create_eni(&request("t-1", Some(AddressRequest::Ipv4(3)))).await.unwrap();
     assert_eq!((made.kind, made.secondary_ipv4.len(), made.attachment.as_ref()), (EniKind::Interface, 3, None));
     assert_eq!(made.tags["cluster.k8s.amazonaws.com/name"], "demo & <test>");
+    assert_eq!(made.connection_tracking, None, "the parameter is not sent");
+    let own = ConnectionTracking { tcp_established: Some(600), udp_stream: Some(170), udp: None };
+    let wanted = CreateEni { connection_tracking: Some(own), ..request("t-2", None) };
+    let tracked = bed.ec2.create_eni(&wanted).await.unwrap();
+    let described = bed.ec2.describe_enis(std::slice::from_ref(&tracked.id)).await.unwrap();
+    assert_eq!((tracked.connection_tracking, described[0].connection_tracking), (Some(own), Some(own)));
+    bed.ec2.delete_eni(&tracked.id).await.unwrap();
 
     let attachment = bed.ec2.attach_eni(&made.id, &bed.instance, 1, 0).await.unwrap();
     bed.ec2.set_delete_on_termination(&made.id, &attachment).await.unwrap();
@@ -81,7 +89,7 @@ async fn an_eni_lives_from_creation_to_deletion() {
             EniEvent::Deleted { .. } => "deleted".to_owned(),
         })
         .collect();
-    assert_eq!(kinds, ["attached 1", "3 -> 5", "5 -> 4", "detached", "deleted"]);
+    assert_eq!(kinds, ["deleted", "attached 1", "3 -> 5", "5 -> 4", "detached", "deleted"]);
 }
 
 #[tokio::test]

@@ -627,3 +627,20 @@ async fn a_pod_on_every_card_that_waits_for_one_of_them_holds_up_no_other_pod() 
     }
     world.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn new_enis_forget_idle_connections_when_the_primary_one_does() {
+    use stanchion_core::cloud::ConnectionTracking;
+    let own = ConnectionTracking { tcp_established: Some(600), udp_stream: None, udp: Some(30) };
+    for wanted in [None, Some(own)] {
+        let mut world = World::start_with(WorldSpec::new("m5.large", &[]), |cloud, _| {
+            cloud.set_connection_tracking(&cloud.enis()[0].id, wanted);
+        });
+        for n in 0..10 {
+            world.add(&format!("pod-{n}"), SECOND * 30).await.expect("served");
+        }
+        let enis = world.cloud.enis_of(&world.instance);
+        assert!(enis.len() > 1 && enis.iter().all(|eni| eni.connection_tracking == wanted), "{enis:?}");
+        world.stop().await;
+    }
+}

@@ -70,6 +70,7 @@ async fn attached_by_hand(world: &World, device_index: u16, tags: &[(&str, &str)
         description: "a person's".to_owned(),
         tags: tags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
         addresses: Some(AddressRequest::Ipv4(1)),
+        connection_tracking: None,
     };
     let eni = by_hand.create_eni(&request).await.expect("created");
     by_hand.attach_eni(&eni.id, &world.instance, device_index, 0).await.expect("attached");

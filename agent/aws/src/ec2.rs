@@ -127,7 +127,8 @@ impl Ec2Api for SdkEc2 {
             .client_token(&request.client_token)
             .subnet_id(request.subnet.as_str())
             .description(&request.description)
-            .set_groups(Some(request.security_groups.iter().map(SecurityGroupId::to_string).collect()));
+            .set_groups(Some(request.security_groups.iter().map(SecurityGroupId::to_string).collect()))
+            .set_connection_tracking_specification(request.connection_tracking.map(convert::to_connection_tracking));
         if !request.tags.is_empty() {
             let tags = convert::to_tags(&request.tags);
             let specification = TagSpecification::builder().resource_type(ResourceType::NetworkInterface).set_tags(Some(tags)).build();

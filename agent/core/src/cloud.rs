@@ -199,6 +199,17 @@ pub struct Attachment {
     pub delete_on_termination: bool,
 }
 
+/// How long security groups remember an idle connection, in seconds, where it is not EC2's own time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionTracking {
+    /// TCP, once established.
+    pub tcp_established: Option<i32>,
+    /// UDP that has seen packets both ways more than once.
+    pub udp_stream: Option<i32>,
+    /// Other UDP.
+    pub udp: Option<i32>,
+}
+
 /// An ENI as EC2 describes it. Lists keep EC2's order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Eni {
@@ -230,6 +241,8 @@ pub struct Eni {
     pub security_groups: Vec<SecurityGroupId>,
     /// None while `available`.
     pub attachment: Option<Attachment>,
+    /// If it has times of its own.
+    pub connection_tracking: Option<ConnectionTracking>,
     /// Tags.
     pub tags: BTreeMap<String, String>,
 }
@@ -279,6 +292,8 @@ pub struct CreateEni {
     pub tags: BTreeMap<String, String>,
     /// Addresses besides the primary; `None` for none.
     pub addresses: Option<AddressRequest>,
+    /// `None` leaves it to EC2.
+    pub connection_tracking: Option<ConnectionTracking>,
 }
 
 /// EC2, as far as the agent needs it.

@@ -355,6 +355,7 @@ mod tests {
                 network_card: 0,
                 delete_on_termination: true,
             }),
+            connection_tracking: None,
             tags: BTreeMap::from([(TAG_INSTANCE.to_owned(), "i-1".to_owned())]),
         }
     }

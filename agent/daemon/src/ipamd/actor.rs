@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::branch::wants_branch;
-use stanchion_core::cloud::{Ec2Api, Ec2Error, Imds, InstanceIdentity, Subnet};
+use stanchion_core::cloud::{ConnectionTracking, Ec2Api, Ec2Error, Imds, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{EniId, PodName, SecurityGroupId, SubnetId, VpcId};
@@ -94,6 +94,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) targets: Targets,
     pub(super) pool_limits: PoolLimits,
     pub(super) placement: Placement,
+    /// The primary ENI's, for new ENIs.
+    pub(super) connection_tracking: Option<ConnectionTracking>,
     pub(super) subnets: Vec<Subnet>,
     pub(super) vpc_cidrs: Vec<Ipv4Net>,
     pub(super) vpc_ipv6_cidrs: Vec<Ipv6Net>,

@@ -342,6 +342,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 }
             }
             if let Some(eni) = described {
+                if eni.mac == self.identity.primary_mac {
+                    self.connection_tracking = eni.connection_tracking;
+                }
                 self.tend(eni);
             }
         }

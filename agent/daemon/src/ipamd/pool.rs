@@ -150,6 +150,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             description: format!("{DESCRIPTION_PREFIX}{instance}"),
             tags,
             addresses: Some(request),
+            connection_tracking: self.connection_tracking,
         }
     }
 

@@ -195,6 +195,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         node_name: parts.node_name,
         pool_limits: PoolLimits { cards, slots_per_eni: limits.slots_per_eni(), max_pods: 0 },
         placement: Placement::Nowhere("the primary ENI is not known yet".to_owned()),
+        connection_tracking: None,
         subnets: Vec::new(),
         excluded: BTreeSet::new(),
         vpc,
