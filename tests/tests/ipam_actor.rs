@@ -644,3 +644,35 @@ async fn new_enis_forget_idle_connections_when_the_primary_one_does() {
         world.stop().await;
     }
 }
+
+/// What the kernel will refuse tomorrow as well, as a sysctl on a read-only file system.
+#[tokio::test(start_paused = true)]
+async fn what_the_host_refuses_for_good_is_told_once_and_tried_every_quarter_of_a_minute() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[]));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 60).await;
+    let told = |world: &World| world.handle.snapshot().counters.errors.get("host network").copied().unwrap_or_default();
+    let sysctl = |path: &str| NetOp::Sysctl { path: path.to_owned(), value: "1".to_owned() };
+    world.host.refuse([sysctl("net/ipv4/ip_forward")]);
+    let applied = world.host.applied();
+    tokio::time::sleep(SECOND * 600).await;
+    let times = world.host.applied() - applied;
+    assert!((35..60).contains(&times), "{times} times in ten minutes");
+    assert_eq!(told(&world), 1);
+    // An ENI that waits for its interface does not wait for the healer.
+    let asked = tokio::time::Instant::now();
+    for n in 0..10 {
+        world.add(&format!("pod-{n}"), SECOND * 30).await.expect("served");
+    }
+    assert!(asked.elapsed() < SECOND * 5, "{:?}", asked.elapsed());
+    assert_eq!(told(&world), 1, "still the same");
+    world.host.refuse([sysctl("net/ipv4/ip_forward"), sysctl("net/ipv4/tcp_early_demux")]);
+    tokio::time::sleep(SECOND * 60).await;
+    assert_eq!(told(&world), 2, "what is new is told");
+    world.host.refuse([]);
+    tokio::time::sleep(SECOND * 60).await;
+    world.host.refuse([sysctl("net/ipv4/ip_forward")]);
+    tokio::time::sleep(SECOND * 60).await;
+    assert_eq!(told(&world), 3, "what comes back is told again");
+    world.stop().await;
+}

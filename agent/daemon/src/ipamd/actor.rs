@@ -129,6 +129,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) host_planned: Option<HostPlan>,
     pub(super) host_in_force: Option<HostPlan>,
     pub(super) host_pause: Duration,
+    /// What the host refused the last time, as it was told.
+    pub(super) host_refused: Vec<String>,
     pub(super) observe_due: Instant,
     pub(super) observing: bool,
     pub(super) subnets_due: Instant,

@@ -519,15 +519,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let report = match report {
             Ok(report) => report,
             Err(error) => {
-                self.error_text("host network", error);
+                self.host_refuses(vec![error]);
                 self.host_pause = (self.host_pause * 2).clamp(LINK_PAUSE.0, HEAL_EVERY);
                 self.host_due = Some(now + self.host_pause);
                 return;
             }
         };
-        for failed in &report.failed {
-            self.error_text("host network", format!("{:?}: {}", failed.op, failed.error));
-        }
+        let as_before = self.host_refuses(report.failed.iter().map(|failed| format!("{:?}: {}", failed.op, failed.error)).collect());
         let planned = self.host_planned.take();
         if !report.applied.is_empty() {
             self.host_changed(&report.applied, planned.is_some() && planned == self.host_in_force);
@@ -556,11 +554,22 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             self.host_pause = LINK_PAUSE.0;
             heal_at
         } else {
-            self.host_pause = if progress { LINK_PAUSE.0 } else { (self.host_pause * 2).clamp(LINK_PAUSE.0, LINK_PAUSE.1) };
+            // What is refused again and again, as a sysctl on a read-only file system, is not worth more than the healer's looks.
+            let longest = if waits || !as_before { LINK_PAUSE.1 } else { HEAL_EVERY };
+            self.host_pause = if progress { LINK_PAUSE.0 } else { (self.host_pause * 2).clamp(LINK_PAUSE.0, longest) };
             now + self.host_pause
         };
         self.host_due = Some(self.host_due.map_or(again, |due| due.min(again)));
         self.host_in_force = planned.filter(|_| !trouble && report.missing.is_empty());
+    }
+
+    /// Tells what the host refuses, once until it was not refused; whether nothing of it is new.
+    fn host_refuses(&mut self, refused: Vec<String>) -> bool {
+        let before = std::mem::replace(&mut self.host_refused, refused.clone());
+        let new: Vec<_> = refused.into_iter().filter(|failure| !before.contains(failure)).collect();
+        let as_before = new.is_empty();
+        new.into_iter().for_each(|failure| self.error_text("host network", failure));
+        as_before
     }
 
     /// Tells what was done to the host network. With the plan that was in force it was damage, as what the healer finds.

@@ -221,6 +221,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         host_planned: None,
         host_in_force: None,
         host_pause: Duration::from_millis(100),
+        host_refused: Vec::new(),
         observe_due: now + UNVERIFIED_PAUSE,
         observing: false,
         subnets_due: now + SUBNETS_EVERY,
