@@ -10,7 +10,7 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{ContainerId, InstanceId, Mac, PodName, SubnetId};
 use stanchion_core::ipam::IpamKey;
-use stanchion_core::network::{HostError, HostNetwork, HostPlan, HostReport, NetOp, host_veth_name};
+use stanchion_core::network::{FailedOp, HostError, HostNetwork, HostPlan, HostReport, NetOp, host_veth_name};
 use stanchion_daemon::ipamd::{self, AssignError, AssignRequest, Assignment, IpamHandle, IpamdParts, ReleaseError, StartError};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -43,6 +43,7 @@ struct HostState {
     plan: HostPlan,
     applied: u64,
     damage: Vec<NetOp>,
+    refused: Vec<NetOp>,
 }
 
 impl ModelHost {
@@ -63,6 +64,11 @@ impl ModelHost {
     /// Somebody else undoes what these did: the next plan that is applied does them again.
     pub fn damage(&self, ops: impl IntoIterator<Item = NetOp>) {
         self.with(|state| state.damage.extend(ops));
+    }
+
+    /// From now on the kernel refuses these, which every plan needs.
+    pub fn refuse(&self, ops: impl IntoIterator<Item = NetOp>) {
+        self.with(|state| state.refused = ops.into_iter().collect());
     }
 
     /// Takes an interface away for a while.
@@ -102,7 +108,8 @@ impl HostNetwork for ModelHost {
             state.plan = desired.clone();
             let there = |mac: &Mac| state.links.get(mac).is_some_and(|at| *at <= now);
             let missing = desired.enis.iter().map(|eni| eni.mac).filter(|mac| !there(mac)).collect();
-            HostReport { missing, applied: std::mem::take(&mut state.damage), ..HostReport::default() }
+            let refused = |op: &NetOp| FailedOp { op: op.clone(), error: "Read-only file system (os error 30)".to_owned() };
+            HostReport { missing, applied: std::mem::take(&mut state.damage), failed: state.refused.iter().map(refused).collect() }
         }))
     }
 }

@@ -258,6 +258,7 @@ impl Vpc {
             description: description.to_owned(),
             tags: [("eks:eni:owner".to_owned(), "eks-vpc-resource-controller".to_owned())].into(),
             addresses: None,
+            connection_tracking: None,
         })
     }
 

@@ -70,6 +70,7 @@ async fn damaged(bed: &Bed, seed: u64) -> Told {
         description: "damaged".to_owned(),
         tags: BTreeMap::new(),
         addresses: Some(AddressRequest::Ipv4(2)),
+        connection_tracking: None,
     };
     told.hear(seed, "create", bed.ec2.create_eni(&request)).await;
     damage("AssignPrivateIpAddresses");

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use aws_common::{Bed, SUBNET, bed, bed_with};
 use ipnet::IpNet;
-use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api as _, Ec2Error, Eni, EniKind};
+use stanchion_core::cloud::{AddressRequest, ConnectionTracking, CreateEni, Ec2Api as _, Ec2Error, Eni, EniKind};
 use stanchion_core::ids::{AttachmentId, EniId};
 use stanchion_lab::fake_aws::{
     ApiError, Bucket, Chaos, CloudConfig, DirectEc2, Effect, EniEvent, Fault, InstanceSpec, Placement, SubnetSpec, Timing,
@@ -25,6 +25,7 @@ fn request(token: &str, addresses: Option<AddressRequest>) -> CreateEni {
             ("cluster.k8s.amazonaws.com/name".to_owned(), "demo & <test>".to_owned()),
         ]),
         addresses,
+        connection_tracking: None,
     }
 }
 
@@ -41,6 +42,13 @@ async fn an_eni_lives_from_creation_to_deletion() {
     let made = bed.ec2.create_eni(&request("t-1", Some(AddressRequest::Ipv4(3)))).await.unwrap();
     assert_eq!((made.kind, made.secondary_ipv4.len(), made.attachment.as_ref()), (EniKind::Interface, 3, None));
     assert_eq!(made.tags["cluster.k8s.amazonaws.com/name"], "demo & <test>");
+    assert_eq!(made.connection_tracking, None, "the parameter is not sent");
+    let own = ConnectionTracking { tcp_established: Some(600), udp_stream: Some(170), udp: None };
+    let wanted = CreateEni { connection_tracking: Some(own), ..request("t-2", None) };
+    let tracked = bed.ec2.create_eni(&wanted).await.unwrap();
+    let described = bed.ec2.describe_enis(std::slice::from_ref(&tracked.id)).await.unwrap();
+    assert_eq!((tracked.connection_tracking, described[0].connection_tracking), (Some(own), Some(own)));
+    bed.ec2.delete_eni(&tracked.id).await.unwrap();
 
     let attachment = bed.ec2.attach_eni(&made.id, &bed.instance, 1, 0).await.unwrap();
     bed.ec2.set_delete_on_termination(&made.id, &attachment).await.unwrap();
@@ -81,7 +89,7 @@ async fn an_eni_lives_from_creation_to_deletion() {
             EniEvent::Deleted { .. } => "deleted".to_owned(),
         })
         .collect();
-    assert_eq!(kinds, ["attached 1", "3 -> 5", "5 -> 4", "detached", "deleted"]);
+    assert_eq!(kinds, ["deleted", "attached 1", "3 -> 5", "5 -> 4", "detached", "deleted"]);
 }
 
 #[tokio::test]
@@ -357,4 +365,31 @@ async fn scattered_addresses_fragment_a_subnet_by_themselves() {
     let free = bed.cloud.subnet(&SUBNET.into()).unwrap().available_addresses;
     let prefixes = bed.cloud.free_prefixes(&SUBNET.into());
     assert!(prefixes * 16 < free / 2, "{free} addresses but {prefixes} blocks");
+}
+
+/// An IPv6-only subnet has no IPv4 range: it can hold no ENI of ours, and says nothing of those beside it.
+#[tokio::test]
+async fn a_subnet_without_an_ipv4_range_is_passed_over() {
+    let bed = bed().await;
+    let item = |id: &str, ranges: &str| {
+        format!(
+            "<item><subnetId>{id}</subnetId><vpcId>v</vpcId>{ranges}<availableIpAddressCount>0</availableIpAddressCount>\
+             <availabilityZone>eu-west-1a</availabilityZone></item>"
+        )
+    };
+    let reply = |items: &[String]| {
+        format!("<?xml version=\"1.0\"?><DescribeSubnetsResponse><subnetSet>{}</subnetSet></DescribeSubnetsResponse>", items.concat())
+    };
+    let ipv6 = "<ipv6Native>true</ipv6Native><ipv6CidrBlockAssociationSet><item><ipv6CidrBlock>2001:db8:0:2::/64</ipv6CidrBlock></item>\
+                </ipv6CidrBlockAssociationSet>";
+    let (native, empty) = (item("subnet-6", ipv6), item("subnet-7", &format!("<cidrBlock></cidrBlock>{ipv6}")));
+    let text = reply(&[native, item("subnet-4", "<cidrBlock>10.0.7.0/24</cidrBlock>"), empty]);
+    bed.cloud.inject(Fault::once("DescribeSubnets", Effect::Garbage(text)));
+    let subnets = bed.ec2.describe_subnets(&bed.vpc, "eu-west-1a").await.unwrap();
+    let read: Vec<_> = subnets.iter().map(|subnet| (subnet.id.as_str(), subnet.cidr.to_string())).collect();
+    assert_eq!(read, [("subnet-4", "10.0.7.0/24".to_owned())]);
+    for bad in ["<cidrBlock>10.0.7.0/44</cidrBlock>", "<cidrBlock>ten</cidrBlock>"] {
+        bed.cloud.inject(Fault::once("DescribeSubnets", Effect::Garbage(reply(&[item("subnet-4", bad)]))));
+        assert!(bed.ec2.describe_subnets(&bed.vpc, "eu-west-1a").await.is_err(), "{bad}");
+    }
 }

@@ -19,6 +19,7 @@ async fn attach(bed: &Bed, index: u16, addresses: Option<AddressRequest>) -> Eni
         description: String::new(),
         tags: Default::default(),
         addresses,
+        connection_tracking: None,
     };
     let eni = bed.ec2.create_eni(&request).await.expect("the subnet has room");
     bed.ec2.attach_eni(&eni.id, &bed.instance, index, 0).await.expect("the index is free");
@@ -61,6 +62,7 @@ async fn an_instance_with_ipv6_and_a_second_card_says_so() {
         description: String::new(),
         tags: Default::default(),
         addresses: None,
+        connection_tracking: None,
     };
     let eni = bed.ec2.create_eni(&request).await.unwrap();
     bed.ec2.attach_eni(&eni.id, &id, 1, 2).await.unwrap();

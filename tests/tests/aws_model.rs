@@ -36,6 +36,7 @@ impl World {
             description: String::new(),
             tags: BTreeMap::new(),
             addresses: None,
+            connection_tracking: None,
         };
         self.ec2.create_eni(&request).await.expect("the subnet has room")
     }
@@ -131,6 +132,7 @@ async fn no_address_is_lost_or_doubled_whatever_happens() {
                         description: String::new(),
                         tags: BTreeMap::new(),
                         addresses: Some(if pick(2) == 0 { AddressRequest::Ipv4(3) } else { AddressRequest::Ipv4Prefixes(1) }),
+                        connection_tracking: None,
                     };
                     world.ec2.create_eni(&request).await.map(|_| ())
                 }

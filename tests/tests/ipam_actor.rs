@@ -598,3 +598,81 @@ async fn without_the_switch_only_the_first_card_is_managed() {
     assert_eq!(world.per_eni().len(), 1);
     world.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_on_every_card_that_waits_for_one_of_them_holds_up_no_other_pod() {
+    let spec = WorldSpec::new("c6in.32xlarge", &[("ENABLE_MULTI_NIC", "true"), ("WARM_IP_TARGET", "4")]);
+    let denied = ApiError::with_status(403, "UnauthorizedOperation", "You are not authorized to perform this operation.");
+    let mut world = World::start_with(spec, |cloud, _| cloud.inject(Fault::always("CreateNetworkInterface", Effect::Error(denied))));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 5).await;
+    let waits: Vec<_> = ["wide-0", "wide-1"]
+        .map(|name| {
+            let wide = stanchion_daemon::ipamd::AssignRequest { multi_nic: true, ..stanchion_lab::ipam_world::request(name, SECOND * 60) };
+            let handle = world.handle.clone();
+            tokio::spawn(async move { handle.assign(wide).await })
+        })
+        .into();
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(world.handle.snapshot().waiting, 2);
+    for n in 0..20 {
+        let asked = tokio::time::Instant::now();
+        let plain = world.add(&format!("plain-{n}"), SECOND * 10).await.expect("the first card serves");
+        assert_eq!(plain.attachments.len(), 1);
+        assert!(asked.elapsed() < SECOND * 2, "plain-{n} waited {:?}", asked.elapsed());
+    }
+    world.cloud.clear_faults();
+    for wait in waits {
+        assert_eq!(wait.await.expect("no panic").expect("served when the permission came").attachments.len(), 2);
+    }
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_enis_forget_idle_connections_when_the_primary_one_does() {
+    use stanchion_core::cloud::ConnectionTracking;
+    let own = ConnectionTracking { tcp_established: Some(600), udp_stream: None, udp: Some(30) };
+    for wanted in [None, Some(own)] {
+        let mut world = World::start_with(WorldSpec::new("m5.large", &[]), |cloud, _| {
+            cloud.set_connection_tracking(&cloud.enis()[0].id, wanted);
+        });
+        for n in 0..10 {
+            world.add(&format!("pod-{n}"), SECOND * 30).await.expect("served");
+        }
+        let enis = world.cloud.enis_of(&world.instance);
+        assert!(enis.len() > 1 && enis.iter().all(|eni| eni.connection_tracking == wanted), "{enis:?}");
+        world.stop().await;
+    }
+}
+
+/// What the kernel will refuse tomorrow as well, as a sysctl on a read-only file system.
+#[tokio::test(start_paused = true)]
+async fn what_the_host_refuses_for_good_is_told_once_and_tried_every_quarter_of_a_minute() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[]));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 60).await;
+    let told = |world: &World| world.handle.snapshot().counters.errors.get("host network").copied().unwrap_or_default();
+    let sysctl = |path: &str| NetOp::Sysctl { path: path.to_owned(), value: "1".to_owned() };
+    world.host.refuse([sysctl("net/ipv4/ip_forward")]);
+    let applied = world.host.applied();
+    tokio::time::sleep(SECOND * 600).await;
+    let times = world.host.applied() - applied;
+    assert!((35..60).contains(&times), "{times} times in ten minutes");
+    assert_eq!(told(&world), 1);
+    // An ENI that waits for its interface does not wait for the healer.
+    let asked = tokio::time::Instant::now();
+    for n in 0..10 {
+        world.add(&format!("pod-{n}"), SECOND * 30).await.expect("served");
+    }
+    assert!(asked.elapsed() < SECOND * 5, "{:?}", asked.elapsed());
+    assert_eq!(told(&world), 1, "still the same");
+    world.host.refuse([sysctl("net/ipv4/ip_forward"), sysctl("net/ipv4/tcp_early_demux")]);
+    tokio::time::sleep(SECOND * 60).await;
+    assert_eq!(told(&world), 2, "what is new is told");
+    world.host.refuse([]);
+    tokio::time::sleep(SECOND * 60).await;
+    world.host.refuse([sysctl("net/ipv4/ip_forward")]);
+    tokio::time::sleep(SECOND * 60).await;
+    assert_eq!(told(&world), 3, "what comes back is told again");
+    world.stop().await;
+}

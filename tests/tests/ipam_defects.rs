@@ -313,6 +313,7 @@ async fn leaked_enis_are_swept_unless_that_is_switched_off() {
             description: format!("aws-K8S-{}", world.instance),
             tags: [("node.k8s.amazonaws.com/instance_id".to_owned(), world.instance.to_string())].into(),
             addresses: None,
+            connection_tracking: None,
         };
         DirectEc2::new(&world.cloud, Duration::ZERO).create_eni(&request).await.expect("left behind");
         tokio::time::sleep(SECOND * 4_000).await;

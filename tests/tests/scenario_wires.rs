@@ -34,6 +34,7 @@ async fn attach(vpc: &Vpc, node: &Node, device_index: u16, addresses: u16) -> En
         description: String::new(),
         tags: [].into(),
         addresses: Some(AddressRequest::Ipv4(addresses)),
+        connection_tracking: None,
     };
     let eni = ec2.create_eni(&request).await.expect("an ENI");
     ec2.attach_eni(&eni.id, node.instance(), device_index, 0).await.expect("attached");

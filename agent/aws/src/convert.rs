@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use aws_sdk_ec2::types::{
-    Filter, InstanceTypeHypervisor, InstanceTypeInfo, NetworkInterface, NetworkInterfaceAttachment, NetworkInterfaceType, Tag,
+    ConnectionTrackingConfiguration, ConnectionTrackingSpecificationRequest, Filter, InstanceTypeHypervisor, InstanceTypeInfo,
+    NetworkInterface, NetworkInterfaceAttachment, NetworkInterfaceType, Tag,
 };
-use stanchion_core::cloud::{Attachment, Eni, EniKind, Subnet};
+use stanchion_core::cloud::{Attachment, ConnectionTracking, Eni, EniKind, Subnet};
 use stanchion_core::ids::{AttachmentId, EniId, InstanceId, SecurityGroupId, SubnetId, VpcId};
 use stanchion_core::limits::InstanceLimits;
 
@@ -64,8 +65,24 @@ pub(crate) fn eni(wire: &NetworkInterface) -> Result<Eni, BadReply> {
             .collect::<Result<_, _>>()?,
         security_groups: wire.groups().iter().filter_map(|group| group.group_id()).map(SecurityGroupId::from).collect(),
         attachment: wire.attachment().map(attachment).transpose()?.flatten(),
+        connection_tracking: wire
+            .connection_tracking_configuration()
+            .map(connection_tracking)
+            .filter(|own| *own != ConnectionTracking::default()),
         tags: tags(wire.tag_set()),
     })
+}
+
+fn connection_tracking(wire: &ConnectionTrackingConfiguration) -> ConnectionTracking {
+    ConnectionTracking { tcp_established: wire.tcp_established_timeout(), udp_stream: wire.udp_stream_timeout(), udp: wire.udp_timeout() }
+}
+
+pub(crate) fn to_connection_tracking(own: ConnectionTracking) -> ConnectionTrackingSpecificationRequest {
+    ConnectionTrackingSpecificationRequest::builder()
+        .set_tcp_established_timeout(own.tcp_established)
+        .set_udp_stream_timeout(own.udp_stream)
+        .set_udp_timeout(own.udp)
+        .build()
 }
 
 /// `None` for an attachment that is no instance's (Lambda, load balancers).
@@ -91,12 +108,15 @@ fn kind(wire: &NetworkInterfaceType) -> EniKind {
     }
 }
 
-pub(crate) fn subnet(wire: &aws_sdk_ec2::types::Subnet) -> Result<Subnet, BadReply> {
-    Ok(Subnet {
+/// `None` for a subnet without an IPv4 range: neither an IPv4 nor an IPv6 cluster has nodes or ENIs there ("VPC and subnet requirements"
+/// in the EKS user guide).
+pub(crate) fn subnet(wire: &aws_sdk_ec2::types::Subnet) -> Result<Option<Subnet>, BadReply> {
+    let Some(cidr) = wire.cidr_block().filter(|text| !text.is_empty()) else { return Ok(None) };
+    Ok(Some(Subnet {
         id: SubnetId::new(need("subnetId", wire.subnet_id())?),
         vpc: VpcId::new(need("vpcId", wire.vpc_id())?),
         availability_zone: need("availabilityZone", wire.availability_zone())?.to_owned(),
-        cidr: parse("cidrBlock", need("cidrBlock", wire.cidr_block())?)?,
+        cidr: parse("cidrBlock", cidr)?,
         ipv6_cidrs: wire
             .ipv6_cidr_block_association_set()
             .iter()
@@ -105,7 +125,7 @@ pub(crate) fn subnet(wire: &aws_sdk_ec2::types::Subnet) -> Result<Subnet, BadRep
             .collect::<Result<_, _>>()?,
         available_addresses: number("availableIpAddressCount", wire.available_ip_address_count().unwrap_or(0))?,
         tags: tags(wire.tags()),
-    })
+    }))
 }
 
 pub(crate) fn limits(wire: &InstanceTypeInfo) -> Result<InstanceLimits, BadReply> {

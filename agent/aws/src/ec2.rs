@@ -102,7 +102,7 @@ impl Ec2Api for SdkEc2 {
         loop {
             let reply = request.clone().set_next_token(token.clone()).send().await.map_err(|e| self.failed(action, e))?;
             for subnet in reply.subnets() {
-                subnets.push(convert::subnet(subnet).map_err(|bad| unreadable(action, &bad))?);
+                subnets.extend(convert::subnet(subnet).map_err(|bad| unreadable(action, &bad))?);
             }
             token = next_page(action, token, reply.next_token)?;
             if token.is_none() {
@@ -127,7 +127,8 @@ impl Ec2Api for SdkEc2 {
             .client_token(&request.client_token)
             .subnet_id(request.subnet.as_str())
             .description(&request.description)
-            .set_groups(Some(request.security_groups.iter().map(SecurityGroupId::to_string).collect()));
+            .set_groups(Some(request.security_groups.iter().map(SecurityGroupId::to_string).collect()))
+            .set_connection_tracking_specification(request.connection_tracking.map(convert::to_connection_tracking));
         if !request.tags.is_empty() {
             let tags = convert::to_tags(&request.tags);
             let specification = TagSpecification::builder().resource_type(ResourceType::NetworkInterface).set_tags(Some(tags)).build();

@@ -147,6 +147,24 @@ pub enum Ec2Error {
     },
 }
 
+impl Ec2Error {
+    /// The role lacks the permission: the same call will be refused as long as nobody changes it.
+    pub fn is_denied(&self) -> bool {
+        let Self::Unauthorized { code, .. } = self else { return false };
+        ["UnauthorizedOperation", "Client.UnauthorizedOperation", "AccessDenied", "AccessDeniedException"].contains(&code.as_str())
+    }
+
+    /// A new ENI was refused for a reason that another subnet may not have: this one is gone, or the role may not use it.
+    pub fn refuses_subnet(&self) -> bool {
+        match self {
+            Self::NotFound { action, .. } => *action == Ec2Action::CreateNetworkInterface,
+            Self::Unauthorized { action, .. } => *action == Ec2Action::CreateNetworkInterface && self.is_denied(),
+            Self::Other { action, code, .. } => *action == Ec2Action::CreateNetworkInterface && code.starts_with("Invalid"),
+            _ => false,
+        }
+    }
+}
+
 /// The type of an ENI as EC2 names it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -181,6 +199,17 @@ pub struct Attachment {
     pub delete_on_termination: bool,
 }
 
+/// How long security groups remember an idle connection, in seconds, where it is not EC2's own time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionTracking {
+    /// TCP, once established.
+    pub tcp_established: Option<i32>,
+    /// UDP that has seen packets both ways more than once.
+    pub udp_stream: Option<i32>,
+    /// Other UDP.
+    pub udp: Option<i32>,
+}
+
 /// An ENI as EC2 describes it. Lists keep EC2's order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Eni {
@@ -212,6 +241,8 @@ pub struct Eni {
     pub security_groups: Vec<SecurityGroupId>,
     /// None while `available`.
     pub attachment: Option<Attachment>,
+    /// If it has times of its own.
+    pub connection_tracking: Option<ConnectionTracking>,
     /// Tags.
     pub tags: BTreeMap<String, String>,
 }
@@ -261,6 +292,8 @@ pub struct CreateEni {
     pub tags: BTreeMap<String, String>,
     /// Addresses besides the primary; `None` for none.
     pub addresses: Option<AddressRequest>,
+    /// `None` leaves it to EC2.
+    pub connection_tracking: Option<ConnectionTracking>,
 }
 
 /// EC2, as far as the agent needs it.
@@ -272,7 +305,7 @@ pub trait Ec2Api: Send + Sync + 'static {
     /// ENIs in state `available` that carry the tag key `node.k8s.amazonaws.com/instance_id`, in the VPC, with all the
     /// given tags.
     fn describe_leaked(&self, vpc: &VpcId, tags: &BTreeMap<String, String>) -> impl Future<Output = Result<Vec<Eni>, Ec2Error>> + Send;
-    /// Subnets of the VPC in the zone.
+    /// Subnets of the VPC in the zone, those without an IPv4 range left out.
     fn describe_subnets(&self, vpc: &VpcId, zone: &str) -> impl Future<Output = Result<Vec<Subnet>, Ec2Error>> + Send;
     /// Limits of an instance type.
     fn describe_instance_type(&self, instance_type: &str) -> impl Future<Output = Result<crate::limits::InstanceLimits, Ec2Error>> + Send;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use stanchion_core::cloud::{Attachment, Eni, EniKind, Subnet};
+use stanchion_core::cloud::{Attachment, ConnectionTracking, Eni, EniKind, Subnet};
 use stanchion_core::ids::{AttachmentId, EniId, InstanceId, SecurityGroupId, SubnetId};
 
 use super::clock::Clock;
@@ -130,6 +130,7 @@ impl Cloud {
                 network_card: card,
                 delete_on_termination: true,
             }),
+            connection_tracking: None,
             tags: BTreeMap::new(),
         };
         state.store_now(eni.clone());
@@ -183,6 +184,11 @@ impl Cloud {
         }
     }
 
+    /// Somebody deletes a subnet.
+    pub fn remove_subnet(&self, subnet: &SubnetId) {
+        self.lock().subnets.remove(subnet);
+    }
+
     /// Sets a tag of a subnet.
     pub fn tag_subnet(&self, subnet: &SubnetId, key: &str, value: &str) {
         if let Some(subnet) = self.lock().subnets.get_mut(subnet) {
@@ -204,6 +210,14 @@ impl Cloud {
         let mut state = self.lock();
         if let Some(eni) = state.live(eni).cloned() {
             state.store(Eni { kind, ..eni });
+        }
+    }
+
+    /// Gives an ENI times of its own for idle connections.
+    pub fn set_connection_tracking(&self, eni: &EniId, connection_tracking: Option<ConnectionTracking>) {
+        let mut state = self.lock();
+        if let Some(eni) = state.live(eni).cloned() {
+            state.store(Eni { connection_tracking, ..eni });
         }
     }
 

@@ -73,6 +73,7 @@ impl State {
             prefixes_v6: taken.2,
             security_groups: request.security_groups.clone(),
             attachment: None,
+            connection_tracking: request.connection_tracking,
             tags: request.tags.clone(),
         };
         self.store(eni.clone());

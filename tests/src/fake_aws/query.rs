@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
-use stanchion_core::cloud::{AddressRequest, CreateEni};
+use stanchion_core::cloud::{AddressRequest, ConnectionTracking, CreateEni};
 use stanchion_core::ids::{AttachmentId, EniId, InstanceId, SecurityGroupId, SubnetId};
 
 use super::ec2::{Ec2Call, Filter, Page};
@@ -57,6 +57,7 @@ fn read(action: &str, form: &Form) -> Result<Ec2Call, ApiError> {
             description: form.text("Description").unwrap_or_default(),
             tags: form.tag_specification()?,
             addresses: form.address_request()?,
+            connection_tracking: form.connection_tracking()?,
         }),
         "AttachNetworkInterface" => Ec2Call::AttachNetworkInterface {
             eni: eni()?,
@@ -167,6 +168,16 @@ impl Form {
             Some("network-interface") => self.tags("TagSpecification.1.Tag"),
             Some(other) => Err(invalid("TagSpecification.1.ResourceType", other)),
         }
+    }
+
+    fn connection_tracking(&self) -> Result<Option<ConnectionTracking>, ApiError> {
+        let seconds = |name: &str| self.number(&format!("ConnectionTrackingSpecification.{name}"));
+        let asked = ConnectionTracking {
+            tcp_established: seconds("TcpEstablishedTimeout")?,
+            udp_stream: seconds("UdpStreamTimeout")?,
+            udp: seconds("UdpTimeout")?,
+        };
+        Ok(Some(asked).filter(|asked| *asked != ConnectionTracking::default()))
     }
 
     /// At most one kind: EC2 refuses a mix.

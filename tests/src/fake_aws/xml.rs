@@ -175,6 +175,16 @@ fn eni(xml: &mut Xml, eni: &Eni, attachment_status: &str) {
                 .text("deleteOnTermination", attachment.delete_on_termination);
         });
     }
+    if let Some(own) = &eni.connection_tracking {
+        xml.group("connectionTrackingConfiguration", |xml| {
+            let fields = [("tcpEstablishedTimeout", own.tcp_established), ("udpStreamTimeout", own.udp_stream), ("udpTimeout", own.udp)];
+            for (name, seconds) in fields {
+                if let Some(seconds) = seconds {
+                    xml.text(name, seconds);
+                }
+            }
+        });
+    }
     tags(xml, &eni.tags);
 }
 

@@ -4,6 +4,7 @@
 //! deleted on its word.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 
@@ -49,6 +50,9 @@ pub struct Adoption<'a> {
     pub cards: &'a [(u16, u16)],
     /// Subnets tagged `kubernetes.io/role/cni=0`.
     pub excluded_subnets: &'a BTreeSet<SubnetId>,
+    /// Addresses that pods hold or held lately: without EC2's word an ENI is ours by one of them. `None` where EC2 is never asked and IMDS
+    /// alone decides (ENABLE_IMDS_ONLY_MODE).
+    pub given_out: Option<&'a BTreeSet<IpAddr>>,
     /// Slots of an ENI besides its own address.
     pub slots: u16,
     /// Now.
@@ -79,6 +83,8 @@ impl Adoption<'_> {
             if hands_off || untagged || matches!(kind, EniKind::Branch | EniKind::Other) {
                 return EniRole::Unmanaged;
             }
+        } else if imds.is_some_and(|eni| !self.gave_of(eni)) {
+            return EniRole::Unconfirmed;
         }
         let card =
             imds.map(|eni| eni.network_card).or(ec2.and_then(|eni| eni.attachment.as_ref()).map(|attachment| attachment.network_card));
@@ -88,6 +94,12 @@ impl Adoption<'_> {
             _ if excluded => EniRole::ExcludedSubnet,
             _ => EniRole::Pods,
         }
+    }
+
+    /// Whether its tags need not be known: its addresses were given out.
+    fn gave_of(&self, eni: &ImdsEni) -> bool {
+        let cidrs = imds_cidrs(eni);
+        self.given_out.is_none_or(|given| given.iter().any(|address| cidrs.iter().any(|cidr| cidr.contains(address))))
     }
 
     /// The record of an ENI that IMDS or EC2 (or both) show as attached to this instance; `None` when neither knows how.
@@ -343,6 +355,7 @@ mod tests {
                 network_card: 0,
                 delete_on_termination: true,
             }),
+            connection_tracking: None,
             tags: BTreeMap::from([(TAG_INSTANCE.to_owned(), "i-1".to_owned())]),
         }
     }
@@ -379,6 +392,7 @@ mod tests {
             manage_untagged: false,
             cards: &[(0, 4), (1, 4)],
             excluded_subnets: &excluded,
+            given_out: None,
             slots: 9,
             now: NOW,
         };
@@ -416,8 +430,16 @@ mod tests {
             let imds = ImdsEni { network_card: eni.attachment.as_ref().map_or(0, |attachment| attachment.network_card), ..shown(&eni) };
             assert_eq!(adoption.role(Some(&imds), Some(&eni)), role, "by both: {eni:?}");
         }
-        // Where EC2 is never asked, an ENI without any address is EFA's.
+        // Where EC2 has not told yet, only an ENI whose addresses were given out.
         let imds = shown(&eni());
+        for (given, role) in [(vec![[10, 0, 0, 5]], EniRole::Pods), (vec![[10, 0, 0, 4], [10, 0, 0, 6]], EniRole::Unconfirmed)] {
+            let given: BTreeSet<IpAddr> = given.into_iter().map(IpAddr::from).collect();
+            let unsure = Adoption { given_out: Some(&given), ..ours.clone() };
+            assert_eq!(unsure.role(Some(&imds), None), role, "{given:?}");
+            assert_eq!(unsure.role(Some(&imds), Some(&eni())), EniRole::Pods);
+            assert_eq!(unsure.role(Some(&ImdsEni { mac: PRIMARY, ..imds.clone() }), None), EniRole::Pods);
+        }
+        // Where EC2 is never asked, an ENI without any address is EFA's.
         assert_eq!(ours.role(Some(&imds), None), EniRole::Pods);
         assert_eq!(ours.role(Some(&ImdsEni { local_ipv4s: Vec::new(), ..imds.clone() }), None), EniRole::EfaOnly);
         assert_eq!(ours.role(Some(&ImdsEni { subnet: SubnetId::from("subnet-x"), ..imds }), None), EniRole::ExcludedSubnet);
@@ -432,6 +454,7 @@ mod tests {
             manage_untagged: false,
             cards: &[(0, 4)],
             excluded_subnets: &BTreeSet::new(),
+            given_out: None,
             slots: 9,
             now: NOW,
         };

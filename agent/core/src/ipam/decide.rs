@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use super::memory::{AddressKind, Memory};
+use super::memory::{AddressKind, Closed, Memory};
 use super::plan::{Action, Blocked, Demand, Placement, Plan, PlanInput, Provisioning, Reason};
 use super::store::{EniRole, EniState, PoolMode, Stats, StoredEni, addresses_of};
 use super::types::Time;
@@ -365,6 +365,10 @@ impl<'a> CardPlanner<'a> {
             };
             let slots = self.input.limits.slots_per_eni;
             let Some((subnet, request)) = subnets.iter().find_map(|subnet| {
+                if let Some(closed) = self.input.memory.closed(subnet, self.input.now) {
+                    growth.closed(subnet, closed);
+                    return None;
+                }
                 let elsewhere = self.room_left(&out.actions, Some(subnet));
                 Some((subnet, self.request(subnet, slots, elsewhere, missing, growth)?))
             }) else {
@@ -615,6 +619,15 @@ impl Growth {
         self.got += addresses_in(request);
         self.left = self.left.saturating_sub(addresses_in(request));
         self.for_pods = self.for_pods.saturating_sub(addresses_in(request));
+    }
+
+    fn closed(&mut self, subnet: &SubnetId, closed: &Closed) {
+        let Closed { since, until, error, .. } = closed.clone();
+        self.wake(until);
+        let blocked = Blocked::ClosedSubnet { subnet: subnet.clone(), since, until, error };
+        if !self.blocked.contains(&blocked) {
+            self.blocked.push(blocked);
+        }
     }
 
     fn wake(&mut self, at: Time) {

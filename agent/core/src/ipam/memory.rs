@@ -86,6 +86,19 @@ pub struct Shortage {
     pub error: String,
 }
 
+/// A subnet that takes no new ENI, though not for want of addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Closed {
+    /// First refusal of the row.
+    pub since: Time,
+    /// Not asked again before.
+    pub until: Time,
+    /// Refusals in a row.
+    pub refusals: u32,
+    /// EC2's words.
+    pub error: String,
+}
+
 /// How often an action may be called.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Budget {
@@ -120,6 +133,7 @@ impl Budget {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Memory {
     shortages: BTreeMap<(SubnetId, AddressKind), Shortage>,
+    closed: BTreeMap<SubnetId, Closed>,
     budgets: BTreeMap<Ec2Action, Budget>,
     /// Since when each card has more than its targets, without interruption.
     pub surplus_since: BTreeMap<u16, Time>,
@@ -149,6 +163,11 @@ impl Memory {
             Some(shortage) => Ok(wanted.min(shortage.at_most)),
             None => Ok(wanted),
         }
+    }
+
+    /// Why a subnet is not asked for a new ENI now, if it is not.
+    pub fn closed(&self, subnet: &SubnetId, now: Time) -> Option<&Closed> {
+        self.closed.get(subnet).filter(|closed| closed.until > now)
     }
 
     /// Whether an action may be called now; `Err` is when.
@@ -211,8 +230,16 @@ impl Memory {
         }
     }
 
+    /// EC2 made an ENI in a subnet.
+    pub fn subnet_took_eni(&mut self, subnet: &SubnetId) {
+        self.closed.remove(subnet);
+    }
+
     /// EC2 did not do it. `asked` is what was asked of which subnet, for the actions that ask one.
     pub fn failed(&mut self, error: &Ec2Error, asked: Option<(&SubnetId, AddressRequest)>, now: Time) {
+        if let Some((subnet, _)) = asked.filter(|_| error.refuses_subnet()) {
+            return self.subnet_closed(subnet, error.to_string(), now);
+        }
         match error {
             Ec2Error::Throttled { action, .. } => {
                 self.pause(*action, LONGEST_THROTTLE_PAUSE, error.to_string(), now);
@@ -255,11 +282,21 @@ impl Memory {
         }
     }
 
+    fn subnet_closed(&mut self, subnet: &SubnetId, error: String, now: Time) {
+        let jitter = self.next_jitter();
+        let closed =
+            self.closed.entry(subnet.clone()).or_insert_with(|| Closed { since: now, until: now, refusals: 0, error: String::new() });
+        closed.error = error;
+        closed.until = now + stretched(doubled(FIRST_ACTION_PAUSE, closed.refusals, LONGEST_ACTION_PAUSE), jitter);
+        closed.refusals = closed.refusals.saturating_add(1);
+    }
+
     /// When the earliest pause ends.
     pub fn next_pause_end(&self, now: Time) -> Option<Time> {
         let subnets = self.shortages.values().map(|shortage| shortage.until);
+        let closed = self.closed.values().map(|closed| closed.until);
         let actions = self.budgets.values().map(|budget| budget.paused_until);
-        subnets.chain(actions).filter(|until| *until > now).min()
+        subnets.chain(closed).chain(actions).filter(|until| *until > now).min()
     }
 
     /// A number in 0..1 (splitmix64).
@@ -316,6 +353,35 @@ mod tests {
             memory.subnet_gave(&subnet, AddressRequest::Ipv4(1));
         }
         assert!(memory.shortages().is_empty());
+    }
+
+    #[test]
+    fn a_subnet_that_takes_no_eni_is_closed_for_longer_each_time_and_holds_up_no_other() {
+        let (gone, other) = (SubnetId::from("subnet-1"), SubnetId::from("subnet-2"));
+        let (action, code, message) = (Ec2Action::CreateNetworkInterface, "InvalidSubnetID.NotFound".to_owned(), "no".to_owned());
+        let refused = Ec2Error::NotFound { action, code, message };
+        let asked = Some((&gone, AddressRequest::Ipv4(1)));
+        let mut memory = Memory::new(3);
+        let mut now = Time(0);
+        let mut last = Duration::ZERO;
+        for _ in 0..10 {
+            memory.failed(&refused, asked, now);
+            let until = memory.closed(&gone, now).expect("closed").until;
+            assert!(until.since(now) >= last.mul_f64(0.8) && until.since(now) <= LONGEST_ACTION_PAUSE.mul_f64(1.25));
+            assert_eq!(memory.next_pause_end(now), Some(until));
+            last = until.since(now);
+            now = until;
+        }
+        assert!(last >= LONGEST_ACTION_PAUSE && memory.closed(&gone, now).is_none());
+        memory.failed(&refused, asked, now);
+        assert_eq!((memory.closed(&other, now), memory.may_call(action, now)), (None, Ok(())));
+        assert_eq!(memory.allowance(&gone, AddressKind::Addresses, 9, now), Ok(9), "ENIs that are there get addresses");
+        memory.subnet_took_eni(&gone);
+        assert_eq!(memory.closed(&gone, now), None);
+        // What says nothing of the subnet pauses the action.
+        let (code, message) = ("InternalError".to_owned(), "no".to_owned());
+        memory.failed(&Ec2Error::Other { action, code, message }, asked, now);
+        assert!(memory.closed(&gone, now).is_none() && memory.may_call(action, now).is_err());
     }
 
     #[test]

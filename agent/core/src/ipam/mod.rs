@@ -46,7 +46,7 @@ pub use adopt::{
 pub use checkpoint::{Checkpoint, CheckpointEntry, CheckpointError, CoolingEntry, CoolingFile, MovedEntry, Restored, restore};
 pub use decide::{ENI_MIN_AGE, JOIN_PATIENCE, REFILL_PAUSE, SHRINK_AFTER, addresses_in, plan};
 pub use fleet::{CallCount, Ec2Model, FleetAnswer, FleetQuestion, Rules, Scenario, fleet};
-pub use memory::{AddressKind, Budget, Memory, Shortage};
+pub use memory::{AddressKind, Budget, Closed, Memory, Shortage};
 pub use plan::{Action, Blocked, Demand, Placement, Plan, PlanInput, PoolLimits, Provisioning, Reason, Targets};
 pub use simulate::{PoolAnswer, PoolQuestion, steady_state};
 pub use store::{AddressState, Allocation, Datastore, EniRole, EniState, Held, PoolMode, Rest, Stats, StoredEni, addresses_of};

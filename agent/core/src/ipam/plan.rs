@@ -329,6 +329,17 @@ pub enum Blocked {
         /// EC2's words.
         error: String,
     },
+    /// EC2 makes no ENI in the subnet, for another reason.
+    ClosedSubnet {
+        /// Which.
+        subnet: SubnetId,
+        /// First refusal.
+        since: Time,
+        /// Next try.
+        until: Time,
+        /// EC2's words.
+        error: String,
+    },
     /// The action's budget is spent, or it failed lately.
     ActionPaused {
         /// Which.
@@ -356,6 +367,9 @@ impl fmt::Display for Blocked {
             }
             Self::Subnet { subnet, since, until, error } => {
                 write!(f, "subnet {subnet} has none free since {since}, EC2 said {error}; next try at {until}")
+            }
+            Self::ClosedSubnet { subnet, since, until, error } => {
+                write!(f, "subnet {subnet} takes no new ENI since {since}, EC2 said {error}; next try at {until}")
             }
             Self::ActionPaused { action, until, error: Some(error) } => write!(f, "{action:?} failed ({error}); next try at {until}"),
             Self::ActionPaused { action, until, error: None } => write!(f, "{action:?} is rate-limited until {until}"),

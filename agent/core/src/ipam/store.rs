@@ -69,6 +69,8 @@ pub enum EniRole {
     EfaOnly,
     /// Tagged `no_manage`, or not ours under MANAGE_UNTAGGED_ENI=false: counted, never touched.
     Unmanaged,
+    /// EC2 has not told yet whether it is ours: counted, not touched before it does.
+    Unconfirmed,
     /// On a network card that is not managed (ENABLE_MULTI_NIC is off).
     OtherCard,
 }
@@ -129,6 +131,12 @@ impl StoredEni {
     /// The instance's first ENI; it cannot be released.
     pub fn is_primary(&self) -> bool {
         self.device_index == 0 && self.network_card == 0
+    }
+
+    /// Neither the length of its own address nor its gateway is known: nothing of it can be planned. The primary ENI's are the operating
+    /// system's matter.
+    pub fn lacks_range(&self) -> bool {
+        !self.is_primary() && self.primary_ipv4.is_some() && self.subnet_cidr.is_none()
     }
 
     /// Gives out addresses.

@@ -1,12 +1,13 @@
 //! The actor: one task that owns the datastore. It never waits for EC2: actions run beside it and report back.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::branch::wants_branch;
-use stanchion_core::cloud::{Ec2Api, Imds, InstanceIdentity, Subnet};
+use stanchion_core::cloud::{ConnectionTracking, Ec2Api, Ec2Error, Imds, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{EniId, PodName, SecurityGroupId, SubnetId, VpcId};
@@ -42,7 +43,7 @@ pub(super) enum Work {
     /// ENIs were read.
     Observed(Observation),
     /// Subnets were read.
-    Subnets(Result<Vec<Subnet>, String>),
+    Subnets(Result<Vec<Subnet>, Ec2Error>),
     /// Leaked ENIs were looked for; how many were deleted.
     Swept(Result<u32, String>),
     /// An adopted ENI got its tags.
@@ -93,6 +94,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) targets: Targets,
     pub(super) pool_limits: PoolLimits,
     pub(super) placement: Placement,
+    /// The primary ENI's, for new ENIs.
+    pub(super) connection_tracking: Option<ConnectionTracking>,
     pub(super) subnets: Vec<Subnet>,
     pub(super) vpc_cidrs: Vec<Ipv4Net>,
     pub(super) vpc_ipv6_cidrs: Vec<Ipv6Net>,
@@ -112,6 +115,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) missing: BTreeMap<(EniId, Option<ipnet::IpNet>), Time>,
     /// What EC2 was asked to take away and did not answer for, and since when. It serves nobody.
     pub(super) doubtful: BTreeMap<(EniId, Option<ipnet::IpNet>), Time>,
+    /// Addresses that pods held or had lately when the agent started; `None` where EC2 is never asked.
+    pub(super) given_out: Option<BTreeSet<IpAddr>>,
     /// EC2 has confirmed the picture that IMDS gave.
     pub(super) ec2_verified: bool,
     pub(super) vpc: Option<VpcId>,
@@ -124,9 +129,14 @@ pub(super) struct Actor<E, I, H> {
     pub(super) host_planned: Option<HostPlan>,
     pub(super) host_in_force: Option<HostPlan>,
     pub(super) host_pause: Duration,
+    /// What the host refused the last time, as it was told.
+    pub(super) host_refused: Vec<String>,
     pub(super) observe_due: Instant,
     pub(super) observing: bool,
     pub(super) subnets_due: Instant,
+    pub(super) subnets_pause: Duration,
+    /// Why new ENIs wait for the first list of the zone's subnets, if they do.
+    pub(super) subnets_awaited: Option<String>,
     pub(super) sweep_due: Instant,
     pub(super) wake_at: Option<Time>,
     pub(super) ever_had_addresses: bool,
@@ -207,7 +217,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 self.counters.add_requests += 1;
                 // Those who wait come first; a key that holds addresses is answered at once.
                 let held = self.store.allocations().contains_key(&request.key);
-                if !held && (!self.waiting.is_empty() || !self.try_assign(&request)) {
+                if !held && (self.is_behind_others(&request) || !self.try_assign(&request)) {
                     self.waiting.push_back(Waiting { request, reply, since: Instant::now() });
                     return;
                 }
@@ -237,6 +247,11 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
     }
 
+    /// Somebody waits for what it asks for. A pod that lacks an address of one card leaves those of the others to others.
+    fn is_behind_others(&self, request: &AssignRequest) -> bool {
+        self.waiting.iter().any(|waiting| request.multi_nic || !waiting.request.multi_nic)
+    }
+
     fn try_assign(&mut self, request: &AssignRequest) -> bool {
         let cards: Vec<u16> = self.pool_limits.cards.iter().map(|(card, _)| *card).collect();
         let now = self.clock.now();
@@ -254,17 +269,16 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     fn serve_waiting(&mut self) {
         let mut prepared = Vec::new();
         let now = Instant::now();
-        while let Some(waiting) = self.waiting.pop_front() {
+        for waiting in std::mem::take(&mut self.waiting) {
             if waiting.reply.is_closed() {
                 continue;
             }
-            if self.try_assign(&waiting.request) {
-                let waited = Some(waiting.since.elapsed());
-                prepared.push(Prepared::Assigned { key: waiting.request.key, fresh: true, reply: waiting.reply, waited });
+            if self.is_behind_others(&waiting.request) || !self.try_assign(&waiting.request) {
+                self.waiting.push_back(waiting);
                 continue;
             }
-            self.waiting.push_front(waiting);
-            break;
+            let waited = Some(waiting.since.elapsed());
+            prepared.push(Prepared::Assigned { key: waiting.request.key, fresh: true, reply: waiting.reply, waited });
         }
         self.commit(prepared);
         let (late, rest): (VecDeque<_>, VecDeque<_>) = self.waiting.drain(..).partition(|waiting| waiting.request.deadline <= now);
@@ -358,8 +372,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let attachments = allocation.held.iter().map(|held| {
             let eni = self.store.eni_of(held.address);
             let (ipv4, ipv6) = match held.address {
-                std::net::IpAddr::V4(address) => (Some(address), None),
-                std::net::IpAddr::V6(address) => (None, Some(address)),
+                IpAddr::V4(address) => (Some(address), None),
+                IpAddr::V6(address) => (None, Some(address)),
             };
             AssignedAddress {
                 ipv4,

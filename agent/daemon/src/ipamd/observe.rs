@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use stanchion_core::cloud::{Ec2Api, Eni, EniKind, Imds, ImdsEni, Subnet};
+use stanchion_core::cloud::{Ec2Api, Ec2Error, Eni, EniKind, Imds, ImdsEni, Subnet};
 use stanchion_core::config::{BranchMode, RandomizeSnat};
 use stanchion_core::ids::{EniId, SubnetId};
 use stanchion_core::ipam::{
-    Action, Adoption, DESCRIPTION_PREFIX, EniRole, EniState, Leak, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs, eni_config_name,
-    excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
+    Action, Adoption, DESCRIPTION_PREFIX, EniRole, EniState, Leak, Placement, StoredEni, TAG_CLUSTER, TAG_CREATED, Time, ec2_cidrs,
+    eni_config_name, excluded_subnets, imds_cidrs, judge_leak, missing_tags, place_by_discovery, place_by_eni_config,
 };
 use stanchion_core::network::egress;
 use stanchion_core::network::{EniPlan, EniRole as HostRole, HostNetwork, HostPlan, HostReport, NetOp, PodHost, Randomize, Snat};
@@ -21,16 +21,23 @@ use super::execute::Executor;
 
 /// How often IMDS is read when nothing happens.
 const OBSERVE_EVERY: Duration = Duration::from_secs(60);
-/// The same while AWS's resource controller is to attach a trunk: pods wait for it.
-const OBSERVE_FOR_TRUNK: Duration = Duration::from_secs(5);
+/// The same while pods wait for it: AWS's resource controller is to attach a trunk, or IMDS to tell the range of a new ENI's subnet.
+const OBSERVE_SOON: Duration = Duration::from_secs(5);
 /// How often the host network is healed.
 const HEAL_EVERY: Duration = Duration::from_secs(15);
 /// How often the zone's subnets are read.
-const SUBNETS_EVERY: Duration = Duration::from_secs(600);
+pub(super) const SUBNETS_EVERY: Duration = Duration::from_secs(600);
+/// First pause before subnets that EC2 did not tell are asked for again; doubles up to [`SUBNETS_EVERY`].
+pub(super) const SUBNETS_PAUSE: Duration = Duration::from_secs(5);
+/// New ENIs wait for the first list while the pause is shorter than this, as a tag may keep pods out of the node's own subnet. Then they
+/// go there: a node whose EC2 tells no list still has to serve, and an ENI in a wrong place is given back when the list comes.
+const SUBNETS_PATIENCE: Duration = Duration::from_secs(60);
 /// How often leaked ENIs are looked for.
 pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(3600);
 /// EC2 must miss something this long before it is forgotten: Describe lags behind, too.
 pub(super) const GONE_AFTER: Duration = Duration::from_secs(30);
+/// The same where only IMDS may be asked (ENABLE_IMDS_ONLY_MODE), which leaves out an attached ENI for a while at times.
+const HIDDEN_AT_MOST: Duration = Duration::from_secs(180);
 /// Pauses between looks for the interface of a new ENI.
 const LINK_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(400));
 
@@ -42,12 +49,13 @@ pub(super) struct Observation {
     pub(super) vpc_cidrs: Option<(Vec<Ipv4Net>, Vec<Ipv6Net>)>,
 }
 
-/// Reads IMDS, and EC2 when IMDS shows something else than `known`.
+/// Reads IMDS, and EC2 when IMDS shows something else than `known`; what it does not show yet of `awaited` is nothing to ask EC2 for.
 pub(super) async fn observe<E: Ec2Api, I: Imds>(
     executor: Executor<E>,
     imds: Arc<I>,
     primary: stanchion_core::ids::Mac,
-    known: BTreeMap<EniId, BTreeSet<IpNet>>,
+    mut known: BTreeMap<EniId, BTreeSet<IpNet>>,
+    awaited: BTreeSet<EniId>,
     ask_ec2: AskEc2,
 ) -> Observation {
     let shown = imds.enis().await;
@@ -55,6 +63,7 @@ pub(super) async fn observe<E: Ec2Api, I: Imds>(
         Ok(enis) => {
             let shown: BTreeMap<EniId, BTreeSet<IpNet>> =
                 enis.iter().map(|eni| (eni.id.clone(), imds_cidrs(eni).into_iter().collect())).collect();
+            known.retain(|id, _| shown.contains_key(id) || !awaited.contains(id));
             shown != known
         }
         // Without IMDS only EC2 can tell.
@@ -88,6 +97,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             manage_untagged: self.config.pool.manage_untagged_eni,
             cards: &self.pool_limits.cards,
             excluded_subnets: &self.excluded,
+            given_out: self.given_out.as_ref(),
             slots: self.limits.slots_per_eni(),
             now,
         }
@@ -95,11 +105,32 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     /// Until IMDS is read again when nothing happens.
     pub(super) fn observation_pause(&self) -> Duration {
-        if self.wants_trunk() { OBSERVE_FOR_TRUNK } else { OBSERVE_EVERY }
+        if self.wants_trunk() || self.awaiting_range().next().is_some() { OBSERVE_SOON } else { OBSERVE_EVERY }
+    }
+
+    /// ENIs that cannot join before their subnet's range is known.
+    fn awaiting_range(&self) -> impl Iterator<Item = &StoredEni> {
+        self.store.enis().values().filter(|eni| eni.state == EniState::Joining && eni.lacks_range())
+    }
+
+    /// ENIs that came before their subnet was known join once somebody tells its ranges: IMDS, EC2's list or another ENI of it.
+    fn learn_ranges(&mut self, imds: &[ImdsEni]) {
+        let awaiting: Vec<_> = self.awaiting_range().map(|eni| (eni.id.clone(), eni.subnet.clone())).collect();
+        for (id, subnet) in awaiting {
+            let shown = imds.iter().find(|shown| shown.subnet == subnet && shown.subnet_cidr.is_some());
+            let cidr = shown.and_then(|shown| shown.subnet_cidr).or_else(|| self.known_subnet_cidr(&subnet));
+            if let (Some(cidr), Some(eni)) = (cidr, self.store.eni_mut(&id)) {
+                eni.subnet_cidr = Some(cidr);
+                if let Some(shown) = shown {
+                    eni.subnet_ipv6_cidrs.clone_from(&shown.subnet_ipv6_cidrs);
+                }
+                self.host_due = Some(Instant::now());
+            }
+        }
     }
 
     pub(super) fn known_subnet_cidr(&self, subnet: &SubnetId) -> Option<Ipv4Net> {
-        let of_enis = self.store.enis().values().find(|eni| eni.subnet == *subnet).and_then(|eni| eni.subnet_cidr);
+        let of_enis = self.store.enis().values().filter(|eni| eni.subnet == *subnet).find_map(|eni| eni.subnet_cidr);
         of_enis.or_else(|| self.subnets.iter().find(|known| known.id == *subnet).map(|known| known.cidr))
     }
 
@@ -121,9 +152,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 (false, true) => AskEc2::IfDifferent,
                 (false, false) => AskEc2::Always,
             };
+            let awaited = self.awaiting_range().map(|eni| eni.id.clone()).collect();
             let (executor, imds, primary) = (self.executor.clone(), Arc::clone(&self.imds), self.identity.primary_mac);
             *self.counters.reconciles.entry("eniReconcileAdd").or_default() += 1;
-            self.tasks.spawn(async move { Work::Observed(observe(executor, imds, primary, known, ask).await) });
+            self.tasks.spawn(async move { Work::Observed(observe(executor, imds, primary, known, awaited, ask).await) });
         }
         if self.subnets_due <= now {
             self.subnets_due = now + SUBNETS_EVERY;
@@ -152,21 +184,34 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.tasks.spawn(async move {
             let call = executor.ec2.describe_subnets(&vpc, &zone);
             let result = executor.meter.run(stanchion_core::cloud::Ec2Action::DescribeSubnets, call).await;
-            Work::Subnets(result.map_err(|error| chain(&error)))
+            Work::Subnets(result)
         });
     }
 
-    pub(super) fn subnets_read(&mut self, result: Result<Vec<Subnet>, String>) {
+    pub(super) fn subnets_read(&mut self, result: Result<Vec<Subnet>, Ec2Error>) {
+        self.subnets_awaited = None;
         match result {
             Ok(subnets) => {
+                self.subnets_pause = SUBNETS_PAUSE;
                 self.excluded = excluded_subnets(&subnets);
                 self.subnets = subnets;
                 // A tag that was set or taken away concerns the ENIs that are there.
                 self.store.set_excluded(&self.excluded);
-                self.place();
+                self.learn_ranges(&[]);
             }
-            Err(error) => self.error_text("describe subnets", error),
+            Err(error) => {
+                // A role that may not ask goes on without discovery.
+                if !error.is_denied() {
+                    self.subnets_due = self.subnets_due.min(Instant::now() + self.subnets_pause);
+                    if self.subnets.is_empty() && self.subnets_pause < SUBNETS_PATIENCE {
+                        self.subnets_awaited = Some(format!("EC2 has not told the tags of the zone's subnets yet: {error}"));
+                    }
+                    self.subnets_pause = (self.subnets_pause * 2).min(SUBNETS_EVERY);
+                }
+                self.error("describe subnets", &error);
+            }
         }
+        self.place();
     }
 
     /// Where new ENIs go, from the settings, the cluster and the subnets.
@@ -176,12 +221,14 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.placement = if pool.custom_networking {
             let cluster = self.cluster.borrow();
             match cluster.nodes.get(&self.node_name) {
-                None => stanchion_core::ipam::Placement::Nowhere(format!("node {} is not known yet", self.node_name)),
+                None => Placement::Nowhere(format!("node {} is not known yet", self.node_name)),
                 Some(node) => {
                     let name = eni_config_name(node, &pool.eni_config_annotation, &pool.eni_config_label);
                     place_by_eni_config(name, cluster.eni_configs.get(name).map(Arc::as_ref), &primary.security_groups)
                 }
             }
+        } else if let Some(why) = &self.subnets_awaited {
+            Placement::Nowhere(why.clone())
         } else {
             place_by_discovery(&self.subnets, &primary.subnet, &pool.cluster_name, pool.subnet_discovery, &primary.security_groups)
         };
@@ -211,6 +258,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.observing = false;
         self.observe_due = Instant::now() + self.observation_pause();
         if let Some((v4, v6)) = observation.vpc_cidrs
+            && !v4.is_empty()
             && (v4 != self.vpc_cidrs || v6 != self.vpc_ipv6_cidrs)
         {
             (self.vpc_cidrs, self.vpc_ipv6_cidrs) = (v4, v6);
@@ -220,23 +268,33 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             self.error_text("read IMDS", error);
             Vec::new()
         });
+        self.learn_ranges(&imds);
         match observation.ec2 {
             Some(Ok(ec2)) => {
                 self.ec2_verified = true;
                 self.adopt(&imds, Some(&ec2));
-                self.forget_missing(&ec2);
+                let there = ec2.iter().map(|eni| (eni.id.clone(), ec2_cidrs(eni))).collect();
+                self.forget_missing(&there, GONE_AFTER);
                 self.resolve_doubts(&ec2);
                 if !self.missing.is_empty() || !self.doubtful.is_empty() {
-                    self.observe_due = Instant::now() + GONE_AFTER;
+                    self.observe_due = self.observe_due.min(Instant::now() + GONE_AFTER);
                 }
             }
             Some(Err(error)) => {
                 self.ec2_verified = false;
                 self.error_text("describe ENIs", error);
             }
-            None if self.config.pool.imds_only => self.adopt(&imds, None),
+            None if self.config.pool.imds_only => {
+                self.adopt(&imds, None);
+                // A read that failed tells nothing of what is gone, nor does one without the primary ENI, which cannot go.
+                if imds.iter().any(|eni| eni.mac == self.identity.primary_mac) {
+                    let there = imds.iter().map(|eni| (eni.id.clone(), imds_cidrs(eni))).collect();
+                    self.forget_missing(&there, HIDDEN_AT_MOST);
+                }
+            }
             None => {}
         }
+        self.observe_due = self.observe_due.min(Instant::now() + self.observation_pause());
         self.follow_groups(&imds);
     }
 
@@ -259,6 +317,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             record.cidrs.retain(|cidr, _| !self.store.is_going(*cidr, now) && !self.store.is_elsewhere(&record.id, *cidr, now));
             match self.store.eni_mut(&record.id) {
                 Some(known) => {
+                    if is_hands_off(known.role) && !is_hands_off(record.role) {
+                        tracing::info!(eni = %record.id, mac = %record.mac, role = ?record.role, "adopted, as EC2 tells that it is ours");
+                        known.state = EniState::Joining;
+                        known.added = now;
+                        known.cidrs.clear();
+                        self.host_due = Some(Instant::now());
+                    }
                     known.role = record.role;
                     known.kind = record.kind;
                     known.attachment = record.attachment.or(known.attachment.take());
@@ -277,6 +342,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 }
             }
             if let Some(eni) = described {
+                if eni.mac == self.identity.primary_mac {
+                    self.connection_tracking = eni.connection_tracking;
+                }
                 self.tend(eni);
             }
         }
@@ -326,9 +394,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
     }
 
-    /// Forgets ENIs and CIDRs that EC2 did not show in two looks at least [`GONE_AFTER`] apart. Allocations stay: they end
-    /// with their pods.
-    fn forget_missing(&mut self, ec2: &[Eni]) {
+    /// Forgets ENIs and CIDRs that were not `there` in looks at least `after` apart, nor in any between. Allocations stay: they end with
+    /// their pods.
+    fn forget_missing(&mut self, there: &BTreeMap<EniId, Vec<IpNet>>, after: Duration) {
         let now = self.clock.now();
         let mut missing = BTreeMap::new();
         for eni in self.store.enis().values() {
@@ -336,10 +404,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             if (eni.state == EniState::Releasing && !doubtful) || self.in_flight.values().any(|action| action.eni() == Some(&eni.id)) {
                 continue;
             }
-            match ec2.iter().find(|described| described.id == eni.id) {
+            match there.get(&eni.id) {
                 None => drop(missing.insert((eni.id.clone(), None), now)),
-                Some(described) => {
-                    let there = ec2_cidrs(described);
+                Some(there) => {
                     for cidr in eni.cidrs.keys().filter(|cidr| !there.contains(cidr)) {
                         missing.insert((eni.id.clone(), Some(*cidr)), now);
                     }
@@ -351,7 +418,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 *since = *first;
             }
         }
-        let gone: Vec<_> = missing.iter().filter(|(_, since)| now.since(**since) >= GONE_AFTER).map(|(what, _)| what.clone()).collect();
+        let gone: Vec<_> = missing.iter().filter(|(_, since)| now.since(**since) >= after).map(|(what, _)| what.clone()).collect();
         for what in gone {
             missing.remove(&what);
             self.forget(&what.0, what.1);
@@ -389,13 +456,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         match cidr {
             Some(cidr) => {
                 self.counters.force_removed_ips += held(&cidr);
-                tracing::warn!(eni = %id, %cidr, "EC2 no longer has this CIDR");
+                tracing::warn!(eni = %id, %cidr, "the ENI no longer has this CIDR");
                 self.store.remove_cidr(id, cidr);
             }
             None => {
                 let pods: u64 = self.store.enis().get(id).map_or(0, |eni| eni.cidrs.keys().map(held).sum());
                 self.counters.force_removed_enis += u64::from(pods > 0);
-                tracing::warn!(eni = %id, pods, "EC2 no longer has this ENI attached");
+                tracing::warn!(eni = %id, pods, "this ENI is no longer attached");
                 self.store.remove_eni(id);
                 self.host_due = Some(Instant::now());
             }
@@ -414,7 +481,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             RandomizeSnat::None => Randomize::No,
         };
         let mut plan = HostPlan {
-            enis: managed.map(|eni| eni_plan(eni, network.eni_mtu)).collect(),
+            enis: managed.filter_map(|eni| eni_plan(eni, network.eni_mtu)).collect(),
             pods: self.pod_hosts(),
             branches: Vec::new(),
             strict_branches: self.config.pool.pod_eni && self.config.pool.branch_mode == BranchMode::Strict,
@@ -452,15 +519,13 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let report = match report {
             Ok(report) => report,
             Err(error) => {
-                self.error_text("host network", error);
+                self.host_refuses(vec![error]);
                 self.host_pause = (self.host_pause * 2).clamp(LINK_PAUSE.0, HEAL_EVERY);
                 self.host_due = Some(now + self.host_pause);
                 return;
             }
         };
-        for failed in &report.failed {
-            self.error_text("host network", format!("{:?}: {}", failed.op, failed.error));
-        }
+        let as_before = self.host_refuses(report.failed.iter().map(|failed| format!("{:?}: {}", failed.op, failed.error)).collect());
         let planned = self.host_planned.take();
         if !report.applied.is_empty() {
             self.host_changed(&report.applied, planned.is_some() && planned == self.host_in_force);
@@ -468,7 +533,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let trouble = !report.failed.is_empty();
         let mut waits = false;
         let mut ready = Vec::new();
-        for eni in self.store.enis().values().filter(|eni| eni.state == EniState::Joining) {
+        for eni in self.store.enis().values().filter(|eni| eni.state == EniState::Joining && !eni.lacks_range()) {
             // One that joined after the plan was made waits for the next.
             let newer = !planned.as_ref().is_some_and(|plan| plan.enis.iter().any(|planned| planned.id == eni.id));
             let refused = report.failed.iter().any(|failed| concerns(&failed.op, eni));
@@ -489,11 +554,22 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             self.host_pause = LINK_PAUSE.0;
             heal_at
         } else {
-            self.host_pause = if progress { LINK_PAUSE.0 } else { (self.host_pause * 2).clamp(LINK_PAUSE.0, LINK_PAUSE.1) };
+            // What is refused again and again, as a sysctl on a read-only file system, is not worth more than the healer's looks.
+            let longest = if waits || !as_before { LINK_PAUSE.1 } else { HEAL_EVERY };
+            self.host_pause = if progress { LINK_PAUSE.0 } else { (self.host_pause * 2).clamp(LINK_PAUSE.0, longest) };
             now + self.host_pause
         };
         self.host_due = Some(self.host_due.map_or(again, |due| due.min(again)));
         self.host_in_force = planned.filter(|_| !trouble && report.missing.is_empty());
+    }
+
+    /// Tells what the host refuses, once until it was not refused; whether nothing of it is new.
+    fn host_refuses(&mut self, refused: Vec<String>) -> bool {
+        let before = std::mem::replace(&mut self.host_refused, refused.clone());
+        let new: Vec<_> = refused.into_iter().filter(|failure| !before.contains(failure)).collect();
+        let as_before = new.is_empty();
+        new.into_iter().for_each(|failure| self.error_text("host network", failure));
+        as_before
     }
 
     /// Tells what was done to the host network. With the plan that was in force it was damage, as what the healer finds.
@@ -549,7 +625,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 }
 
 fn is_hands_off(role: EniRole) -> bool {
-    matches!(role, EniRole::Unmanaged | EniRole::EfaOnly | EniRole::OtherCard)
+    matches!(role, EniRole::Unmanaged | EniRole::Unconfirmed | EniRole::EfaOnly | EniRole::OtherCard)
 }
 
 /// The operation makes the ENI's table, rule or address.
@@ -562,14 +638,18 @@ fn concerns(op: &NetOp, eni: &StoredEni) -> bool {
     }
 }
 
-fn eni_plan(eni: &StoredEni, mtu: u32) -> EniPlan {
+/// `None` while its subnet's range is not known: with a wrong length the gateway would be wrong, and its pods would reach nobody.
+fn eni_plan(eni: &StoredEni, mtu: u32) -> Option<EniPlan> {
+    if eni.lacks_range() {
+        return None;
+    }
     let role = match eni.role {
         _ if eni.is_primary() => HostRole::Primary,
         EniRole::Trunk => HostRole::Trunk,
         _ => HostRole::Secondary,
     };
     let length = eni.subnet_cidr.map_or(32, |cidr| cidr.prefix_len());
-    EniPlan {
+    Some(EniPlan {
         id: eni.id.clone(),
         mac: eni.mac,
         role,
@@ -579,5 +659,5 @@ fn eni_plan(eni: &StoredEni, mtu: u32) -> EniPlan {
         ipv6: None,
         table: eni.route_table,
         mtu,
-    }
+    })
 }

@@ -5,7 +5,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 use stanchion_core::cloud::{AddressRequest, CreateEni, Ec2Api, Ec2Error, Imds};
 use stanchion_core::ids::{EniId, SubnetId};
-use stanchion_core::ipam::{Action, Blocked, DESCRIPTION_PREFIX, Demand, EniState, Placement, PlanInput, Provisioning, plan, tags_for_new};
+use stanchion_core::ipam::{
+    Action, Blocked, DESCRIPTION_PREFIX, Demand, EniRole, EniState, Placement, PlanInput, Provisioning, plan, tags_for_new,
+};
 use stanchion_core::network::HostNetwork;
 use tokio::time::Instant;
 
@@ -148,6 +150,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             description: format!("{DESCRIPTION_PREFIX}{instance}"),
             tags,
             addresses: Some(request),
+            connection_tracking: self.connection_tracking,
         }
     }
 
@@ -185,6 +188,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Done::Attached(eni) => {
                 if let Some((subnet, request)) = asked {
                     self.memory.subnet_gave(subnet, request);
+                    self.memory.subnet_took_eni(subnet);
                 }
                 tracing::info!(eni = %eni.id, mac = %eni.mac, subnet = %eni.subnet, "attached");
                 let subnet = self.subnets.iter().find(|subnet| subnet.id == eni.subnet);
@@ -192,6 +196,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                     self.granted(&record.id, &record.cidrs.keys().copied().collect::<Vec<_>>());
                     record.subnet_cidr = record.subnet_cidr.or_else(|| self.known_subnet_cidr(&record.subnet));
                     record.state = EniState::Joining;
+                    if record.lacks_range() {
+                        // IMDS tells it.
+                        self.observe_due = self.observe_due.min(Instant::now() + DOUBT);
+                    }
                     self.store.put_eni(record);
                     self.host_due = Some(Instant::now());
                 }
@@ -236,6 +244,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                     eni.state = EniState::Serving;
                 }
             }
+            // The list that named the subnet may be old.
+            Action::AttachEni { .. } if error.refuses_subnet() => self.subnets_due = Instant::now(),
             Action::Assign { .. } | Action::AttachEni { .. } => {}
         }
         // What EC2 does not find, or has another opinion of, we must look at.
@@ -277,9 +287,16 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         parts.extend(self.in_flight.values().map(|action| format!("under way: {action}")));
         let joining = self.store.enis().values().filter(|eni| eni.state == EniState::Joining);
         parts.extend(joining.map(|eni| {
-            format!("{} is attached but its interface {} is not ready since {} s", eni.id, eni.mac, now.since(eni.added).as_secs())
+            let lacking = if eni.lacks_range() {
+                format!("the range of its subnet {} is not known: IMDS does not tell it", eni.subnet)
+            } else {
+                format!("its interface {} is not ready", eni.mac)
+            };
+            format!("{} is attached but {lacking} since {} s", eni.id, now.since(eni.added).as_secs())
         }));
-        if !self.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::Subnet { .. } | Blocked::ActionPaused { error: Some(_), .. }))
+        let unconfirmed = self.store.enis().values().filter(|eni| eni.role == EniRole::Unconfirmed);
+        parts.extend(unconfirmed.map(|eni| format!("{} is not used: EC2 has not told whether it is the agent's", eni.id)));
+        if !self.blocked.iter().any(|(_, blocked)| tells_failure(blocked))
             && let Some(last) = self.errors.back()
         {
             parts.push(format!("last failure at {}: {}", last.time, last.error));
@@ -300,4 +317,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
         blocked.to_string()
     }
+}
+
+/// EC2's words are in it.
+fn tells_failure(blocked: &Blocked) -> bool {
+    matches!(blocked, Blocked::Subnet { .. } | Blocked::ClosedSubnet { .. } | Blocked::ActionPaused { error: Some(_), .. })
 }

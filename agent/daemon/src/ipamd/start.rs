@@ -1,18 +1,19 @@
 //! From nothing to a serving actor: who am I, what is attached, who holds what.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use ipnet::{Ipv4Net, Ipv6Net};
 use stanchion_core::boot::Boot;
-use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity, Subnet};
+use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{PodName, VpcId};
 use stanchion_core::ipam::{
-    CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Rest, Targets, excluded_subnets,
-    managed_cards, restore,
+    CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Rest, Targets, managed_cards, restore,
 };
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, host_veth_name};
@@ -27,7 +28,7 @@ use super::execute::Executor;
 use super::files::{FileError, Files};
 use super::handle::{IpamHandle, IpamStatus, MAILBOX};
 use super::meter::Meter;
-use super::observe::GONE_AFTER;
+use super::observe::{GONE_AFTER, SUBNETS_EVERY, SUBNETS_PAUSE};
 use super::pool::GOING;
 use super::snapshot::{IpamCounters, IpamSnapshot};
 
@@ -91,6 +92,8 @@ enum NotYet {
     Imds(#[from] ImdsError),
     #[error("IMDS does not show the primary ENI {0} yet")]
     NoPrimary(stanchion_core::ids::Mac),
+    #[error("IMDS does not show the VPC's IPv4 ranges yet")]
+    NoVpcRange,
     #[error("the limits of {instance_type} are not in the table and EC2 does not tell them")]
     Limits { instance_type: String, source: Ec2Error },
 }
@@ -121,6 +124,8 @@ struct Found {
     identity: InstanceIdentity,
     limits: InstanceLimits,
     imds: Vec<ImdsEni>,
+    vpc_cidrs: Vec<Ipv4Net>,
+    vpc_ipv6_cidrs: Vec<Ipv6Net>,
 }
 
 impl Found {
@@ -173,9 +178,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     if takes_over && attached.is_none() {
         found = find_out(&*imds, &*executor.ec2, &executor.meter, &snapshots).await;
     }
-    let Found { identity, limits, imds: shown } = found;
-    let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await.unwrap_or_default();
-    let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await.unwrap_or_default();
+    let Found { identity, limits, imds: shown, vpc_cidrs, vpc_ipv6_cidrs } = found;
 
     let seed = seed_of(identity.instance.as_str());
     let eni_limit = parts.config.pool.max_eni.map_or(limits.max_enis, |max| max.min(limits.max_enis));
@@ -192,6 +195,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         node_name: parts.node_name,
         pool_limits: PoolLimits { cards, slots_per_eni: limits.slots_per_eni(), max_pods: 0 },
         placement: Placement::Nowhere("the primary ENI is not known yet".to_owned()),
+        connection_tracking: None,
         subnets: Vec::new(),
         excluded: BTreeSet::new(),
         vpc,
@@ -210,15 +214,19 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         missing: BTreeMap::new(),
         doubtful: BTreeMap::new(),
         tagged: BTreeSet::new(),
+        given_out: None,
         ec2_verified: attached.is_some(),
         host_due: Some(now),
         host_running: false,
         host_planned: None,
         host_in_force: None,
         host_pause: Duration::from_millis(100),
+        host_refused: Vec::new(),
         observe_due: now + UNVERIFIED_PAUSE,
         observing: false,
-        subnets_due: now + Duration::from_secs(600),
+        subnets_due: now + SUBNETS_EVERY,
+        subnets_pause: SUBNETS_PAUSE,
+        subnets_awaited: None,
         sweep_due: now + Duration::from_secs(seed % FIRST_SWEEP_WITHIN),
         wake_at: None,
         ever_had_addresses: false,
@@ -232,11 +240,9 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         limits,
         targets,
     };
-    match subnets {
-        Ok(subnets) => actor.take_subnets(subnets),
-        Err(error) => actor.error("describe subnets", &error),
-    }
+    actor.subnets_read(subnets);
     let cooling = actor.take_moved();
+    actor.take_given_out(&cooling)?;
     actor.take_enis(&shown, attached.as_deref());
     if attached.is_some() {
         actor.observe_due = now + actor.observation_pause();
@@ -273,6 +279,12 @@ async fn find_out_once(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Re
     if !shown.iter().any(|eni| eni.mac == identity.primary_mac) {
         return Err(NotYet::NoPrimary(identity.primary_mac));
     }
+    // Every VPC has one; without it traffic inside the VPC would get the node's address.
+    let vpc_cidrs = imds.vpc_ipv4_cidrs(identity.primary_mac).await?;
+    if vpc_cidrs.is_empty() {
+        return Err(NotYet::NoVpcRange);
+    }
+    let vpc_ipv6_cidrs = imds.vpc_ipv6_cidrs(identity.primary_mac).await?;
     let limits = match InstanceLimits::lookup(&identity.instance_type) {
         Some(limits) => limits.clone(),
         None => {
@@ -281,7 +293,7 @@ async fn find_out_once(imds: &impl Imds, ec2: &impl Ec2Api, meter: &Meter) -> Re
             told.map_err(|source| NotYet::Limits { instance_type: identity.instance_type.clone(), source })?
         }
     };
-    Ok(Found { identity, limits, imds: shown })
+    Ok(Found { identity, limits, imds: shown, vpc_cidrs, vpc_ipv6_cidrs })
 }
 
 /// Some tries, and as many more as fit in before `tries_until`.
@@ -306,11 +318,6 @@ fn seed_of(instance: &str) -> u64 {
 }
 
 impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
-    fn take_subnets(&mut self, subnets: Vec<Subnet>) {
-        self.excluded = excluded_subnets(&subnets);
-        self.subnets = subnets;
-    }
-
     /// What went from ENI to ENI lately, before the first picture of them, which may be older; returns the cool-downs.
     fn take_moved(&mut self) -> Vec<CoolingEntry> {
         match self.files.read_cooling() {
@@ -325,6 +332,20 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 Vec::new()
             }
         }
+    }
+
+    /// What the files say of pods' addresses, before the first picture of the ENIs: where EC2 does not tell, an ENI is ours by them.
+    fn take_given_out(&mut self, cooling: &[CoolingEntry]) -> Result<(), StartError> {
+        if self.config.pool.imds_only {
+            return Ok(());
+        }
+        let mut given_out: BTreeSet<IpAddr> = cooling.iter().map(|entry| entry.address).collect();
+        for (card, _) in self.pool_limits.cards.clone() {
+            let held = self.files.read_checkpoint(card)?.map(|file| file.allocations).unwrap_or_default();
+            given_out.extend(held.iter().filter_map(|entry| entry.ipv4.map(IpAddr::V4).or(entry.ipv6.map(IpAddr::V6))));
+        }
+        self.given_out = Some(given_out);
+        Ok(())
     }
 
     /// None lasts longer from now than when it began: the node may have been started anew since, with its clock behind.

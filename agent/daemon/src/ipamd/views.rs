@@ -92,6 +92,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         let now = self.clock.now();
         let role = match (eni.state, eni.role) {
             (EniState::Releasing, _) => "releasing",
+            (EniState::Joining, _) if eni.lacks_range() => "joining: the range of its subnet is not known yet",
             (EniState::Joining, _) => "joining: its interface is not ready",
             (_, EniRole::Pods) => "pods",
             (_, EniRole::PrimaryOfCustomNetworking) => "node only (custom networking)",
@@ -99,6 +100,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             (_, EniRole::Trunk) => "trunk",
             (_, EniRole::EfaOnly) => "efa-only",
             (_, EniRole::Unmanaged) => "unmanaged",
+            (_, EniRole::Unconfirmed) => "not used before EC2 tells its tags",
             (_, EniRole::OtherCard) => "on a card that is not managed",
         };
         let cidrs = eni.cidrs.keys().map(|cidr| {
