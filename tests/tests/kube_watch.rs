@@ -171,6 +171,49 @@ async fn a_forbidden_custom_resource_is_taken_as_empty_and_a_forbidden_pod_list_
     until(&world, "the rest", |s| s.synced).await;
 }
 
+/// Rights are taken and given again while a release is rolled out, and what is between may answer in the server's place: none of
+/// it lifts a policy. That the API server serves the kind no longer does.
+#[tokio::test]
+async fn what_was_read_stays_while_the_server_does_not_give_it() {
+    const NAMESPACES: &str = "/api/v1/namespaces";
+    let policy = json!({"apiVersion": "networking.k8s.aws/v1alpha1", "kind": "ClusterNetworkPolicy", "metadata": {"name": "a"}, "spec": {"tier": "Admin"}});
+    let rules = |more: &str| {
+        let text = format!(
+            "kind: ClusterRole\nmetadata: {{name: r}}\nrules:\n- {{apiGroups: ['', discovery.k8s.io, networking.k8s.io{more}], resources: ['*'], verbs: [list, watch]}}\n"
+        );
+        Rules::of_manifest(&text).unwrap()
+    };
+    let of_aws = "clusternetworkpolicies.networking.k8s.aws";
+    let world = world(true, |kube| {
+        kube.enforce(rules(", networking.k8s.aws"));
+        kube.put(AWS_CLUSTER_POLICIES, policy);
+        kube.put(NAMESPACES, object("Namespace", "", "x", ""));
+    })
+    .await;
+    let is_there = |s: &stanchion_core::cluster::ClusterState| s.cluster_network_policies.len() == 1 && s.namespaces.len() == 1;
+    until(&world, "the start", |s| s.synced && is_there(s) && !s.trouble.contains_key(of_aws)).await;
+    let stays = async |what: &str, said: &[(&str, &str)]| {
+        world.kube.disconnect();
+        until(&world, what, |s| said.iter().all(|(of, text)| s.trouble.get(*of).is_some_and(|t| t.contains(text)))).await;
+        assert!(is_there(&world.cluster.latest()), "{what}: {:?}", world.cluster.latest());
+    };
+    world.kube.enforce(rules(""));
+    stays("without the right", &[(of_aws, "forbidden")]).await;
+    world.kube.enforce(rules(", networking.k8s.aws"));
+    world.kube.disconnect();
+    // The trouble goes with the next change that is seen.
+    let change = json!({"apiVersion": "networking.k8s.aws/v1alpha1", "kind": "ClusterNetworkPolicy", "metadata": {"name": "a"}, "spec": {"tier": "Baseline"}});
+    world.kube.put(AWS_CLUSTER_POLICIES, change);
+    until(&world, "the right again", |s| !s.trouble.contains_key(of_aws)).await;
+    world.kube.outage(Some(404));
+    stays("a load balancer's 404", &[(of_aws, "404"), ("namespaces", "404")]).await;
+    world.kube.outage(None);
+    world.kube.withdraw(AWS_CLUSTER_POLICIES);
+    world.kube.disconnect();
+    until(&world, "the kind is gone", |s| s.cluster_network_policies.is_empty() && !s.trouble.contains_key(of_aws)).await;
+    assert_eq!(world.cluster.latest().namespaces.len(), 1);
+}
+
 #[tokio::test]
 async fn without_policy_only_own_pods_are_asked_for() {
     let world = world(false, |kube| {

@@ -21,7 +21,8 @@ pub type Named<T> = SharedMap<String, Arc<T>>;
 pub struct ClusterState {
     /// Every source was read at least once: absence means absence.
     pub synced: bool,
-    /// What could not be read lately, by resource (`pods`): the reason. What was known of it before stays in the state.
+    /// What could not be read lately, by resource (`pods`, `eniconfigs.crd.k8s.amazonaws.com`): the reason. What was known of it
+    /// before stays in the state.
     pub trouble: BTreeMap<String, String>,
     /// Namespaces.
     pub namespaces: Named<Namespace>,

@@ -184,11 +184,11 @@ impl Owner {
                 let gone: Vec<ObjectKey> =
                     self.state.keys(source.kind).into_iter().filter(|key| source.owns(key) && !named.contains(key)).collect();
                 gone.iter().for_each(|key| self.state.remove(key));
-                let mended = self.state.trouble.remove(&source.resource.plural).is_some();
+                let mended = self.state.trouble.remove(&source.name()).is_some();
                 self.unread.remove(&index) || mended || !gone.is_empty()
             }
             Update::Applied(object) => {
-                let mended = self.state.trouble.remove(&source.resource.plural).is_some();
+                let mended = self.state.trouble.remove(&source.name()).is_some();
                 self.state.apply(object) || mended
             }
             Update::Deleted(key) => {
@@ -197,14 +197,14 @@ impl Owner {
             }
             Update::Unreadable(key, problem) => {
                 warn!(kind = ?key.kind, name = %key.name, problem, "this object cannot be read: what was known of it stays");
-                self.state.trouble.insert(source.resource.plural.clone(), format!("{}: {problem}", key.name));
+                self.state.trouble.insert(source.name(), format!("{}: {problem}", key.name));
                 self.listed.entry(index).or_default().insert(key);
                 true
             }
             Update::Absent(trouble) => {
                 match trouble {
-                    Some(trouble) => drop(self.state.trouble.insert(source.resource.plural.clone(), trouble)),
-                    None => drop(self.state.trouble.remove(&source.resource.plural)),
+                    Some(trouble) => drop(self.state.trouble.insert(source.name(), trouble)),
+                    None => drop(self.state.trouble.remove(&source.name())),
                 }
                 if self.unread.remove(&index) {
                     info!(
@@ -217,8 +217,8 @@ impl Owner {
                 gone.iter().for_each(|key| self.state.remove(key));
                 true
             }
-            Update::Well => self.state.trouble.remove(&source.resource.plural).is_some(),
-            Update::Failed(problem) => self.state.trouble.insert(source.resource.plural.clone(), problem.clone()) != Some(problem),
+            Update::Well => self.state.trouble.remove(&source.name()).is_some(),
+            Update::Failed(problem) => self.state.trouble.insert(source.name(), problem.clone()) != Some(problem),
         }
     }
 

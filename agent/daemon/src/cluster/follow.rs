@@ -68,6 +68,12 @@ impl Source {
         self.kind == Kind::ClusterNetworkPolicy && self.resource.group == AWS_GROUP
     }
 
+    /// What trouble with it is told under: two groups serve kinds of one name.
+    pub(super) fn name(&self) -> String {
+        let ApiResource { group, plural, .. } = &self.resource;
+        if self.custom() { format!("{plural}.{group}") } else { plural.clone() }
+    }
+
     /// Whether an object of this kind came from this source: two API groups serve a ClusterNetworkPolicy.
     pub(super) fn owns(&self, key: &ObjectKey) -> bool {
         self.kind != Kind::ClusterNetworkPolicy
@@ -91,6 +97,8 @@ pub(super) async fn follow<T: Slim>(
 ) {
     let mut pause = PAUSE.0;
     let mut complaint = String::new();
+    // What it has was read to the end once.
+    let mut is_known = false;
     // One version was not there: the other is asked for before the kind counts as absent.
     let mut one_absent = false;
     loop {
@@ -123,9 +131,10 @@ pub(super) async fn follow<T: Slim>(
                         one_absent = false;
                     }
                     complaint.clear();
+                    is_known |= matches!(event, Event::InitDone);
                     (read(&source, event), Rest::Go)
                 }
-                Err(error) => judge(&source, error, &mut pause),
+                Err(error) => judge(&source, is_known, error, &mut pause),
             };
             if let Update::Absent(None) = &update
                 && let Some(earlier) = &mut source.earlier
@@ -142,6 +151,9 @@ pub(super) async fn follow<T: Slim>(
             {
                 warn!(resource = source.resource.plural, problem, "the API server does not answer as it should; tried again");
                 problem.clone_into(&mut complaint);
+            }
+            if let Update::Absent(_) = &update {
+                is_known = false;
             }
             if updates.send((index, update)).await.is_err() {
                 return;
@@ -181,17 +193,21 @@ fn read<T: Slim>(source: &Source, event: Event<Watched<T>>) -> Update {
     }
 }
 
-fn judge(source: &Source, error: Error, pause: &mut Duration) -> (Update, Rest) {
-    let (code, text) = match &error {
+/// What a failure means. What `is_known` is given up only where the API server itself says that the kind is gone: rights are
+/// taken and given again while a release is rolled out, and what is between may answer in the server's place.
+fn judge(source: &Source, is_known: bool, error: Error, pause: &mut Duration) -> (Update, Rest) {
+    let (code, is_own, text) = match &error {
         Error::InitialListFailed(kube::Error::Api(status)) | Error::WatchStartFailed(kube::Error::Api(status)) => {
-            (status.code, format!("{} {}: {}", status.code, status.reason, status.message))
+            // Of a kind that it does not serve, the API server says so in plain text, and no more than this.
+            let is_own = status.reason == "NotFound" || status.message == "404 page not found";
+            (status.code, is_own, format!("{} {}: {}", status.code, status.reason, status.message))
         }
-        Error::WatchError(status) => (0, format!("{} {}: {}", status.code, status.reason, status.message)),
-        error => (0, root_cause(error)),
+        Error::WatchError(status) => (0, false, format!("{} {}: {}", status.code, status.reason, status.message)),
+        error => (0, false, root_cause(error)),
     };
     match code {
-        404 if source.custom() => (Update::Absent(None), Rest::Anew(spread(ABSENT_PAUSE))),
-        404 => {
+        404 if source.custom() && (is_own || !is_known) => (Update::Absent(None), Rest::Anew(spread(ABSENT_PAUSE))),
+        404 if !is_known => {
             let ApiResource { plural, api_version, .. } = &source.resource;
             let problem = format!(
                 "{plural} of {api_version} are not served here, so they are taken as none: policies do not see them; \
@@ -200,16 +216,21 @@ fn judge(source: &Source, error: Error, pause: &mut Duration) -> (Update, Rest) 
             (Update::Absent(Some(problem)), Rest::Anew(spread(ABSENT_PAUSE)))
         }
         // The right to read a custom resource is checked before whether it exists.
-        403 if source.custom() => {
-            let resource = format!("{}.{}", source.resource.plural, source.resource.group);
+        403 if source.custom() && !is_known => {
+            let resource = source.name();
             let problem = format!("reading {resource} is forbidden, so it is taken as empty: add it to the ClusterRole ({text})");
             (Update::Absent(Some(problem)), Rest::Anew(spread(ABSENT_PAUSE)))
         }
         code => {
             let rest = spread(*pause);
             *pause = (*pause * 2).min(PAUSE.1);
+            let problem = match code {
+                403 if is_known => format!("reading is forbidden now, what was read before stays: add it to the ClusterRole ({text})"),
+                404 if is_known => format!("not served now, what was read before stays ({text})"),
+                _ => text,
+            };
             // kube's watcher lists anew when a stream says 410; some servers refuse the request itself.
-            (Update::Failed(text), if code == 410 { Rest::Anew(rest) } else { Rest::Pause(rest) })
+            (Update::Failed(problem), if code == 410 { Rest::Anew(rest) } else { Rest::Pause(rest) })
         }
     }
 }
