@@ -656,6 +656,29 @@ mod tests {
         }
     }
 
+    /// Connections that stand go on: of new ones kube-proxy makes none.
+    #[test]
+    fn a_connection_through_a_service_outlives_the_readiness_of_its_backends() {
+        const EGRESS: &str = r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"p","namespace":"x"},
+            "spec":{"podSelector":{"matchLabels":{"pod":"a"}},"policyTypes":["Egress"],"egress":[{"to":[{"podSelector":{"matchLabels":{"pod":"b"}}}]}]}}"#;
+        const SERVICE: &str = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"x"},"spec":{"clusterIP":"172.20.0.9","ports":[{"port":80}]}}"#;
+        let slice = |conditions: &str| {
+            format!(
+                r#"{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"s-1","namespace":"x","labels":{{"kubernetes.io/service-name":"s"}}}},
+                "addressType":"IPv4","endpoints":[{{"addresses":["192.168.1.2"],"conditions":{{{conditions}}}}}],"ports":[{{"port":8080}}]}}"#
+            )
+        };
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        engine.set_cluster(&cluster(&[CLUSTER, EGRESS, SERVICE, &slice(r#""ready":true"#)]));
+        engine.add_endpoint(Slot(1), &PodName::new("x", "a"), "", &["192.168.1.1".parse().unwrap()]);
+        let passes = |engine: &Engine| image_allows(engine.image(), Slot(1), Direction::Egress, "172.20.0.9".parse().unwrap(), 6, 80);
+        let revision = |engine: &Engine| engine.image().endpoints[&Slot(1)].revision;
+        assert!(passes(&engine));
+        let before = revision(&engine);
+        engine.set_cluster(&cluster(&[CLUSTER, EGRESS, SERVICE, &slice(r#""ready":false,"serving":false"#)]));
+        assert!(passes(&engine) && revision(&engine) == before);
+    }
+
     #[test]
     fn one_policy_one_pod() {
         let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
