@@ -57,6 +57,20 @@ pub struct Settings {
     pub unknown_pod: UnknownPod,
 }
 
+/// What is not known that a pod's policies depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Missing {
+    /// No snapshot was given.
+    #[error("the cluster's policies and pods were not read")]
+    Cluster,
+    /// The snapshot has policies that may concern the pod, but not the pod.
+    #[error("the pod was not seen in the cluster's state")]
+    Pod,
+    /// Strict mode, and AWS's controller has not resolved a policy for the pod.
+    #[error("no PolicyEndpoint speaks of the pod: it needs a policy that selects it, and AWS's controller has to resolve that")]
+    Part,
+}
+
 /// A local pod as the datapath attached it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LocalPod {
@@ -170,6 +184,32 @@ impl Engine {
     pub fn knows(&self, pod: &PodName, uid: &str) -> bool {
         let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: Vec::new() };
         self.cluster.as_deref().is_some_and(|cluster| local.object(cluster).is_some())
+    }
+
+    /// Whether the pod's policies can be told: a snapshot is there and has the pod, or has no policy that could concern it.
+    ///
+    /// # Errors
+    /// What is not known yet.
+    pub fn can_judge(&self, pod: &PodName, uid: &str) -> Result<(), Missing> {
+        let Some(cluster) = &self.cluster else { return Err(Missing::Cluster) };
+        let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: Vec::new() };
+        let object = local.object(cluster);
+        let (clusterwide, concerned) = match self.settings.source {
+            Source::Policies => (
+                !cluster.cluster_network_policies.is_empty(),
+                cluster.network_policies.keys().any(|policy| policy.namespace == pod.namespace),
+            ),
+            Source::Endpoints => {
+                (!cluster.cluster_policy_endpoints.is_empty(), cluster.policy_endpoints.keys().any(|part| part.namespace == pod.namespace))
+            }
+        };
+        // AWS's strict mode keeps a pod closed until its controller has resolved a policy for it.
+        let needs_part = self.settings.source == Source::Endpoints && self.settings.unknown_pod == UnknownPod::Closed;
+        match object {
+            None if clusterwide || concerned || needs_part => Err(Missing::Pod),
+            Some(object) if needs_part && !self.interned.speaks_of_pod(cluster, object) => Err(Missing::Part),
+            _ => Ok(()),
+        }
     }
 
     /// The cluster has changed (or is known for the first time).
@@ -677,6 +717,48 @@ mod tests {
         let before = revision(&engine);
         engine.set_cluster(&cluster(&[CLUSTER, EGRESS, SERVICE, &slice(r#""ready":false,"serving":false"#)]));
         assert!(passes(&engine) && revision(&engine) == before);
+    }
+
+    /// AWS's controller lists a pod once it has an address, which is after its start.
+    #[test]
+    fn a_pod_that_a_resolved_policy_selects_is_policed_before_it_is_listed() {
+        let part = |kind: &str, metadata: &str, selector: &str| {
+            format!(
+                r#"{{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"{kind}","metadata":{metadata},"spec":{{"policyRef":{{"name":"p"}},{selector},
+                "podSelectorEndpoints":[],"podIsolation":["Ingress"],"tier":"Admin","ingress":[{{"cidr":"192.168.1.3","action":"Deny","ports":[{{"port":81}}]}}]}}}}"#
+            )
+        };
+        let of = |name: &str, from: &str, part: &str| {
+            let mut engine = Engine::new(Settings { node_name: "n1".into(), source: Source::Endpoints, unknown_pod: UnknownPod::Open });
+            engine.set_cluster(&cluster(&[CLUSTER, part]));
+            engine.add_endpoint(Slot(1), &PodName::new("x", name), "", &["192.168.1.9".parse().unwrap()]);
+            image_allows(engine.image(), Slot(1), Direction::Ingress, from.parse().unwrap(), 6, 81)
+        };
+        let namespaced = |selector: &str| part("PolicyEndpoint", r#"{"name":"p-1","namespace":"x"}"#, selector);
+        let by_label = namespaced(r#""podSelector":{"matchLabels":{"pod":"a"}}"#);
+        assert!(!of("a", "192.168.1.2", &by_label) && of("a", "192.168.1.3", &by_label));
+        assert!(of("b", "192.168.1.2", &by_label), "the selector is of others");
+        assert!(!of("b", "192.168.1.2", &namespaced(r#""podSelector":{}"#)), "all pods of the namespace");
+        assert!(of("a", "192.168.1.2", &namespaced(r#""podSelector":null"#)), "no selector");
+        let clusterwide = |subject: &str| part("ClusterPolicyEndpoint", r#"{"name":"p-1"}"#, subject);
+        let by_label = clusterwide(r#""subject":{"pods":{"namespaceSelector":{},"podSelector":{"matchLabels":{"pod":"a"}}}}"#);
+        assert!(!of("a", "192.168.1.3", &by_label) && of("a", "192.168.1.2", &by_label));
+        assert!(of("b", "192.168.1.3", &by_label));
+    }
+
+    /// What AWS's strict mode keeps closed does not start.
+    #[test]
+    fn in_strict_mode_a_pod_that_no_resolved_policy_speaks_of_is_not_judged() {
+        let part = r#"{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"PolicyEndpoint","metadata":{"name":"p-1","namespace":"x"},
+            "spec":{"policyRef":{"name":"p","namespace":"x"},"podIsolation":["Ingress"],"podSelectorEndpoints":[{"name":"a","namespace":"x"}]}}"#;
+        let judged = |name: &str, unknown_pod| {
+            let mut engine = Engine::new(Settings { node_name: "n1".into(), source: Source::Endpoints, unknown_pod });
+            engine.set_cluster(&cluster(&[CLUSTER, part]));
+            engine.can_judge(&PodName::new("x", name), "")
+        };
+        assert_eq!(judged("a", UnknownPod::Closed), Ok(()));
+        assert_eq!(judged("b", UnknownPod::Closed), Err(Missing::Part));
+        assert_eq!(judged("b", UnknownPod::Open), Ok(()));
     }
 
     #[test]

@@ -205,6 +205,16 @@ pub(super) fn tier(report: &mut Report<'_>, text: &str) -> Option<Tier> {
 }
 
 fn cluster_subject(report: &mut Report<'_>, subject: &ClusterSubject) -> Option<PodMatch> {
+    let pods = pods_of(subject);
+    if pods.is_none() {
+        let problem = "not exactly one of namespaces and pods".to_owned();
+        report.tell("spec.subject".to_owned(), problem, IGNORED, "Give namespaces or pods.");
+    }
+    pods
+}
+
+/// `None` if it is not exactly one of the two.
+pub(super) fn pods_of(subject: &ClusterSubject) -> Option<PodMatch> {
     match (&subject.namespaces, &subject.pods) {
         (Some(namespaces), None) => {
             Some(PodMatch { namespaces: NamespaceMatch::Labels(namespaces.clone()), pods: LabelSelector::default() })
@@ -213,11 +223,7 @@ fn cluster_subject(report: &mut Report<'_>, subject: &ClusterSubject) -> Option<
             let namespaces = NamespaceMatch::Labels(pods.namespace_selector.clone());
             Some(PodMatch { namespaces, pods: pods.pod_selector.clone() })
         }
-        _ => {
-            let problem = "not exactly one of namespaces and pods".to_owned();
-            report.tell("spec.subject".to_owned(), problem, IGNORED, "Give namespaces or pods.");
-            None
-        }
+        _ => None,
     }
 }
 
