@@ -226,6 +226,34 @@ async fn without_policy_only_own_pods_are_asked_for() {
     assert!(!world.kube.requests().iter().any(|r| r.contains("networkpolicies") || r.contains("/services")));
 }
 
+/// A pod that starts after an outage needs its policies, not only its object: no kind is asked much later than another.
+#[tokio::test]
+async fn after_an_outage_kinds_are_known_again_together() {
+    let world = world(true, |kube| kube.put(PODS, object("Pod", "x", "a", "n1"))).await;
+    until(&world, "start", |s| s.synced && s.stale.is_empty()).await;
+    world.kube.outage(Some(503));
+    world.kube.disconnect();
+    // Pauses have grown to six seconds and more.
+    let asked = || world.kube.requests().iter().filter(|r| r.starts_with("GET /apis/networking.k8s.io/v1/networkpolicies?")).count();
+    let before = asked();
+    stanchion_lab::wait::wait_for("the fifth refusal", Duration::from_secs(60), || {
+        let count = asked() - before;
+        async move {
+            anyhow::ensure!(count >= 5, "{count}");
+            Ok(())
+        }
+    })
+    .await
+    .unwrap();
+    let kinds = world.cluster.latest().stale.clone();
+    assert!(kinds.len() >= 6, "{kinds:?}");
+    world.kube.outage(None);
+    until(&world, "the first", |s| s.stale.len() < kinds.len()).await;
+    let first = std::time::Instant::now();
+    until(&world, "the others", |s| s.stale.is_empty() && s.trouble.is_empty()).await;
+    assert!(first.elapsed() < Duration::from_secs(2), "{:?} after the first", first.elapsed());
+}
+
 /// What is between may end each watch at once: then every node asks ever more slowly, and no change is missed.
 #[tokio::test]
 async fn watches_that_are_cut_at_once_are_begun_with_growing_pauses() {

@@ -3,7 +3,7 @@
 //! A value of [`ClusterState`] is an immutable snapshot. Two snapshots share every object that did not change, and most of
 //! the maps that lead to it: the next snapshot costs what changed, and so does finding out what did.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::ids::PodName;
@@ -24,6 +24,8 @@ pub struct ClusterState {
     /// What could not be read lately, by resource (`pods`, `eniconfigs.crd.k8s.amazonaws.com`): the reason. What was known of it
     /// before stays in the state.
     pub trouble: BTreeMap<String, String>,
+    /// Kinds that the API server does not give at present: what came since is not known.
+    pub stale: BTreeSet<Kind>,
     /// Namespaces.
     pub namespaces: Named<Namespace>,
     /// Pods, of all nodes where policies need them.
@@ -239,7 +241,7 @@ impl ClusterState {
     /// The state that consists of just these objects, sharing with `self` every object that is equal in both. Later
     /// objects replace earlier ones of the same kind and name.
     pub fn replaced_by(&self, objects: impl IntoIterator<Item = Object>) -> Self {
-        let mut next = Self { synced: true, trouble: BTreeMap::new(), ..self.clone() };
+        let mut next = Self { synced: true, trouble: BTreeMap::new(), stale: BTreeSet::new(), ..self.clone() };
         let objects: HashMap<ObjectKey, Object> = objects.into_iter().map(|object| (object.key(), object)).collect();
         let gone: Vec<ObjectKey> =
             Kind::ALL.into_iter().flat_map(|kind| self.keys(kind)).filter(|key| !objects.contains_key(key)).collect();

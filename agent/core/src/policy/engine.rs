@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::cluster::ClusterState;
+use crate::cluster::{ClusterState, Kind};
 use crate::ids::PodName;
 use crate::objects::Pod;
 
@@ -66,6 +66,12 @@ pub enum Missing {
     /// The snapshot has policies that may concern the pod, but not the pod.
     #[error("the pod was not seen in the cluster's state")]
     Pod,
+    /// The snapshot has policies for the cluster, which go by the labels of namespaces, but not the pod's namespace.
+    #[error("the pod's namespace was not seen in the cluster's state")]
+    Namespace,
+    /// Strict mode, and policies that were made lately may be missing from the snapshot.
+    #[error("objects of kind {0:?}, by which policies go, cannot be read from the API server")]
+    Policies(Kind),
     /// Strict mode, and AWS's controller has not resolved a policy for the pod.
     #[error("no PolicyEndpoint speaks of the pod: it needs a policy that selects it, and AWS's controller has to resolve that")]
     Part,
@@ -194,20 +200,23 @@ impl Engine {
         let Some(cluster) = &self.cluster else { return Err(Missing::Cluster) };
         let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: Vec::new() };
         let object = local.object(cluster);
-        let (clusterwide, concerned) = match self.settings.source {
-            Source::Policies => (
-                !cluster.cluster_network_policies.is_empty(),
-                cluster.network_policies.keys().any(|policy| policy.namespace == pod.namespace),
-            ),
-            Source::Endpoints => {
-                (!cluster.cluster_policy_endpoints.is_empty(), cluster.policy_endpoints.keys().any(|part| part.namespace == pod.namespace))
-            }
+        let by_endpoints = self.settings.source == Source::Endpoints;
+        let (clusterwide, namespaced, kinds) = if by_endpoints {
+            let namespaced = cluster.policy_endpoints.keys().any(|part| part.namespace == pod.namespace);
+            (!cluster.cluster_policy_endpoints.is_empty(), namespaced, [Kind::PolicyEndpoint, Kind::ClusterPolicyEndpoint])
+        } else {
+            let namespaced = cluster.network_policies.keys().any(|policy| policy.namespace == pod.namespace);
+            (!cluster.cluster_network_policies.is_empty(), namespaced, [Kind::NetworkPolicy, Kind::ClusterNetworkPolicy])
         };
-        // AWS's strict mode keeps a pod closed until its controller has resolved a policy for it.
-        let needs_part = self.settings.source == Source::Endpoints && self.settings.unknown_pod == UnknownPod::Closed;
+        let is_strict = self.settings.unknown_pod == UnknownPod::Closed;
+        if let Some(kind) = kinds.into_iter().chain([Kind::Namespace]).find(|kind| is_strict && cluster.stale.contains(kind)) {
+            return Err(Missing::Policies(kind));
+        }
         match object {
-            None if clusterwide || concerned || needs_part => Err(Missing::Pod),
-            Some(object) if needs_part && !self.interned.speaks_of_pod(cluster, object) => Err(Missing::Part),
+            None if clusterwide || namespaced || (is_strict && by_endpoints) => Err(Missing::Pod),
+            Some(_) if clusterwide && !cluster.namespaces.contains_key(&pod.namespace) => Err(Missing::Namespace),
+            // AWS's strict mode keeps a pod closed until its controller has resolved a policy for it.
+            Some(object) if is_strict && by_endpoints && !self.interned.speaks_of_pod(cluster, object) => Err(Missing::Part),
             _ => Ok(()),
         }
     }
@@ -759,6 +768,37 @@ mod tests {
         assert_eq!(judged("a", UnknownPod::Closed), Ok(()));
         assert_eq!(judged("b", UnknownPod::Closed), Err(Missing::Part));
         assert_eq!(judged("b", UnknownPod::Open), Ok(()));
+    }
+
+    const BY_NAMESPACE: &str = r#"{"apiVersion":"policy.networking.k8s.io/v1beta1","kind":"ClusterNetworkPolicy","metadata":{"name":"c"},
+        "spec":{"tier":"Admin","subject":{"namespaces":{"matchLabels":{"kubernetes.io/metadata.name":"x"}}},
+        "ingress":[{"action":"Deny","from":[{"pods":{"namespaceSelector":{},"podSelector":{"matchLabels":{"pod":"c"}}}}]}]}}"#;
+
+    /// After an outage of the API server kinds come one after the other.
+    #[test]
+    fn a_pod_is_judged_when_what_selects_it_is_known() {
+        let namespace = CLUSTER.lines().find(|line| line.contains(r#""Namespace""#)).unwrap();
+        let without = CLUSTER.replace(namespace, "");
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        let judged = |engine: &mut Engine, cluster: Arc<ClusterState>| {
+            engine.set_cluster(&cluster);
+            engine.can_judge(&PodName::new("x", "a"), "")
+        };
+        assert_eq!(engine.can_judge(&PodName::new("x", "a"), ""), Err(Missing::Cluster));
+        assert_eq!(judged(&mut engine, cluster(&[namespace])), Ok(()), "no policy could concern it");
+        assert_eq!(judged(&mut engine, cluster(&[namespace, POLICY])), Err(Missing::Pod));
+        assert_eq!(judged(&mut engine, cluster(&[&without, POLICY])), Ok(()), "by its namespace's name");
+        assert_eq!(judged(&mut engine, cluster(&[&without, BY_NAMESPACE])), Err(Missing::Namespace));
+        assert_eq!(judged(&mut engine, cluster(&[CLUSTER, BY_NAMESPACE])), Ok(()));
+        for (kind, strict) in
+            [(Kind::NetworkPolicy, Err(Missing::Policies(Kind::NetworkPolicy))), (Kind::PolicyEndpoint, Ok(())), (Kind::Service, Ok(()))]
+        {
+            let stale = Arc::new(ClusterState { stale: [kind].into(), ..(*cluster(&[CLUSTER])).clone() });
+            engine.set_unknown_pod(UnknownPod::Closed);
+            assert_eq!(judged(&mut engine, Arc::clone(&stale)), strict);
+            engine.set_unknown_pod(UnknownPod::Open);
+            assert_eq!(judged(&mut engine, stale), Ok(()), "{kind:?}");
+        }
     }
 
     #[test]

@@ -4,14 +4,14 @@
 //! kind whose CRD is not installed counts as read and empty and is looked for again. No list is asked by watch, which
 //! servers may refuse.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use kube::api::ApiResource;
 use stanchion_core::cluster::{ClusterState, Kind, ObjectKey};
 use stanchion_core::objects::{EndpointSlice, EniConfig, Namespace, NetworkPolicy, Node, Pod, Service};
 use stanchion_core::policy::objects::{AWS_GROUP, ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -44,7 +44,7 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
     let own_pods = format!("spec.nodeName={}", scope.node_name);
     // The owner widens this one when a policy speaks of nodes.
     let (nodes, node_selector) = watch::channel(Some(own_node));
-    let mut watches = Watches { clients, updates, shutdown: shutdown.clone(), sources: Vec::new() };
+    let mut watches = Watches { clients, updates, recovered: Arc::default(), shutdown: shutdown.clone(), sources: Vec::new() };
     watches.add::<Node>(Kind::Node, None, resource("", "v1", "Node", "nodes"), node_selector);
     watches.all::<Pod>(Kind::Pod, resource("", "v1", "Pod", "pods"), (!scope.policy).then_some(own_pods));
     let config_map = watch::channel(Some("metadata.name=amazon-vpc-cni".to_owned())).1;
@@ -74,6 +74,7 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
     let owner = Owner {
         unread: (0..watches.sources.len()).collect(),
         sources: watches.sources,
+        failing: BTreeSet::new(),
         state: ClusterState::default(),
         listed: HashMap::new(),
         nodes,
@@ -90,6 +91,7 @@ fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource
 struct Watches {
     clients: Clients,
     updates: mpsc::Sender<(usize, Update)>,
+    recovered: Arc<Notify>,
     shutdown: CancellationToken,
     sources: Vec<Source>,
 }
@@ -118,11 +120,12 @@ impl Watches {
     fn follow<T: Slim>(&mut self, source: Source, selector: watch::Receiver<Option<String>>) {
         let index = self.sources.len();
         self.sources.push(source.clone());
-        let (clients, updates, shutdown) = (self.clients.clone(), self.updates.clone(), self.shutdown.clone());
+        let (clients, updates, recovered, shutdown) =
+            (self.clients.clone(), self.updates.clone(), Arc::clone(&self.recovered), self.shutdown.clone());
         tokio::spawn(async move {
             tokio::select! {
                 () = shutdown.cancelled() => {}
-                () = follow::<T>(index, source, clients, selector, updates) => {}
+                () = follow::<T>(index, source, clients, selector, updates, recovered) => {}
             }
         });
     }
@@ -134,6 +137,8 @@ struct Owner {
     state: ClusterState,
     /// Sources that were never read to the end.
     unread: HashSet<usize>,
+    /// Sources that are not answered at present.
+    failing: BTreeSet<usize>,
     /// What the lists under way have named.
     listed: HashMap<usize, HashSet<ObjectKey>>,
     /// The field selector of nodes.
@@ -156,8 +161,20 @@ impl Owner {
             }
             let mut changed = false;
             for (index, update) in batch.drain(..) {
+                match &update {
+                    Update::Failed(_) => {
+                        self.failing.insert(index);
+                    }
+                    Update::Begin | Update::Listed(_) | Update::Unreadable(..) => {}
+                    Update::Complete | Update::Applied(_) | Update::Deleted(_) | Update::Absent(_) | Update::Well => {
+                        self.failing.remove(&index);
+                    }
+                }
                 changed |= self.take(index, update);
             }
+            let stale = self.failing.iter().map(|index| self.sources[*index].kind).collect();
+            changed |= self.state.stale != stale;
+            self.state.stale = stale;
             let synced = self.unread.is_empty();
             changed |= std::mem::replace(&mut self.state.synced, synced) != synced;
             if changed {

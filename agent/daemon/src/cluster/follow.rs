@@ -1,19 +1,23 @@
 //! One kind's list and watch, for ever: what is seen goes to the owner.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::Request;
 use futures_util::StreamExt as _;
-use kube::Api;
 use kube::api::ApiResource;
+use kube::client::Body;
 use kube::runtime::watcher::{self, Error, Event};
+use kube::{Api, Client};
 use rand::RngExt as _;
 use stanchion_core::cluster::{Kind, Object, ObjectKey};
 use stanchion_core::ids::PodName;
 use stanchion_core::policy::objects::AWS_GROUP;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::warn;
 
 use super::credentials::Clients;
+use super::limits::is_watch;
 use super::slim::{Slim, Watched, named};
 
 /// Pauses after a failure: doubled from the first to the second, each spread by half.
@@ -21,9 +25,6 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(400), Duration::from_
 /// A kind that is not served is asked for again after about this time. A list of a kind that does not exist costs the API
 /// server one look-up.
 const ABSENT_PAUSE: Duration = Duration::from_secs(25);
-/// A watch that was refused and then stands says nothing until something changes: so long without a failure means that it
-/// stands. Longer than a request may hang.
-const WELL_AFTER: Duration = Duration::from_secs(75);
 
 /// What a watch tells the owner.
 pub(super) enum Update {
@@ -43,7 +44,7 @@ pub(super) enum Update {
     Absent(Option<String>),
     /// Asking fails.
     Failed(String),
-    /// Asking has not failed for a while.
+    /// Asking fails no longer.
     Well,
 }
 
@@ -87,14 +88,17 @@ impl Source {
     }
 }
 
-/// Passes one source's events to the owner. A new client or another selector begins with a new list.
+/// Passes one source's events to the owner. A new client or another selector begins with a new list. `recovered` tells those that
+/// pause after a failure that another has been answered again.
 pub(super) async fn follow<T: Slim>(
     index: usize,
     mut source: Source,
     mut clients: Clients,
     mut selector: watch::Receiver<Option<String>>,
     updates: mpsc::Sender<(usize, Update)>,
+    recovered: Arc<Notify>,
 ) {
+    let (begins, mut begun) = watch::channel(());
     let mut pause = PAUSE.0;
     let mut complaint = String::new();
     // What it has was read to the end once.
@@ -102,7 +106,7 @@ pub(super) async fn follow<T: Slim>(
     // One version was not there: the other is asked for before the kind counts as absent.
     let mut one_absent = false;
     loop {
-        let client = clients.borrow_and_update().clone();
+        let client = telling(clients.borrow_and_update().clone(), begins.clone());
         let fields = selector.borrow_and_update().clone();
         let api: Api<Watched<T>> = match source.namespace {
             Some(namespace) => Api::namespaced_with(client, namespace, &source.resource),
@@ -112,8 +116,10 @@ pub(super) async fn follow<T: Slim>(
         loop {
             let event = tokio::select! {
                 event = events.next() => event,
-                () = tokio::time::sleep(WELL_AFTER), if !complaint.is_empty() => {
+                // A watch that was refused and then stands says nothing until something changes.
+                () = changed(&mut begun), if !complaint.is_empty() => {
                     complaint.clear();
+                    recovered.notify_waiters();
                     if updates.send((index, Update::Well)).await.is_err() {
                         return;
                     }
@@ -129,12 +135,18 @@ pub(super) async fn follow<T: Slim>(
                     if !matches!(event, Event::Init) {
                         pause = PAUSE.0;
                         one_absent = false;
+                        if !complaint.is_empty() {
+                            complaint.clear();
+                            recovered.notify_waiters();
+                        }
                     }
-                    complaint.clear();
                     is_known |= matches!(event, Event::InitDone);
                     (read(&source, event), Rest::Go)
                 }
-                Err(error) => judge(&source, is_known, error, &mut pause),
+                Err(error) => {
+                    begun.mark_unchanged();
+                    judge(&source, is_known, error, &mut pause)
+                }
             };
             if let Update::Absent(None) = &update
                 && let Some(earlier) = &mut source.earlier
@@ -160,13 +172,37 @@ pub(super) async fn follow<T: Slim>(
             }
             match rest {
                 Rest::Go => {}
-                Rest::Pause(duration) => tokio::time::sleep(duration).await,
+                Rest::Pause(duration) => pause_for(duration, &recovered).await,
                 Rest::Anew(duration) => {
                     tokio::time::sleep(duration).await;
                     break;
                 }
             }
         }
+    }
+}
+
+/// The client, which tells of each watch that the server begins.
+fn telling(client: Client, begins: watch::Sender<()>) -> Client {
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let (client, begins) = (client.clone(), begins.clone());
+        async move {
+            let watches = is_watch(request.uri());
+            let answer = client.send(request).await?;
+            if watches && answer.status().is_success() {
+                begins.send_replace(());
+            }
+            Ok::<_, kube::Error>(answer)
+        }
+    });
+    Client::new(service, "default")
+}
+
+/// Waits for so long, or until another source is answered: then this one soon is, too.
+async fn pause_for(duration: Duration, recovered: &Notify) {
+    tokio::select! {
+        () = tokio::time::sleep(duration) => {}
+        () = recovered.notified() => tokio::time::sleep(spread(PAUSE.0).min(duration)).await,
     }
 }
 
