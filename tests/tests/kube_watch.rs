@@ -14,6 +14,8 @@ const NODES: &str = "/api/v1/nodes";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies";
 const EARLIER_CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
+const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
+const APPLICATION_POLICIES: &str = "/apis/networking.k8s.aws/v1alpha1/applicationnetworkpolicies";
 const AWS_CLUSTER_POLICIES: &str = "/apis/networking.k8s.aws/v1alpha1/clusternetworkpolicies";
 
 fn object(kind: &str, namespace: &str, name: &str, node: &str) -> Value {
@@ -28,9 +30,7 @@ struct World {
 
 async fn world(policy: bool, prepare: impl FnOnce(&FakeKube)) -> World {
     let kube = FakeKube::default();
-    for collection in
-        [PODS, NODES, "/api/v1/configmaps", "/api/v1/namespaces", "/api/v1/services", SLICES, "/apis/networking.k8s.io/v1/networkpolicies"]
-    {
+    for collection in [PODS, NODES, "/api/v1/configmaps", "/api/v1/namespaces", "/api/v1/services", SLICES, POLICIES] {
         kube.serve_collection(collection);
     }
     prepare(&kube);
@@ -145,6 +145,21 @@ async fn cluster_policies_of_both_groups_are_kept_apart_and_nodes_are_read_when_
     until(&world, "one", |s| s.cluster_network_policies.keys().collect::<Vec<_>>() == ["networking.k8s.aws/a"]).await;
     world.kube.put(CLUSTER_POLICIES, policy("b", kubernetes, json!([{"action": "Deny", "to": [{"nodes": {}}]}])));
     until(&world, "all nodes", |s| s.nodes.len() == 2).await;
+}
+
+#[tokio::test]
+async fn application_network_policies_are_read_beside_network_policies() {
+    let policy = |kind: &str, group: &str| json!({"apiVersion": group, "kind": kind, "metadata": {"name": "p", "namespace": "x"}, "spec": {"podSelector": {}}});
+    let world = world(true, |kube| {
+        kube.put(POLICIES, policy("NetworkPolicy", "networking.k8s.io/v1"));
+        kube.put(APPLICATION_POLICIES, policy("ApplicationNetworkPolicy", "networking.k8s.aws/v1alpha1"));
+    })
+    .await;
+    until(&world, "both", |s| s.synced && s.network_policies.len() == 2).await;
+    world.kube.delete(POLICIES, "x/p");
+    until(&world, "AWS's", |s| s.network_policies.keys().map(ToString::to_string).collect::<Vec<_>>() == ["x/networking.k8s.aws/p"]).await;
+    world.kube.delete(APPLICATION_POLICIES, "x/p");
+    until(&world, "none", |s| s.network_policies.is_empty()).await;
 }
 
 /// A server with a CRD from before v1beta1.

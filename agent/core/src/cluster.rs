@@ -36,7 +36,7 @@ pub struct ClusterState {
     pub services: Namespaced<Service>,
     /// Backends of services.
     pub endpoint_slices: Namespaced<EndpointSlice>,
-    /// NetworkPolicies.
+    /// NetworkPolicies, and AWS's ApplicationNetworkPolicies, by [`NetworkPolicy::key`].
     pub network_policies: Namespaced<NetworkPolicy>,
     /// ClusterNetworkPolicies of both groups, by [`ClusterNetworkPolicy::key`].
     pub cluster_network_policies: Named<ClusterNetworkPolicy>,
@@ -63,7 +63,7 @@ pub enum Object {
     Service(Service),
     /// discovery.k8s.io/v1
     EndpointSlice(EndpointSlice),
-    /// networking.k8s.io/v1
+    /// networking.k8s.io/v1, or an ApplicationNetworkPolicy of networking.k8s.aws
     NetworkPolicy(NetworkPolicy),
     /// policy.networking.k8s.io or networking.k8s.aws
     ClusterNetworkPolicy(ClusterNetworkPolicy),
@@ -99,7 +99,7 @@ pub enum Kind {
     Service,
     /// discovery.k8s.io/v1
     EndpointSlice,
-    /// networking.k8s.io/v1
+    /// networking.k8s.io/v1, and ApplicationNetworkPolicy of networking.k8s.aws
     NetworkPolicy,
     /// policy.networking.k8s.io or networking.k8s.aws
     ClusterNetworkPolicy,
@@ -139,7 +139,7 @@ impl Object {
             Self::Node(o) => (Kind::Node, &o.metadata),
             Self::Service(o) => (Kind::Service, &o.metadata),
             Self::EndpointSlice(o) => (Kind::EndpointSlice, &o.metadata),
-            Self::NetworkPolicy(o) => (Kind::NetworkPolicy, &o.metadata),
+            Self::NetworkPolicy(o) => return ObjectKey { kind: Kind::NetworkPolicy, name: o.key() },
             Self::ClusterNetworkPolicy(o) => {
                 return ObjectKey { kind: Kind::ClusterNetworkPolicy, name: PodName::new("", o.key()) };
             }
@@ -180,7 +180,7 @@ impl ClusterState {
             Object::Node(o) => put(&mut self.nodes, o.metadata.name.clone(), o),
             Object::Service(o) => put(&mut self.services, full(&o.metadata), o),
             Object::EndpointSlice(o) => put(&mut self.endpoint_slices, full(&o.metadata), o),
-            Object::NetworkPolicy(o) => put(&mut self.network_policies, full(&o.metadata), o),
+            Object::NetworkPolicy(o) => put(&mut self.network_policies, o.key(), o),
             Object::ClusterNetworkPolicy(o) => put(&mut self.cluster_network_policies, o.key(), o),
             Object::PolicyEndpoint(o) => put(&mut self.policy_endpoints, full(&o.metadata), o),
             Object::ClusterPolicyEndpoint(o) => put(&mut self.cluster_policy_endpoints, o.metadata.name.clone(), o),

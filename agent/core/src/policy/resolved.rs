@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use super::model::{
     Action, Direction, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Subject, Tier,
 };
-use super::objects::{ClusterPolicyEndpoint, EndpointPort, EndpointRule, PodEndpoint, PolicyEndpoint};
+use super::objects::{AWS_GROUP, ClusterPolicyEndpoint, EndpointPort, EndpointRule, PodEndpoint, PolicyEndpoint};
 use super::resolve::{AWS_CLUSTER_NETWORK_POLICY, NETWORK_POLICY, Report, cidr, domain, pods_of, tier};
 use crate::cluster::ClusterState;
 use crate::ids::PodName;
@@ -85,7 +85,9 @@ pub(super) fn unused(cluster: &ClusterState) -> Vec<Problem> {
         remedy: REMEDY,
     };
     let namespaced = cluster.policy_endpoints.iter().map(|(name, object)| (name, policy_of(object)));
-    let namespaced = namespaced.filter(|(_, policy)| !cluster.network_policies.contains_key(policy));
+    let of_aws = |policy: &PodName| PodName::new(policy.namespace.clone(), format!("{AWS_GROUP}/{}", policy.name));
+    let is_there = |policy: &PodName| [policy.clone(), of_aws(policy)].iter().any(|name| cluster.network_policies.contains_key(name));
+    let namespaced = namespaced.filter(|(_, policy)| !is_there(policy));
     let mut problems: Vec<Problem> =
         namespaced.map(|(name, policy)| problem("PolicyEndpoint", name, format!("NetworkPolicy {policy}"))).collect();
     for (name, object) in &cluster.cluster_policy_endpoints {

@@ -56,6 +56,8 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
         watches.all::<EndpointSlice>(Kind::EndpointSlice, slices, None);
         let policies = resource("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies");
         watches.all::<NetworkPolicy>(Kind::NetworkPolicy, policies, None);
+        let policies = resource(AWS_GROUP, "v1alpha1", "ApplicationNetworkPolicy", "applicationnetworkpolicies");
+        watches.all::<NetworkPolicy>(Kind::NetworkPolicy, policies, None);
         let policies = |group, version| resource(group, version, "ClusterNetworkPolicy", "clusternetworkpolicies");
         let [latest, earlier] = ["v1beta1", "v1alpha2"].map(|version| policies("policy.networking.k8s.io", version));
         watches.either::<ClusterNetworkPolicy>(Kind::ClusterNetworkPolicy, latest, earlier);

@@ -65,8 +65,13 @@ impl Source {
         !matches!(self.resource.group.as_str(), "" | "discovery.k8s.io" | "networking.k8s.io")
     }
 
-    fn is_aws_cluster_policy(&self) -> bool {
-        self.kind == Kind::ClusterNetworkPolicy && self.resource.group == AWS_GROUP
+    /// Two API groups serve such a kind.
+    fn is_of_two(&self) -> bool {
+        matches!(self.kind, Kind::NetworkPolicy | Kind::ClusterNetworkPolicy)
+    }
+
+    fn is_aws_policy(&self) -> bool {
+        self.is_of_two() && self.resource.group == AWS_GROUP
     }
 
     /// What trouble with it is told under: two groups serve kinds of one name.
@@ -75,15 +80,14 @@ impl Source {
         if self.custom() { format!("{plural}.{group}") } else { plural.clone() }
     }
 
-    /// Whether an object of this kind came from this source: two API groups serve a ClusterNetworkPolicy.
+    /// Whether an object of this kind came from this source.
     pub(super) fn owns(&self, key: &ObjectKey) -> bool {
-        self.kind != Kind::ClusterNetworkPolicy
-            || key.name.name.strip_prefix(AWS_GROUP).is_some_and(|rest| rest.starts_with('/')) == self.is_aws_cluster_policy()
+        !self.is_of_two() || key.name.name.strip_prefix(AWS_GROUP).is_some_and(|rest| rest.starts_with('/')) == self.is_aws_policy()
     }
 
     fn key(&self, meta: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> ObjectKey {
         let meta = named(meta);
-        let name = if self.is_aws_cluster_policy() { format!("{AWS_GROUP}/{}", meta.name) } else { meta.name };
+        let name = if self.is_aws_policy() { format!("{AWS_GROUP}/{}", meta.name) } else { meta.name };
         ObjectKey { kind: self.kind, name: PodName::new(meta.namespace, name) }
     }
 }
