@@ -22,7 +22,8 @@ use super::order::{Change, image_entries, moved, order};
 use super::subjects::{Stale, Subjects};
 use super::world;
 
-/// Namespace annotation: `"true"` reports what policies would deny in the namespace's pods and denies nothing.
+/// Namespace annotation: `"true"` reports what NetworkPolicies would deny in the namespace's pods and lets it pass. What policies
+/// of the cluster deny is denied: who may annotate a namespace often may not write these.
 pub const AUDIT_ANNOTATION: &str = "policy.stanchion.dev/audit";
 
 /// What to do with a local pod that the cluster snapshot does not have (yet).
@@ -798,6 +799,35 @@ mod tests {
             assert_eq!(judged(&mut engine, Arc::clone(&stale)), strict);
             engine.set_unknown_pod(UnknownPod::Open);
             assert_eq!(judged(&mut engine, stale), Ok(()), "{kind:?}");
+        }
+    }
+
+    /// Who may annotate a namespace often may not write policies for the cluster.
+    #[test]
+    fn audit_lifts_isolation_and_no_denial_by_a_policy_of_the_cluster() {
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        let audited = CLUSTER.replace(
+            r#"{"name":"x"}"#,
+            r#"{"name":"x","labels":{"kubernetes.io/metadata.name":"x"},"annotations":{"policy.stanchion.dev/audit":"true"}}"#,
+        );
+        engine.set_cluster(&cluster(&[&audited, POLICY, BY_NAMESPACE]));
+        engine.add_endpoint(Slot(1), &PodName::new("x", "a"), "", &["192.168.1.1".parse().unwrap()]);
+        let from = |peer: &str, port| image_allows(engine.image(), Slot(1), Direction::Ingress, peer.parse().unwrap(), 6, port);
+        assert!(from("192.168.1.2", 80), "allowed");
+        assert!(from("192.168.1.2", 81), "the NetworkPolicy's isolation is only told");
+        assert!(!from("192.168.1.3", 80), "the Admin tier denies");
+        // Behind a service, one backend that only isolation denies and one that the Admin tier does.
+        let egress = BY_NAMESPACE.replace("ingress", "egress").replace("from", "to");
+        let isolates = POLICY.replace(r#""ingress":"#, r#""policyTypes":["Egress"],"ingress":"#);
+        let service = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"x"},"spec":{"clusterIP":"172.20.0.9","ports":[{"port":80}]}}"#;
+        for (backends, passes) in [(r#""192.168.1.2""#, true), (r#""192.168.1.3""#, false), (r#""192.168.1.2","192.168.1.3""#, false)] {
+            let slice = format!(
+                r#"{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"s-1","namespace":"x","labels":{{"kubernetes.io/service-name":"s"}}}},
+                "addressType":"IPv4","endpoints":[{{"addresses":[{backends}]}}],"ports":[{{"port":8080}}]}}"#
+            );
+            engine.set_cluster(&cluster(&[&audited, &isolates, &egress, service, &slice]));
+            let found = image_allows(engine.image(), Slot(1), Direction::Egress, "172.20.0.9".parse().unwrap(), 6, 80);
+            assert_eq!(found, passes, "{backends}");
         }
     }
 
