@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::{ContainerId, PodName};
+use stanchion_core::policy::engine::Missing;
 use stanchion_daemon::netpol::flow_log::{self, FlowLogSettings};
 use stanchion_daemon::netpol::{ActivateError, AttachMode, EnforcingMode, FlowRecord, FlowVerdict};
 use stanchion_ebpf_abi::LAYOUT_VERSION;
@@ -125,7 +126,7 @@ fn a_pod_is_policed_from_its_first_packet() {
         let mut world = World::new(mode);
         // Its agent does not know the cluster yet, and is strict.
         let error = world.activate("x/a").unwrap_err();
-        assert!(matches!(error, ActivateError::NotSynced { .. }), "{error:?}");
+        assert!(matches!(error, ActivateError::NotKnown { missing: Missing::Cluster, .. }), "{error:?}");
         world.apply(&policy("x", "deny-eg", "a", "  policyTypes: [Egress]\n"));
         world.activate("y/a").unwrap();
         let server = world.server("y/a", 81);

@@ -14,6 +14,8 @@ const NODES: &str = "/api/v1/nodes";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies";
 const EARLIER_CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
+const POLICIES: &str = "/apis/networking.k8s.io/v1/networkpolicies";
+const APPLICATION_POLICIES: &str = "/apis/networking.k8s.aws/v1alpha1/applicationnetworkpolicies";
 const AWS_CLUSTER_POLICIES: &str = "/apis/networking.k8s.aws/v1alpha1/clusternetworkpolicies";
 
 fn object(kind: &str, namespace: &str, name: &str, node: &str) -> Value {
@@ -28,9 +30,7 @@ struct World {
 
 async fn world(policy: bool, prepare: impl FnOnce(&FakeKube)) -> World {
     let kube = FakeKube::default();
-    for collection in
-        [PODS, NODES, "/api/v1/configmaps", "/api/v1/namespaces", "/api/v1/services", SLICES, "/apis/networking.k8s.io/v1/networkpolicies"]
-    {
+    for collection in [PODS, NODES, "/api/v1/configmaps", "/api/v1/namespaces", "/api/v1/services", SLICES, POLICIES] {
         kube.serve_collection(collection);
     }
     prepare(&kube);
@@ -147,6 +147,21 @@ async fn cluster_policies_of_both_groups_are_kept_apart_and_nodes_are_read_when_
     until(&world, "all nodes", |s| s.nodes.len() == 2).await;
 }
 
+#[tokio::test]
+async fn application_network_policies_are_read_beside_network_policies() {
+    let policy = |kind: &str, group: &str| json!({"apiVersion": group, "kind": kind, "metadata": {"name": "p", "namespace": "x"}, "spec": {"podSelector": {}}});
+    let world = world(true, |kube| {
+        kube.put(POLICIES, policy("NetworkPolicy", "networking.k8s.io/v1"));
+        kube.put(APPLICATION_POLICIES, policy("ApplicationNetworkPolicy", "networking.k8s.aws/v1alpha1"));
+    })
+    .await;
+    until(&world, "both", |s| s.synced && s.network_policies.len() == 2).await;
+    world.kube.delete(POLICIES, "x/p");
+    until(&world, "AWS's", |s| s.network_policies.keys().map(ToString::to_string).collect::<Vec<_>>() == ["x/networking.k8s.aws/p"]).await;
+    world.kube.delete(APPLICATION_POLICIES, "x/p");
+    until(&world, "none", |s| s.network_policies.is_empty()).await;
+}
+
 /// A server with a CRD from before v1beta1.
 #[tokio::test]
 async fn cluster_policies_are_read_in_the_version_that_is_served() {
@@ -171,6 +186,49 @@ async fn a_forbidden_custom_resource_is_taken_as_empty_and_a_forbidden_pod_list_
     until(&world, "the rest", |s| s.synced).await;
 }
 
+/// Rights are taken and given again while a release is rolled out, and what is between may answer in the server's place: none of
+/// it lifts a policy. That the API server serves the kind no longer does.
+#[tokio::test]
+async fn what_was_read_stays_while_the_server_does_not_give_it() {
+    const NAMESPACES: &str = "/api/v1/namespaces";
+    let policy = json!({"apiVersion": "networking.k8s.aws/v1alpha1", "kind": "ClusterNetworkPolicy", "metadata": {"name": "a"}, "spec": {"tier": "Admin"}});
+    let rules = |more: &str| {
+        let text = format!(
+            "kind: ClusterRole\nmetadata: {{name: r}}\nrules:\n- {{apiGroups: ['', discovery.k8s.io, networking.k8s.io{more}], resources: ['*'], verbs: [list, watch]}}\n"
+        );
+        Rules::of_manifest(&text).unwrap()
+    };
+    let of_aws = "clusternetworkpolicies.networking.k8s.aws";
+    let world = world(true, |kube| {
+        kube.enforce(rules(", networking.k8s.aws"));
+        kube.put(AWS_CLUSTER_POLICIES, policy);
+        kube.put(NAMESPACES, object("Namespace", "", "x", ""));
+    })
+    .await;
+    let is_there = |s: &stanchion_core::cluster::ClusterState| s.cluster_network_policies.len() == 1 && s.namespaces.len() == 1;
+    until(&world, "the start", |s| s.synced && is_there(s) && !s.trouble.contains_key(of_aws)).await;
+    let stays = async |what: &str, said: &[(&str, &str)]| {
+        world.kube.disconnect();
+        until(&world, what, |s| said.iter().all(|(of, text)| s.trouble.get(*of).is_some_and(|t| t.contains(text)))).await;
+        assert!(is_there(&world.cluster.latest()), "{what}: {:?}", world.cluster.latest());
+    };
+    world.kube.enforce(rules(""));
+    stays("without the right", &[(of_aws, "forbidden")]).await;
+    world.kube.enforce(rules(", networking.k8s.aws"));
+    world.kube.disconnect();
+    // The trouble goes with the next change that is seen.
+    let change = json!({"apiVersion": "networking.k8s.aws/v1alpha1", "kind": "ClusterNetworkPolicy", "metadata": {"name": "a"}, "spec": {"tier": "Baseline"}});
+    world.kube.put(AWS_CLUSTER_POLICIES, change);
+    until(&world, "the right again", |s| !s.trouble.contains_key(of_aws)).await;
+    world.kube.outage(Some(404));
+    stays("a load balancer's 404", &[(of_aws, "404"), ("namespaces", "404")]).await;
+    world.kube.outage(None);
+    world.kube.withdraw(AWS_CLUSTER_POLICIES);
+    world.kube.disconnect();
+    until(&world, "the kind is gone", |s| s.cluster_network_policies.is_empty() && !s.trouble.contains_key(of_aws)).await;
+    assert_eq!(world.cluster.latest().namespaces.len(), 1);
+}
+
 #[tokio::test]
 async fn without_policy_only_own_pods_are_asked_for() {
     let world = world(false, |kube| {
@@ -181,6 +239,34 @@ async fn without_policy_only_own_pods_are_asked_for() {
     until(&world, "start", |s| s.synced).await;
     assert_eq!(world.cluster.latest().pods.keys().cloned().collect::<Vec<_>>(), [PodName::new("x", "mine")]);
     assert!(!world.kube.requests().iter().any(|r| r.contains("networkpolicies") || r.contains("/services")));
+}
+
+/// A pod that starts after an outage needs its policies, not only its object: no kind is asked much later than another.
+#[tokio::test]
+async fn after_an_outage_kinds_are_known_again_together() {
+    let world = world(true, |kube| kube.put(PODS, object("Pod", "x", "a", "n1"))).await;
+    until(&world, "start", |s| s.synced && s.stale.is_empty()).await;
+    world.kube.outage(Some(503));
+    world.kube.disconnect();
+    // Pauses have grown to six seconds and more.
+    let asked = || world.kube.requests().iter().filter(|r| r.starts_with("GET /apis/networking.k8s.io/v1/networkpolicies?")).count();
+    let before = asked();
+    stanchion_lab::wait::wait_for("the fifth refusal", Duration::from_secs(60), || {
+        let count = asked() - before;
+        async move {
+            anyhow::ensure!(count >= 5, "{count}");
+            Ok(())
+        }
+    })
+    .await
+    .unwrap();
+    let kinds = world.cluster.latest().stale.clone();
+    assert!(kinds.len() >= 6, "{kinds:?}");
+    world.kube.outage(None);
+    until(&world, "the first", |s| s.stale.len() < kinds.len()).await;
+    let first = std::time::Instant::now();
+    until(&world, "the others", |s| s.stale.is_empty() && s.trouble.is_empty()).await;
+    assert!(first.elapsed() < Duration::from_secs(2), "{:?} after the first", first.elapsed());
 }
 
 /// What is between may end each watch at once: then every node asks ever more slowly, and no change is missed.

@@ -3,7 +3,7 @@
 //! A value of [`ClusterState`] is an immutable snapshot. Two snapshots share every object that did not change, and most of
 //! the maps that lead to it: the next snapshot costs what changed, and so does finding out what did.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use crate::ids::PodName;
@@ -21,8 +21,11 @@ pub type Named<T> = SharedMap<String, Arc<T>>;
 pub struct ClusterState {
     /// Every source was read at least once: absence means absence.
     pub synced: bool,
-    /// What could not be read lately, by resource (`pods`): the reason. What was known of it before stays in the state.
+    /// What could not be read lately, by resource (`pods`, `eniconfigs.crd.k8s.amazonaws.com`): the reason. What was known of it
+    /// before stays in the state.
     pub trouble: BTreeMap<String, String>,
+    /// Kinds that the API server does not give at present: what came since is not known.
+    pub stale: BTreeSet<Kind>,
     /// Namespaces.
     pub namespaces: Named<Namespace>,
     /// Pods, of all nodes where policies need them.
@@ -33,7 +36,7 @@ pub struct ClusterState {
     pub services: Namespaced<Service>,
     /// Backends of services.
     pub endpoint_slices: Namespaced<EndpointSlice>,
-    /// NetworkPolicies.
+    /// NetworkPolicies, and AWS's ApplicationNetworkPolicies, by [`NetworkPolicy::key`].
     pub network_policies: Namespaced<NetworkPolicy>,
     /// ClusterNetworkPolicies of both groups, by [`ClusterNetworkPolicy::key`].
     pub cluster_network_policies: Named<ClusterNetworkPolicy>,
@@ -80,7 +83,7 @@ pub enum Object {
     Service(Service),
     /// discovery.k8s.io/v1
     EndpointSlice(EndpointSlice),
-    /// networking.k8s.io/v1
+    /// networking.k8s.io/v1, or an ApplicationNetworkPolicy of networking.k8s.aws
     NetworkPolicy(NetworkPolicy),
     /// policy.networking.k8s.io or networking.k8s.aws
     ClusterNetworkPolicy(ClusterNetworkPolicy),
@@ -116,7 +119,7 @@ pub enum Kind {
     Service,
     /// discovery.k8s.io/v1
     EndpointSlice,
-    /// networking.k8s.io/v1
+    /// networking.k8s.io/v1, and ApplicationNetworkPolicy of networking.k8s.aws
     NetworkPolicy,
     /// policy.networking.k8s.io or networking.k8s.aws
     ClusterNetworkPolicy,
@@ -156,7 +159,7 @@ impl Object {
             Self::Node(o) => (Kind::Node, &o.metadata),
             Self::Service(o) => (Kind::Service, &o.metadata),
             Self::EndpointSlice(o) => (Kind::EndpointSlice, &o.metadata),
-            Self::NetworkPolicy(o) => (Kind::NetworkPolicy, &o.metadata),
+            Self::NetworkPolicy(o) => return ObjectKey { kind: Kind::NetworkPolicy, name: o.key() },
             Self::ClusterNetworkPolicy(o) => {
                 return ObjectKey { kind: Kind::ClusterNetworkPolicy, name: PodName::new("", o.key()) };
             }
@@ -197,7 +200,7 @@ impl ClusterState {
             Object::Node(o) => put(&mut self.nodes, o.metadata.name.clone(), o),
             Object::Service(o) => put(&mut self.services, full(&o.metadata), o),
             Object::EndpointSlice(o) => put(&mut self.endpoint_slices, full(&o.metadata), o),
-            Object::NetworkPolicy(o) => put(&mut self.network_policies, full(&o.metadata), o),
+            Object::NetworkPolicy(o) => put(&mut self.network_policies, o.key(), o),
             Object::ClusterNetworkPolicy(o) => put(&mut self.cluster_network_policies, o.key(), o),
             Object::PolicyEndpoint(o) => put(&mut self.policy_endpoints, full(&o.metadata), o),
             Object::ClusterPolicyEndpoint(o) => put(&mut self.cluster_policy_endpoints, o.metadata.name.clone(), o),
@@ -258,7 +261,7 @@ impl ClusterState {
     /// The state that consists of just these objects, sharing with `self` every object that is equal in both. Later
     /// objects replace earlier ones of the same kind and name.
     pub fn replaced_by(&self, objects: impl IntoIterator<Item = Object>) -> Self {
-        let mut next = Self { synced: true, trouble: BTreeMap::new(), ..self.clone() };
+        let mut next = Self { synced: true, trouble: BTreeMap::new(), stale: BTreeSet::new(), ..self.clone() };
         let objects: HashMap<ObjectKey, Object> = objects.into_iter().map(|object| (object.key(), object)).collect();
         let gone: Vec<ObjectKey> =
             Kind::ALL.into_iter().flat_map(|kind| self.keys(kind)).filter(|key| !objects.contains_key(key)).collect();

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::cluster::Object;
+use crate::policy::objects::AWS_GROUP;
 
 /// A manifest that cannot be read. The file as a whole is then not applied.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -113,6 +114,7 @@ fn read_document(file: &str, index: usize, document: Value, objects: &mut Vec<Ob
         "NetworkPolicy" if group.starts_with("networking.k8s.io/") || group.is_empty() => {
             Object::NetworkPolicy(reader.read(in_namespace(document))?)
         }
+        "ApplicationNetworkPolicy" if group.starts_with(AWS_GROUP) => Object::NetworkPolicy(reader.read(in_namespace(document))?),
         "ClusterNetworkPolicy" => Object::ClusterNetworkPolicy(reader.read(document)?),
         "PolicyEndpoint" => Object::PolicyEndpoint(reader.read(in_namespace(document))?),
         "ClusterPolicyEndpoint" => Object::ClusterPolicyEndpoint(reader.read(document)?),

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::ids::PodName;
+use crate::policy::objects::AWS_GROUP;
 
 /// Labels or annotations.
 pub type Labels = BTreeMap<String, String>;
@@ -627,12 +628,28 @@ impl LabelSelector {
 
 /// A NetworkPolicy (networking.k8s.io/v1).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 pub struct NetworkPolicy {
+    /// Group and version; tells AWS's kind.
+    pub api_version: String,
     /// Identity; the namespace it speaks for.
     pub metadata: Meta,
     /// What it says.
     pub spec: NetworkPolicySpec,
+}
+
+impl NetworkPolicy {
+    /// Whether it is AWS's kind.
+    pub fn is_aws(&self) -> bool {
+        self.api_version.starts_with(AWS_GROUP)
+    }
+
+    /// A name that is unique over both kinds in the namespace: AWS's carry their group.
+    pub fn key(&self) -> PodName {
+        let Meta { namespace, name, .. } = &self.metadata;
+        let name = if self.is_aws() { format!("{AWS_GROUP}/{name}") } else { name.clone() };
+        PodName::new(namespace.clone(), name)
+    }
 }
 
 /// What a NetworkPolicy says.
@@ -682,8 +699,10 @@ pub struct PolicyPeer {
     pub pod_selector: Option<LabelSelector>,
     /// Namespaces.
     pub namespace_selector: Option<LabelSelector>,
-    /// Addresses; excludes the other two.
+    /// Addresses; excludes the others.
     pub ip_block: Option<IpBlock>,
+    /// DNS names, `*.` in front for any labels before; AWS's kind only, egress only; excludes the others.
+    pub domain_names: Option<Vec<String>>,
 }
 
 /// Addresses of a peer.

@@ -251,7 +251,8 @@ async fn answer(
     }
     let collection = target.collection();
     let Some(objects) = model.collections.get(&collection) else {
-        return status(404, "NotFound", "the server could not find the requested resource");
+        // As a real server answers for a kind that it does not serve: no Status.
+        return (StatusCode::NOT_FOUND, "404 page not found\n").into_response();
     };
     if let Some(key) = target.key() {
         return match objects.get(&key) {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::cluster::ClusterState;
+use crate::cluster::{ClusterState, Kind};
 use crate::ids::PodName;
 use crate::objects::Pod;
 
@@ -22,7 +22,8 @@ use super::order::{Change, image_entries, moved, order};
 use super::subjects::{Stale, Subjects};
 use super::world;
 
-/// Namespace annotation: `"true"` reports what policies would deny in the namespace's pods and denies nothing.
+/// Namespace annotation: `"true"` reports what NetworkPolicies would deny in the namespace's pods and lets it pass. What policies
+/// of the cluster deny is denied: who may annotate a namespace often may not write these.
 pub const AUDIT_ANNOTATION: &str = "policy.stanchion.dev/audit";
 
 /// What to do with a local pod that the cluster snapshot does not have (yet).
@@ -55,6 +56,26 @@ pub struct Settings {
     pub node_name: String,
     /// Pods whose policies cannot be known.
     pub unknown_pod: UnknownPod,
+}
+
+/// What is not known that a pod's policies depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Missing {
+    /// No snapshot was given.
+    #[error("the cluster's policies and pods were not read")]
+    Cluster,
+    /// The snapshot has policies that may concern the pod, but not the pod.
+    #[error("the pod was not seen in the cluster's state")]
+    Pod,
+    /// The snapshot has policies for the cluster, which go by the labels of namespaces, but not the pod's namespace.
+    #[error("the pod's namespace was not seen in the cluster's state")]
+    Namespace,
+    /// Strict mode, and policies that were made lately may be missing from the snapshot.
+    #[error("objects of kind {0:?}, by which policies go, cannot be read from the API server")]
+    Policies(Kind),
+    /// Strict mode, and AWS's controller has not resolved a policy for the pod.
+    #[error("no PolicyEndpoint speaks of the pod: it needs a policy that selects it, and AWS's controller has to resolve that")]
+    Part,
 }
 
 /// A local pod as the datapath attached it.
@@ -170,6 +191,35 @@ impl Engine {
     pub fn knows(&self, pod: &PodName, uid: &str) -> bool {
         let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: Vec::new() };
         self.cluster.as_deref().is_some_and(|cluster| local.object(cluster).is_some())
+    }
+
+    /// Whether the pod's policies can be told: a snapshot is there and has the pod, or has no policy that could concern it.
+    ///
+    /// # Errors
+    /// What is not known yet.
+    pub fn can_judge(&self, pod: &PodName, uid: &str) -> Result<(), Missing> {
+        let Some(cluster) = &self.cluster else { return Err(Missing::Cluster) };
+        let local = LocalPod { name: pod.clone(), uid: uid.to_owned(), addresses: Vec::new() };
+        let object = local.object(cluster);
+        let by_endpoints = self.settings.source == Source::Endpoints;
+        let (clusterwide, namespaced, kinds) = if by_endpoints {
+            let namespaced = cluster.policy_endpoints.keys().any(|part| part.namespace == pod.namespace);
+            (!cluster.cluster_policy_endpoints.is_empty(), namespaced, [Kind::PolicyEndpoint, Kind::ClusterPolicyEndpoint])
+        } else {
+            let namespaced = cluster.network_policies.keys().any(|policy| policy.namespace == pod.namespace);
+            (!cluster.cluster_network_policies.is_empty(), namespaced, [Kind::NetworkPolicy, Kind::ClusterNetworkPolicy])
+        };
+        let is_strict = self.settings.unknown_pod == UnknownPod::Closed;
+        if let Some(kind) = kinds.into_iter().chain([Kind::Namespace]).find(|kind| is_strict && cluster.stale.contains(kind)) {
+            return Err(Missing::Policies(kind));
+        }
+        match object {
+            None if clusterwide || namespaced || (is_strict && by_endpoints) => Err(Missing::Pod),
+            Some(_) if clusterwide && !cluster.namespaces.contains_key(&pod.namespace) => Err(Missing::Namespace),
+            // AWS's strict mode keeps a pod closed until its controller has resolved a policy for it.
+            Some(object) if is_strict && by_endpoints && !self.interned.speaks_of_pod(cluster, object) => Err(Missing::Part),
+            _ => Ok(()),
+        }
     }
 
     /// The cluster has changed (or is known for the first time).
@@ -653,6 +703,131 @@ mod tests {
             engine.add_endpoint(Slot(1), &name, uid, &[own]);
             let passes = image_allows(engine.image(), Slot(1), Direction::Ingress, "192.168.1.3".parse().unwrap(), 6, 80);
             assert_eq!(passes, !is_known, "{uid}");
+        }
+    }
+
+    /// Connections that stand go on: of new ones kube-proxy makes none.
+    #[test]
+    fn a_connection_through_a_service_outlives_the_readiness_of_its_backends() {
+        const EGRESS: &str = r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"p","namespace":"x"},
+            "spec":{"podSelector":{"matchLabels":{"pod":"a"}},"policyTypes":["Egress"],"egress":[{"to":[{"podSelector":{"matchLabels":{"pod":"b"}}}]}]}}"#;
+        const SERVICE: &str = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"x"},"spec":{"clusterIP":"172.20.0.9","ports":[{"port":80}]}}"#;
+        let slice = |conditions: &str| {
+            format!(
+                r#"{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"s-1","namespace":"x","labels":{{"kubernetes.io/service-name":"s"}}}},
+                "addressType":"IPv4","endpoints":[{{"addresses":["192.168.1.2"],"conditions":{{{conditions}}}}}],"ports":[{{"port":8080}}]}}"#
+            )
+        };
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        engine.set_cluster(&cluster(&[CLUSTER, EGRESS, SERVICE, &slice(r#""ready":true"#)]));
+        engine.add_endpoint(Slot(1), &PodName::new("x", "a"), "", &["192.168.1.1".parse().unwrap()]);
+        let passes = |engine: &Engine| image_allows(engine.image(), Slot(1), Direction::Egress, "172.20.0.9".parse().unwrap(), 6, 80);
+        let revision = |engine: &Engine| engine.image().endpoints[&Slot(1)].revision;
+        assert!(passes(&engine));
+        let before = revision(&engine);
+        engine.set_cluster(&cluster(&[CLUSTER, EGRESS, SERVICE, &slice(r#""ready":false,"serving":false"#)]));
+        assert!(passes(&engine) && revision(&engine) == before);
+    }
+
+    /// AWS's controller lists a pod once it has an address, which is after its start.
+    #[test]
+    fn a_pod_that_a_resolved_policy_selects_is_policed_before_it_is_listed() {
+        let part = |kind: &str, metadata: &str, selector: &str| {
+            format!(
+                r#"{{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"{kind}","metadata":{metadata},"spec":{{"policyRef":{{"name":"p"}},{selector},
+                "podSelectorEndpoints":[],"podIsolation":["Ingress"],"tier":"Admin","ingress":[{{"cidr":"192.168.1.3","action":"Deny","ports":[{{"port":81}}]}}]}}}}"#
+            )
+        };
+        let of = |name: &str, from: &str, part: &str| {
+            let mut engine = Engine::new(Settings { node_name: "n1".into(), source: Source::Endpoints, unknown_pod: UnknownPod::Open });
+            engine.set_cluster(&cluster(&[CLUSTER, part]));
+            engine.add_endpoint(Slot(1), &PodName::new("x", name), "", &["192.168.1.9".parse().unwrap()]);
+            image_allows(engine.image(), Slot(1), Direction::Ingress, from.parse().unwrap(), 6, 81)
+        };
+        let namespaced = |selector: &str| part("PolicyEndpoint", r#"{"name":"p-1","namespace":"x"}"#, selector);
+        let by_label = namespaced(r#""podSelector":{"matchLabels":{"pod":"a"}}"#);
+        assert!(!of("a", "192.168.1.2", &by_label) && of("a", "192.168.1.3", &by_label));
+        assert!(of("b", "192.168.1.2", &by_label), "the selector is of others");
+        assert!(!of("b", "192.168.1.2", &namespaced(r#""podSelector":{}"#)), "all pods of the namespace");
+        assert!(of("a", "192.168.1.2", &namespaced(r#""podSelector":null"#)), "no selector");
+        let clusterwide = |subject: &str| part("ClusterPolicyEndpoint", r#"{"name":"p-1"}"#, subject);
+        let by_label = clusterwide(r#""subject":{"pods":{"namespaceSelector":{},"podSelector":{"matchLabels":{"pod":"a"}}}}"#);
+        assert!(!of("a", "192.168.1.3", &by_label) && of("a", "192.168.1.2", &by_label));
+        assert!(of("b", "192.168.1.3", &by_label));
+    }
+
+    /// What AWS's strict mode keeps closed does not start.
+    #[test]
+    fn in_strict_mode_a_pod_that_no_resolved_policy_speaks_of_is_not_judged() {
+        let part = r#"{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"PolicyEndpoint","metadata":{"name":"p-1","namespace":"x"},
+            "spec":{"policyRef":{"name":"p","namespace":"x"},"podIsolation":["Ingress"],"podSelectorEndpoints":[{"name":"a","namespace":"x"}]}}"#;
+        let judged = |name: &str, unknown_pod| {
+            let mut engine = Engine::new(Settings { node_name: "n1".into(), source: Source::Endpoints, unknown_pod });
+            engine.set_cluster(&cluster(&[CLUSTER, part]));
+            engine.can_judge(&PodName::new("x", name), "")
+        };
+        assert_eq!(judged("a", UnknownPod::Closed), Ok(()));
+        assert_eq!(judged("b", UnknownPod::Closed), Err(Missing::Part));
+        assert_eq!(judged("b", UnknownPod::Open), Ok(()));
+    }
+
+    const BY_NAMESPACE: &str = r#"{"apiVersion":"policy.networking.k8s.io/v1beta1","kind":"ClusterNetworkPolicy","metadata":{"name":"c"},
+        "spec":{"tier":"Admin","subject":{"namespaces":{"matchLabels":{"kubernetes.io/metadata.name":"x"}}},
+        "ingress":[{"action":"Deny","from":[{"pods":{"namespaceSelector":{},"podSelector":{"matchLabels":{"pod":"c"}}}}]}]}}"#;
+
+    /// After an outage of the API server kinds come one after the other.
+    #[test]
+    fn a_pod_is_judged_when_what_selects_it_is_known() {
+        let namespace = CLUSTER.lines().find(|line| line.contains(r#""Namespace""#)).unwrap();
+        let without = CLUSTER.replace(namespace, "");
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        let judged = |engine: &mut Engine, cluster: Arc<ClusterState>| {
+            engine.set_cluster(&cluster);
+            engine.can_judge(&PodName::new("x", "a"), "")
+        };
+        assert_eq!(engine.can_judge(&PodName::new("x", "a"), ""), Err(Missing::Cluster));
+        assert_eq!(judged(&mut engine, cluster(&[namespace])), Ok(()), "no policy could concern it");
+        assert_eq!(judged(&mut engine, cluster(&[namespace, POLICY])), Err(Missing::Pod));
+        assert_eq!(judged(&mut engine, cluster(&[&without, POLICY])), Ok(()), "by its namespace's name");
+        assert_eq!(judged(&mut engine, cluster(&[&without, BY_NAMESPACE])), Err(Missing::Namespace));
+        assert_eq!(judged(&mut engine, cluster(&[CLUSTER, BY_NAMESPACE])), Ok(()));
+        for (kind, strict) in
+            [(Kind::NetworkPolicy, Err(Missing::Policies(Kind::NetworkPolicy))), (Kind::PolicyEndpoint, Ok(())), (Kind::Service, Ok(()))]
+        {
+            let stale = Arc::new(ClusterState { stale: [kind].into(), ..(*cluster(&[CLUSTER])).clone() });
+            engine.set_unknown_pod(UnknownPod::Closed);
+            assert_eq!(judged(&mut engine, Arc::clone(&stale)), strict);
+            engine.set_unknown_pod(UnknownPod::Open);
+            assert_eq!(judged(&mut engine, stale), Ok(()), "{kind:?}");
+        }
+    }
+
+    /// Who may annotate a namespace often may not write policies for the cluster.
+    #[test]
+    fn audit_lifts_isolation_and_no_denial_by_a_policy_of_the_cluster() {
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+        let audited = CLUSTER.replace(
+            r#"{"name":"x"}"#,
+            r#"{"name":"x","labels":{"kubernetes.io/metadata.name":"x"},"annotations":{"policy.stanchion.dev/audit":"true"}}"#,
+        );
+        engine.set_cluster(&cluster(&[&audited, POLICY, BY_NAMESPACE]));
+        engine.add_endpoint(Slot(1), &PodName::new("x", "a"), "", &["192.168.1.1".parse().unwrap()]);
+        let from = |peer: &str, port| image_allows(engine.image(), Slot(1), Direction::Ingress, peer.parse().unwrap(), 6, port);
+        assert!(from("192.168.1.2", 80), "allowed");
+        assert!(from("192.168.1.2", 81), "the NetworkPolicy's isolation is only told");
+        assert!(!from("192.168.1.3", 80), "the Admin tier denies");
+        // Behind a service, one backend that only isolation denies and one that the Admin tier does.
+        let egress = BY_NAMESPACE.replace("ingress", "egress").replace("from", "to");
+        let isolates = POLICY.replace(r#""ingress":"#, r#""policyTypes":["Egress"],"ingress":"#);
+        let service = r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"x"},"spec":{"clusterIP":"172.20.0.9","ports":[{"port":80}]}}"#;
+        for (backends, passes) in [(r#""192.168.1.2""#, true), (r#""192.168.1.3""#, false), (r#""192.168.1.2","192.168.1.3""#, false)] {
+            let slice = format!(
+                r#"{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"s-1","namespace":"x","labels":{{"kubernetes.io/service-name":"s"}}}},
+                "addressType":"IPv4","endpoints":[{{"addresses":[{backends}]}}],"ports":[{{"port":8080}}]}}"#
+            );
+            engine.set_cluster(&cluster(&[&audited, &isolates, &egress, service, &slice]));
+            let found = image_allows(engine.image(), Slot(1), Direction::Egress, "172.20.0.9".parse().unwrap(), 6, 80);
+            assert_eq!(found, passes, "{backends}");
         }
     }
 

@@ -23,7 +23,7 @@ pub struct EndpointImage {
     pub egress: Option<u32>,
     /// Grows with every change that can revoke a flow of this pod; flow entries of an older revision are judged anew.
     pub revision: u32,
-    /// Report what would be denied, deny nothing.
+    /// Report what isolation would deny, deny only what a rule denies.
     pub audit: bool,
     /// Its egress rules speak of DNS names: the answers it gets are of interest.
     pub by_name: bool,

@@ -224,11 +224,21 @@ impl Interned {
         self.sets.iter().map(|(key, id)| (*id, of(key))).collect()
     }
 
+    /// Policies that can select the pod.
+    fn near(&self, pod: &Pod) -> impl Iterator<Item = &Version> {
+        let namespaced = self.by_namespace.get(&pod.metadata.namespace).into_iter().flatten().map(|name| &self.network[name]);
+        namespaced.chain(self.cluster.values())
+    }
+
+    /// Whether some policy speaks of the pod.
+    pub(super) fn speaks_of_pod(&self, cluster: &ClusterState, pod: &Pod) -> bool {
+        self.near(pod).any(|version| world::selects(cluster, &version.policy, pod))
+    }
+
     /// The set of the policies that select the pod; `None`: the direction is not judged.
     pub(super) fn set_of(&mut self, cluster: &ClusterState, pod: &Pod, direction: Direction) -> Option<u32> {
-        let namespaced = self.by_namespace.get(&pod.metadata.namespace).into_iter().flatten().map(|name| &self.network[name]);
-        let versions: Vec<(u32, Arc<Policy>)> = namespaced
-            .chain(self.cluster.values())
+        let versions: Vec<(u32, Arc<Policy>)> = self
+            .near(pod)
             .filter(|version| version.policy.rules(direction).is_some() && world::selects(cluster, &version.policy, pod))
             .map(|version| (version.number, Arc::clone(&version.policy)))
             .collect();

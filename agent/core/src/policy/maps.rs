@@ -84,9 +84,11 @@ pub fn image_verdict(image: &MapImage, slot: Slot, direction: Direction, peer: I
     Some(found.unwrap_or(VerdictValue { rule: 0, verdict: verdict::DENY, reserved: [0; 3] }))
 }
 
-/// Whether the packet passes.
+/// Whether the packet passes. Audit lifts isolation; a rule that denies is a cluster policy's, and denies all the same.
 pub fn image_allows(image: &MapImage, slot: Slot, direction: Direction, peer: IpAddr, protocol: u8, port: u16) -> bool {
-    image_verdict(image, slot, direction, peer, protocol, port).is_none_or(|value| value.verdict == verdict::ALLOW)
+    let is_audited = image.endpoints.get(&slot).is_some_and(|endpoint| endpoint.audit);
+    let passes = |value: VerdictValue| value.verdict == verdict::ALLOW || (is_audited && value.rule == 0);
+    image_verdict(image, slot, direction, peer, protocol, port).is_none_or(passes)
 }
 
 /// Longest prefix match in the verdict trie.

@@ -108,8 +108,8 @@ impl Policy {
 pub enum Subject {
     /// Pods by selectors.
     Pods(PodMatch),
-    /// Pods that a controller listed, sorted.
-    Listed(Vec<PodName>),
+    /// Pods that a controller listed, sorted, and those that it will list when they have an address.
+    Listed(Vec<PodName>, Vec<PodMatch>),
 }
 
 /// Pods by namespace and labels.

@@ -4,8 +4,6 @@
 //! Fields whose wrong values the agent must survive (a tier that it does not know, a CIDR that is none) are text here;
 //! `resolve` judges them and says which object, which field and what to write instead.
 
-use std::net::IpAddr;
-
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::objects::{IntOrString, LabelSelector, Meta, Protocol};
@@ -213,12 +211,11 @@ pub struct PolicyEndpointSpec {
     /// The NetworkPolicy.
     pub policy_ref: PolicyRef,
     /// Copied from the policy.
-    #[serde(deserialize_with = "null_default")]
-    pub pod_selector: LabelSelector,
+    pub pod_selector: Option<LabelSelector>,
     /// `Ingress`, `Egress`: which directions of the pods are isolated.
     #[serde(deserialize_with = "null_default")]
     pub pod_isolation: Vec<String>,
-    /// Pods that the policy selects.
+    /// Pods that the policy selects and that have an address.
     #[serde(deserialize_with = "null_default")]
     pub pod_selector_endpoints: Vec<PodEndpoint>,
     /// Resolved ingress peers.
@@ -243,12 +240,6 @@ pub struct PolicyRef {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PodEndpoint {
-    /// The node's address.
-    #[serde(rename = "hostIP")]
-    pub host_ip: Option<IpAddr>,
-    /// The pod's address.
-    #[serde(rename = "podIP")]
-    pub pod_ip: Option<IpAddr>,
     /// The pod's name.
     pub name: String,
     /// The pod's namespace.
@@ -305,7 +296,9 @@ pub struct ClusterPolicyEndpointSpec {
     pub tier: String,
     /// 0 to 1000.
     pub priority: i32,
-    /// Pods that the policy selects.
+    /// Copied from the policy.
+    pub subject: Option<ClusterSubject>,
+    /// Pods that the policy selects and that have an address.
     #[serde(deserialize_with = "null_default")]
     pub pod_selector_endpoints: Vec<PodEndpoint>,
     /// Resolved ingress peers.

@@ -151,8 +151,8 @@ impl Program {
             let backend = signature_of(*identity);
             self.decide_address(&backend.terms, &backend.named).at(service.protocol, *target)
         });
-        // Denials come before permissions in the order of decisions.
-        decisions.min().unwrap_or(Decision::DENY)
+        // Denials before permissions, and those by a rule before isolation, which audit lifts.
+        decisions.min_by_key(|decision| (decision.allow, decision.rule == 0, decision.rule)).unwrap_or(Decision::DENY)
     }
 
     fn decide_address(&self, terms: &[u32], named: &[(u32, Protocol, u16)]) -> PortFunction<Decision> {

@@ -20,6 +20,8 @@ use crate::objects::{IntOrString, IpBlock, LabelSelector, NetworkPolicy, PolicyP
 
 /// Kind of a NetworkPolicy in names and messages.
 pub const NETWORK_POLICY: &str = "NetworkPolicy";
+/// Kind of an ApplicationNetworkPolicy in names and messages.
+pub const APPLICATION_NETWORK_POLICY: &str = "ApplicationNetworkPolicy";
 /// Kind of a ClusterNetworkPolicy in names and messages.
 pub const CLUSTER_NETWORK_POLICY: &str = "ClusterNetworkPolicy";
 /// The same for AWS's kind of that name.
@@ -41,10 +43,11 @@ impl Report<'_> {
     }
 }
 
-/// A NetworkPolicy in the common form. Problems are added to `problems`.
+/// A NetworkPolicy, or AWS's ApplicationNetworkPolicy, in the common form. Problems are added to `problems`.
 pub fn network_policy(object: &NetworkPolicy, problems: &mut Vec<Problem>) -> Policy {
     let namespace = object.metadata.namespace.clone();
-    let name = PolicyName { kind: NETWORK_POLICY, namespace: namespace.clone(), name: object.metadata.name.clone() };
+    let kind = if object.is_aws() { APPLICATION_NETWORK_POLICY } else { NETWORK_POLICY };
+    let name = PolicyName { kind, namespace: namespace.clone(), name: object.metadata.name.clone() };
     let mut report = Report { policy: &name, problems };
     let spec = &object.spec;
     let has_egress = spec.egress.as_ref().is_some_and(|rules| !rules.is_empty());
@@ -85,7 +88,9 @@ fn namespaced_rule(
         Peers::Any
     } else {
         let peers = peers.iter().enumerate();
-        Peers::List(peers.filter_map(|(i, peer)| namespaced_peer(report, namespace, &format!("{field}.{end}[{i}]"), peer)).collect())
+        Peers::List(
+            peers.flat_map(|(i, peer)| namespaced_peer(report, namespace, direction, &format!("{field}.{end}[{i}]"), peer)).collect(),
+        )
     };
     let ports = if ports.is_empty() {
         Ports::Any
@@ -96,8 +101,11 @@ fn namespaced_rule(
     Rule { name: String::new(), index, action: Action::Allow, peers, ports }
 }
 
-fn namespaced_peer(report: &mut Report<'_>, namespace: &str, field: &str, peer: &PolicyPeer) -> Option<Peer> {
-    match (&peer.ip_block, &peer.namespace_selector, &peer.pod_selector) {
+fn namespaced_peer(report: &mut Report<'_>, namespace: &str, direction: Direction, field: &str, peer: &PolicyPeer) -> Vec<Peer> {
+    if let Some(names) = &peer.domain_names {
+        return named_peers(report, direction, field, peer, names);
+    }
+    let resolved = match (&peer.ip_block, &peer.namespace_selector, &peer.pod_selector) {
         (Some(block), None, None) => ip_block(report, field, block),
         (Some(_), _, _) => {
             let problem = "ipBlock together with a selector".to_owned();
@@ -115,7 +123,32 @@ fn namespaced_peer(report: &mut Report<'_>, namespace: &str, field: &str, peer: 
             let pods = pods.clone().unwrap_or_default();
             Some(Peer::Pods(PodMatch { namespaces: NamespaceMatch::Labels(namespaces.clone()), pods }))
         }
+    };
+    resolved.into_iter().collect()
+}
+
+fn named_peers(report: &mut Report<'_>, direction: Direction, field: &str, peer: &PolicyPeer, names: &[String]) -> Vec<Peer> {
+    let wrong = if report.policy.kind != APPLICATION_NETWORK_POLICY || direction == Direction::Ingress {
+        Some("domainNames where it is no field")
+    } else if peer.ip_block.is_some() || peer.namespace_selector.is_some() || peer.pod_selector.is_some() {
+        Some("domainNames together with ipBlock or a selector")
+    } else {
+        names.is_empty().then_some("no peer in it")
+    };
+    if let Some(problem) = wrong {
+        let remedy = "Write domainNames by themselves, as a peer of an egress rule of an ApplicationNetworkPolicy.";
+        report.tell(field.to_owned(), problem.to_owned(), NOTHING, remedy);
+        return Vec::new();
     }
+    let resolve = |(i, text): (usize, &String)| {
+        let pattern = domain(text);
+        if pattern.is_none() {
+            let problem = format!("{text:?} is no DNS name");
+            report.tell(format!("{field}.domainNames[{i}]"), problem, NOTHING, "Write a name such as example.com or *.example.com.");
+        }
+        pattern.map(Peer::Domain)
+    };
+    names.iter().enumerate().filter_map(resolve).collect()
 }
 
 fn ip_block(report: &mut Report<'_>, field: &str, block: &IpBlock) -> Option<Peer> {
@@ -205,6 +238,16 @@ pub(super) fn tier(report: &mut Report<'_>, text: &str) -> Option<Tier> {
 }
 
 fn cluster_subject(report: &mut Report<'_>, subject: &ClusterSubject) -> Option<PodMatch> {
+    let pods = pods_of(subject);
+    if pods.is_none() {
+        let problem = "not exactly one of namespaces and pods".to_owned();
+        report.tell("spec.subject".to_owned(), problem, IGNORED, "Give namespaces or pods.");
+    }
+    pods
+}
+
+/// `None` if it is not exactly one of the two.
+pub(super) fn pods_of(subject: &ClusterSubject) -> Option<PodMatch> {
     match (&subject.namespaces, &subject.pods) {
         (Some(namespaces), None) => {
             Some(PodMatch { namespaces: NamespaceMatch::Labels(namespaces.clone()), pods: LabelSelector::default() })
@@ -213,11 +256,7 @@ fn cluster_subject(report: &mut Report<'_>, subject: &ClusterSubject) -> Option<
             let namespaces = NamespaceMatch::Labels(pods.namespace_selector.clone());
             Some(PodMatch { namespaces, pods: pods.pod_selector.clone() })
         }
-        _ => {
-            let problem = "not exactly one of namespaces and pods".to_owned();
-            report.tell("spec.subject".to_owned(), problem, IGNORED, "Give namespaces or pods.");
-            None
-        }
+        _ => None,
     }
 }
 
@@ -567,6 +606,52 @@ mod tests {
             assert!(judged.problems[0].contains("the policy is not applied"), "{spec}");
             assert!(judged.ingress(80), "{spec}");
         }
+    }
+
+    /// AWS's kind: a NetworkPolicy that may name what it reaches.
+    #[test]
+    fn an_application_network_policy_isolates_and_opens_names() {
+        let of = |spec: &str| {
+            Judged::of(&format!(
+                "{{apiVersion: networking.k8s.aws/v1alpha1, kind: ApplicationNetworkPolicy, metadata: {{name: p, namespace: x}}, spec: {{{spec}}}}}"
+            ))
+        };
+        let isolated = of("podSelector: {}, policyTypes: [Egress]");
+        assert!(!isolated.egress(80) && isolated.ingress(80) && isolated.problems.is_empty(), "{:?}", isolated.problems);
+        let named = of(
+            "podSelector: {}, policyTypes: [Egress], egress: [{to: [{domainNames: ['*.example.com', api.cdn.net]}], ports: [{port: 443}]}, \
+             {to: [{ipBlock: {cidr: 203.0.113.0/24}}], ports: [{port: 81}]}]",
+        );
+        let mut names = Names::default();
+        names.keep("www.example.com", "198.51.100.7".parse().unwrap(), 10).unwrap();
+        names.keep("api.cdn.net", "198.51.100.8".parse().unwrap(), 10).unwrap();
+        let evaluator = Evaluator::new(&named.cluster, Source::Policies, names);
+        let to = |address: &str, port| {
+            evaluator.verdict(&"x/a".parse().unwrap(), &address.parse().unwrap(), 4, PacketProtocol::from_number(6), port).unwrap().allowed
+        };
+        assert!(to("198.51.100.7", 443) && to("198.51.100.8", 443) && to("203.0.113.9", 81));
+        assert!(!to("198.51.100.7", 80) && !to("198.51.100.9", 443) && !to("203.0.113.9", 443));
+        for (rules, field) in [
+            ("egress: [{to: [{domainNames: [exa mple.com]}]}]", "spec.egress[0].to[0].domainNames[0]"),
+            ("egress: [{to: [{domainNames: []}]}]", "spec.egress[0].to[0]"),
+            ("egress: [{to: [{domainNames: [example.com], ipBlock: {cidr: 0.0.0.0/0}}]}]", "spec.egress[0].to[0]"),
+            ("ingress: [{from: [{domainNames: [example.com]}]}]", "spec.ingress[0].from[0]"),
+        ] {
+            let judged = of(&format!("podSelector: {{}}, policyTypes: [Ingress, Egress], {rules}"));
+            judged.tells(field, rules);
+            assert!(!judged.egress(80) && !judged.ingress(80), "{rules}");
+        }
+    }
+
+    /// One name in both groups: two policies.
+    #[test]
+    fn policies_of_two_groups_with_one_name_are_two() {
+        let judged = Judged::of(
+            "{apiVersion: networking.k8s.aws/v1alpha1, kind: ApplicationNetworkPolicy, metadata: {name: p, namespace: x}, spec: {podSelector: {}, \
+             policyTypes: [Egress]}}\n---\n{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: p, namespace: x}, spec: {podSelector: {}, \
+             egress: [{ports: [{port: 81}]}]}}",
+        );
+        assert!(judged.egress(81) && !judged.egress(80) && !judged.ingress(80));
     }
 
     #[test]

@@ -9,12 +9,14 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::model::{Action, Direction, Peer, Peers, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Subject, Tier};
-use super::objects::{ClusterPolicyEndpoint, EndpointPort, EndpointRule, PodEndpoint, PolicyEndpoint};
-use super::resolve::{AWS_CLUSTER_NETWORK_POLICY, NETWORK_POLICY, Report, cidr, domain, tier};
+use super::model::{
+    Action, Direction, NamespaceMatch, Peer, Peers, PodMatch, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Subject, Tier,
+};
+use super::objects::{AWS_GROUP, ClusterPolicyEndpoint, EndpointPort, EndpointRule, PodEndpoint, PolicyEndpoint};
+use super::resolve::{AWS_CLUSTER_NETWORK_POLICY, NETWORK_POLICY, Report, cidr, domain, pods_of, tier};
 use crate::cluster::ClusterState;
 use crate::ids::PodName;
-use crate::objects::IntOrString;
+use crate::objects::{IntOrString, LabelSelector};
 
 /// The NetworkPolicy that an object is a part of.
 pub(super) fn policy_of(object: &PolicyEndpoint) -> PodName {
@@ -83,7 +85,9 @@ pub(super) fn unused(cluster: &ClusterState) -> Vec<Problem> {
         remedy: REMEDY,
     };
     let namespaced = cluster.policy_endpoints.iter().map(|(name, object)| (name, policy_of(object)));
-    let namespaced = namespaced.filter(|(_, policy)| !cluster.network_policies.contains_key(policy));
+    let of_aws = |policy: &PodName| PodName::new(policy.namespace.clone(), format!("{AWS_GROUP}/{}", policy.name));
+    let is_there = |policy: &PodName| [policy.clone(), of_aws(policy)].iter().any(|name| cluster.network_policies.contains_key(name));
+    let namespaced = namespaced.filter(|(_, policy)| !is_there(policy));
     let mut problems: Vec<Problem> =
         namespaced.map(|(name, policy)| problem("PolicyEndpoint", name, format!("NetworkPolicy {policy}"))).collect();
     for (name, object) in &cluster.cluster_policy_endpoints {
@@ -118,7 +122,11 @@ fn network_policy(name: &PodName, parts: &[(&PodName, &PolicyEndpoint)], problem
         |object| &object.spec.egress,
         (unclear && (has_egress || !listed.is_empty())) || listed.contains("Egress"),
     );
-    let subject = subject(parts.iter().flat_map(|(_, object)| &object.spec.pod_selector_endpoints));
+    let selected = |pods: &LabelSelector| PodMatch { namespaces: NamespaceMatch::Name(name.namespace.clone()), pods: pods.clone() };
+    let subject = subject(
+        parts.iter().flat_map(|(_, object)| &object.spec.pod_selector_endpoints),
+        parts.iter().filter_map(|(_, object)| object.spec.pod_selector.as_ref().map(selected)),
+    );
     Policy { name: policy.clone(), tier: Tier::Namespace, priority: 0, subject, ingress, egress }
 }
 
@@ -149,7 +157,10 @@ fn cluster_policy(name: &str, parts: &[(&String, &ClusterPolicyEndpoint)], probl
     };
     let ingress = rules(Direction::Ingress, |object| &object.spec.ingress);
     let egress = rules(Direction::Egress, |object| &object.spec.egress);
-    let subject = subject(parts.iter().flat_map(|(_, object)| &object.spec.pod_selector_endpoints));
+    let subject = subject(
+        parts.iter().flat_map(|(_, object)| &object.spec.pod_selector_endpoints),
+        parts.iter().filter_map(|(_, object)| pods_of(object.spec.subject.as_ref()?)),
+    );
     Some(Policy { name: policy.clone(), tier, priority: first.spec.priority, subject, ingress, egress })
 }
 
@@ -160,11 +171,15 @@ fn closed(index: usize) -> Rule {
     Rule { name: String::new(), index, action: Action::Deny, peers: Peers::Any, ports: Ports::Any }
 }
 
-fn subject<'a>(pods: impl Iterator<Item = &'a PodEndpoint>) -> Subject {
+/// AWS's controller lists a pod when it has an address: one that starts is known by the selectors.
+fn subject<'a>(pods: impl Iterator<Item = &'a PodEndpoint>, selectors: impl Iterator<Item = PodMatch>) -> Subject {
     let mut names: Vec<PodName> = pods.map(|pod| PodName::new(pod.namespace.clone(), pod.name.clone())).collect();
     names.sort_unstable();
     names.dedup();
-    Subject::Listed(names)
+    let mut selectors: Vec<PodMatch> = selectors.collect();
+    selectors.sort_unstable();
+    selectors.dedup();
+    Subject::Listed(names, selectors)
 }
 
 fn endpoint_rule(report: &mut Report<'_>, part: &str, direction: Direction, index: usize, rule: &EndpointRule, action: Action) -> Rule {
@@ -296,6 +311,8 @@ spec:
         let cluster = cluster(&[PODS, PARTS]);
         let of_parts = |from: &str, protocol, port| allowed(&cluster, Source::Endpoints, from, "x/a", protocol, port);
         assert!(of_parts("10.9.9.9", 6, 80));
+        let odd = PARTS.replace("hostIP: 10.0.0.1, podIP: 192.168.1.1", "hostIP: node1, podIP: ''");
+        assert!(!allowed(&self::cluster(&[PODS, &odd]), Source::Endpoints, "10.1.9.9", "x/a", 6, 80), "addresses are not looked at");
         assert!(!of_parts("10.1.9.9", 6, 80), "excepted");
         assert!(!of_parts("10.9.9.9", 6, 81));
         assert!(of_parts("x/b", 17, 1_234) && of_parts("x/b", 6, 91) && !of_parts("x/b", 6, 93));

@@ -32,8 +32,8 @@ pub struct ServicePortBackends {
 pub type Services = BTreeMap<IpAddr, Vec<ServicePortBackends>>;
 
 /// Every service address with its ports and the backends that a client on `node` may be sent to; of a client that is on no
-/// known node, those of any. Headless services have none; a port without backends is nothing that is translated, so its
-/// packets are judged by the address as it is.
+/// known node, those of any. While none takes connections, those that are listed count: open connections go on. Headless
+/// services have none; a port without backends is nothing that is translated, so its packets are judged by the address as it is.
 pub fn service_addresses(cluster: &ClusterState, node: Option<&str>) -> Services {
     let place = node.map(|node| {
         let zone = cluster.nodes.get(node).and_then(|node| node.metadata.labels.get(ZONE_LABEL));
@@ -187,8 +187,8 @@ fn chosen(mut all: Vec<Candidate<'_>>, place: Option<Place<'_>>, reach: Reach) -
     // On its way from slice to slice, or where a pod has another's address anew, a backend is in twice: which of the two
     // kube-proxy takes is not known.
     let is_disputed = all.windows(2).any(|two| two[0].backend == two[1].backend && two[0] != two[1]);
-    all.retain(|candidate| candidate.state != State::Unusable);
-    let taken: Vec<&Candidate<'_>> = match place {
+    let (all, unusable): (Vec<_>, Vec<_>) = all.into_iter().partition(|candidate| candidate.state != State::Unusable);
+    let mut taken: Vec<&Candidate<'_>> = match place {
         _ if is_disputed => all.iter().collect(),
         None if reach != Reach::Cluster => all.iter().collect(),
         _ => {
@@ -201,6 +201,11 @@ fn chosen(mut all: Vec<Candidate<'_>>, place: Option<Place<'_>>, reach: Reach) -
             }
         }
     };
+    // New connections are refused by kube-proxy; those that stand go on to where they went.
+    if taken.is_empty() {
+        let is_near = |candidate: &&Candidate<'_>| reach != Reach::Local || place.is_none_or(|place| candidate.node == Some(place.node));
+        taken = unusable.iter().filter(is_near).collect();
+    }
     let mut backends: Vec<(IpAddr, u16)> = taken.into_iter().map(|candidate| candidate.backend).collect();
     backends.sort_unstable();
     backends.dedup();
@@ -287,7 +292,7 @@ mod tests {
         let leaving_silently = r#"{"addresses":["10.0.0.5"],"conditions":{"ready":false,"terminating":true}}"#;
         assert_eq!(inner("", "n1", &[ready, silent, starting, leaving]), [1, 2]);
         assert_eq!(inner("", "n1", &[starting, leaving, leaving_silently]), [4, 5], "rather a pod on its way out than none");
-        assert!(inner("", "n1", &[starting]).is_empty());
+        assert_eq!(inner("", "n1", &[starting]), [3], "what stands goes on, and kube-proxy refuses what is new");
     }
 
     #[test]
@@ -444,6 +449,9 @@ mod tests {
                 let chosen = choice(release, &all, node, zone, (inner_local, outer_local), side);
                 assert!(chosen.iter().all(|last| found.contains(last)), "seed {seed}: {release:?} chooses {chosen:?}, not {found:?}");
                 any.extend(chosen);
+            }
+            if any.is_empty() {
+                any.extend(0..count as u8);
             }
             any.sort_unstable();
             any.dedup();

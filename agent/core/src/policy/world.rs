@@ -53,7 +53,9 @@ pub fn matches(cluster: &ClusterState, wanted: &PodMatch, pod: &Pod) -> bool {
 pub fn selects(cluster: &ClusterState, policy: &Policy, pod: &Pod) -> bool {
     match &policy.subject {
         Subject::Pods(wanted) => matches(cluster, wanted, pod),
-        Subject::Listed(names) => names.binary_search(&pod.full_name()).is_ok(),
+        Subject::Listed(names, selectors) => {
+            names.binary_search(&pod.full_name()).is_ok() || selectors.iter().any(|wanted| matches(cluster, wanted, pod))
+        }
     }
 }
 

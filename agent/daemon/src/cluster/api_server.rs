@@ -4,14 +4,14 @@
 //! kind whose CRD is not installed counts as read and empty and is looked for again. No list is asked by watch, which
 //! servers may refuse.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use kube::api::ApiResource;
 use stanchion_core::cluster::{ClusterState, Kind, ObjectKey};
 use stanchion_core::objects::{EndpointSlice, EniConfig, Namespace, NetworkPolicy, Node, Pod, Service};
 use stanchion_core::policy::objects::{AWS_GROUP, ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -44,7 +44,7 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
     let own_pods = format!("spec.nodeName={}", scope.node_name);
     // The owner widens this one when a policy speaks of nodes.
     let (nodes, node_selector) = watch::channel(Some(own_node));
-    let mut watches = Watches { clients, updates, shutdown: shutdown.clone(), sources: Vec::new() };
+    let mut watches = Watches { clients, updates, recovered: Arc::default(), shutdown: shutdown.clone(), sources: Vec::new() };
     watches.add::<Node>(Kind::Node, None, resource("", "v1", "Node", "nodes"), node_selector);
     watches.all::<Pod>(Kind::Pod, resource("", "v1", "Pod", "pods"), (!scope.policy).then_some(own_pods));
     if scope.policy {
@@ -55,6 +55,8 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
         let slices = resource("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices");
         watches.all::<EndpointSlice>(Kind::EndpointSlice, slices, None);
         let policies = resource("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies");
+        watches.all::<NetworkPolicy>(Kind::NetworkPolicy, policies, None);
+        let policies = resource(AWS_GROUP, "v1alpha1", "ApplicationNetworkPolicy", "applicationnetworkpolicies");
         watches.all::<NetworkPolicy>(Kind::NetworkPolicy, policies, None);
         let policies = |group, version| resource(group, version, "ClusterNetworkPolicy", "clusternetworkpolicies");
         let [latest, earlier] = ["v1beta1", "v1alpha2"].map(|version| policies("policy.networking.k8s.io", version));
@@ -74,6 +76,7 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
     let owner = Owner {
         unread: (0..watches.sources.len()).collect(),
         sources: watches.sources,
+        failing: BTreeSet::new(),
         state: ClusterState::default(),
         listed: HashMap::new(),
         nodes,
@@ -90,6 +93,7 @@ fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource
 struct Watches {
     clients: Clients,
     updates: mpsc::Sender<(usize, Update)>,
+    recovered: Arc<Notify>,
     shutdown: CancellationToken,
     sources: Vec<Source>,
 }
@@ -118,11 +122,12 @@ impl Watches {
     fn follow<T: Slim>(&mut self, source: Source, selector: watch::Receiver<Option<String>>) {
         let index = self.sources.len();
         self.sources.push(source.clone());
-        let (clients, updates, shutdown) = (self.clients.clone(), self.updates.clone(), self.shutdown.clone());
+        let (clients, updates, recovered, shutdown) =
+            (self.clients.clone(), self.updates.clone(), Arc::clone(&self.recovered), self.shutdown.clone());
         tokio::spawn(async move {
             tokio::select! {
                 () = shutdown.cancelled() => {}
-                () = follow::<T>(index, source, clients, selector, updates) => {}
+                () = follow::<T>(index, source, clients, selector, updates, recovered) => {}
             }
         });
     }
@@ -134,6 +139,8 @@ struct Owner {
     state: ClusterState,
     /// Sources that were never read to the end.
     unread: HashSet<usize>,
+    /// Sources that are not answered at present.
+    failing: BTreeSet<usize>,
     /// What the lists under way have named.
     listed: HashMap<usize, HashSet<ObjectKey>>,
     /// The field selector of nodes.
@@ -156,8 +163,20 @@ impl Owner {
             }
             let mut changed = false;
             for (index, update) in batch.drain(..) {
+                match &update {
+                    Update::Failed(_) => {
+                        self.failing.insert(index);
+                    }
+                    Update::Begin | Update::Listed(_) | Update::Unreadable(..) => {}
+                    Update::Complete | Update::Applied(_) | Update::Deleted(_) | Update::Absent(_) | Update::Well => {
+                        self.failing.remove(&index);
+                    }
+                }
                 changed |= self.take(index, update);
             }
+            let stale = self.failing.iter().map(|index| self.sources[*index].kind).collect();
+            changed |= self.state.stale != stale;
+            self.state.stale = stale;
             let synced = self.unread.is_empty();
             changed |= std::mem::replace(&mut self.state.synced, synced) != synced;
             if changed {
@@ -184,11 +203,11 @@ impl Owner {
                 let gone: Vec<ObjectKey> =
                     self.state.keys(source.kind).into_iter().filter(|key| source.owns(key) && !named.contains(key)).collect();
                 gone.iter().for_each(|key| self.state.remove(key));
-                let mended = self.state.trouble.remove(&source.resource.plural).is_some();
+                let mended = self.state.trouble.remove(&source.name()).is_some();
                 self.unread.remove(&index) || mended || !gone.is_empty()
             }
             Update::Applied(object) => {
-                let mended = self.state.trouble.remove(&source.resource.plural).is_some();
+                let mended = self.state.trouble.remove(&source.name()).is_some();
                 self.state.apply(object) || mended
             }
             Update::Deleted(key) => {
@@ -197,14 +216,14 @@ impl Owner {
             }
             Update::Unreadable(key, problem) => {
                 warn!(kind = ?key.kind, name = %key.name, problem, "this object cannot be read: what was known of it stays");
-                self.state.trouble.insert(source.resource.plural.clone(), format!("{}: {problem}", key.name));
+                self.state.trouble.insert(source.name(), format!("{}: {problem}", key.name));
                 self.listed.entry(index).or_default().insert(key);
                 true
             }
             Update::Absent(trouble) => {
                 match trouble {
-                    Some(trouble) => drop(self.state.trouble.insert(source.resource.plural.clone(), trouble)),
-                    None => drop(self.state.trouble.remove(&source.resource.plural)),
+                    Some(trouble) => drop(self.state.trouble.insert(source.name(), trouble)),
+                    None => drop(self.state.trouble.remove(&source.name())),
                 }
                 if self.unread.remove(&index) {
                     info!(
@@ -217,8 +236,8 @@ impl Owner {
                 gone.iter().for_each(|key| self.state.remove(key));
                 true
             }
-            Update::Well => self.state.trouble.remove(&source.resource.plural).is_some(),
-            Update::Failed(problem) => self.state.trouble.insert(source.resource.plural.clone(), problem.clone()) != Some(problem),
+            Update::Well => self.state.trouble.remove(&source.name()).is_some(),
+            Update::Failed(problem) => self.state.trouble.insert(source.name(), problem.clone()) != Some(problem),
         }
     }
 

@@ -196,11 +196,16 @@ fn build(config: &kube::Config) -> anyhow::Result<Client> {
     let bounded = tower::service_fn(move |request: axum::http::Request<kube::client::Body>| {
         let (client, limits) = (client.clone(), limits.clone());
         async move {
-            limits.admit(request.uri()).await;
-            match tokio::time::timeout(ANSWER_WITHIN, client.request(request)).await {
+            let uri = request.uri().clone();
+            limits.admit(&uri).await;
+            let answer = match tokio::time::timeout(ANSWER_WITHIN, client.request(request)).await {
                 Ok(answer) => answer.map_err(tower::BoxError::from),
                 Err(_) => Err(tower::BoxError::from(format!("no answer within {} s", ANSWER_WITHIN.as_secs()))),
+            };
+            if !answer.as_ref().is_ok_and(|answer| answer.status().is_success()) {
+                limits.refused(&uri);
             }
+            answer
         }
     });
     let service = tower::ServiceBuilder::new()

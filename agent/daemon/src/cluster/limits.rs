@@ -30,7 +30,7 @@ pub(super) struct Limits(Arc<Mutex<State>>);
 impl Limits {
     /// Waits until this request may leave.
     pub(super) async fn admit(&self, uri: &axum::http::Uri) {
-        let watch = uri.query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"));
+        let watch = is_watch(uri);
         let now = Instant::now();
         let wait = {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -41,6 +41,18 @@ impl Limits {
             tokio::time::sleep(wait).await;
         }
     }
+
+    /// This request was refused, or failed: who asks pauses then, and a watch that never stood was not cut.
+    pub(super) fn refused(&self, uri: &axum::http::Uri) {
+        if is_watch(uri) {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).watches.remove(uri.path());
+        }
+    }
+}
+
+/// Whether a request asks for a watch.
+pub(super) fn is_watch(uri: &axum::http::Uri) -> bool {
+    uri.query().is_some_and(|query| query.split('&').any(|pair| pair == "watch=true"))
 }
 
 #[derive(Debug, Default)]
@@ -101,5 +113,15 @@ mod tests {
         assert!(waited > Duration::from_secs(180), "{waited:?}");
         assert!(state.begin("/api/v1/nodes", now).is_zero(), "each watch by itself");
         assert!(state.begin("/api/v1/pods", now + STOOD).is_zero());
+    }
+
+    #[test]
+    fn a_watch_that_was_refused_was_not_cut() {
+        let (limits, now) = (Limits::default(), Instant::now());
+        let uri = "/api/v1/pods?watch=true".parse().unwrap();
+        for _ in 0..20 {
+            assert!(limits.0.lock().unwrap().begin("/api/v1/pods", now).is_zero());
+            limits.refused(&uri);
+        }
     }
 }

@@ -26,7 +26,15 @@ macro_rules! slim {
         }
     )*};
 }
-slim!(Namespace, Pod, Node, Service, EndpointSlice, NetworkPolicy, EniConfig, PolicyEndpoint, ClusterPolicyEndpoint);
+slim!(Namespace, Pod, Node, Service, EndpointSlice, EniConfig, PolicyEndpoint, ClusterPolicyEndpoint);
+
+impl Slim for NetworkPolicy {
+    fn into_object(mut self, api_version: &str) -> Object {
+        // The group tells two kinds apart; the items of a list may leave it out.
+        api_version.clone_into(&mut self.api_version);
+        Object::NetworkPolicy(self)
+    }
+}
 
 impl Slim for ClusterNetworkPolicy {
     fn into_object(mut self, api_version: &str) -> Object {

@@ -102,7 +102,7 @@ pub(super) fn release_status(error: &ReleaseError) -> Status {
 pub(super) fn activate_status(error: &ActivateError) -> Status {
     let text = chain(error);
     match error {
-        ActivateError::Busy | ActivateError::NotSynced { .. } | ActivateError::UnknownPod { .. } => Status::unavailable(text),
+        ActivateError::Busy | ActivateError::NotKnown { .. } => Status::unavailable(text),
         ActivateError::NoSlot { .. } => Status::resource_exhausted(text),
         ActivateError::Maps(_) | ActivateError::Attach(_) | ActivateError::NotDurable { .. } => Status::internal(text),
     }

@@ -149,7 +149,6 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         names_due: None,
         problems: Vec::new(),
         state_dir,
-        source,
         slots,
         isolated,
         behind: None,
@@ -216,7 +215,6 @@ struct Actor {
     /// What is wrong in the policies, as last told.
     problems: Vec<String>,
     state_dir: PathBuf,
-    source: Source,
     slots: Slots,
     /// Endpoints that the kernel polices, so that one that becomes so is noticed.
     isolated: BTreeSet<Slot>,
@@ -312,7 +310,7 @@ impl Actor {
     fn answer(&mut self, message: Message) {
         // A caller that went away needs no answer.
         match message {
-            Message::Activate(request, reply) if !self.can_judge(&request) => {
+            Message::Activate(request, reply) if self.rules.can_judge(&request.pod, &request.pod_uid).is_err() => {
                 self.waiting.push(Waiting { request, reply, since: Instant::now() });
                 self.expire_waiting();
             }
@@ -367,28 +365,11 @@ impl Actor {
             self.ready.send_replace(true);
         }
         let (judged, waiting): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.waiting).into_iter().partition(|waiting| self.can_judge(&waiting.request));
+            std::mem::take(&mut self.waiting).into_iter().partition(|w| self.rules.can_judge(&w.request.pod, &w.request.pod_uid).is_ok());
         self.waiting = waiting;
         for Waiting { request, reply, since } in judged {
             drop(reply.send(self.activate(request, since)));
         }
-    }
-
-    /// Whether the pod's policies can be told: the cluster's state is known and has the pod, or has no policy that could
-    /// concern it.
-    fn can_judge(&self, request: &ActivateRequest) -> bool {
-        let ActivateRequest { pod, pod_uid, .. } = request;
-        let concerned = || match self.source {
-            Source::Policies => {
-                !self.state.cluster_network_policies.is_empty()
-                    || self.state.network_policies.keys().any(|policy| policy.namespace == pod.namespace)
-            }
-            Source::Endpoints => {
-                !self.state.cluster_policy_endpoints.is_empty()
-                    || self.state.policy_endpoints.keys().any(|part| part.namespace == pod.namespace)
-            }
-        };
-        self.synced && (self.rules.knows(pod, pod_uid) || !concerned())
     }
 
     fn expire_waiting(&mut self) {
@@ -396,13 +377,13 @@ impl Actor {
             std::mem::take(&mut self.waiting).into_iter().partition(|waiting| waiting.since.elapsed() >= self.sync_wait);
         self.waiting = waiting;
         for Waiting { request, reply, since } in expired {
-            let result = match self.mode {
-                EnforcingMode::Strict if !self.synced => Err(ActivateError::NotSynced { waited: since.elapsed() }),
-                EnforcingMode::Strict => Err(ActivateError::UnknownPod { waited: since.elapsed() }),
-                EnforcingMode::Standard => {
-                    warn!(pod = %request.pod, synced = self.synced, "starts without policy: the cluster's state does not have it yet, and the enforcing mode is standard");
+            let result = match self.rules.can_judge(&request.pod, &request.pod_uid) {
+                Err(missing) if self.mode == EnforcingMode::Strict => Err(ActivateError::NotKnown { missing, waited: since.elapsed() }),
+                Err(missing) => {
+                    warn!(pod = %request.pod, %missing, "starts before all of its policies are known, as the enforcing mode is standard");
                     self.activate(request, since)
                 }
+                Ok(()) => self.activate(request, since),
             };
             drop(reply.send(result));
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use stanchion_core::ids::{ContainerId, PodName};
+use stanchion_core::policy::engine::Missing;
 use stanchion_core::policy::image::MapError;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
@@ -66,15 +67,11 @@ pub enum ActivateError {
     /// Not even queued, or the actor is gone.
     #[error("network policy is busy or stopping; try again")]
     Busy,
-    /// Strict mode, and the cluster's state is not known yet.
-    #[error("the cluster's policies and pods were not read within {} s, and NETWORK_POLICY_ENFORCING_MODE is strict", waited.as_secs())]
-    NotSynced {
-        /// How long the request waited.
-        waited: Duration,
-    },
-    /// Strict mode, and the cluster's state has policies that may concern the pod, but not the pod.
-    #[error("the pod was not seen in the cluster's state within {} s, and NETWORK_POLICY_ENFORCING_MODE is strict", waited.as_secs())]
-    UnknownPod {
+    /// Strict mode, and something that the pod's policies depend on is not known.
+    #[error("{missing}; waited {} s, as NETWORK_POLICY_ENFORCING_MODE is strict", waited.as_secs())]
+    NotKnown {
+        /// What.
+        missing: Missing,
         /// How long the request waited.
         waited: Duration,
     },

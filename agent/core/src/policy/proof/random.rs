@@ -433,6 +433,10 @@ pub(super) fn part(rng: &mut Rng, (clusterwide, policy, part): (bool, usize, usi
     let namespaces: &[&str] = if clusterwide { &NAMESPACES } else { &["x"] };
     let listed: Vec<Value> = (0..rng.below(4)).map(|_| json!({"name": rng.pick(&PODS), "namespace": rng.pick(namespaces)})).collect();
     spec["podSelectorEndpoints"] = json!(listed);
+    if rng.chance(40) {
+        let (field, selected) = if clusterwide { ("subject", cluster_subject(rng)) } else { ("podSelector", pods(rng)) };
+        spec[field] = selected;
+    }
     for direction in ["ingress", "egress"] {
         let rules: Vec<Value> = (0..rng.below(3)).map(|_| part_rule(rng, clusterwide)).collect();
         spec[direction] = json!(rules);
