@@ -516,7 +516,7 @@ async fn start_network(
     tasks.push(("addresses", task));
     if let Some(netpol) = &netpol {
         if config.network.policy_source == Source::Policies {
-            tokio::spawn(shutdown.clone().run_until_cancelled_owned(tell_of_policies_new_in_force(cluster.watch())));
+            tokio::spawn(CancellationToken::clone(shutdown).run_until_cancelled_owned(tell_of_policies_new_in_force(cluster.watch())));
         }
         let adoption = cni::spawn_adoption(AdoptParts {
             ipam: ipam.clone(),
