@@ -81,8 +81,13 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Args::command().debug_assert();
-        for line in ["plan pool --instance-type m5.large --pods 3 -o json", "status -o json", "policy show -o table", "agent --node-name n"]
-        {
+        for line in [
+            "plan pool --instance-type m5.large --pods 3 -o json",
+            "status -o json",
+            "policy show -o table",
+            "agent --node-name n",
+            "migrate aws-node -",
+        ] {
             let words = std::iter::once("stanchion").chain(line.split(' '));
             assert!(Args::try_parse_from(words).is_ok(), "{line}");
         }

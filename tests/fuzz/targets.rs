@@ -9,7 +9,7 @@ use stanchion_core::cni::args::Invocation;
 use stanchion_core::cni::config::NetConf;
 use stanchion_core::cni::result::PrevResult;
 use stanchion_core::cni::spool::Spooled;
-use stanchion_core::config::Config;
+use stanchion_core::config::{Config, aws_node};
 use stanchion_core::ids::PodName;
 use stanchion_core::ipam::{Checkpoint, CoolingFile};
 use stanchion_core::logs::batch::MAX_MESSAGE_BYTES;
@@ -40,7 +40,8 @@ use stanchion_proto::frame::{self, HEADER, MAX_FRAME, Method};
 pub type Target = fn(&[u8]);
 
 /// The targets by name; each has a directory of that name in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 22] = [
+pub const TARGETS: [(&str, Target); 23] = [
+    ("aws_node", aws_node_daemon_set),
     ("checkpoint", checkpoint),
     ("cni_environment", cni_environment),
     ("cni_frames", cni_frames),
@@ -356,6 +357,16 @@ pub fn kernel_text(bytes: &[u8]) {
     }
     for name in text.lines() {
         let _ = (cgroup::is_kubepods_root(name), cgroup::classify(name), Path::new(&cgroup::pod_uid(name)));
+    }
+}
+
+/// What kubectl prints of aws-node: the migration prints values that Helm reads as they are meant.
+pub fn aws_node_daemon_set(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(migration) = aws_node::migrate(text) {
+        let yaml = migration.to_yaml();
+        let values: serde_json::Value = serde_saphyr::from_str(&yaml).unwrap_or_else(|error| panic!("{error}:\n{yaml}"));
+        assert_eq!(values["env"], serde_json::json!(migration.env), "{yaml}");
     }
 }
 

@@ -45,3 +45,4 @@ pub mod objects;
 pub mod policy;
 pub mod scrub;
 pub mod shared_map;
+mod yaml;

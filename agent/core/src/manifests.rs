@@ -55,9 +55,22 @@ struct ConfigMap {
 /// # Errors
 /// The first thing that cannot be read, naming file, object and field.
 pub fn parse(file: &str, text: &str) -> Result<Vec<Object>, ManifestError> {
+    let found = objects(text).map_err(|message| ManifestError::Syntax { file: file.to_owned(), message })?;
+    let mut objects = Vec::new();
+    for (index, object) in found {
+        objects.extend(read_object(file, index, object)?);
+    }
+    Ok(objects)
+}
+
+/// Every object, those of lists one by one, each with the number of its document, counted from 1.
+///
+/// # Errors
+/// Where and why the text is neither YAML nor JSON.
+pub(crate) fn objects(text: &str) -> Result<Vec<(usize, Value)>, String> {
     let documents: Vec<Value> = if text.trim_start().starts_with(['{', '[']) {
-        let syntax = |e: serde_json::Error| ManifestError::Syntax { file: file.to_owned(), message: e.to_string() };
-        serde_json::Deserializer::from_str(text).into_iter::<Value>().collect::<Result<_, _>>().map_err(syntax)?
+        let documents = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+        documents.collect::<Result<_, _>>().map_err(|error| error.to_string())?
     } else {
         // A cluster's state is larger than what the parser takes for an attack by default; anchors stay bounded.
         let budget = serde_saphyr::budget! {
@@ -68,39 +81,41 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<Object>, ManifestError> {
         };
         // As kubectl reads: `y` and `on` are names, not booleans.
         let options = serde_saphyr::options! { budget: budget, strict_booleans: true };
-        serde_saphyr::from_multiple_with_options(text, options)
-            .map_err(|e| ManifestError::Syntax { file: file.to_owned(), message: e.to_string() })?
+        serde_saphyr::from_multiple_with_options(text, options).map_err(|error| error.to_string())?
     };
     let mut objects = Vec::new();
     for (index, document) in documents.into_iter().enumerate() {
-        read_document(file, index + 1, document, &mut objects)?;
+        unlist(index + 1, document, &mut objects);
     }
     Ok(objects)
 }
 
-fn read_document(file: &str, index: usize, document: Value, objects: &mut Vec<Object>) -> Result<(), ManifestError> {
+fn unlist(index: usize, mut document: Value, objects: &mut Vec<(usize, Value)>) {
     if document.is_null() {
-        return Ok(());
+        return;
     }
+    let text = |name: &str| document.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (kind, group) = (text("kind"), text("apiVersion"));
+    let Some(Value::Array(items)) = document.get_mut("items").filter(|_| kind.ends_with("List")) else {
+        return objects.push((index, document));
+    };
+    // The items of a typed list leave out their kind.
+    let item_kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty());
+    for mut item in std::mem::take(items) {
+        if let (Some(kind), Value::Object(fields)) = (item_kind, &mut item)
+            && !fields.contains_key("kind")
+        {
+            fields.insert("kind".to_owned(), Value::String(kind.to_owned()));
+            fields.insert("apiVersion".to_owned(), Value::String(group.clone()));
+        }
+        unlist(index, item, objects);
+    }
+}
+
+fn read_object(file: &str, index: usize, document: Value) -> Result<Option<Object>, ManifestError> {
     let no_object = || ManifestError::NoObject { file: file.to_owned(), index };
     let kind = document.get("kind").and_then(Value::as_str).ok_or_else(no_object)?.to_owned();
     let group = document.get("apiVersion").and_then(Value::as_str).unwrap_or_default().to_owned();
-    if kind.ends_with("List") && document.get("items").is_some_and(Value::is_array) {
-        let Value::Object(mut list) = document else { return Err(no_object()) };
-        let Some(Value::Array(items)) = list.remove("items") else { return Err(no_object()) };
-        // The items of a typed list leave out their kind.
-        let item_kind = kind.strip_suffix("List").filter(|k| !k.is_empty()).map(str::to_owned);
-        for mut item in items {
-            if let (Some(kind), Value::Object(fields)) = (&item_kind, &mut item)
-                && !fields.contains_key("kind")
-            {
-                fields.insert("kind".to_owned(), Value::String(kind.clone()));
-                fields.insert("apiVersion".to_owned(), Value::String(group.clone()));
-            }
-            read_document(file, index, item, objects)?;
-        }
-        return Ok(());
-    }
     let name = document.pointer("/metadata/name").and_then(Value::as_str).ok_or_else(no_object)?.to_owned();
     let namespace = document.pointer("/metadata/namespace").and_then(Value::as_str).unwrap_or_default().to_owned();
     let reader = Reader { file, kind: &kind, name: &name };
@@ -122,10 +137,9 @@ fn read_document(file: &str, index: usize, document: Value, objects: &mut Vec<Ob
         "ConfigMap" if name == "amazon-vpc-cni" && namespace == "kube-system" => {
             Object::VpcCniConfig(reader.read::<ConfigMap>(document)?.data.unwrap_or_default())
         }
-        _ => return Ok(()),
+        _ => return Ok(None),
     };
-    objects.push(object);
-    Ok(())
+    Ok(Some(object))
 }
 
 /// Fills in the namespace that kubectl would use.

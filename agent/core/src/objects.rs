@@ -15,7 +15,7 @@ use crate::policy::objects::AWS_GROUP;
 pub type Labels = BTreeMap<String, String>;
 
 /// Reads `null` as the type's default: kubectl and Go write both absent and null for an empty list.
-fn null_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+pub(crate) fn null_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 

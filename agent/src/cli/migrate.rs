@@ -1,10 +1,11 @@
-//! `stanchion migrate fluent-bit`: a Fluent Bit configuration as ours.
+//! `stanchion migrate`: a Fluent Bit configuration as ours, the DaemonSet aws-node as values of our chart.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
+use stanchion_core::config::aws_node;
 use stanchion_core::logs::fluentbit::{migrate, sections};
 use stanchion_core::logs::names::glob;
 
@@ -22,15 +23,43 @@ enum From {
         /// The main file
         conf: PathBuf,
     },
+    /// The DaemonSet aws-node, as values of the chart: what `kubectl -n kube-system get daemonset aws-node -o yaml` prints
+    AwsNode {
+        /// YAML or JSON, alone or in a list; - is standard input
+        file: PathBuf,
+    },
 }
 
 pub(crate) fn run(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
-    let From::FluentBit { conf } = &args.from;
+    match &args.from {
+        From::FluentBit { conf } => fluent_bit(conf),
+        From::AwsNode { file } => daemon_set(file),
+    }
+}
+
+fn fluent_bit(conf: &Path) -> anyhow::Result<ExitCode> {
     let text = std::fs::read_to_string(conf).with_context(|| format!("cannot read {}", conf.display()))?;
     let dir = conf.parent().unwrap_or(Path::new("."));
     let found = sections(&text, &|name| included(dir, name)).with_context(|| conf.display().to_string())?;
     print!("{}", migrate(&found).to_yaml());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Fails when the agent would refuse the values, after it has printed them.
+fn daemon_set(file: &Path) -> anyhow::Result<ExitCode> {
+    let (text, name) = if file == Path::new("-") {
+        (std::io::read_to_string(std::io::stdin()), "standard input".to_owned())
+    } else {
+        (std::fs::read_to_string(file), file.display().to_string())
+    };
+    let text = text.with_context(|| format!("cannot read {name}"))?;
+    let migration = aws_node::migrate(&text).context(name)?;
+    print!("{}", migration.to_yaml());
+    // The values are most often on their way into a file.
+    for error in &migration.errors {
+        eprintln!("stanchion: the agent would not start with {error}");
+    }
+    Ok(if migration.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Texts of the files that the name, which may be a glob in its last part, stands for; relative to the main file.

@@ -4,6 +4,7 @@
 //! them in one go; each value keeps its origin for `stanchion config` and `/v1/ipamd-env-settings`.
 //! Names and defaults: aws/amazon-vpc-cni-k8s v1.23.1, README and `cmd/aws-vpc-cni/main.go`.
 
+pub mod aws_node;
 mod go;
 mod read;
 mod reader;

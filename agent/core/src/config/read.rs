@@ -183,7 +183,7 @@ const FAMILIES: [&str; 13] = [
 const ELSEWHERE: [&str; 1] = ["STANCHION_SOCKET"];
 
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
-const MEANINGLESS: [(&str, &str); 11] = [
+pub(super) const MEANINGLESS: [(&str, &str); 11] = [
     ("ENABLE_NFTABLES", "nftables is always used"),
     ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "deprecated upstream as well"),
     ("AWS_VPC_K8S_CNI_LOG_FILE", "the agent logs to stderr; the runtime keeps it"),

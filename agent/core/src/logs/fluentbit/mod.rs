@@ -18,6 +18,7 @@ use super::config::{Begin, GroupClass, HostEntry, JournalEntry, LogFile, ParserE
 use super::names::glob;
 use super::record::{Layout, Merge};
 use super::settings::FLUENT_BIT_STATE;
+use crate::yaml::{comment, printable};
 use templates::Names;
 
 /// What became of the configuration.
@@ -61,13 +62,6 @@ impl Migration {
     }
 }
 
-/// One line, whatever the configuration had in it.
-fn comment(out: &mut String, text: &str) {
-    out.push_str("# ");
-    out.extend(text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }));
-    out.push('\n');
-}
-
 fn yaml(out: &mut String, name: &str, value: &Value) {
     match value {
         Value::Array(items) if items.iter().any(Value::is_object) => {
@@ -76,18 +70,6 @@ fn yaml(out: &mut String, name: &str, value: &Value) {
         }
         value => out.push_str(&format!("{name}: {}\n", printable(value))),
     }
-}
-
-/// A value as JSON that is YAML too: JSON lets characters stand that YAML 1.2 (section 5.1) wants escaped.
-fn printable(value: &Value) -> String {
-    let mut out = String::new();
-    for c in value.to_string().chars() {
-        match c {
-            '\u{7f}'..='\u{9f}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}' => out.push_str(&format!("\\u{:04x}", u32::from(c))),
-            c => out.push(c),
-        }
-    }
-    out
 }
 
 /// Translates sections.
