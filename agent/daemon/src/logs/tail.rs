@@ -20,11 +20,11 @@ use stanchion_core::logs::positions::{Position, Positions};
 use stanchion_core::logs::quota::Quotas;
 use stanchion_core::logs::settings::{LogSettings, ReadFrom};
 
-use super::container::{Container, Context};
+use super::container::{Behind, Container, Context};
 use super::counters::LogCounters;
 use super::inherit::Inherited;
 use super::source::Decoders;
-use super::streams::{FileId, Sealed, StreamId, Streams};
+use super::streams::{FileId, Sealed, Streams};
 use super::watches::Watches;
 use reading::Found;
 
@@ -161,7 +161,6 @@ impl Tailer {
             }
         };
         let settings = &parts.settings;
-        // Half of the memory for what is being filled: the other half is on its way.
         let streams = Streams::new(settings);
         let quotas = Quotas::new(settings.quotas.clone());
         Self {
@@ -358,12 +357,7 @@ impl Tailer {
     }
 
     fn has_room(&self, container: &Container) -> bool {
-        container
-            .streams
-            .into_iter()
-            .flatten()
-            .filter_map(|id| self.streams.get(id))
-            .all(|stream| stream.in_flight < self.parts.settings.stream_bytes)
+        container.streams.into_iter().flatten().all(|id| self.streams.has_room(id))
     }
 
     fn context(&mut self, now: Now) -> Context<'_> {
@@ -408,21 +402,23 @@ impl Tailer {
                 continue;
             };
             generation.ledger.release(id);
-            generation.behind_since_ms = (generation.ledger.safe() < generation.offset).then_some(now.mono);
+            generation.behind = Behind::after(generation.behind, generation.ledger.safe(), generation.offset, now.mono);
             self.positions_dirty = true;
             if generation.finished {
                 // Perhaps its container's last.
                 self.schedule(container, now.mono);
             }
         }
-        for id in std::mem::take(&mut self.blocked) {
-            self.schedule(id, now.mono);
-        }
+        let blocked = std::mem::take(&mut self.blocked);
+        let (with_room, without): (BTreeSet<_>, _) =
+            blocked.into_iter().partition(|id| self.containers.get(id).is_none_or(|container| self.has_room(container)));
+        self.blocked = without;
+        with_room.into_iter().for_each(|id| self.schedule(id, now.mono));
     }
 
     /// A batch is being tried again.
-    pub fn note_error(&mut self, stream: StreamId, error: String) {
-        self.streams.note_error(stream, error);
+    pub fn note_error(&mut self, id: BatchId, error: String) {
+        self.streams.note_error(id, error);
     }
 
     /// Totals, also for the shipper to add to.
@@ -437,7 +433,7 @@ impl Tailer {
 
     /// Memory is full of unacknowledged batches.
     pub fn is_full(&self) -> bool {
-        self.streams.bytes() >= self.parts.settings.memory_bytes
+        self.streams.is_full()
     }
 
     /// The directory that is watched.

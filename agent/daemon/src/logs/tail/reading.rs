@@ -4,7 +4,7 @@ use std::io;
 
 use tracing::warn;
 
-use super::super::container::Container;
+use super::super::container::{Behind, Container};
 use super::super::source::Source;
 use super::{Drain, Now, ROTATE_WAIT_MS, Tailer};
 
@@ -85,7 +85,9 @@ impl Tailer {
         self.positions_dirty |= generation.ledger.safe() != safe;
         generation.last_error = None;
         if used > 0 {
-            generation.behind_since_ms.get_or_insert(now.mono);
+            // Behind a full block there is more.
+            let until = if full { size.max(generation.offset) } else { generation.offset };
+            generation.behind = Some(Behind::since(generation.behind, until, now.mono));
             return Ok(if plain && newest && !full { Found::Rest } else { Found::Block });
         }
         let waited = generation.rotated_ms.is_some_and(|since| self.single_pass || now.mono - since >= ROTATE_WAIT_MS);

@@ -9,7 +9,7 @@ use stanchion_core::logs::record::RecordWriter;
 use stanchion_core::logs::settings::ReadFrom;
 use tracing::{info, warn};
 
-use super::super::container::Container;
+use super::super::container::{Behind, Container};
 use super::super::discover::{self, Found, Siblings, Unread};
 use super::super::follow::{follow, open_generations};
 use super::{METADATA_WAIT_MS, Now, ROTATE_WAIT_MS, Tailer};
@@ -51,6 +51,7 @@ impl Tailer {
         for id in ids {
             self.check_gone(id, now);
         }
+        self.note_waiting(now);
         self.evict(now);
         Ok(())
     }
@@ -148,6 +149,23 @@ impl Tailer {
                 generation.rotated_ms = Some(now.mono);
             }
             self.schedule(id, now.mono);
+        }
+    }
+
+    /// Files that are not looked at, because there is no room for what they have: since when they wait.
+    fn note_waiting(&mut self, now: Now) {
+        let full = self.is_full();
+        for (id, container) in &mut self.containers {
+            if !full && !self.blocked.contains(id) {
+                continue;
+            }
+            for generation in container.generations.iter_mut().filter(|generation| !generation.finished) {
+                if let Ok(size) = generation.source.size()
+                    && size > generation.offset
+                {
+                    generation.behind = Some(Behind::since(generation.behind, size, now.mono));
+                }
+            }
         }
     }
 
