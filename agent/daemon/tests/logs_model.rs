@@ -369,6 +369,36 @@ fn a_new_file_with_the_old_inode_number_is_read_from_its_beginning() {
 }
 
 #[test]
+fn a_reboot_that_numbers_devices_anew_sends_nothing_twice() {
+    let mut world = World::new();
+    world.tailer.scan(world.now()).unwrap();
+    for _ in 0..3 {
+        world.writer.lines(20);
+        world.finish();
+        world.writer.rotate(0);
+    }
+    world.writer.lines(20);
+    world.finish();
+    let reboot = |world: &mut World| {
+        let mut positions = world.tailer.positions();
+        positions.files.iter_mut().for_each(|position| position.dev ^= 0x100);
+        world.saved = Some(positions.to_json());
+        world.run(&Step::Kill { taken: false });
+    };
+    reboot(&mut world);
+    world.writer.lines(5);
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+    assert!(world.taken.values().all(|times| *times == 1), "{:?}", world.taken);
+    // Another file that has the inode number is not taken for it.
+    world.writer.file.set_len(0).unwrap();
+    reboot(&mut world);
+    world.writer.lines(40);
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+}
+
+#[test]
 fn deleted_files_beyond_the_disk_budget_are_given_up_and_counted() {
     let root = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(root.path());

@@ -26,25 +26,22 @@ pub(super) fn open_generations(
         match if rotated.gz { Source::open_gz(&path) } else { Source::open(&path) } {
             // The node's own files are renamed in many ways: only what was read before is known to be older.
             Ok(source) if container.host.is_some() && !is_remembered(&source, positions)? => {}
-            Ok(source) => family.push((source, true, rotated.gz)),
+            Ok(source) => family.push((source, true)),
             // Compressed or deleted since the listing; its bytes may be gone, or in the next sweep's listing.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) if is_want_of_room(&error) => return Err(error),
             Err(error) => drop(unread.insert(path, error)),
         }
     }
-    family.push((Source::open(&container.live)?, false, false));
+    family.push((Source::open(&container.live)?, false));
     let tail_only = positions.is_empty() && begin == ReadFrom::Tail;
     let mut open = Vec::new();
     let mut matched = BTreeSet::new();
     let mut first_match = None;
-    for (index, (source, rotated, gz)) in family.into_iter().enumerate() {
-        let identity = source.identity()?;
+    for (index, (source, rotated)) in family.into_iter().enumerate() {
         let mut found = None;
         for (number, position) in positions.iter().enumerate() {
-            let same_file = gz || (position.dev, position.inode) == identity;
-            // An empty fingerprint fits every file, and the inode may have been given to another: it says nothing.
-            if same_file && position.fingerprint.len > 0 && source.begins_with(position.fingerprint)? {
+            if source.is_at(position)? {
                 found = Some(position.offset);
                 matched.insert(number);
                 first_match.get_or_insert((index, number));
@@ -131,5 +128,11 @@ fn is_compressed_form(container: &mut Container, compressed: &Source) -> io::Res
 
 fn is_remembered(source: &Source, positions: &[Position]) -> io::Result<bool> {
     let identity = source.identity()?;
-    Ok(positions.iter().any(|position| (position.dev, position.inode) == identity))
+    for position in positions {
+        // What was empty when it was remembered has no fingerprint.
+        if (position.dev, position.inode) == identity || source.is_at(position)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
