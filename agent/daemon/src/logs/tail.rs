@@ -18,10 +18,11 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::logs::ledger::BatchId;
 use stanchion_core::logs::positions::{Position, Positions};
 use stanchion_core::logs::quota::Quotas;
-use stanchion_core::logs::settings::{LogSettings, ReadFrom};
+use stanchion_core::logs::settings::{HostFiles, LogSettings, ReadFrom};
 
 use super::container::{Behind, Container, Context};
 use super::counters::LogCounters;
+use super::discover;
 use super::inherit::Inherited;
 use super::source::Decoders;
 use super::streams::{FileId, Sealed, Streams};
@@ -116,10 +117,12 @@ pub struct Tailer {
     restored: HashMap<PathBuf, Vec<Position>>,
     /// Until a sweep has opened all that there was.
     inherited: Option<Inherited>,
-    /// How files without position are begun: [`ReadFrom::Tail`] only in the first scan of a fresh agent.
+    /// How files without position are begun: [`ReadFrom::Tail`] only in the first scan of a fresh agent, or of what it is asked for anew.
     begin: ReadFrom,
-    /// The agent never ran here, and nothing was looked at yet.
-    fresh: bool,
+    /// Nothing was looked at yet, and the journal was never read here.
+    journal_is_new: bool,
+    /// The same of files of the node: which entries of the settings.
+    new_hosts: BTreeSet<usize>,
     block: Vec<u8>,
     held_bytes: u64,
     positions_dirty: bool,
@@ -144,7 +147,12 @@ impl Tailer {
     /// A tailer that has not looked at anything yet.
     pub fn new(parts: TailerParts, restored: Restored) -> Self {
         let mut by_path: HashMap<PathBuf, Vec<Position>> = HashMap::new();
-        let fresh = matches!(restored, Restored::Fresh | Restored::Inherited(_));
+        let journal_is_new = match &restored {
+            Restored::Fresh | Restored::Inherited(_) => true,
+            Restored::Unusable => false,
+            Restored::Positions(positions) => !positions.files.iter().any(journal::is_position),
+        };
+        let mut new_hosts = BTreeSet::new();
         let mut inherited = None;
         let begin = match restored {
             Restored::Fresh => parts.settings.read_from,
@@ -154,6 +162,9 @@ impl Tailer {
             }
             Restored::Unusable => ReadFrom::Head,
             Restored::Positions(positions) => {
+                let is_new = |entry: &HostFiles| !positions.files.iter().any(|position| discover::is_of_entry(entry, &position.path));
+                let hosts = parts.settings.host_files.iter().enumerate();
+                new_hosts = hosts.filter(|(_, entry)| is_new(entry)).map(|(index, _)| index).collect();
                 for position in positions.files {
                     by_path.entry(PathBuf::from(&position.path)).or_default().push(position);
                 }
@@ -175,7 +186,8 @@ impl Tailer {
             restored: by_path,
             inherited,
             begin,
-            fresh,
+            journal_is_new,
+            new_hosts,
             block: vec![0; BLOCK],
             held_bytes: 0,
             positions_dirty: false,

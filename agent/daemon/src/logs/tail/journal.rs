@@ -21,6 +21,8 @@ use super::super::counters::FileStatus;
 use super::super::streams::StreamId;
 use super::{Now, Tailer};
 
+/// What names of positions begin with.
+const NAME: &str = "journal:";
 /// How often the files are looked at; in milliseconds.
 const LOOK_MS: i64 = 1000;
 /// Entries of one file in one turn, so that container logs have theirs.
@@ -56,7 +58,12 @@ fn bytes_of(file: &File) -> impl ReadAt + '_ {
 
 /// The name of a journal file's position: its id, as its path changes.
 fn position_name(header: &Header) -> String {
-    format!("journal:{}", header.id())
+    format!("{NAME}{}", header.id())
+}
+
+/// The position is that of a journal file.
+pub(super) fn is_position(position: &Position) -> bool {
+    position.path.starts_with(NAME)
 }
 
 /// Journal files in the directory and in its directories of machines. `~` ends the names of files that a crash left.
@@ -108,7 +115,7 @@ impl JournalFile {
 }
 
 impl Tailer {
-    /// Which journal files there are. `begin` is for those that were there before the agent ever was.
+    /// Which journal files there are. `begin` is for those that were there before the agent was ever asked for any.
     pub(super) fn scan_journals(&mut self, begin: Option<ReadFrom>) {
         let Some(settings) = &self.parts.settings.journal else { return };
         let paths: Vec<PathBuf> = settings.dirs.iter().flat_map(|dir| list(Path::new(dir))).collect();

@@ -37,10 +37,11 @@ impl Tailer {
             }
         }
         let journal = self.parts.settings.journal.as_ref().map(|journal| journal.read_from);
-        self.scan_journals(journal.filter(|_| self.fresh));
+        self.scan_journals(journal.filter(|_| self.journal_is_new));
         // What follows appears while we are here: it is read from its first byte.
         self.begin = ReadFrom::Head;
-        self.fresh = false;
+        self.journal_is_new = false;
+        self.new_hosts.clear();
         if unread.is_empty() && self.counters.file_errors == errors {
             self.inherited = None;
         }
@@ -92,14 +93,14 @@ impl Tailer {
             host: found.host,
             unopened: Vec::new(),
         };
+        let begin = if container.host.is_some_and(|entry| self.new_hosts.contains(&entry)) { settings.read_from } else { self.begin };
         let positions = self.restored.remove(&container.live).unwrap_or_default();
         let inherited = match &self.inherited {
             Some(inherited) if positions.is_empty() => inherited.positions(&container.live, &container.file_name, siblings),
             _ => Ok(positions.clone()),
         };
         let mut unread = Unread::default();
-        let opened =
-            inherited.and_then(|positions| open_generations(&mut container, &positions, self.begin, siblings, now.mono, &mut unread));
+        let opened = inherited.and_then(|positions| open_generations(&mut container, &positions, begin, siblings, now.mono, &mut unread));
         match opened {
             Ok(()) => {
                 self.counters.file_errors += container.pass_over(unread);
