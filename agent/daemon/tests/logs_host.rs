@@ -78,6 +78,77 @@ fn restored(tailer: &Tailer) -> Restored {
 }
 
 #[test]
+fn a_file_renamed_to_a_name_that_is_followed_too_is_sent_once() {
+    let mut node = Node::new();
+    let mut old = node.create("app.log");
+    write!(old, "one\ntwo\nthree\n").unwrap();
+    let mut tailer = node.tailer("*.log", ReadFrom::Head, Restored::Fresh);
+    assert_eq!(node.ship(&mut tailer), ["one", "three", "two"]);
+    node.rename("app.log", "app-1.log");
+    let mut new = node.create("app.log");
+    writeln!(new, "of the new file").unwrap();
+    writeln!(old, "late").unwrap();
+    assert_eq!(node.ship(&mut tailer), ["late", "of the new file"]);
+    writeln!(old, "later still").unwrap();
+    writeln!(new, "more").unwrap();
+    assert_eq!(node.ship(&mut tailer), ["later still", "more"]);
+    // Once more, and both at once.
+    node.rename("app-1.log", "app-2.log");
+    node.rename("app.log", "app-1.log");
+    writeln!(node.create("app.log"), "of the third file").unwrap();
+    writeln!(new, "last").unwrap();
+    assert_eq!(node.ship(&mut tailer), ["last", "of the third file"]);
+}
+
+#[test]
+fn a_file_renamed_while_nobody_looked_is_sent_once() {
+    for name in ["app-1.log", "bpp.log"] {
+        let mut node = Node::new();
+        let mut old = node.create("app.log");
+        write!(old, "one\ntwo\n").unwrap();
+        let mut tailer = node.tailer("*.log", ReadFrom::Head, Restored::Fresh);
+        assert_eq!(node.ship(&mut tailer), ["one", "two"]);
+        let saved = restored(&tailer);
+        node.rename("app.log", name);
+        writeln!(old, "late").unwrap();
+        writeln!(node.create("app.log"), "of the new file").unwrap();
+        let mut tailer = node.tailer("*.log", ReadFrom::Head, saved);
+        assert_eq!(node.ship(&mut tailer), ["late", "of the new file"], "{name}");
+        let mut tailer = node.tailer("*.log", ReadFrom::Head, restored(&tailer));
+        assert_eq!(node.ship(&mut tailer), [""; 0], "{name}");
+    }
+}
+
+#[test]
+fn numbers_that_move_up_by_one_send_nothing_twice() {
+    let mut node = Node::new();
+    let mut tailer = node.tailer("messages*", ReadFrom::Head, Restored::Fresh);
+    for round in 0..5 {
+        for number in (0..round).rev() {
+            let name = |number| if number == 0 { "messages".to_owned() } else { format!("messages.{number}") };
+            node.rename(&name(number), &name(number + 1));
+        }
+        writeln!(node.create("messages"), "line {round}").unwrap();
+        assert_eq!(node.ship(&mut tailer), [format!("line {round}")]);
+    }
+    let mut tailer = node.tailer("messages*", ReadFrom::Head, restored(&tailer));
+    assert_eq!(node.ship(&mut tailer), [""; 0]);
+}
+
+#[test]
+fn another_file_with_the_inode_of_a_renamed_one_is_read_from_its_beginning() {
+    let mut node = Node::new();
+    writeln!(node.create("app.log"), "one").unwrap();
+    let mut tailer = node.tailer("*.log", ReadFrom::Head, Restored::Fresh);
+    assert_eq!(node.ship(&mut tailer), ["one"]);
+    let saved = restored(&tailer);
+    fs::write(node.path("app.log"), "another\n").unwrap();
+    node.rename("app.log", "app-1.log");
+    let mut tailer = node.tailer("*.log", ReadFrom::Head, saved);
+    assert_eq!(node.ship(&mut tailer), ["another"]);
+}
+
+#[test]
 fn files_that_are_asked_for_later_begin_as_the_setting_says() {
     let mut node = Node::new();
     writeln!(node.create("app.log"), "followed").unwrap();

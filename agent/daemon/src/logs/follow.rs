@@ -11,10 +11,11 @@ use super::container::Container;
 use super::discover::{Siblings, Unread, is_want_of_room};
 use super::source::Source;
 
-/// Opens what of a container's family has unacknowledged bytes, oldest first; what of it cannot be opened is told in `unread`.
+/// Opens what of a container's family has unacknowledged bytes, oldest first; what of it cannot be opened is told in `unread`. The first
+/// positions are the family's, the others of files that may have had another name.
 pub(super) fn open_generations(
     container: &mut Container,
-    positions: &[Position],
+    (positions, moved): (&[Position], &[Position]),
     begin: ReadFrom,
     siblings: &mut Siblings,
     now_ms: i64,
@@ -33,8 +34,10 @@ pub(super) fn open_generations(
             Err(error) => drop(unread.insert(path, error)),
         }
     }
-    family.push((Source::open(&container.live)?, false));
-    let tail_only = positions.is_empty() && begin == ReadFrom::Tail;
+    let live = Source::open(&container.live)?;
+    let moved = offset_of(&live, moved)?;
+    family.push((live, false));
+    let tail_only = positions.is_empty() && moved.is_none() && begin == ReadFrom::Tail;
     let mut open = Vec::new();
     let mut matched = BTreeSet::new();
     let mut first_match = None;
@@ -42,7 +45,7 @@ pub(super) fn open_generations(
         let mut found = None;
         for (number, position) in positions.iter().enumerate() {
             if source.is_at(position)? {
-                found = Some(position.offset);
+                found = found.max(Some(position.offset));
                 matched.insert(number);
                 first_match.get_or_insert((index, number));
             }
@@ -58,6 +61,7 @@ pub(super) fn open_generations(
             continue;
         }
         let size = source.size()?;
+        let found = if rotated { found } else { found.max(moved) };
         let offset = found.unwrap_or(if tail_only { size } else { 0 });
         // A shorter file than acknowledged was truncated while nobody looked.
         let offset = if offset > size && matches!(source, Source::Plain(_)) { 0 } else { offset };
@@ -67,8 +71,9 @@ pub(super) fn open_generations(
 }
 
 /// The live path may name another file than the newest generation: then that was renamed, perhaps more than once. True
-/// when there is something new. A sibling that cannot be opened is told in `unread`, once.
-pub(super) fn follow(container: &mut Container, now_ms: i64, unread: &mut Unread) -> io::Result<bool> {
+/// when there is something new. A sibling that cannot be opened is told in `unread`, once. A file of the node may have been followed under
+/// another name, up to a position of `moved`.
+pub(super) fn follow(container: &mut Container, moved: &[Position], now_ms: i64, unread: &mut Unread) -> io::Result<bool> {
     let metadata = std::fs::metadata(&container.live)?;
     container.gone_ms = None;
     let newest = container.generations.back();
@@ -107,7 +112,9 @@ pub(super) fn follow(container: &mut Container, now_ms: i64, unread: &mut Unread
     let source = Source::open(&container.live)?;
     let identity = source.identity()?;
     if !container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity) {
-        container.push_generation(source, 0, None)?;
+        let offset = if container.host.is_some() { offset_of(&source, moved)? } else { None };
+        let offset = offset.filter(|offset| source.size().is_ok_and(|size| *offset <= size)).unwrap_or(0);
+        container.push_generation(source, offset, None)?;
     }
     Ok(true)
 }
@@ -124,6 +131,17 @@ fn is_compressed_form(container: &mut Container, compressed: &Source) -> io::Res
         }
     }
     Ok(false)
+}
+
+/// How far the file was read: what is acknowledged under any name is.
+fn offset_of(source: &Source, positions: &[Position]) -> io::Result<Option<u64>> {
+    let mut furthest = None;
+    for position in positions {
+        if source.is_at(position)? {
+            furthest = furthest.max(Some(position.offset));
+        }
+    }
+    Ok(furthest)
 }
 
 fn is_remembered(source: &Source, positions: &[Position]) -> io::Result<bool> {

@@ -117,6 +117,8 @@ pub struct Tailer {
     restored: HashMap<PathBuf, Vec<Position>>,
     /// Until a sweep has opened all that there was.
     inherited: Option<Inherited>,
+    /// How far files of the node were read that may have another name now; until a sweep has looked for them.
+    moved: Vec<Position>,
     /// How files without position are begun: [`ReadFrom::Tail`] only in the first scan of a fresh agent, or of what it is asked for anew.
     begin: ReadFrom,
     /// Nothing was looked at yet, and the journal was never read here.
@@ -152,7 +154,7 @@ impl Tailer {
             Restored::Unusable => false,
             Restored::Positions(positions) => !positions.files.iter().any(journal::is_position),
         };
-        let mut new_hosts = BTreeSet::new();
+        let (mut new_hosts, mut moved) = (BTreeSet::new(), Vec::new());
         let mut inherited = None;
         let begin = match restored {
             Restored::Fresh => parts.settings.read_from,
@@ -165,6 +167,8 @@ impl Tailer {
                 let is_new = |entry: &HostFiles| !positions.files.iter().any(|position| discover::is_of_entry(entry, &position.path));
                 let hosts = parts.settings.host_files.iter().enumerate();
                 new_hosts = hosts.filter(|(_, entry)| is_new(entry)).map(|(index, _)| index).collect();
+                let is_host = |path: &str| parts.settings.host_files.iter().any(|entry| discover::is_of_entry(entry, path));
+                moved = positions.files.iter().filter(|position| is_host(&position.path)).cloned().collect();
                 for position in positions.files {
                     by_path.entry(PathBuf::from(&position.path)).or_default().push(position);
                 }
@@ -185,6 +189,7 @@ impl Tailer {
             counters: LogCounters::default(),
             restored: by_path,
             inherited,
+            moved,
             begin,
             journal_is_new,
             new_hosts,

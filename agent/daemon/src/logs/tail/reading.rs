@@ -127,12 +127,16 @@ impl Tailer {
     /// Forgets generations that are done; true when the container has none left and is gone.
     pub(super) fn retire(&mut self, container: &mut Container) -> bool {
         let live = &container.live;
-        let retired = &mut container.retired;
+        let (retired, moved) = (&mut container.retired, &mut self.moved);
+        let host = container.host.is_some();
         let before = container.generations.len();
         container.generations.retain(|generation| {
             let done = generation.is_done();
             // What was truncated, or is empty, is no file that could be found again.
             let findable = !generation.truncated && generation.fingerprint.len > 0;
+            if done && findable && host {
+                moved.push(generation.position(live));
+            }
             if done && findable && retired.as_ref().is_none_or(|(number, _)| *number < generation.number) {
                 *retired = Some((generation.number, generation.position(live)));
             }

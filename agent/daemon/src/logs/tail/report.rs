@@ -27,7 +27,8 @@ impl Tailer {
             let generations = container.generations.iter().map(|generation| generation.position(&container.live));
             container.retired.iter().map(|(_, position)| position.clone()).chain(generations)
         });
-        let files = open.chain(self.journal_positions()).chain(self.restored.values().flatten().cloned()).collect();
+        let files =
+            open.chain(self.journal_positions()).chain(self.moved.iter().chain(self.restored.values().flatten()).cloned()).collect();
         Positions { version: VERSION, node: self.parts.node.clone(), files }
     }
 

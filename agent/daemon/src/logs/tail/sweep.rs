@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use stanchion_core::logs::join::Joiner;
 use stanchion_core::logs::record::RecordWriter;
 use stanchion_core::logs::settings::ReadFrom;
 use tracing::{info, warn};
 
-use super::super::container::{Behind, Container};
+use super::super::container::{Behind, Container, Generation};
 use super::super::discover::{self, Found, Siblings, Unread};
 use super::super::follow::{follow, open_generations};
 use super::{METADATA_WAIT_MS, Now, ROTATE_WAIT_MS, Tailer};
@@ -42,6 +43,9 @@ impl Tailer {
         self.begin = ReadFrom::Head;
         self.journal_is_new = false;
         self.new_hosts.clear();
+        if unread.is_empty() {
+            self.moved.clear();
+        }
         if unread.is_empty() && self.counters.file_errors == errors {
             self.inherited = None;
         }
@@ -68,7 +72,18 @@ impl Tailer {
         self.unread = unread.into_iter().map(|(path, error)| (path, error.to_string())).collect();
     }
 
+    /// The file is open under another name, and read there to its end: a file of the node that was renamed.
+    fn is_held(&self, live: &Path, but: Option<u64>) -> bool {
+        let Ok(metadata) = std::fs::metadata(live) else { return false };
+        let is_it = |generation: &Generation| (generation.dev, generation.inode) == (metadata.dev(), metadata.ino());
+        let hosts = self.containers.values().filter(|container| container.host.is_some() && Some(container.id) != but);
+        hosts.flat_map(|container| &container.generations).any(is_it)
+    }
+
     pub(super) fn begin_container(&mut self, found: Found, siblings: &mut Siblings, now: Now) {
+        if found.host.is_some() && self.is_held(&found.live, None) {
+            return;
+        }
         let id = self.next_container;
         let settings = &self.parts.settings;
         let mut container = Container {
@@ -99,8 +114,10 @@ impl Tailer {
             Some(inherited) if positions.is_empty() => inherited.positions(&container.live, &container.file_name, siblings),
             _ => Ok(positions.clone()),
         };
+        let moved = if container.host.is_some() { self.moved.as_slice() } else { &[] };
         let mut unread = Unread::default();
-        let opened = inherited.and_then(|positions| open_generations(&mut container, &positions, begin, siblings, now.mono, &mut unread));
+        let opened =
+            inherited.and_then(|positions| open_generations(&mut container, (&positions, moved), begin, siblings, now.mono, &mut unread));
         match opened {
             Ok(()) => {
                 self.counters.file_errors += container.pass_over(unread);
@@ -124,9 +141,13 @@ impl Tailer {
     }
 
     pub(super) fn follow_rotation(&mut self, id: u64, now: Now) {
+        let Some(container) = self.containers.get(&id) else { return };
+        if container.host.is_some() && self.is_held(&container.live, Some(id)) {
+            return;
+        }
         let Some(container) = self.containers.get_mut(&id) else { return };
         let mut unread = Unread::default();
-        let result = follow(container, now.mono, &mut unread);
+        let result = follow(container, &self.moved, now.mono, &mut unread);
         self.counters.file_errors += container.pass_over(unread);
         match result {
             Ok(false) => {}
