@@ -399,6 +399,38 @@ fn a_reboot_that_numbers_devices_anew_sends_nothing_twice() {
 }
 
 #[test]
+fn a_live_file_that_is_missing_for_long_sends_nothing_twice() {
+    let mut world = World::new();
+    world.tailer.scan(world.now()).unwrap();
+    world.writer.lines(20);
+    world.writer.rotate(0);
+    world.writer.lines(20);
+    world.finish();
+    // The kubelet has renamed it, and the runtime does not open the next one yet.
+    let away = world.writer.dir.join("0.log.20261121-000009");
+    fs::rename(&world.writer.live, &away).unwrap();
+    for _ in 0..5 {
+        world.finish();
+    }
+    world.save();
+    world.writer.file = File::options().create(true).append(true).open(&world.writer.live).unwrap();
+    world.writer.lines(20);
+    world.finish();
+    world.run(&Step::Kill { taken: false });
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+    let twice = world.taken.iter().filter(|(number, times)| **number <= 40 && **times > 1).count();
+    assert_eq!(twice, 0, "{:?}", world.taken);
+    fs::remove_dir_all(world.root.path().join("pods")).unwrap();
+    fs::remove_dir_all(world.root.path().join("containers")).unwrap();
+    fs::create_dir(world.root.path().join("containers")).unwrap();
+    world.finish();
+    world.finish();
+    assert_eq!(world.tailer.snapshot(world.now()).files, [], "nothing of the pod is kept open");
+    assert_eq!(world.tailer.positions().files, []);
+}
+
+#[test]
 fn deleted_files_beyond_the_disk_budget_are_given_up_and_counted() {
     let root = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(root.path());

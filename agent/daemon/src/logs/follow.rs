@@ -98,8 +98,11 @@ pub(super) fn follow(container: &mut Container, moved: &[Position], now_ms: i64,
             }
         };
         let identity = missed.identity()?;
-        // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already.
-        let known = if rotated.gz {
+        // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already, or was read to its end.
+        let done = container.retired.as_ref().map_or(Ok(false), |(_, position)| missed.is_at(position))?;
+        let known = if done {
+            true
+        } else if rotated.gz {
             is_compressed_form(container, &missed)?
         } else {
             container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity)

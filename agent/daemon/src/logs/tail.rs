@@ -295,7 +295,7 @@ impl Tailer {
             container.quiet_ms = now.mono;
             self.watches.leave(&mut container);
         } else if idle && now.mono - container.quiet_ms >= WATCHED_MS.1 {
-            let sleeps = container.watched && !container.joiner.is_open();
+            let sleeps = (container.watched || container.generations.is_empty()) && !container.joiner.is_open();
             pause_ms = if sleeps { WATCHED_MS.0 } else { POLL_MS.1 };
             if !self.single_pass && container.gone_ms.is_none() {
                 self.watches.ask(&mut container);

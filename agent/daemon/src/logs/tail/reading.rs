@@ -5,6 +5,7 @@ use std::io;
 use tracing::warn;
 
 use super::super::container::{Behind, Container};
+use super::super::discover::Siblings;
 use super::super::source::Source;
 use super::{Drain, Now, ROTATE_WAIT_MS, Tailer};
 
@@ -124,7 +125,7 @@ impl Tailer {
         Ok(())
     }
 
-    /// Forgets generations that are done; true when the container has none left and is gone.
+    /// Forgets generations that are done; true when the container has none left and is gone for good.
     pub(super) fn retire(&mut self, container: &mut Container) -> bool {
         let live = &container.live;
         let (retired, moved) = (&mut container.retired, &mut self.moved);
@@ -143,7 +144,10 @@ impl Tailer {
             !done
         });
         self.positions_dirty |= before != container.generations.len();
-        container.gone_ms.is_some() && container.generations.is_empty() && !container.joiner.is_open()
+        let done = container.gone_ms.is_some() && container.generations.is_empty() && !container.joiner.is_open();
+        // The kubelet renames the live file, and the runtime may be long in opening the next: what is known of the rotated ones is not to
+        // be forgotten. Of a container that is removed none are left.
+        done && (container.host.is_some() || Siblings::default().rotated(&container.live).is_ok_and(|siblings| siblings.is_empty()))
     }
 
     /// Reads everything to its end, whatever the clocks say, and closes all lines and batches; for a single pass. Batches
