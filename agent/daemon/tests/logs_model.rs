@@ -431,6 +431,35 @@ fn a_live_file_that_is_missing_for_long_sends_nothing_twice() {
 }
 
 #[test]
+fn a_line_in_parts_waits_for_its_end_while_there_is_no_room() {
+    let root = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(root.path());
+    let settings = LogSettings { stream_bytes: 1, age: None, ..LogSettings::new(Layout::Raw) };
+    let parts = TailerParts { settings, log_dir: root.path().join("containers"), node: "n".to_owned(), cluster_name: "c".to_owned() };
+    let mut tailer = Tailer::new(parts, Restored::Fresh);
+    let at = |mono: i64| Now { mono, wall: 1_795_168_801_000 + mono };
+    tailer.scan(at(0)).unwrap();
+    writer.lines(1);
+    writer.split();
+    tailer.turn(at(4000));
+    tailer.seal_all();
+    let first = tailer.take_ready();
+    assert_eq!(first.len(), 1);
+    // The end is there, but the batch on its way leaves no room to read it.
+    writer.complete();
+    for mono in (5000..100_000).step_by(500) {
+        tailer.turn(at(mono));
+        assert_eq!(tailer.take_ready().len(), 0);
+    }
+    tailer.acknowledge(first[0].id, None, at(100_000));
+    tailer.turn(at(100_000));
+    tailer.seal_all();
+    let events: Vec<_> =
+        tailer.take_ready().iter().flat_map(|sealed| sealed.batch.events().map(|event| event.message).collect::<Vec<_>>()).collect();
+    assert_eq!(events, ["line 2 joined"]);
+}
+
+#[test]
 fn deleted_files_beyond_the_disk_budget_are_given_up_and_counted() {
     let root = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(root.path());

@@ -273,6 +273,12 @@ impl Container {
         }
     }
 
+    /// Some of its files have bytes that were not read.
+    pub(super) fn has_unread(&self) -> bool {
+        let unread = |generation: &Generation| generation.source.size().is_ok_and(|size| size > generation.offset);
+        self.generations.iter().any(|generation| !generation.finished && unread(generation))
+    }
+
     pub(super) fn generation_mut(&mut self, number: u32) -> Option<&mut Generation> {
         self.generations.iter_mut().find(|generation| generation.number == number)
     }

@@ -282,7 +282,11 @@ impl Tailer {
         let read = found != Found::Nothing;
         if container.joiner.is_open() {
             let all = container.gone_ms.is_some() && container.generations.iter().all(|generation| generation.finished);
-            container.expire(all, &mut self.context(now));
+            // What may not be read yet may be the end of it.
+            let waits = (ready_ms > now.mono || !room) && container.has_unread();
+            if all || !waits {
+                container.expire(all, &mut self.context(now));
+            }
         }
         self.relieve(&mut container, now);
         if !self.single_pass && self.retire(&mut container) {
