@@ -356,6 +356,66 @@ async fn missing_permission_holds_everything_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_group_that_takes_nothing_leaves_room_for_the_others() {
+    let allowed = Duration::from_secs(1200);
+    let service = Service::new(move |_, since, batch| {
+        let denied = batch.group() == "denied" && since < allowed;
+        if denied { Err(SinkError::Unauthorized("AccessDenied".into())) } else { Ok(Rejected::default()) }
+    });
+    let pods = Pods::new(0);
+    let containers = pods.root.path().join("containers");
+    let open = |namespace: &str, pod: usize| File::create(containers.join(format!("p{pod}_{namespace}_app-{pod:064x}.log"))).unwrap();
+    let stamp = "2026-11-20T10:00:00.1Z stdout F";
+    let text = "x".repeat(1000);
+    let fill = |mut file: &File, pod: usize, lines: usize| {
+        (0..lines).for_each(|line| writeln!(file, "{stamp} {pod} {line} {text}").unwrap());
+    };
+    let mut denied: Vec<_> = (0..3).map(|pod| open("denied", pod)).collect();
+    denied.iter().enumerate().for_each(|(pod, file)| fill(file, pod, 1500));
+    let agent = start_with(pods.root.path(), &service, |settings| {
+        settings.group = "{namespace}".to_owned().try_into().unwrap();
+        settings.compress = false;
+        (settings.memory_bytes, settings.stream_bytes) = (2 << 20, 1 << 20);
+    });
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let has = |text: &str| service.state.lock().unwrap().taken.contains_key(text);
+    let mut healthy = open("ok", 100);
+    writeln!(healthy, "{stamp} first").unwrap();
+    until("the line of the other group", Duration::from_secs(20), || has("first")).await;
+    // One of the files goes on, and further pods come.
+    writeln!(denied[0], "{stamp} late").unwrap();
+    for pod in 3..20 {
+        denied.push(open("denied", pod));
+        fill(&denied[pod], pod, 500);
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        writeln!(healthy, "{stamp} beside {pod}").unwrap();
+        until("the next line", Duration::from_secs(20), || has(&format!("beside {pod}"))).await;
+    }
+    let snapshot = agent.handle.snapshot().await.unwrap();
+    assert!(snapshot.memory_bytes <= 3 << 20, "{} bytes in memory", snapshot.memory_bytes);
+    for file in &snapshot.files {
+        let size = fs::metadata(&file.path).unwrap().len();
+        if file.namespace == "ok" {
+            assert_eq!((file.lag_bytes, file.last_error.as_deref()), (0, None), "{file:?}");
+            continue;
+        }
+        assert_eq!(file.lag_bytes, size, "{file:?}");
+        let pod: u64 = file.pod[1..].parse().unwrap();
+        // The clock of the lines that came late began at a sweep.
+        let waits = (20_u64.saturating_sub(pod.max(3))) * 15;
+        assert!(file.lag_seconds + 11 >= waits, "{file:?}");
+        assert!(file.last_error.as_deref().is_some_and(|error| error.contains("AccessDenied")), "{file:?}");
+    }
+    let lines = 3 * 1500 + 17 * 500 + 1 + 18;
+    until("what was denied, once it is allowed", Duration::from_secs(1500), || service.lines() == lines).await;
+    assert_eq!(service.twice(), 0);
+    let behind = async || agent.handle.snapshot().await.unwrap().files.iter().any(|file| file.lag_bytes > 0 || file.lag_seconds > 0);
+    while behind().await {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_event_that_is_refused_is_found_dropped_and_counted() {
     let service = Service::new(|_, _, batch| {
         if batch.events().any(|event| event.message == "line 37") {

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use stanchion_core::logs::journal::JournalSettings;
-use stanchion_core::logs::positions::Positions;
+use stanchion_core::logs::positions::{Positions, VERSION};
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::settings::{LogSettings, ReadFrom, Redaction};
 use stanchion_daemon::logs::{Now, Restored, Tailer, TailerParts};
@@ -158,6 +158,19 @@ fn a_restart_goes_on_behind_what_is_acknowledged() {
         } else {
             assert_eq!(counts(&seen), WHOLE, "what was read and not acknowledged is read again");
         }
+    }
+}
+
+#[test]
+fn a_journal_that_is_asked_for_later_begins_as_the_setting_says() {
+    for (read_from, expected) in [(ReadFrom::Tail, &[][..]), (ReadFrom::Head, &WHOLE)] {
+        let mut node = Node::new(ALL);
+        let positions = Positions { version: VERSION, node: "n".into(), files: Vec::new() };
+        let mut tailer = node.tailer(read_from, Restored::Positions(positions));
+        assert_eq!(counts(&node.ship(&mut tailer)), expected);
+        let saved = Positions::parse(&tailer.positions().to_json(), "n").unwrap();
+        let mut tailer = node.tailer(ReadFrom::Head, Restored::Positions(saved));
+        assert_eq!(counts(&node.ship(&mut tailer)), [], "its place is remembered");
     }
 }
 

@@ -369,6 +369,97 @@ fn a_new_file_with_the_old_inode_number_is_read_from_its_beginning() {
 }
 
 #[test]
+fn a_reboot_that_numbers_devices_anew_sends_nothing_twice() {
+    let mut world = World::new();
+    world.tailer.scan(world.now()).unwrap();
+    for _ in 0..3 {
+        world.writer.lines(20);
+        world.finish();
+        world.writer.rotate(0);
+    }
+    world.writer.lines(20);
+    world.finish();
+    let reboot = |world: &mut World| {
+        let mut positions = world.tailer.positions();
+        positions.files.iter_mut().for_each(|position| position.dev ^= 0x100);
+        world.saved = Some(positions.to_json());
+        world.run(&Step::Kill { taken: false });
+    };
+    reboot(&mut world);
+    world.writer.lines(5);
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+    assert!(world.taken.values().all(|times| *times == 1), "{:?}", world.taken);
+    // Another file that has the inode number is not taken for it.
+    world.writer.file.set_len(0).unwrap();
+    reboot(&mut world);
+    world.writer.lines(40);
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+}
+
+#[test]
+fn a_live_file_that_is_missing_for_long_sends_nothing_twice() {
+    let mut world = World::new();
+    world.tailer.scan(world.now()).unwrap();
+    world.writer.lines(20);
+    world.writer.rotate(0);
+    world.writer.lines(20);
+    world.finish();
+    // The kubelet has renamed it, and the runtime does not open the next one yet.
+    let away = world.writer.dir.join("0.log.20261121-000009");
+    fs::rename(&world.writer.live, &away).unwrap();
+    for _ in 0..5 {
+        world.finish();
+    }
+    world.save();
+    world.writer.file = File::options().create(true).append(true).open(&world.writer.live).unwrap();
+    world.writer.lines(20);
+    world.finish();
+    world.run(&Step::Kill { taken: false });
+    world.finish();
+    assert_eq!(world.lost(), [0_u32; 0]);
+    let twice = world.taken.iter().filter(|(number, times)| **number <= 40 && **times > 1).count();
+    assert_eq!(twice, 0, "{:?}", world.taken);
+    fs::remove_dir_all(world.root.path().join("pods")).unwrap();
+    fs::remove_dir_all(world.root.path().join("containers")).unwrap();
+    fs::create_dir(world.root.path().join("containers")).unwrap();
+    world.finish();
+    world.finish();
+    assert_eq!(world.tailer.snapshot(world.now()).files, [], "nothing of the pod is kept open");
+    assert_eq!(world.tailer.positions().files, []);
+}
+
+#[test]
+fn a_line_in_parts_waits_for_its_end_while_there_is_no_room() {
+    let root = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(root.path());
+    let settings = LogSettings { stream_bytes: 1, age: None, ..LogSettings::new(Layout::Raw) };
+    let parts = TailerParts { settings, log_dir: root.path().join("containers"), node: "n".to_owned(), cluster_name: "c".to_owned() };
+    let mut tailer = Tailer::new(parts, Restored::Fresh);
+    let at = |mono: i64| Now { mono, wall: 1_795_168_801_000 + mono };
+    tailer.scan(at(0)).unwrap();
+    writer.lines(1);
+    writer.split();
+    tailer.turn(at(4000));
+    tailer.seal_all();
+    let first = tailer.take_ready();
+    assert_eq!(first.len(), 1);
+    // The end is there, but the batch on its way leaves no room to read it.
+    writer.complete();
+    for mono in (5000..100_000).step_by(500) {
+        tailer.turn(at(mono));
+        assert_eq!(tailer.take_ready().len(), 0);
+    }
+    tailer.acknowledge(first[0].id, None, at(100_000));
+    tailer.turn(at(100_000));
+    tailer.seal_all();
+    let events: Vec<_> =
+        tailer.take_ready().iter().flat_map(|sealed| sealed.batch.events().map(|event| event.message).collect::<Vec<_>>()).collect();
+    assert_eq!(events, ["line 2 joined"]);
+}
+
+#[test]
 fn deleted_files_beyond_the_disk_budget_are_given_up_and_counted() {
     let root = tempfile::tempdir().unwrap();
     let mut writer = Writer::new(root.path());

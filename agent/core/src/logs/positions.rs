@@ -1,7 +1,8 @@
 //! The positions file: how far each log file is acknowledged, across restarts.
 //!
-//! A hint, not the truth: a file counts as the same only when device, inode and the fingerprint of its first bytes agree,
-//! as ext4 and xfs give a freed inode number to the next file. Whatever cannot be read leaves the files without position.
+//! A hint, not the truth: a file counts as the same only when inode and the fingerprint of its first bytes agree, as ext4 and xfs give a
+//! freed inode number to the next file, and for less than a full fingerprint the device too. A boot numbers devices in the order in which
+//! they are found. Whatever cannot be read leaves the files without position.
 
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,11 @@ impl Fingerprint {
     /// Whether a file that begins with `head` can be the one this was taken of: files only grow.
     pub fn matches(self, head: &[u8]) -> bool {
         head.get(..self.len as usize).is_some_and(|same| Self::of(same) == self)
+    }
+
+    /// It covers as much as a fingerprint can.
+    pub fn is_full(self) -> bool {
+        self.len as usize == FINGERPRINT_BYTES
     }
 }
 

@@ -131,7 +131,8 @@ pub struct LogSettings {
     pub emf: bool,
     /// Groups that are created.
     pub group_spec: LogGroupSpec,
-    /// Bytes in memory, unsent and unacknowledged: reading stops there.
+    /// Bytes in memory, unsent and unacknowledged: reading stops there. For log groups that take nothing it stops at half of it, and what
+    /// they filled before that was known may go beyond it, at most as much again.
     pub memory_bytes: usize,
     /// Bytes of lines that are not complete yet, of all containers; beyond it the longest are closed as they are.
     pub open_bytes: usize,

@@ -22,6 +22,31 @@ use super::streams::{StreamId, Streams};
 /// Numbers from one file of a container to its next: room for the truncations of each.
 const NUMBERS: u32 = 1 << 12;
 
+/// Bytes that wait to be acknowledged. While a file grows it is never without any: how long they wait is told by those that were there at
+/// one moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Behind {
+    pub(super) since_ms: i64,
+    /// Where the bytes ended that were there then.
+    until: u64,
+}
+
+impl Behind {
+    /// From now on, unless some wait already.
+    pub(super) fn since(before: Option<Self>, until: u64, now_ms: i64) -> Self {
+        before.unwrap_or(Self { since_ms: now_ms, until })
+    }
+
+    /// What waits after everything before `safe` was acknowledged, of what was read up to `offset`.
+    pub(super) fn after(before: Option<Self>, safe: u64, offset: u64, now_ms: i64) -> Option<Self> {
+        before.filter(|behind| safe < behind.until).or((safe < offset).then_some(Self { since_ms: now_ms, until: offset }))
+    }
+
+    pub(super) fn seconds(self, now_ms: i64) -> u64 {
+        u64::try_from((now_ms - self.since_ms) / 1000).unwrap_or(0)
+    }
+}
+
 /// A file that is, or was, the container's log.
 pub(super) struct Generation {
     pub(super) number: u32,
@@ -43,8 +68,8 @@ pub(super) struct Generation {
     pub(super) truncated: bool,
     /// In the middle of a line longer than a block: its output, and whether it goes on after its newline.
     pub(super) long_line: Option<(Output, bool)>,
-    /// Since when bytes are unacknowledged.
-    pub(super) behind_since_ms: Option<i64>,
+    /// Bytes are unacknowledged.
+    pub(super) behind: Option<Behind>,
     pub(super) last_error: Option<String>,
 }
 
@@ -67,7 +92,7 @@ impl Generation {
             finished: false,
             truncated: false,
             long_line: None,
-            behind_since_ms: None,
+            behind: None,
             last_error: None,
         })
     }
@@ -246,6 +271,12 @@ impl Container {
         for generation in &mut self.generations {
             generation.ledger.resume_at(self.joiner.resume(generation.number, generation.offset));
         }
+    }
+
+    /// Some of its files have bytes that were not read.
+    pub(super) fn has_unread(&self) -> bool {
+        let unread = |generation: &Generation| generation.source.size().is_ok_and(|size| size > generation.offset);
+        self.generations.iter().any(|generation| !generation.finished && unread(generation))
     }
 
     pub(super) fn generation_mut(&mut self, number: u32) -> Option<&mut Generation> {

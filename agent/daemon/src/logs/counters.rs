@@ -78,11 +78,11 @@ pub struct FileStatus {
     pub offset: u64,
     /// Acknowledged so far.
     pub safe: u64,
-    /// Size when last looked at.
+    /// Its size.
     pub size: u64,
     /// Bytes not acknowledged.
     pub lag_bytes: u64,
-    /// Seconds since everything was acknowledged; 0 without lag.
+    /// Seconds that some of them wait at least; 0 without lag.
     pub lag_seconds: u64,
     /// Log group of its standard output.
     pub group: String,

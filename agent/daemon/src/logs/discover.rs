@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use stanchion_core::logs::names::{ContainerRef, Rotated, glob, parse_flat, parse_pod_dir, parse_rotated};
-use stanchion_core::logs::settings::LogSettings;
+use stanchion_core::logs::settings::{HostFiles, LogSettings};
 
 /// A live log file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,6 +126,12 @@ fn host_files(index: usize, path: &str, found: &mut Vec<Found>, unread: &mut Unr
         }
     }
     Ok(())
+}
+
+/// The path is one of the entry's.
+pub(super) fn is_of_entry(entry: &HostFiles, live: &str) -> bool {
+    let (Some((dir, pattern)), Some((parent, name))) = (entry.path.rsplit_once('/'), live.rsplit_once('/')) else { return false };
+    glob(pattern, name) && (dir == parent || std::fs::canonicalize(dir).is_ok_and(|dir| dir == Path::new(parent)))
 }
 
 fn wanted(name: &str, settings: &LogSettings) -> bool {

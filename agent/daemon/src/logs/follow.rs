@@ -11,10 +11,11 @@ use super::container::Container;
 use super::discover::{Siblings, Unread, is_want_of_room};
 use super::source::Source;
 
-/// Opens what of a container's family has unacknowledged bytes, oldest first; what of it cannot be opened is told in `unread`.
+/// Opens what of a container's family has unacknowledged bytes, oldest first; what of it cannot be opened is told in `unread`. The first
+/// positions are the family's, the others of files that may have had another name.
 pub(super) fn open_generations(
     container: &mut Container,
-    positions: &[Position],
+    (positions, moved): (&[Position], &[Position]),
     begin: ReadFrom,
     siblings: &mut Siblings,
     now_ms: i64,
@@ -26,26 +27,25 @@ pub(super) fn open_generations(
         match if rotated.gz { Source::open_gz(&path) } else { Source::open(&path) } {
             // The node's own files are renamed in many ways: only what was read before is known to be older.
             Ok(source) if container.host.is_some() && !is_remembered(&source, positions)? => {}
-            Ok(source) => family.push((source, true, rotated.gz)),
+            Ok(source) => family.push((source, true)),
             // Compressed or deleted since the listing; its bytes may be gone, or in the next sweep's listing.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) if is_want_of_room(&error) => return Err(error),
             Err(error) => drop(unread.insert(path, error)),
         }
     }
-    family.push((Source::open(&container.live)?, false, false));
-    let tail_only = positions.is_empty() && begin == ReadFrom::Tail;
+    let live = Source::open(&container.live)?;
+    let moved = offset_of(&live, moved)?;
+    family.push((live, false));
+    let tail_only = positions.is_empty() && moved.is_none() && begin == ReadFrom::Tail;
     let mut open = Vec::new();
     let mut matched = BTreeSet::new();
     let mut first_match = None;
-    for (index, (source, rotated, gz)) in family.into_iter().enumerate() {
-        let identity = source.identity()?;
+    for (index, (source, rotated)) in family.into_iter().enumerate() {
         let mut found = None;
         for (number, position) in positions.iter().enumerate() {
-            let same_file = gz || (position.dev, position.inode) == identity;
-            // An empty fingerprint fits every file, and the inode may have been given to another: it says nothing.
-            if same_file && position.fingerprint.len > 0 && source.begins_with(position.fingerprint)? {
-                found = Some(position.offset);
+            if source.is_at(position)? {
+                found = found.max(Some(position.offset));
                 matched.insert(number);
                 first_match.get_or_insert((index, number));
             }
@@ -61,6 +61,7 @@ pub(super) fn open_generations(
             continue;
         }
         let size = source.size()?;
+        let found = if rotated { found } else { found.max(moved) };
         let offset = found.unwrap_or(if tail_only { size } else { 0 });
         // A shorter file than acknowledged was truncated while nobody looked.
         let offset = if offset > size && matches!(source, Source::Plain(_)) { 0 } else { offset };
@@ -70,8 +71,9 @@ pub(super) fn open_generations(
 }
 
 /// The live path may name another file than the newest generation: then that was renamed, perhaps more than once. True
-/// when there is something new. A sibling that cannot be opened is told in `unread`, once.
-pub(super) fn follow(container: &mut Container, now_ms: i64, unread: &mut Unread) -> io::Result<bool> {
+/// when there is something new. A sibling that cannot be opened is told in `unread`, once. A file of the node may have been followed under
+/// another name, up to a position of `moved`.
+pub(super) fn follow(container: &mut Container, moved: &[Position], now_ms: i64, unread: &mut Unread) -> io::Result<bool> {
     let metadata = std::fs::metadata(&container.live)?;
     container.gone_ms = None;
     let newest = container.generations.back();
@@ -96,8 +98,11 @@ pub(super) fn follow(container: &mut Container, now_ms: i64, unread: &mut Unread
             }
         };
         let identity = missed.identity()?;
-        // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already.
-        let known = if rotated.gz {
+        // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already, or was read to its end.
+        let done = container.retired.as_ref().map_or(Ok(false), |(_, position)| missed.is_at(position))?;
+        let known = if done {
+            true
+        } else if rotated.gz {
             is_compressed_form(container, &missed)?
         } else {
             container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity)
@@ -110,7 +115,9 @@ pub(super) fn follow(container: &mut Container, now_ms: i64, unread: &mut Unread
     let source = Source::open(&container.live)?;
     let identity = source.identity()?;
     if !container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity) {
-        container.push_generation(source, 0, None)?;
+        let offset = if container.host.is_some() { offset_of(&source, moved)? } else { None };
+        let offset = offset.filter(|offset| source.size().is_ok_and(|size| *offset <= size)).unwrap_or(0);
+        container.push_generation(source, offset, None)?;
     }
     Ok(true)
 }
@@ -129,7 +136,24 @@ fn is_compressed_form(container: &mut Container, compressed: &Source) -> io::Res
     Ok(false)
 }
 
+/// How far the file was read: what is acknowledged under any name is.
+fn offset_of(source: &Source, positions: &[Position]) -> io::Result<Option<u64>> {
+    let mut furthest = None;
+    for position in positions {
+        if source.is_at(position)? {
+            furthest = furthest.max(Some(position.offset));
+        }
+    }
+    Ok(furthest)
+}
+
 fn is_remembered(source: &Source, positions: &[Position]) -> io::Result<bool> {
     let identity = source.identity()?;
-    Ok(positions.iter().any(|position| (position.dev, position.inode) == identity))
+    for position in positions {
+        // What was empty when it was remembered has no fingerprint.
+        if (position.dev, position.inode) == identity || source.is_at(position)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -2,8 +2,9 @@
 //!
 //! One task owns the [`Tailer`] (open files, open lines, open batches, ledgers) and the shipper (one put at a time for each
 //! stream, streams in parallel). A batch is on its way until the sink took it; only then do the files' safe offsets move, and
-//! only these are saved. When memory is full of unacknowledged batches, reading stops: the log files are the buffer. If
-//! the task panics, the supervisor starts it again from the saved positions.
+//! only these are saved. When memory is full of unacknowledged batches, reading stops: the log files are the buffer. A log
+//! group that takes nothing has half of the memory at most, so that the others go on. If the task panics, the supervisor
+//! starts it again from the saved positions.
 
 mod container;
 mod counters;

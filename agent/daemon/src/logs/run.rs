@@ -157,10 +157,10 @@ impl<S: LogSink> Runner<S> {
 /// Tells the tailer what became of a batch.
 pub(super) fn apply(tailer: &mut Tailer, report: Report, now: Now) {
     match report {
-        Report::Retry { stream, throttled, error } => {
+        Report::Retry { id, throttled, error } => {
             tailer.counters_mut().retries += 1;
             tailer.counters_mut().throttled += u64::from(throttled);
-            tailer.note_error(stream, error);
+            tailer.note_error(id, error);
         }
         Report::Settled(Settled { id, events, bytes, too_old, too_new, expired, invalid, error, .. }) => {
             let counters = tailer.counters_mut();

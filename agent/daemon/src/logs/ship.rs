@@ -34,7 +34,7 @@ const PAUSE_UNAUTHORIZED: (Duration, Duration) = (Duration::from_secs(5), Durati
 #[derive(Debug)]
 pub(super) enum Report {
     /// An attempt failed; it is tried again.
-    Retry { stream: StreamId, throttled: bool, error: String },
+    Retry { id: BatchId, throttled: bool, error: String },
     /// The batch is settled.
     Settled(Settled),
 }
@@ -154,7 +154,7 @@ impl<S: LogSink> Shared<S> {
         let mut settled = Settled { id, stream, events: 0, bytes: 0, too_old: 0, too_new: 0, expired: 0, invalid: 0, error: None };
         let mut parts = VecDeque::from([batch]);
         while let Some(part) = parts.pop_front() {
-            match self.put(stream, &part).await {
+            match self.put(id, &part).await {
                 Ok(rejected) => count(&mut settled, &part, rejected),
                 Err(error) => match part.bisect() {
                     Some((left, right)) => {
@@ -174,7 +174,7 @@ impl<S: LogSink> Shared<S> {
     }
 
     /// Tries until the batch is taken, or refused for what it is.
-    async fn put(&self, stream: StreamId, batch: &LogBatch) -> Result<Rejected, String> {
+    async fn put(&self, id: BatchId, batch: &LogBatch) -> Result<Rejected, String> {
         for attempt in 0.. {
             let result = {
                 let _place = self.places.semaphore.acquire().await.expect("the semaphore is never closed");
@@ -193,7 +193,7 @@ impl<S: LogSink> Shared<S> {
             if throttled {
                 self.places.fewer();
             }
-            let _ = self.reports.send(Report::Retry { stream, throttled, error: error.to_string() });
+            let _ = self.reports.send(Report::Retry { id, throttled, error: error.to_string() });
             tokio::time::sleep(pause(&error, attempt)).await;
         }
         unreachable!("attempts do not end")

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use flate2::read::MultiGzDecoder;
-use stanchion_core::logs::positions::{FINGERPRINT_BYTES, Fingerprint};
+use stanchion_core::logs::positions::{FINGERPRINT_BYTES, Fingerprint, Position};
 
 /// An open generation. The descriptor is kept, so that neither rename, unlink nor compression takes the bytes away.
 pub(super) enum Source {
@@ -118,6 +118,14 @@ impl Source {
     /// The first bytes still are what the fingerprint was taken of.
     pub(super) fn begins_with(&self, fingerprint: Fingerprint) -> io::Result<bool> {
         self.with_head(|head| fingerprint.matches(head))
+    }
+
+    /// It is the file of the position. An empty fingerprint fits every file, and the inode may have been given to another: it says nothing.
+    pub(super) fn is_at(&self, position: &Position) -> io::Result<bool> {
+        let (dev, inode) = self.identity()?;
+        // What is compressed is a file of its own.
+        let same_file = matches!(self, Self::Gz(_)) || (inode == position.inode && (dev == position.dev || position.fingerprint.is_full()));
+        Ok(same_file && position.fingerprint.len > 0 && self.begins_with(position.fingerprint)?)
     }
 
     fn with_head<T>(&self, of: impl FnOnce(&[u8]) -> T) -> io::Result<T> {

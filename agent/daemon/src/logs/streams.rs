@@ -94,8 +94,17 @@ impl Stream {
 /// What an unacknowledged batch holds.
 struct Flight {
     stream: StreamId,
+    group: Arc<str>,
     bytes: usize,
     files: Vec<FileId>,
+}
+
+/// A log group with unacknowledged batches: what it refuses, it mostly refuses to all its streams.
+#[derive(Default)]
+struct Group {
+    in_flight: usize,
+    /// Why the latest of its batches is being tried again.
+    error: Option<String>,
 }
 
 /// All streams.
@@ -104,11 +113,13 @@ pub(super) struct Streams {
     compressor: Option<Compressor>,
     /// Batches hold to the service's 24 hours.
     bounded_span: bool,
-    /// What the buffers of all streams may keep together.
-    budget: usize,
+    /// What all of it may take, and what of it one stream may have on its way.
+    memory_bytes: usize,
+    stream_bytes: usize,
     by_name: HashMap<(Arc<str>, Arc<str>), StreamId>,
     streams: HashMap<StreamId, Stream, BuildHasherDefault<Spread>>,
     flights: HashMap<BatchId, Flight>,
+    groups: HashMap<Arc<str>, Group>,
     ready: Vec<Sealed>,
     next: u64,
     in_flight: usize,
@@ -116,15 +127,17 @@ pub(super) struct Streams {
 }
 
 impl Streams {
-    /// Without any; buffers may keep half of the settings' memory.
+    /// Without any.
     pub(super) fn new(settings: &LogSettings) -> Self {
         Self {
             compressor: settings.compress.then(Compressor::default),
             bounded_span: settings.age.is_some(),
-            budget: settings.memory_bytes / 2,
+            memory_bytes: settings.memory_bytes,
+            stream_bytes: settings.stream_bytes,
             by_name: HashMap::new(),
             streams: HashMap::default(),
             flights: HashMap::new(),
+            groups: HashMap::new(),
             ready: Vec::new(),
             next: 0,
             in_flight: 0,
@@ -200,7 +213,9 @@ impl Streams {
         stream.in_flight += bytes;
         stream.last_pin = None;
         self.in_flight += bytes;
-        self.flights.insert(sealed.id, Flight { stream: id, bytes, files: std::mem::take(&mut stream.files) });
+        let (group, files) = (Arc::clone(&stream.group), std::mem::take(&mut stream.files));
+        self.groups.entry(Arc::clone(&group)).or_default().in_flight += bytes;
+        self.flights.insert(sealed.id, Flight { stream: id, group, bytes, files });
         self.ready.push(sealed);
     }
 
@@ -233,6 +248,13 @@ impl Streams {
     pub(super) fn settle(&mut self, id: BatchId, error: Option<String>) -> Vec<FileId> {
         let Some(flight) = self.flights.remove(&id) else { return Vec::new() };
         self.in_flight -= flight.bytes;
+        if let Some(group) = self.groups.get_mut(&flight.group) {
+            group.in_flight -= flight.bytes;
+            group.error = None;
+            if group.in_flight == 0 {
+                self.groups.remove(&flight.group);
+            }
+        }
         if let Some(stream) = self.streams.get_mut(&flight.stream) {
             stream.in_flight -= flight.bytes;
             stream.last_error = error;
@@ -250,6 +272,33 @@ impl Streams {
         self.in_flight + self.filling
     }
 
+    /// Of these, of groups that take nothing.
+    fn refused_bytes(&self) -> usize {
+        self.groups.values().filter(|group| group.error.is_some()).map(|group| group.in_flight).sum()
+    }
+
+    /// Memory is full. Groups that take nothing leave half of it to the others: where they filled more before that was known, the others
+    /// have so much beyond it.
+    pub(super) fn is_full(&self) -> bool {
+        let bytes = self.bytes();
+        let others = || bytes - self.refused_bytes();
+        bytes >= self.memory_bytes && (others() >= self.memory_bytes / 2 || bytes >= 2 * self.memory_bytes)
+    }
+
+    /// The stream may get more, as far as it and its group are concerned.
+    pub(super) fn has_room(&self, id: StreamId) -> bool {
+        self.streams.get(&id).is_none_or(|stream| {
+            let refused = self.groups.get(&stream.group).is_some_and(|group| group.error.is_some());
+            stream.in_flight < self.stream_bytes && !(refused && self.refused_bytes() >= self.memory_bytes / 2)
+        })
+    }
+
+    /// The last error of the stream, or what keeps its group from taking anything.
+    pub(super) fn error(&self, stream: &Stream) -> Option<String> {
+        let group = || self.groups.get(&stream.group).and_then(|group| group.error.clone());
+        stream.last_error.clone().or_else(group)
+    }
+
     /// Puts an event into the stream's batch, in as many parts as its size needs. `pin` hears of each batch that holds
     /// some of it. Returns the number of parts, 0 when the layout has no message for it, and what was written of the last one.
     pub(super) fn push(
@@ -262,8 +311,8 @@ impl Streams {
         pin: &mut dyn FnMut(BatchId, Mark),
     ) -> (usize, Written) {
         let (mut from, mut parts) = (0, 0);
-        // A buffer stays as large as it got only while there are few.
-        let share = self.budget / self.streams.len().max(1);
+        // Half of the memory is for what is being filled. A buffer stays as large as it got only while there are few.
+        let share = self.memory_bytes / 2 / self.streams.len().max(1);
         loop {
             let Some(stream) = self.streams.get_mut(&id) else { return (parts, Written::default()) };
             stream.builder.keep(share);
@@ -299,10 +348,14 @@ impl Streams {
         }
     }
 
-    /// Remembers an error of a batch that is being tried again.
-    pub(super) fn note_error(&mut self, id: StreamId, error: String) {
-        if let Some(stream) = self.streams.get_mut(&id) {
-            stream.last_error = Some(error);
+    /// Remembers why a batch is being tried again.
+    pub(super) fn note_error(&mut self, id: BatchId, error: String) {
+        let Some(flight) = self.flights.get(&id) else { return };
+        if let Some(stream) = self.streams.get_mut(&flight.stream) {
+            stream.last_error = Some(error.clone());
+        }
+        if let Some(group) = self.groups.get_mut(&flight.group) {
+            group.error = Some(error);
         }
     }
 }

@@ -18,13 +18,14 @@ use stanchion_core::cluster::ClusterState;
 use stanchion_core::logs::ledger::BatchId;
 use stanchion_core::logs::positions::{Position, Positions};
 use stanchion_core::logs::quota::Quotas;
-use stanchion_core::logs::settings::{LogSettings, ReadFrom};
+use stanchion_core::logs::settings::{HostFiles, LogSettings, ReadFrom};
 
-use super::container::{Container, Context};
+use super::container::{Behind, Container, Context};
 use super::counters::LogCounters;
+use super::discover;
 use super::inherit::Inherited;
 use super::source::Decoders;
-use super::streams::{FileId, Sealed, StreamId, Streams};
+use super::streams::{FileId, Sealed, Streams};
 use super::watches::Watches;
 use reading::Found;
 
@@ -116,10 +117,14 @@ pub struct Tailer {
     restored: HashMap<PathBuf, Vec<Position>>,
     /// Until a sweep has opened all that there was.
     inherited: Option<Inherited>,
-    /// How files without position are begun: [`ReadFrom::Tail`] only in the first scan of a fresh agent.
+    /// How far files of the node were read that may have another name now; until a sweep has looked for them.
+    moved: Vec<Position>,
+    /// How files without position are begun: [`ReadFrom::Tail`] only in the first scan of a fresh agent, or of what it is asked for anew.
     begin: ReadFrom,
-    /// The agent never ran here, and nothing was looked at yet.
-    fresh: bool,
+    /// Nothing was looked at yet, and the journal was never read here.
+    journal_is_new: bool,
+    /// The same of files of the node: which entries of the settings.
+    new_hosts: BTreeSet<usize>,
     block: Vec<u8>,
     held_bytes: u64,
     positions_dirty: bool,
@@ -144,7 +149,12 @@ impl Tailer {
     /// A tailer that has not looked at anything yet.
     pub fn new(parts: TailerParts, restored: Restored) -> Self {
         let mut by_path: HashMap<PathBuf, Vec<Position>> = HashMap::new();
-        let fresh = matches!(restored, Restored::Fresh | Restored::Inherited(_));
+        let journal_is_new = match &restored {
+            Restored::Fresh | Restored::Inherited(_) => true,
+            Restored::Unusable => false,
+            Restored::Positions(positions) => !positions.files.iter().any(journal::is_position),
+        };
+        let (mut new_hosts, mut moved) = (BTreeSet::new(), Vec::new());
         let mut inherited = None;
         let begin = match restored {
             Restored::Fresh => parts.settings.read_from,
@@ -154,6 +164,11 @@ impl Tailer {
             }
             Restored::Unusable => ReadFrom::Head,
             Restored::Positions(positions) => {
+                let is_new = |entry: &HostFiles| !positions.files.iter().any(|position| discover::is_of_entry(entry, &position.path));
+                let hosts = parts.settings.host_files.iter().enumerate();
+                new_hosts = hosts.filter(|(_, entry)| is_new(entry)).map(|(index, _)| index).collect();
+                let is_host = |path: &str| parts.settings.host_files.iter().any(|entry| discover::is_of_entry(entry, path));
+                moved = positions.files.iter().filter(|position| is_host(&position.path)).cloned().collect();
                 for position in positions.files {
                     by_path.entry(PathBuf::from(&position.path)).or_default().push(position);
                 }
@@ -161,7 +176,6 @@ impl Tailer {
             }
         };
         let settings = &parts.settings;
-        // Half of the memory for what is being filled: the other half is on its way.
         let streams = Streams::new(settings);
         let quotas = Quotas::new(settings.quotas.clone());
         Self {
@@ -175,8 +189,10 @@ impl Tailer {
             counters: LogCounters::default(),
             restored: by_path,
             inherited,
+            moved,
             begin,
-            fresh,
+            journal_is_new,
+            new_hosts,
             block: vec![0; BLOCK],
             held_bytes: 0,
             positions_dirty: false,
@@ -266,7 +282,11 @@ impl Tailer {
         let read = found != Found::Nothing;
         if container.joiner.is_open() {
             let all = container.gone_ms.is_some() && container.generations.iter().all(|generation| generation.finished);
-            container.expire(all, &mut self.context(now));
+            // What may not be read yet may be the end of it.
+            let waits = (ready_ms > now.mono || !room) && container.has_unread();
+            if all || !waits {
+                container.expire(all, &mut self.context(now));
+            }
         }
         self.relieve(&mut container, now);
         if !self.single_pass && self.retire(&mut container) {
@@ -279,7 +299,7 @@ impl Tailer {
             container.quiet_ms = now.mono;
             self.watches.leave(&mut container);
         } else if idle && now.mono - container.quiet_ms >= WATCHED_MS.1 {
-            let sleeps = container.watched && !container.joiner.is_open();
+            let sleeps = (container.watched || container.generations.is_empty()) && !container.joiner.is_open();
             pause_ms = if sleeps { WATCHED_MS.0 } else { POLL_MS.1 };
             if !self.single_pass && container.gone_ms.is_none() {
                 self.watches.ask(&mut container);
@@ -358,12 +378,7 @@ impl Tailer {
     }
 
     fn has_room(&self, container: &Container) -> bool {
-        container
-            .streams
-            .into_iter()
-            .flatten()
-            .filter_map(|id| self.streams.get(id))
-            .all(|stream| stream.in_flight < self.parts.settings.stream_bytes)
+        container.streams.into_iter().flatten().all(|id| self.streams.has_room(id))
     }
 
     fn context(&mut self, now: Now) -> Context<'_> {
@@ -408,21 +423,23 @@ impl Tailer {
                 continue;
             };
             generation.ledger.release(id);
-            generation.behind_since_ms = (generation.ledger.safe() < generation.offset).then_some(now.mono);
+            generation.behind = Behind::after(generation.behind, generation.ledger.safe(), generation.offset, now.mono);
             self.positions_dirty = true;
             if generation.finished {
                 // Perhaps its container's last.
                 self.schedule(container, now.mono);
             }
         }
-        for id in std::mem::take(&mut self.blocked) {
-            self.schedule(id, now.mono);
-        }
+        let blocked = std::mem::take(&mut self.blocked);
+        let (with_room, without): (BTreeSet<_>, _) =
+            blocked.into_iter().partition(|id| self.containers.get(id).is_none_or(|container| self.has_room(container)));
+        self.blocked = without;
+        with_room.into_iter().for_each(|id| self.schedule(id, now.mono));
     }
 
     /// A batch is being tried again.
-    pub fn note_error(&mut self, stream: StreamId, error: String) {
-        self.streams.note_error(stream, error);
+    pub fn note_error(&mut self, id: BatchId, error: String) {
+        self.streams.note_error(id, error);
     }
 
     /// Totals, also for the shipper to add to.
@@ -437,7 +454,7 @@ impl Tailer {
 
     /// Memory is full of unacknowledged batches.
     pub fn is_full(&self) -> bool {
-        self.streams.bytes() >= self.parts.settings.memory_bytes
+        self.streams.is_full()
     }
 
     /// The directory that is watched.

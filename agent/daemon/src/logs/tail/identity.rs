@@ -11,10 +11,18 @@ use stanchion_core::logs::names::glob;
 use stanchion_core::logs::parser::Parser;
 use stanchion_core::logs::record::{Merge, RecordWriter};
 use stanchion_core::logs::route::Place;
+use stanchion_core::objects::Pod;
 use tracing::warn;
 
 use super::super::container::Container;
 use super::Tailer;
+
+/// The container's pod was known, and the pod is another one.
+fn is_replaced_by(container: &Container, pod: &Pod) -> bool {
+    let Some(identity) = container.identity.as_ref().filter(|identity| identity.pod.is_some()) else { return false };
+    let named = container.names.as_ref().map_or("", |names| names.uid.as_str());
+    !pod.is_known_as(if named.is_empty() { &identity.names.uid } else { named })
+}
 
 impl Tailer {
     /// Takes a new state of the cluster: identities of containers whose pod changed are made anew.
@@ -28,6 +36,8 @@ impl Tailer {
                 // A pod that is gone keeps its last known identity.
                 (_, None) => {}
                 (Some(old), Some(new)) if Arc::ptr_eq(&old, &new) => {}
+                // So does one whose name another pod has now.
+                (_, Some(new)) if is_replaced_by(container, &new) => {}
                 _ => changed.push(*id),
             }
         }

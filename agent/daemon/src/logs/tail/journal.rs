@@ -16,10 +16,13 @@ use stanchion_core::logs::record::{Layout, RecordOptions, RecordWriter};
 use stanchion_core::logs::settings::ReadFrom;
 use tracing::{info, warn};
 
+use super::super::container::Behind;
 use super::super::counters::FileStatus;
 use super::super::streams::StreamId;
 use super::{Now, Tailer};
 
+/// What names of positions begin with.
+const NAME: &str = "journal:";
 /// How often the files are looked at; in milliseconds.
 const LOOK_MS: i64 = 1000;
 /// Entries of one file in one turn, so that container logs have theirs.
@@ -45,7 +48,7 @@ struct JournalFile {
     streams: BTreeMap<String, StreamId>,
     /// Its name is gone.
     gone: bool,
-    behind_since_ms: Option<i64>,
+    behind: Option<Behind>,
     last_error: Option<String>,
 }
 
@@ -55,7 +58,12 @@ fn bytes_of(file: &File) -> impl ReadAt + '_ {
 
 /// The name of a journal file's position: its id, as its path changes.
 fn position_name(header: &Header) -> String {
-    format!("journal:{}", header.id())
+    format!("{NAME}{}", header.id())
+}
+
+/// The position is that of a journal file.
+pub(super) fn is_position(position: &Position) -> bool {
+    position.path.starts_with(NAME)
 }
 
 /// Journal files in the directory and in its directories of machines. `~` ends the names of files that a crash left.
@@ -82,7 +90,7 @@ impl JournalFile {
             ledger: Ledger::default(),
             streams: BTreeMap::new(),
             gone: false,
-            behind_since_ms: None,
+            behind: None,
             last_error: None,
         }))
     }
@@ -107,7 +115,7 @@ impl JournalFile {
 }
 
 impl Tailer {
-    /// Which journal files there are. `begin` is for those that were there before the agent ever was.
+    /// Which journal files there are. `begin` is for those that were there before the agent was ever asked for any.
     pub(super) fn scan_journals(&mut self, begin: Option<ReadFrom>) {
         let Some(settings) = &self.parts.settings.journal else { return };
         let paths: Vec<PathBuf> = settings.dirs.iter().flat_map(|dir| list(Path::new(dir))).collect();
@@ -202,9 +210,10 @@ impl Tailer {
 
     fn read_journal(&mut self, id: u64, file: &mut JournalFile, settings: &JournalSettings, now: Now) -> Result<bool, JournalError> {
         for _ in 0..PORTION {
-            let stream_bytes = self.parts.settings.stream_bytes;
-            let room = |stream: &StreamId| self.streams.get(*stream).is_none_or(|stream| stream.in_flight < stream_bytes);
-            if self.is_full() || !file.streams.values().all(room) {
+            if self.is_full() || !file.streams.values().all(|stream| self.streams.has_room(*stream)) {
+                if file.header.tail >= file.offset {
+                    file.behind = Some(Behind::since(file.behind, file.header.tail.saturating_add(1), now.mono));
+                }
                 return Ok(false);
             }
             let Some(offset) = file.header.next(&bytes_of(&file.file), &mut file.cursor)? else { return Ok(false) };
@@ -228,7 +237,7 @@ impl Tailer {
                 }
             }
             file.offset = offset + 1;
-            file.behind_since_ms.get_or_insert(now.mono);
+            file.behind = Some(Behind::since(file.behind, file.offset, now.mono));
             file.ledger.resume_at(file.offset);
             self.positions_dirty = true;
         }
@@ -262,7 +271,7 @@ impl Tailer {
     pub(super) fn acknowledge_journal(&mut self, id: u64, batch: stanchion_core::logs::ledger::BatchId, now: Now) -> bool {
         let Some(file) = self.journals.files.get_mut(&id) else { return false };
         file.ledger.release(batch);
-        file.behind_since_ms = (!file.is_done()).then_some(now.mono);
+        file.behind = Behind::after(file.behind, file.ledger.safe(), file.offset, now.mono);
         self.positions_dirty = true;
         // There is room again.
         self.journals.due_ms = self.journals.due_ms.min(now.mono);
@@ -295,7 +304,7 @@ impl Tailer {
         self.journals.files.values().map(move |file| {
             let (safe, size) = (file.ledger.safe(), file.header.tail.max(file.offset));
             let stream = file.streams.values().find_map(|id| self.streams.get(*id));
-            let behind = file.behind_since_ms.filter(|_| safe < file.offset);
+            let behind = file.behind.filter(|_| safe < size);
             FileStatus {
                 path: file.path.to_string_lossy().into_owned(),
                 namespace: String::new(),
@@ -307,10 +316,10 @@ impl Tailer {
                 size,
                 // Behind the last entry lie tables and what is not written yet.
                 lag_bytes: if file.is_done() && behind.is_none() { 0 } else { size.saturating_sub(safe) },
-                lag_seconds: behind.map_or(0, |since| u64::try_from((now.mono - since) / 1000).unwrap_or(0)),
+                lag_seconds: behind.map_or(0, |behind| behind.seconds(now.mono)),
                 group: stream.map(|stream| stream.group.to_string()).unwrap_or_default(),
                 stream: stream.map(|stream| stream.name.to_string()).unwrap_or_default(),
-                last_error: file.last_error.clone().or_else(|| stream.and_then(|stream| stream.last_error.clone())),
+                last_error: file.last_error.clone().or_else(|| stream.and_then(|stream| self.streams.error(stream))),
             }
         })
     }

@@ -4,7 +4,8 @@ use std::io;
 
 use tracing::warn;
 
-use super::super::container::Container;
+use super::super::container::{Behind, Container};
+use super::super::discover::Siblings;
 use super::super::source::Source;
 use super::{Drain, Now, ROTATE_WAIT_MS, Tailer};
 
@@ -85,7 +86,9 @@ impl Tailer {
         self.positions_dirty |= generation.ledger.safe() != safe;
         generation.last_error = None;
         if used > 0 {
-            generation.behind_since_ms.get_or_insert(now.mono);
+            // Behind a full block there is more.
+            let until = if full { size.max(generation.offset) } else { generation.offset };
+            generation.behind = Some(Behind::since(generation.behind, until, now.mono));
             return Ok(if plain && newest && !full { Found::Rest } else { Found::Block });
         }
         let waited = generation.rotated_ms.is_some_and(|since| self.single_pass || now.mono - since >= ROTATE_WAIT_MS);
@@ -122,22 +125,29 @@ impl Tailer {
         Ok(())
     }
 
-    /// Forgets generations that are done; true when the container has none left and is gone.
+    /// Forgets generations that are done; true when the container has none left and is gone for good.
     pub(super) fn retire(&mut self, container: &mut Container) -> bool {
         let live = &container.live;
-        let retired = &mut container.retired;
+        let (retired, moved) = (&mut container.retired, &mut self.moved);
+        let host = container.host.is_some();
         let before = container.generations.len();
         container.generations.retain(|generation| {
             let done = generation.is_done();
             // What was truncated, or is empty, is no file that could be found again.
             let findable = !generation.truncated && generation.fingerprint.len > 0;
+            if done && findable && host {
+                moved.push(generation.position(live));
+            }
             if done && findable && retired.as_ref().is_none_or(|(number, _)| *number < generation.number) {
                 *retired = Some((generation.number, generation.position(live)));
             }
             !done
         });
         self.positions_dirty |= before != container.generations.len();
-        container.gone_ms.is_some() && container.generations.is_empty() && !container.joiner.is_open()
+        let done = container.gone_ms.is_some() && container.generations.is_empty() && !container.joiner.is_open();
+        // The kubelet renames the live file, and the runtime may be long in opening the next: what is known of the rotated ones is not to
+        // be forgotten. Of a container that is removed none are left.
+        done && (container.host.is_some() || Siblings::default().rotated(&container.live).is_ok_and(|siblings| siblings.is_empty()))
     }
 
     /// Reads everything to its end, whatever the clocks say, and closes all lines and batches; for a single pass. Batches

@@ -27,7 +27,8 @@ impl Tailer {
             let generations = container.generations.iter().map(|generation| generation.position(&container.live));
             container.retired.iter().map(|(_, position)| position.clone()).chain(generations)
         });
-        let files = open.chain(self.journal_positions()).chain(self.restored.values().flatten().cloned()).collect();
+        let files =
+            open.chain(self.journal_positions()).chain(self.moved.iter().chain(self.restored.values().flatten()).cloned()).collect();
         Positions { version: VERSION, node: self.parts.node.clone(), files }
     }
 
@@ -48,8 +49,10 @@ impl Tailer {
             };
             for generation in &container.generations {
                 let (offset, safe) = (generation.offset, generation.ledger.safe());
-                let size = generation.size.max(offset);
-                let behind = generation.behind_since_ms.filter(|_| safe < size);
+                // A file that waits for room grows all the same.
+                let size = if generation.finished { generation.size } else { generation.source.size().unwrap_or(generation.size) };
+                let size = size.max(offset);
+                let behind = generation.behind.filter(|_| safe < size);
                 files.push(FileStatus {
                     path: container.live.to_string_lossy().into_owned(),
                     namespace: name(|names| &names.namespace),
@@ -60,10 +63,10 @@ impl Tailer {
                     safe,
                     size,
                     lag_bytes: size - safe,
-                    lag_seconds: behind.map_or(0, |since| u64::try_from((now.mono - since) / 1000).unwrap_or(0)),
+                    lag_seconds: behind.map_or(0, |behind| behind.seconds(now.mono)),
                     group: stream.map(|stream| stream.group.to_string()).unwrap_or_default(),
                     stream: stream.map(|stream| stream.name.to_string()).unwrap_or_default(),
-                    last_error: generation.last_error.clone().or_else(|| stream.and_then(|stream| stream.last_error.clone())),
+                    last_error: generation.last_error.clone().or_else(|| stream.and_then(|stream| self.streams.error(stream))),
                 });
             }
         }

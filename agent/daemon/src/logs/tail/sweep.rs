@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use stanchion_core::logs::join::Joiner;
 use stanchion_core::logs::record::RecordWriter;
 use stanchion_core::logs::settings::ReadFrom;
 use tracing::{info, warn};
 
-use super::super::container::Container;
+use super::super::container::{Behind, Container, Generation};
 use super::super::discover::{self, Found, Siblings, Unread};
 use super::super::follow::{follow, open_generations};
 use super::{METADATA_WAIT_MS, Now, ROTATE_WAIT_MS, Tailer};
@@ -37,10 +38,14 @@ impl Tailer {
             }
         }
         let journal = self.parts.settings.journal.as_ref().map(|journal| journal.read_from);
-        self.scan_journals(journal.filter(|_| self.fresh));
+        self.scan_journals(journal.filter(|_| self.journal_is_new));
         // What follows appears while we are here: it is read from its first byte.
         self.begin = ReadFrom::Head;
-        self.fresh = false;
+        self.journal_is_new = false;
+        self.new_hosts.clear();
+        if unread.is_empty() {
+            self.moved.clear();
+        }
         if unread.is_empty() && self.counters.file_errors == errors {
             self.inherited = None;
         }
@@ -51,6 +56,7 @@ impl Tailer {
         for id in ids {
             self.check_gone(id, now);
         }
+        self.note_waiting(now);
         self.evict(now);
         Ok(())
     }
@@ -66,7 +72,18 @@ impl Tailer {
         self.unread = unread.into_iter().map(|(path, error)| (path, error.to_string())).collect();
     }
 
+    /// The file is open under another name, and read there to its end: a file of the node that was renamed.
+    fn is_held(&self, live: &Path, but: Option<u64>) -> bool {
+        let Ok(metadata) = std::fs::metadata(live) else { return false };
+        let is_it = |generation: &Generation| (generation.dev, generation.inode) == (metadata.dev(), metadata.ino());
+        let hosts = self.containers.values().filter(|container| container.host.is_some() && Some(container.id) != but);
+        hosts.flat_map(|container| &container.generations).any(is_it)
+    }
+
     pub(super) fn begin_container(&mut self, found: Found, siblings: &mut Siblings, now: Now) {
+        if found.host.is_some() && self.is_held(&found.live, None) {
+            return;
+        }
         let id = self.next_container;
         let settings = &self.parts.settings;
         let mut container = Container {
@@ -91,14 +108,16 @@ impl Tailer {
             host: found.host,
             unopened: Vec::new(),
         };
+        let begin = if container.host.is_some_and(|entry| self.new_hosts.contains(&entry)) { settings.read_from } else { self.begin };
         let positions = self.restored.remove(&container.live).unwrap_or_default();
         let inherited = match &self.inherited {
             Some(inherited) if positions.is_empty() => inherited.positions(&container.live, &container.file_name, siblings),
             _ => Ok(positions.clone()),
         };
+        let moved = if container.host.is_some() { self.moved.as_slice() } else { &[] };
         let mut unread = Unread::default();
         let opened =
-            inherited.and_then(|positions| open_generations(&mut container, &positions, self.begin, siblings, now.mono, &mut unread));
+            inherited.and_then(|positions| open_generations(&mut container, (&positions, moved), begin, siblings, now.mono, &mut unread));
         match opened {
             Ok(()) => {
                 self.counters.file_errors += container.pass_over(unread);
@@ -122,9 +141,13 @@ impl Tailer {
     }
 
     pub(super) fn follow_rotation(&mut self, id: u64, now: Now) {
+        let Some(container) = self.containers.get(&id) else { return };
+        if container.host.is_some() && self.is_held(&container.live, Some(id)) {
+            return;
+        }
         let Some(container) = self.containers.get_mut(&id) else { return };
         let mut unread = Unread::default();
-        let result = follow(container, now.mono, &mut unread);
+        let result = follow(container, &self.moved, now.mono, &mut unread);
         self.counters.file_errors += container.pass_over(unread);
         match result {
             Ok(false) => {}
@@ -148,6 +171,23 @@ impl Tailer {
                 generation.rotated_ms = Some(now.mono);
             }
             self.schedule(id, now.mono);
+        }
+    }
+
+    /// Files that are not looked at, because there is no room for what they have: since when they wait.
+    fn note_waiting(&mut self, now: Now) {
+        let full = self.is_full();
+        for (id, container) in &mut self.containers {
+            if !full && !self.blocked.contains(id) {
+                continue;
+            }
+            for generation in container.generations.iter_mut().filter(|generation| !generation.finished) {
+                if let Ok(size) = generation.source.size()
+                    && size > generation.offset
+                {
+                    generation.behind = Some(Behind::since(generation.behind, size, now.mono));
+                }
+            }
         }
     }
 
