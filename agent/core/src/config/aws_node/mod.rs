@@ -173,7 +173,6 @@ impl Migration {
     }
 
     fn variable(&mut self, name: &str, value: &str, known: bool) {
-        let on = parse_bool(value) == Some(true);
         match name {
             "MY_NODE_NAME" => return,
             "CLUSTER_NAME" => return self.cluster_name = value.to_owned(),
@@ -191,19 +190,8 @@ impl Migration {
                 let why = "DEBUG, AWS's default, is for a file on the node, and here it would fill the container's own log; info is the agent's default";
                 return self.leave_out(name, why);
             }
-            // env goes to both containers, which are in one network.
-            "DISABLE_INTROSPECTION" | "DISABLE_METRICS" if !on => {
-                let why =
-                    "false is the default, and in env it would start a listener of the telemetry container on the network container's port";
-                return self.leave_out(name, why);
-            }
-            "DISABLE_INTROSPECTION" => return self.leave_out(name, "the chart's probes ask 127.0.0.1:61679"),
-            "INTROSPECTION_BIND_ADDRESS" => {
-                if value != "127.0.0.1:61679" {
-                    self.leave_out(name, "the chart's probes ask 127.0.0.1:61679");
-                }
-                return;
-            }
+            // The agent's default; of any other the chart makes probes that start a process each time.
+            "INTROSPECTION_BIND_ADDRESS" if value == "127.0.0.1:61679" => return,
             "AWS_VPC_K8S_CNI_BACKING_STORE" if !value.starts_with("/var/run/aws-node/") => {
                 let sentence =
                     "The chart mounts /var/run/aws-node only: change its volumes, or the agent does not find which pod has which address.";

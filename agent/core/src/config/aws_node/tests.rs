@@ -77,6 +77,8 @@ fn the_shipped_daemon_set_keeps_what_it_does() {
         ("ENABLE_IPv6", "false"),
         ("ENABLE_MULTI_NIC", "false"),
         ("ENABLE_POD_ENI", "false"),
+        ("DISABLE_INTROSPECTION", "false"),
+        ("DISABLE_METRICS", "false"),
         ("ENABLE_PREFIX_DELEGATION", "false"),
         ("ENABLE_SUBNET_DISCOVERY", "true"),
         ("NETWORK_POLICY_ENFORCING_MODE", "none"),
@@ -88,8 +90,6 @@ fn the_shipped_daemon_set_keeps_what_it_does() {
     for name in [
         "AWS_VPC_K8S_CNI_LOGLEVEL",
         "AWS_VPC_K8S_CNI_LOG_FILE",
-        "DISABLE_INTROSPECTION",
-        "DISABLE_METRICS",
         "MY_POD_NAME",
         "VPC_CNI_VERSION",
         "VPC_ID",
@@ -289,9 +289,12 @@ fn settings_of_a_container_that_the_chart_makes_are_not_taken() {
         ],
     ));
     assert_eq!((migration.env["AWS_VPC_K8S_CNI_LOGLEVEL"].as_str(), migration.env["DISABLE_METRICS"].as_str()), ("ERROR", "1"));
-    for name in ["DISABLE_INTROSPECTION", "INTROSPECTION_BIND_ADDRESS", "HOST_CNI_CONFDIR_PATH"] {
-        assert!(!migration.env.contains_key(name) && notes(&migration, name).len() == 1, "{name}");
-    }
+    assert_eq!(
+        (migration.env["DISABLE_INTROSPECTION"].as_str(), migration.env["INTROSPECTION_BIND_ADDRESS"].as_str()),
+        ("true", "unix:/run/x")
+    );
+    let name = "HOST_CNI_CONFDIR_PATH";
+    assert!(!migration.env.contains_key(name) && notes(&migration, name).len() == 1);
     assert!(!migration.env.contains_key("HOST_CNI_BIN_PATH") && notes(&migration, "HOST_CNI_BIN_PATH").is_empty());
     assert_eq!(migration.env["AWS_VPC_K8S_CNI_BACKING_STORE"], "/data/ipam.json");
     assert_eq!(notes(&migration, "AWS_VPC_K8S_CNI_BACKING_STORE").len(), 1);
