@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::read::MEANINGLESS;
-use super::{Config, ConfigError, parse_bool};
+use super::{Config, ConfigError};
 use crate::yaml::{comment, printable};
 use read::{Container, Found, INIT, NODE, POLICY_AGENT, Variable};
 
