@@ -212,7 +212,7 @@ impl OtlpEncoder {
 
     fn resources(&self, snapshot: &Snapshot, now: u64, before: u64) -> Vec<ResourceMetrics> {
         let mut out = vec![self.resource(&[], now, before, |told| node_metrics(told, snapshot))];
-        for pod in &snapshot.pods {
+        for pod in snapshot.pods.iter().filter(|pod| pod.is_told()) {
             let meta = &pod.meta;
             let mut of_pod = vec![
                 ("k8s.namespace.name", meta.namespace.as_str()),
