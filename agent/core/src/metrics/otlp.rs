@@ -218,7 +218,7 @@ impl OtlpEncoder {
                 ("k8s.namespace.name", meta.namespace.as_str()),
                 ("k8s.pod.name", &meta.name),
                 ("k8s.pod.uid", &meta.uid),
-                ("k8s.workload.name", &meta.workload),
+                ("k8s.workload.name", meta.owner.as_ref().map_or(meta.workload.as_str(), |(_, name)| name.as_str())),
             ];
             of_pod.extend(meta.owner.as_ref().map(|(kind, _)| ("k8s.workload.type", *kind)));
             out.push(self.resource(&of_pod, now, before, |told| pod_metrics(told, pod, snapshot.wall_ms)));
