@@ -311,7 +311,7 @@ fn start_telemetry(
     tasks: &mut Vec<(&'static str, JoinHandle<()>)>,
 ) -> Result<Watched> {
     let Start { args, config, node_name, cluster, shutdown, .. } = parts;
-    let cluster_name = config.pool.cluster_name.clone();
+    let cluster_name = config.telemetry.cluster_name.clone();
     let settings = &config.telemetry;
     let logs = if settings.logs {
         let mut log_settings = LogSettings::new(match settings.record {
@@ -388,7 +388,7 @@ fn start_telemetry(
 fn start_flow_log(parts: &Start<'_>, aws: &AwsClients, records: FlowRecords, tasks: &mut Vec<(&'static str, JoinHandle<()>)>) -> FlowLog {
     let Start { config, node_name, shutdown, .. } = parts;
     let settings = FlowLogSettings {
-        group: config.telemetry.flow_log_group.replace("{cluster}", &config.pool.cluster_name),
+        group: config.telemetry.flow_log_group.replace("{cluster}", &config.telemetry.cluster_name),
         node: (*node_name).to_owned(),
     };
     let (log, task) = flow_log::spawn(records, settings, Arc::new(aws.logs()), (*shutdown).clone());

@@ -140,6 +140,22 @@ impl PodCgroups {
         Ok(())
     }
 
+    /// A container ends and another of the pod, with this runtime id, takes its place.
+    ///
+    /// # Errors
+    /// As [`PodCgroups::make`]; also while a process is in the container's cgroups.
+    pub fn replace(&mut self, pod: usize, container: usize, id: &str) -> io::Result<()> {
+        for gone in self.container(pod, container) {
+            fs::remove_dir(&gone)?;
+            self.made.retain(|made| *made != gone);
+            let new = gone.with_file_name(id);
+            fs::create_dir(&new)?;
+            self.made.push(new);
+        }
+        self.pods[pod].status.container_statuses[container].container_id = format!("containerd://{id}");
+        Ok(())
+    }
+
     /// The cluster's state with these pods.
     pub fn cluster(&self) -> ClusterState {
         let mut state = ClusterState { synced: true, ..ClusterState::default() };

@@ -111,6 +111,34 @@ fn memory_of_a_container_is_what_it_holds() {
     assert!(after.pods[0].containers[0].memory.expect("still there").rss < 8 * MIB);
 }
 
+/// The number of directories is the same before and after, so nothing but the one that is gone tells of the one that came.
+#[test]
+fn a_container_that_took_anothers_place_between_two_ticks_is_seen() {
+    let mut cgroups = PodCgroups::make("node1", 1, 2).expect("cgroups need root");
+    let mut state = cgroups.cluster();
+    // The second cgroup is the pod's sandbox: no status names it.
+    let mut pod = cgroups.pods[0].clone();
+    pod.status.container_statuses.truncate(1);
+    pod.spec.containers.truncate(1);
+    state.pods.insert(pod.full_name(), std::sync::Arc::new(pod.clone()));
+    let (sender, cluster) = ClusterHandle::channel(state.clone());
+    let identity = NodeIdentity { cluster: "c".into(), node: "node1".into(), ..NodeIdentity::default() };
+    let roots = Roots { cgroup: cgroups.root.path().to_owned(), ..Roots::default() };
+    let mut collector = Collector::new(roots, cluster.watch(), identity, &TelemetrySettings::default());
+    let (snapshot, _) = collector.collect().expect("/proc is readable");
+    assert_eq!(snapshot.pods[0].containers.len(), 1, "the container, not the sandbox");
+    for round in 1..=2 {
+        let id = format!("{:064x}", 0xb000 + round);
+        cgroups.replace(0, 0, &id).expect("an empty cgroup may go");
+        pod.status.container_statuses[0].container_id = format!("containerd://{id}");
+        state.pods.insert(pod.full_name(), std::sync::Arc::new(pod.clone()));
+        sender.send_replace(std::sync::Arc::new(state.clone()));
+        let (snapshot, _) = collector.collect().expect("/proc is readable");
+        assert_eq!(snapshot.pods[0].containers.len(), 1, "round {round}: the one that came");
+        assert!(snapshot.pods[0].containers[0].memory.is_some());
+    }
+}
+
 #[test]
 fn a_container_that_is_restarted_makes_no_spike() {
     let cgroups = PodCgroups::make("node1", 1, 2).expect("cgroups need root");

@@ -262,9 +262,14 @@ pub struct NetworkConfig {
     pub bandwidth_plugin: bool,
 }
 
+/// What metrics call a cluster whose name is not set, as the templates of logs' groups do: CloudWatch takes no empty dimension.
+pub const UNNAMED_CLUSTER: &str = "none";
+
 /// Logs and metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TelemetryConfig {
+    /// `CLUSTER_NAME`, or [`UNNAMED_CLUSTER`]: in the documents' log groups and dimensions.
+    pub cluster_name: String,
     /// Layout of container log events.
     pub record: RecordLayout,
     /// Template of container logs' group.

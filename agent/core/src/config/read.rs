@@ -1,7 +1,10 @@
 //! The environment's names, in the order in which `stanchion config` shows them.
 
 use super::reader::Reader;
-use super::{Config, ConfigError, FlowLogs, NetworkConfig, OperationsConfig, OtlpSign, PoolConfig, RecordLayout, Setting, TelemetryConfig};
+use super::{
+    Config, ConfigError, FlowLogs, NetworkConfig, OperationsConfig, OtlpSign, PoolConfig, RecordLayout, Setting, TelemetryConfig,
+    UNNAMED_CLUSTER,
+};
 use crate::metrics::track::Figures;
 
 impl Config {
@@ -65,6 +68,7 @@ impl Config {
             bandwidth_plugin: r.bool("ENABLE_BANDWIDTH_PLUGIN", false, "the bandwidth plugin is chained"),
         };
         let telemetry = TelemetryConfig {
+            cluster_name: if pool.cluster_name.is_empty() { UNNAMED_CLUSTER.to_owned() } else { pool.cluster_name.clone() },
             logs: r.bool("STANCHION_LOGS", true, "ship container logs"),
             record: r.choice(
                 "STANCHION_LOG_RECORD",

@@ -9,7 +9,7 @@ use ipnet::Ipv4Net;
 use super::go::{parse_bool, parse_int};
 use super::{
     BranchMode, Config, ConfigError, NetworkConfig, OperationsConfig, Origin, PolicyMode, PoolConfig, RandomizeSnat, Setting,
-    TelemetryConfig,
+    TelemetryConfig, UNNAMED_CLUSTER,
 };
 use crate::metrics::catalog::Preset;
 use crate::metrics::insights::Selection;
@@ -359,6 +359,12 @@ impl<'a> Reader<'a> {
             let notice = "STANCHION_NODE_METRICS=true has no effect where DISABLE_METRICS is true: give the container of logs and metrics a listener \
                           (--metrics-address, telemetry.metricsAddress of the chart)";
             self.notices.push(notice.to_owned());
+        }
+        if pool.cluster_name.is_empty() && (telemetry.logs || telemetry.container_insights) {
+            self.notices.push(format!(
+                "CLUSTER_NAME is not set: logs and metrics are told as those of a cluster named {UNNAMED_CLUSTER:?}, together with those of every \
+                 other cluster of this account and region without a name; set it to the cluster's name (clusterName of the chart)"
+            ));
         }
         if self.errors.is_empty() {
             Ok(Config { pool, network, telemetry, operations, settings: self.settings, notices: self.notices })

@@ -5,6 +5,9 @@ fn read(pairs: &[(&str, &str)]) -> Result<Config, Vec<ConfigError>> {
     Config::read(&|name| map.get(name).cloned())
 }
 
+/// Without it a notice is due.
+const NAMED: (&str, &str) = ("CLUSTER_NAME", "c");
+
 #[test]
 fn defaults_are_those_of_the_shipped_manifest() {
     let config = read(&[]).unwrap();
@@ -12,7 +15,7 @@ fn defaults_are_those_of_the_shipped_manifest() {
     assert!(config.pool.ipv4 && config.pool.subnet_discovery && config.network.node_port_support);
     assert_eq!(config.pool.ip_cooldown, Duration::from_secs(30));
     assert_eq!((config.network.connmark, config.network.eni_mtu, config.network.pod_mtu), (0x80, 9001, 9001));
-    assert!(config.notices.is_empty());
+    assert_eq!(config.notices.len(), 1, "the cluster's name is the user's to give");
     assert!(config.settings.iter().all(|s| s.origin == Origin::Default && !s.about.is_empty()));
 }
 
@@ -22,7 +25,7 @@ fn go_quirks() {
         assert_eq!(read(&[("AWS_VPC_K8S_CNI_EXTERNALSNAT", text)]).unwrap().network.external_snat, want, "{text}");
     }
     // Unparsable or negative: the default, with a notice.
-    let config = read(&[("AWS_VPC_CNI_NODE_PORT_SUPPORT", "yes"), ("WARM_ENI_TARGET", "-1"), ("WARM_IP_TARGET", "two")]).unwrap();
+    let config = read(&[("AWS_VPC_CNI_NODE_PORT_SUPPORT", "yes"), ("WARM_ENI_TARGET", "-1"), ("WARM_IP_TARGET", "two"), NAMED]).unwrap();
     assert!(config.network.node_port_support);
     assert_eq!((config.pool.warm_eni_target, config.pool.warm_ip_target, config.notices.len()), (1, 0, 3));
     for (text, want) in [("0x40", 0x40), ("64", 64), ("010", 8), ("0", 0x80), ("junk", 0x80), ("0b11", 3)] {
@@ -32,7 +35,7 @@ fn go_quirks() {
         assert_eq!(read(&[("MAX_ENI", text)]).unwrap().pool.max_eni, want, "{text}");
     }
     assert_eq!(read(&[("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "dice")]).unwrap().network.randomize_snat, RandomizeSnat::Prng);
-    let cidrs = read(&[("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "10.1.2.3/16, junk,::/0,0.0.0.0/0")]).unwrap();
+    let cidrs = read(&[("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "10.1.2.3/16, junk,::/0,0.0.0.0/0"), NAMED]).unwrap();
     assert_eq!(cidrs.network.exclude_snat_cidrs, ["0.0.0.0/0".parse().unwrap(), "10.1.0.0/16".parse().unwrap()]);
     assert_eq!(cidrs.notices.len(), 2);
     let tags = read(&[("ADDITIONAL_ENI_TAGS", r#"{"a":"b","node.k8s.amazonaws.com/x":"c"}"#)]).unwrap();
@@ -91,18 +94,35 @@ fn settings_that_exclude_each_other_are_refused_by_name() {
 }
 
 #[test]
+fn a_cluster_without_a_name_has_metrics_all_the_same_and_is_told_of_it() {
+    use crate::logs::cri::Output;
+    use crate::logs::route::{Place, Template};
+    let unnamed = read(&[]).unwrap();
+    let [notice] = &unnamed.notices[..] else { panic!("{:?}", unnamed.notices) };
+    assert!(notice.starts_with("CLUSTER_NAME is not set"), "{notice}");
+    assert_eq!((unnamed.telemetry.cluster_name.as_str(), unnamed.pool.cluster_name.as_str()), (UNNAMED_CLUSTER, ""));
+    // The same word as in the groups of logs.
+    let place = Place { cluster: "", node: "n", file: "f" };
+    assert_eq!(Template::parse("{cluster}").unwrap().group(place, None, Output::Stdout), UNNAMED_CLUSTER);
+    let named = read(&[NAMED]).unwrap();
+    assert_eq!((named.telemetry.cluster_name.as_str(), named.notices.len()), ("c", 0));
+    // Who ships nothing under the name is not told.
+    assert!(read(&[("STANCHION_LOGS", "false"), ("STANCHION_CONTAINER_INSIGHTS", "false")]).unwrap().notices.is_empty());
+}
+
+#[test]
 fn what_means_nothing_is_said_and_what_is_off_is_accepted() {
-    let config = read(&[("ENABLE_NFTABLES", "true"), ("ENABLE_POD_ENI", "false"), ("ENABLE_MULTI_NIC", "0")]).unwrap();
+    let config = read(&[("ENABLE_NFTABLES", "true"), ("ENABLE_POD_ENI", "false"), ("ENABLE_MULTI_NIC", "0"), NAMED]).unwrap();
     assert_eq!(config.notices.len(), 1);
 }
 
 #[test]
 fn security_groups_for_pods_need_ec2_to_tell_the_trunk() {
-    let config = read(&[("ENABLE_POD_ENI", "true"), ("POD_SECURITY_GROUP_ENFORCING_MODE", "standard")]).unwrap();
+    let config = read(&[("ENABLE_POD_ENI", "true"), ("POD_SECURITY_GROUP_ENFORCING_MODE", "standard"), NAMED]).unwrap();
     assert!(config.pool.pod_eni && config.pool.branch_mode == BranchMode::Standard && config.notices.is_empty());
     let strict = read(&[("ENABLE_POD_ENI", "true")]).unwrap();
     assert!(strict.pool.branch_mode == BranchMode::Strict && strict.notices[0].contains("DISABLE_TCP_EARLY_DEMUX=true"));
-    assert!(read(&[("ENABLE_POD_ENI", "true"), ("DISABLE_TCP_EARLY_DEMUX", "true")]).unwrap().notices.is_empty());
+    assert!(read(&[("ENABLE_POD_ENI", "true"), ("DISABLE_TCP_EARLY_DEMUX", "true"), NAMED]).unwrap().notices.is_empty());
     let errors = read(&[("ENABLE_POD_ENI", "true"), ("ENABLE_IMDS_ONLY_MODE", "true")]).unwrap_err();
     assert_eq!((errors.len(), errors[0].name), (1, "ENABLE_POD_ENI"));
 }

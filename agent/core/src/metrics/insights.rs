@@ -133,7 +133,7 @@ impl Encoder {
     pub fn documents(&mut self, snapshot: &Snapshot) -> Vec<String> {
         let mut out = Vec::with_capacity(8 + snapshot.pods.len() * 5);
         self.node_documents(snapshot, &mut out);
-        for pod in &snapshot.pods {
+        for pod in snapshot.pods.iter().filter(|pod| pod.is_told()) {
             self.pod_documents(snapshot, pod, &mut out);
         }
         if self.selection.preset == Preset::Enhanced {
@@ -460,9 +460,11 @@ fn pod_fields(document: &mut Document, pod: &PodSample, node: &NodeSample) {
     cpu_fields(document, pod.cpu, node);
     memory_fields(document, pod.memory.as_ref(), node);
     request_fields(document, meta.requests, meta.limits);
-    document.maybe(Field::CpuReservedCapacity, meta.requests.cpu.and_then(|cpu| percent(cpu, node.cpu_limit)));
+    // Who has ended reserves nothing.
+    let reserved = if meta.is_active() { meta.requests } else { Amounts::default() };
+    document.maybe(Field::CpuReservedCapacity, reserved.cpu.and_then(|cpu| percent(cpu, node.cpu_limit)));
     let memory_limit = node.memory_limit as f64;
-    document.maybe(Field::MemoryReservedCapacity, meta.requests.memory.and_then(|memory| percent(memory, memory_limit)));
+    document.maybe(Field::MemoryReservedCapacity, reserved.memory.and_then(|memory| percent(memory, memory_limit)));
     document.maybe(Field::CpuOverPodLimit, over_limit(pod.cpu.map(|cpu| cpu.total), meta.limits.cpu));
     document.maybe(Field::MemoryOverPodLimit, over_limit(pod.memory.map(|memory| memory.working_set as f64), meta.limits.memory));
     if let Some(traffic) = &pod.net {

@@ -348,6 +348,42 @@ fn what_is_deselected_is_not_told() {
     assert!(node["CloudWatchMetrics"].to_string().contains("\"node_cpu_utilization\""), "only the pods' is left out");
 }
 
+/// The documents of the recording's web pod in another phase, with or without its cgroups.
+fn told_of_an_ended_pod(phase: &str, cgroups: bool) -> Vec<Value> {
+    let mut machine = Machine::new(Figures::Correct);
+    let mut state = cluster();
+    let key = state.pods.keys().find(|name| name.name.ends_with("8zpz5")).unwrap().clone();
+    let mut pod = (*state.pods[&key]).clone();
+    pod.status.phase = phase.into();
+    state.pods.insert(key.clone(), Arc::new(pod));
+    machine.table = machine.table.refreshed(&state, "node1", &VethNames::default());
+    machine.pass(100);
+    let mut snapshot = machine.pass(160);
+    if !cgroups {
+        let pod = snapshot.pods.iter_mut().find(|pod| pod.meta.name == key.name).unwrap();
+        (pod.cpu, pod.memory) = (None, None);
+        pod.containers.clear();
+    }
+    let mut encoder = Encoder::new(identity(), Selection { preset: Preset::Enhanced, ..Selection::default() });
+    let told = encoder.documents(&snapshot).into_iter().map(|text| serde_json::from_str(&text).unwrap());
+    let of_device = |document: &Value| document["Type"].as_str().is_some_and(|name| name.ends_with("GPU"));
+    told.filter(|document: &Value| document["FullPodName"] == *key.name && !of_device(document)).collect()
+}
+
+#[test]
+fn a_pod_that_ended_is_told_as_long_as_its_cgroup_is_there_and_reserves_nothing() {
+    for phase in ["Succeeded", "Failed"] {
+        assert_eq!(told_of_an_ended_pod(phase, false), Vec::<Value>::new(), "{phase}");
+        let told = told_of_an_ended_pod(phase, true);
+        let [pod] = of_type(&told, DocType::Pod)[..] else { panic!("{phase}: {told:?}") };
+        assert_eq!((&pod["pod_status"], &pod["pod_cpu_request"]), (&phase.into(), &200.into()));
+        assert_eq!((pod.get("pod_cpu_reserved_capacity"), pod.get("pod_memory_reserved_capacity")), (None, None), "{phase}");
+    }
+    let told = told_of_an_ended_pod("Pending", false);
+    let [pod] = of_type(&told, DocType::Pod)[..] else { panic!("who is to run is told: {told:?}") };
+    assert_eq!((&pod["pod_status_pending"], &pod["pod_cpu_reserved_capacity"]), (&1.into(), &10.into()));
+}
+
 #[test]
 fn the_first_pass_and_a_restarted_container_have_no_rates() {
     let mut machine = Machine::new(Figures::Correct);

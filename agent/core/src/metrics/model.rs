@@ -385,6 +385,13 @@ pub struct PodSample {
     pub containers: Vec<ContainerSample>,
 }
 
+impl PodSample {
+    /// Whether there is something to tell: the object of a pod that ended may stay for days after its cgroup.
+    pub fn is_told(&self) -> bool {
+        self.meta.is_active() || self.cpu.is_some() || self.memory.is_some()
+    }
+}
+
 /// A container.
 #[derive(Clone, Debug, Serialize)]
 pub struct ContainerSample {

@@ -212,13 +212,13 @@ impl OtlpEncoder {
 
     fn resources(&self, snapshot: &Snapshot, now: u64, before: u64) -> Vec<ResourceMetrics> {
         let mut out = vec![self.resource(&[], now, before, |told| node_metrics(told, snapshot))];
-        for pod in &snapshot.pods {
+        for pod in snapshot.pods.iter().filter(|pod| pod.is_told()) {
             let meta = &pod.meta;
             let mut of_pod = vec![
                 ("k8s.namespace.name", meta.namespace.as_str()),
                 ("k8s.pod.name", &meta.name),
                 ("k8s.pod.uid", &meta.uid),
-                ("k8s.workload.name", &meta.workload),
+                ("k8s.workload.name", meta.owner.as_ref().map_or(meta.workload.as_str(), |(_, name)| name.as_str())),
             ];
             of_pod.extend(meta.owner.as_ref().map(|(kind, _)| ("k8s.workload.type", *kind)));
             out.push(self.resource(&of_pod, now, before, |told| pod_metrics(told, pod, snapshot.wall_ms)));

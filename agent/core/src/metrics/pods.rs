@@ -24,7 +24,7 @@ pub struct PodMeta {
     pub name: String,
     /// The uid that its cgroup carries.
     pub uid: String,
-    /// The dimension `PodName`: the workload's name.
+    /// The dimension `PodName`: the workload's name; of a Job only its beginning.
     pub workload: String,
     /// Kind and name of the workload.
     pub owner: Option<(&'static str, String)>,
@@ -198,7 +198,10 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veths: &VethNames)
                 && LabelSelector { match_labels: wanted.clone(), ..Default::default() }.matches(&meta.labels)
         })
         .map(|service| service.metadata.name.clone());
-    let workload = workload(pod);
+    let workload = match &owner {
+        Some(("Job", name)) => job_prefix(name).to_owned(),
+        _ => workload(pod),
+    };
     let mut out = PodMeta {
         namespace: meta.namespace.clone(),
         name: meta.name.clone(),
@@ -228,8 +231,8 @@ fn kubernetes_object(meta: &PodMeta, pod: &Pod, node: &str) -> String {
     // Writing to a String cannot fail.
     let _ = write!(out, ",\"labels\":{labels},\"namespace_name\":{}", json(&meta.namespace));
     let _ = write!(out, ",\"pod_id\":{},\"pod_name\":{}", json(&pod.metadata.uid), json(&meta.name));
-    if let Some((kind, name)) = &meta.owner {
-        let _ = write!(out, ",\"pod_owners\":[{{\"owner_kind\":\"{kind}\",\"owner_name\":{}}}]", json(name));
+    if let Some((kind, _)) = &meta.owner {
+        let _ = write!(out, ",\"pod_owners\":[{{\"owner_kind\":\"{kind}\",\"owner_name\":{}}}]", json(&meta.workload));
     }
     if let Some(service) = &meta.service {
         let _ = write!(out, ",\"service_name\":{}", json(service));
@@ -329,6 +332,11 @@ fn cron_job_of(job: &str) -> Option<&str> {
     (!name.is_empty() && (8..=10).contains(&suffix.len()) && suffix.bytes().all(|b| b.is_ascii_digit())).then_some(name)
 }
 
+/// `etl-20261123-x7k2p` is told as `etl`, as upstream does: whoever makes Jobs gives each a name of its own, and names are metrics.
+fn job_prefix(job: &str) -> &str {
+    job.split(['-', '.']).next().unwrap_or(job)
+}
+
 fn node_status(node: &Node) -> NodeStatus {
     let is = |kind: &str| node.status.conditions.iter().any(|c| c.kind == kind && c.status == "True");
     let pods = |of: &BTreeMap<String, Quantity>| of.get("pods").and_then(Quantity::value);
@@ -401,5 +409,26 @@ mod tests {
         assert_eq!(named("Job", "backup-123"), Some(("Job", "backup-123".into())));
         assert_eq!(named("StatefulSet", "db"), Some(("StatefulSet", "p-0".into())));
         assert_eq!(named("Node", "node1"), None);
+    }
+
+    /// The names of Jobs that a pipeline makes differ each time: upstream's `PodName` ends at the first `-` or `.`, and so do dashboards.
+    #[test]
+    fn the_pod_name_of_a_jobs_pods_is_upstreams() {
+        for (job, pod_name, kind) in [
+            ("etl-20261123-x7k2p", "etl", "Job"),
+            ("etl.daily-1", "etl", "Job"),
+            ("etl", "etl", "Job"),
+            ("nightly-backup-28012345", "nightly-backup", "CronJob"),
+        ] {
+            let mut pod = Pod::default();
+            pod.metadata.name = format!("{job}-abcde");
+            pod.metadata.owner_references = vec![OwnerReference { kind: "Job".into(), name: job.into(), controller: Some(true) }];
+            let meta = pod_meta(&pod, "node1", &[], &VethNames::default());
+            assert_eq!(meta.workload, pod_name);
+            let object: serde_json::Value = serde_json::from_str(&format!("{}}}", meta.kubernetes)).unwrap();
+            assert_eq!((&object["pod_owners"][0]["owner_kind"], &object["pod_owners"][0]["owner_name"]), (&kind.into(), &pod_name.into()));
+            // Elsewhere a Job has its whole name.
+            assert_eq!(workload(&pod), if kind == "Job" { job } else { pod_name });
+        }
     }
 }

@@ -174,6 +174,11 @@ impl Known {
     fn open_files(&self) -> usize {
         self.files.iter().filter(|file| matches!(file, Kept::Open(_))).count()
     }
+
+    /// For one that is not read: its end is the only sign of a container that took its place.
+    fn is_there(&self) -> bool {
+        !matches!(self.memory.try_exists(), Ok(false))
+    }
 }
 
 impl Cgroups {
@@ -233,6 +238,7 @@ impl Cgroups {
             let due = |at: usize| (place + at + pass).is_multiple_of(READ_EVERY);
             left = others;
             if first.id.container.is_some() && !wanted(&first.id) {
+                complete &= first.is_there();
                 continue;
             }
             let before = first.used;
@@ -241,7 +247,11 @@ impl Cgroups {
             let at = since.elapsed();
             let before_inside = out.len();
             let mut sum = MemoryCounters::default();
-            for (number, container) in inside.iter_mut().enumerate().filter(|(_, container)| wanted(&container.id)) {
+            for (number, container) in inside.iter_mut().enumerate() {
+                if !wanted(&container.id) {
+                    complete &= container.is_there();
+                    continue;
+                }
                 let before = container.used;
                 let used = cpu(&self.cpu, container, &mut self.room, file);
                 let at = since.elapsed();

@@ -230,24 +230,42 @@ impl Mounts {
             None => self.mountinfo = File::open(init.join("mountinfo")).ok(),
         }
         self.found.clear();
+        let own = file.read(Path::new("/proc/thread-self"), "mountinfo").unwrap_or_default().to_owned();
         let Some(text) = self.mountinfo.as_ref().and_then(|mountinfo| file.text_of(mountinfo)) else { return };
-        let mut seen = BTreeSet::new();
-        let mut mounts = Vec::new();
-        for mount in proc::mountinfo(text) {
-            if mount.source.starts_with("/dev/") && seen.insert(mount.device) {
-                mounts.push((mount.source.to_owned(), mount.device, mount.point.into_owned()));
-            }
-        }
-        for (device, (major, minor), point) in mounts {
-            // The host's mount as process 1 sees it; where that may not be entered, our own, if it is the same.
-            let on_host = init.join("root").join(point.trim_start_matches('/'));
+        for Device { device, number: (major, minor), paths } in devices(text, &own, &init.join("root")) {
             let same = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|meta| device_number(meta.dev()) == (major, minor));
-            let Some(path) = [on_host, PathBuf::from(point)].into_iter().find(same) else { continue };
+            let Some(path) = paths.into_iter().find(same) else { continue };
             let sys = roots.sys.join(format!("dev/block/{major}:{minor}"));
             let volume = ["device/serial", "../device/serial"].iter().find_map(|path| ebs_volume(file.read(&sys, path)?));
             self.found.push(Mounted { device, volume, path });
         }
     }
+}
+
+/// A block device that is mounted on the host, and where it may be reached.
+struct Device {
+    device: String,
+    number: (u32, u32),
+    paths: Vec<PathBuf>,
+}
+
+/// The block devices among the host's mounts, reached by these as process 1 sees them below `root`; where it may not be entered, by our
+/// `own`: a container has directories of the host's disk, such as /var/log, but the disk's `/` is not its own.
+fn devices(host: &str, own: &str, root: &Path) -> Vec<Device> {
+    let mut devices: Vec<Device> = Vec::new();
+    for mount in proc::mountinfo(host).filter(|mount| mount.source.starts_with("/dev/")) {
+        let path = root.join(mount.point.trim_start_matches('/'));
+        match devices.iter_mut().find(|device| device.number == mount.device) {
+            Some(device) => device.paths.push(path),
+            None => devices.push(Device { device: mount.source.to_owned(), number: mount.device, paths: vec![path] }),
+        }
+    }
+    for mount in proc::mountinfo(own) {
+        if let Some(device) = devices.iter_mut().find(|device| device.number == mount.device) {
+            device.paths.push(PathBuf::from(mount.point.into_owned()));
+        }
+    }
+    devices
 }
 
 /// Whether the mounts changed since this was asked the last time; always for a copy of the file, which the kernel does not watch.
@@ -280,4 +298,42 @@ fn keep(slot: &mut String, text: Option<&str>) {
 fn ebs_volume(serial: &str) -> Option<String> {
     let digits = serial.trim().strip_prefix("vol")?;
     (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit())).then(|| format!("vol-{digits}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, unshare};
+
+    /// As in a container that has a directory of the host's disk, may not enter the host's mounts and has another disk, or none, as its `/`.
+    #[test]
+    fn a_disk_of_which_only_a_directory_is_seen_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let disk = proc::mountinfo(&own).find(|mount| mount.source.starts_with("/dev/")).expect("the tests lie on a disk");
+        let (major, minor) = disk.device;
+        // The device of the second is nowhere: a volume of a pod.
+        let host = format!("1 0 {major}:{minor} / / rw - ext4 /dev/disk rw\n2 1 4095:7 / /var/lib/kubelet/v rw - ext4 /dev/volume rw\n");
+        let (root, point) = (dir.path().to_owned(), PathBuf::from(&*disk.point));
+        let seen = std::thread::spawn(move || {
+            // What this thread mounts is its own, and goes with it.
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+            mount(Some("none"), &root, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            for directory in ["proc", "var/log", "host/proc/1"] {
+                std::fs::create_dir_all(root.join(directory)).unwrap();
+            }
+            mount(Some("proc"), &root.join("proc"), Some("proc"), MsFlags::empty(), None::<&str>).unwrap();
+            mount(Some(&point), &root.join("var/log"), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+            std::fs::write(root.join("host/proc/1/mountinfo"), host).unwrap();
+            nix::unistd::chroot(&root).unwrap();
+            std::env::set_current_dir("/").unwrap();
+            Reader::new(Roots { proc: "/host/proc".into(), ..Roots::default() }).filesystems()
+        });
+        let seen = seen.join().unwrap();
+        assert_eq!(seen.iter().map(|seen| seen.device.as_str()).collect::<Vec<_>>(), ["/dev/disk"]);
+        let stat = nix::sys::statvfs::statvfs(&*disk.point).unwrap();
+        assert_eq!(seen[0].size.capacity, stat.blocks() * stat.fragment_size());
+    }
 }
