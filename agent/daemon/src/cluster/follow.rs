@@ -39,7 +39,7 @@ pub(super) enum Update {
     Deleted(ObjectKey),
     /// There, but not readable: what was known of it stays.
     Unreadable(ObjectKey, String),
-    /// The kind is not served here, or (a custom resource) not allowed, which is trouble.
+    /// The kind is not served here, or (a custom resource, or an optional one) not allowed, which is trouble.
     Absent(Option<String>),
     /// Asking fails.
     Failed(String),
@@ -56,6 +56,8 @@ pub(super) struct Source {
     pub(super) earlier: Option<ApiResource>,
     /// Only this namespace.
     pub(super) namespace: Option<&'static str>,
+    /// Readers do without it where the RBAC does not allow it.
+    pub(super) optional: bool,
 }
 
 impl Source {
@@ -200,8 +202,9 @@ fn judge(source: &Source, error: Error, pause: &mut Duration) -> (Update, Rest) 
             (Update::Absent(Some(problem)), Rest::Anew(spread(ABSENT_PAUSE)))
         }
         // The right to read a custom resource is checked before whether it exists.
-        403 if source.custom() => {
-            let resource = format!("{}.{}", source.resource.plural, source.resource.group);
+        403 if source.custom() || source.optional => {
+            let ApiResource { plural, group, .. } = &source.resource;
+            let resource = if group.is_empty() { plural.clone() } else { format!("{plural}.{group}") };
             let problem = format!("reading {resource} is forbidden, so it is taken as empty: add it to the ClusterRole ({text})");
             (Update::Absent(Some(problem)), Rest::Anew(spread(ABSENT_PAUSE)))
         }
