@@ -661,6 +661,7 @@ fn cluster(
     let scope = api_server::Scope {
         node_name: node_name.to_owned(),
         policy: args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None,
+        services: args.roles.contains(&Role::Telemetry) && config.telemetry.container_insights,
         policy_endpoints: config.network.policy_source == Source::Endpoints,
         eni_configs: args.roles.contains(&Role::Network) && config.pool.custom_networking,
     };

@@ -67,7 +67,7 @@ async fn cost(policy: bool) -> Cost {
     tokio::spawn(kube.clone().serve(listener));
     let shutdown = CancellationToken::new();
     let _guard = shutdown.clone().drop_guard();
-    let scope = api_server::Scope { node_name: "node0".into(), policy, policy_endpoints: false, eni_configs: false };
+    let scope = api_server::Scope { node_name: "node0".into(), policy, services: !policy, policy_endpoints: false, eni_configs: false };
     let started = Instant::now();
     let cluster = api_server::spawn(credentials::fixed(credentials::plain(&url).unwrap()), &scope, shutdown);
     until(&cluster, |state| state.synced).await;

@@ -5,12 +5,16 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stanchion_core::ids::PodName;
-use stanchion_daemon::cluster::{ClusterHandle, api_server, credentials};
+use stanchion_core::metrics::insights::NodeIdentity;
+use stanchion_daemon::cluster::api_server::{self, Scope};
+use stanchion_daemon::cluster::{ClusterHandle, credentials};
+use stanchion_daemon::telemetry::{Collector, Roots, TelemetrySettings};
 use stanchion_lab::fake_kube::{FakeKube, Rules};
 use tokio_util::sync::CancellationToken;
 
 const PODS: &str = "/api/v1/pods";
 const NODES: &str = "/api/v1/nodes";
+const SERVICES: &str = "/api/v1/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1beta1/clusternetworkpolicies";
 const EARLIER_CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
@@ -22,6 +26,11 @@ fn object(kind: &str, namespace: &str, name: &str, node: &str) -> Value {
     json!({"kind": kind, "apiVersion": "v1", "metadata": {"name": name, "namespace": namespace, "managedFields": [{"big": "x"}]}, "spec": {"nodeName": node}})
 }
 
+/// The scope of a process with the telemetry role alone.
+fn metrics_alone() -> Scope {
+    Scope { node_name: "n1".into(), policy: false, services: true, policy_endpoints: false, eni_configs: false }
+}
+
 struct World {
     kube: FakeKube,
     cluster: ClusterHandle,
@@ -29,8 +38,12 @@ struct World {
 }
 
 async fn world(policy: bool, prepare: impl FnOnce(&FakeKube)) -> World {
+    world_of(Scope { node_name: "n1".into(), policy, services: false, policy_endpoints: policy, eni_configs: true }, prepare).await
+}
+
+async fn world_of(scope: Scope, prepare: impl FnOnce(&FakeKube)) -> World {
     let kube = FakeKube::default();
-    for collection in [PODS, NODES, "/api/v1/configmaps", "/api/v1/namespaces", "/api/v1/services", SLICES, POLICIES] {
+    for collection in [PODS, NODES, "/api/v1/configmaps", "/api/v1/namespaces", SERVICES, SLICES, POLICIES] {
         kube.serve_collection(collection);
     }
     prepare(&kube);
@@ -39,7 +52,6 @@ async fn world(policy: bool, prepare: impl FnOnce(&FakeKube)) -> World {
     tokio::spawn(kube.clone().serve(listener));
     let client = credentials::plain(&format!("http://{address}")).unwrap();
     let shutdown = CancellationToken::new();
-    let scope = api_server::Scope { node_name: "n1".into(), policy, policy_endpoints: policy, eni_configs: true };
     let cluster = api_server::spawn(credentials::fixed(client), &scope, shutdown.clone());
     World { kube, cluster, _shutdown: shutdown.drop_guard() }
 }
@@ -267,6 +279,44 @@ async fn after_an_outage_kinds_are_known_again_together() {
     let first = std::time::Instant::now();
     until(&world, "the others", |s| s.stale.is_empty() && s.trouble.is_empty()).await;
     assert!(first.elapsed() < Duration::from_secs(2), "{:?} after the first", first.elapsed());
+}
+
+/// A process that ships metrics and judges no policy: its pods' documents name their service.
+#[tokio::test]
+async fn metrics_know_the_service_of_a_pod_without_policy() {
+    let world = world_of(metrics_alone(), |kube| {
+        let pod = |name: &str, node: &str| json!({"metadata": {"name": name, "namespace": "x", "labels": {"app": "web"}}, "spec": {"nodeName": node}});
+        kube.put(PODS, pod("mine", "n1"));
+        kube.put(PODS, pod("other", "n2"));
+        kube.put(SERVICES, json!({"metadata": {"name": "web-svc", "namespace": "x"}, "spec": {"selector": {"app": "web"}}}));
+    })
+    .await;
+    until(&world, "pods and services", |s| s.synced).await;
+    let identity = NodeIdentity { cluster: "c".into(), node: "n1".into(), ..NodeIdentity::default() };
+    let mut collector = Collector::new(Roots::default(), world.cluster.watch(), identity, &TelemetrySettings::default());
+    let (_, documents) = collector.collect().unwrap();
+    let documents = documents.iter().map(|text| serde_json::from_str::<Value>(text).unwrap());
+    let pods: Vec<Value> = documents.filter(|document| document["Type"] == "Pod").collect();
+    let [pod] = &pods[..] else { panic!("one pod of this node: {pods:?}") };
+    assert_eq!((&pod["Service"], &pod["kubernetes"]["service_name"]), (&json!("web-svc"), &json!("web-svc")));
+    assert!(
+        !world.kube.requests().iter().any(|r| r.contains("networkpolicies") || r.contains("/namespaces?") || r.contains("endpointslices"))
+    );
+}
+
+/// A ClusterRole from before services were read costs the dimension, not the metrics.
+#[tokio::test]
+async fn services_that_may_not_be_read_hold_up_no_metrics() {
+    let rules =
+        "kind: ClusterRole\nmetadata: {name: r}\nrules:\n- {apiGroups: [''], resources: [nodes, pods, configmaps], verbs: [list, watch]}\n";
+    let world = world_of(metrics_alone(), |kube| {
+        kube.put(PODS, object("Pod", "x", "mine", "n1"));
+        kube.enforce(Rules::of_manifest(rules).unwrap());
+    })
+    .await;
+    until(&world, "the rest", |s| s.synced && s.pods.len() == 1).await;
+    let said = world.cluster.latest().trouble.get("services").cloned();
+    assert!(said.as_ref().is_some_and(|text| text.starts_with("reading services is forbidden")), "{said:?}");
 }
 
 /// What is between may end each watch at once: then every node asks ever more slowly, and no change is missed.

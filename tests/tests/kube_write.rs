@@ -153,7 +153,7 @@ async fn no_read_is_asked_that_the_rbac_does_not_allow() {
             kube.enforce(Rules::of_manifest(rights).unwrap());
             let cluster = read(&kube, policy, policy_endpoints, eni_configs).await;
             let watches = |kube: &FakeKube| kube.requests().iter().filter(|request| request.contains("watch=true")).count();
-            let expected = 3 + if policy { 6 } else { 0 } + if policy_endpoints { 2 } else { 0 } + usize::from(eni_configs);
+            let expected = 3 + if policy { 6 } else { 1 } + if policy_endpoints { 2 } else { 0 } + usize::from(eni_configs);
             let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
             while watches(&kube) < expected && tokio::time::Instant::now() < deadline {
                 tokio::task::yield_now().await;
@@ -169,7 +169,7 @@ async fn read(kube: &FakeKube, policy: bool, policy_endpoints: bool, eni_configs
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(kube.clone().serve(listener));
     let clients = credentials::fixed(credentials::plain(&url).unwrap());
-    let scope = api_server::Scope { node_name: "n1".into(), policy, policy_endpoints, eni_configs };
+    let scope = api_server::Scope { node_name: "n1".into(), policy, services: true, policy_endpoints, eni_configs };
     let cluster = api_server::spawn(clients, &scope, CancellationToken::new());
     let mut state = cluster.watch();
     tokio::time::timeout(Duration::from_secs(20), state.wait_for(|state| state.synced)).await.unwrap().unwrap();

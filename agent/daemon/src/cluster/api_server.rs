@@ -31,6 +31,9 @@ pub struct Scope {
     /// Policies are resolved here: all pods, namespaces, services, endpoint slices and policies are needed, and all nodes
     /// once a policy speaks of nodes. Otherwise only this node and its pods.
     pub policy: bool,
+    /// Metrics name the service that selects a pod: services are read without policy too. Where the RBAC does not allow it, they are
+    /// taken as none.
+    pub services: bool,
     /// Policies as AWS's controller resolved them.
     pub policy_endpoints: bool,
     /// Custom networking: ENIConfigs.
@@ -62,6 +65,8 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
         let [latest, earlier] = ["v1beta1", "v1alpha2"].map(|version| policies("policy.networking.k8s.io", version));
         watches.either::<ClusterNetworkPolicy>(Kind::ClusterNetworkPolicy, latest, earlier);
         watches.all::<ClusterNetworkPolicy>(Kind::ClusterNetworkPolicy, policies(AWS_GROUP, "v1alpha1"), None);
+    } else if scope.services {
+        watches.where_allowed::<Service>(Kind::Service, resource("", "v1", "Service", "services"));
     }
     if scope.policy_endpoints {
         let endpoints = resource(AWS_GROUP, "v1alpha1", "PolicyEndpoint", "policyendpoints");
@@ -104,9 +109,17 @@ impl Watches {
         self.add::<T>(kind, None, resource, watch::channel(fields).1);
     }
 
+    /// Every object of a cluster-wide list; none where the RBAC does not allow it.
+    fn where_allowed<T: Slim>(&mut self, kind: Kind, resource: ApiResource) {
+        self.follow::<T>(Source { kind, resource, earlier: None, namespace: None, optional: true }, watch::channel(None).1);
+    }
+
     /// Every object of a cluster-wide list, in the first of two versions that is served.
     fn either<T: Slim>(&mut self, kind: Kind, latest: ApiResource, earlier: ApiResource) {
-        self.follow::<T>(Source { kind, resource: latest, earlier: Some(earlier), namespace: None }, watch::channel(None).1);
+        self.follow::<T>(
+            Source { kind, resource: latest, earlier: Some(earlier), namespace: None, optional: false },
+            watch::channel(None).1,
+        );
     }
 
     fn add<T: Slim>(
@@ -116,7 +129,7 @@ impl Watches {
         resource: ApiResource,
         selector: watch::Receiver<Option<String>>,
     ) {
-        self.follow::<T>(Source { kind, resource, earlier: None, namespace }, selector);
+        self.follow::<T>(Source { kind, resource, earlier: None, namespace, optional: false }, selector);
     }
 
     fn follow<T: Slim>(&mut self, source: Source, selector: watch::Receiver<Option<String>>) {

@@ -40,7 +40,7 @@ pub(super) enum Update {
     Deleted(ObjectKey),
     /// There, but not readable: what was known of it stays.
     Unreadable(ObjectKey, String),
-    /// The kind is not served here, or (a custom resource) not allowed, which is trouble.
+    /// The kind is not served here, or (a custom resource, or an optional one) not allowed, which is trouble.
     Absent(Option<String>),
     /// Asking fails.
     Failed(String),
@@ -57,6 +57,8 @@ pub(super) struct Source {
     pub(super) earlier: Option<ApiResource>,
     /// Only this namespace.
     pub(super) namespace: Option<&'static str>,
+    /// Readers do without it where the RBAC does not allow it.
+    pub(super) optional: bool,
 }
 
 impl Source {
@@ -256,7 +258,7 @@ fn judge(source: &Source, is_known: bool, error: Error, pause: &mut Duration) ->
             (Update::Absent(Some(problem)), Rest::Anew(spread(ABSENT_PAUSE)))
         }
         // The right to read a custom resource is checked before whether it exists.
-        403 if source.custom() && !is_known => {
+        403 if (source.custom() || source.optional) && !is_known => {
             let resource = source.name();
             let problem = format!("reading {resource} is forbidden, so it is taken as empty: add it to the ClusterRole ({text})");
             (Update::Absent(Some(problem)), Rest::Anew(spread(ABSENT_PAUSE)))
