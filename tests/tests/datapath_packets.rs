@@ -161,12 +161,16 @@ fn an_error_about_a_known_flow_passes_and_about_an_unknown_one_is_judged_as_icmp
         check(&mut rig, IN, &about(&sent), true, "about the flow");
         let other = cast.packet(cast.friend, OUT, OUT, (4_001, 80), tcp(flags::SYN));
         check(&mut rig, IN, &about(&other), false, "about another flow");
-        // What the pod answers about a packet that it received.
+        // What the pod answers about a packet that it received, where no rule lets it send ICMP.
+        let icmp = if cast.pod.is_ipv4() { ICMP } else { ICMPV6 };
+        let key = VerdictKey { policy: SET, identity: FRIEND, direction: OUT, protocol: icmp, port: [0; 2] };
+        rig.apply(&[MapOp::RemoveVerdict(key, VERDICT_PREFIX_PROTOCOL)]).unwrap();
         let got = cast.packet(cast.friend, IN, IN, (4_002, 80), Packet::udp);
-        let complaint = Packet::icmp_error(cast.pod, router, kind, &got);
-        check(&mut rig, OUT, &complaint, false, "about a packet that did not come");
+        let complaint = |to| Packet::icmp_error(cast.pod, to, kind, &got);
+        check(&mut rig, OUT, &complaint(cast.friend), false, "about a packet that did not come");
         check(&mut rig, IN, &got, true, "the packet");
-        check(&mut rig, OUT, &complaint, true, "about it");
+        check(&mut rig, OUT, &complaint(cast.friend), true, "about it");
+        check(&mut rig, OUT, &complaint(router), false, "about it, to somebody who did not send it");
         // Every cut of the quotation is refused or judged, never mistaken.
         let frame = about(&other).frame();
         for length in least(&cast)..frame.len() {

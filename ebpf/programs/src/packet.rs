@@ -377,6 +377,13 @@ fn quoted<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, packet: &
     0
 }
 
+/// Whether an error of the pod goes elsewhere than to the source of the packet that it quotes, which no host's does (RFC 1122, 3.2.2;
+/// RFC 4443, 2.2): with a flow to anybody it would carry data to everybody.
+#[inline(always)]
+fn is_astray(packet: &Packet, source: Address) -> bool {
+    packet.is_egress() && packet.ends[1] != source
+}
+
 /// Begins a packet: everything but what further headers say.
 #[inline(always)]
 fn begin(packet: &mut Packet, source: Address, destination: Address, protocol: u8) {
@@ -455,7 +462,7 @@ pub fn ipv4_general(skb: *mut __sk_buff, packet: &mut Packet) -> Refusal {
     if inner.version_length >> 4 != 4 || inner_header < 20 {
         return reason::MALFORMED;
     }
-    if u16::from_be_bytes(inner.fragment) & 0x1fff != 0 {
+    if u16::from_be_bytes(inner.fragment) & 0x1fff != 0 || is_astray(packet, Address::of4(inner.source)) {
         packet.kind = Kind::Stateless;
         return 0;
     }
@@ -582,6 +589,10 @@ pub fn ipv6_general(skb: *mut __sk_buff, packet: &mut Packet) -> Refusal {
     let Ok(inner) = load::<Ipv6Header>(skb, offset + 8) else { return reason::MALFORMED };
     if inner.version_class[0] >> 4 != 6 {
         return reason::MALFORMED;
+    }
+    if is_astray(packet, Address::of(inner.source)) {
+        packet.kind = Kind::Stateless;
+        return 0;
     }
     packet.flow.remote = Address::of(if packet.is_egress() { inner.source } else { inner.destination });
     let at = offset + 8 + size_of::<Ipv6Header>();
