@@ -499,6 +499,31 @@ fn neighbour_discovery_is_never_blocked() {
     check(&mut rig, IN, &Packet::icmp(casts()[1].stranger, casts()[1].pod, 128, &[0; 4]), false, "an echo is not discovery");
 }
 
+/// What is called neighbour discovery and leaves the link is none.
+#[test]
+fn neighbour_discovery_that_would_leave_the_link_is_judged_as_icmp() {
+    let mut rig = rig("beyond");
+    let cast = casts()[1];
+    let own = ip("fe80::10");
+    for (image, passes) in [(isolated(), false), (image(None, None), true)] {
+        rig.pod(&image).unwrap();
+        for kind in [130, 131, 132, 133, 135, 136, 143] {
+            for beyond in [cast.stranger, ip("2001:db8::1"), ip("fec0::1"), ip("fc80::1"), ip("ff05::2"), ip("ff0e::1")] {
+                check(&mut rig, OUT, &Packet::icmp(cast.pod, beyond, kind, &[0; 20]), passes, "as any other packet of the pod");
+                for foreign in [own, ip("::"), cast.stranger] {
+                    check(&mut rig, OUT, &Packet::icmp(foreign, beyond, kind, &[0; 20]), false, "a source that is not the pod's");
+                }
+            }
+            check(&mut rig, OUT, &Packet::icmp(cast.pod, cast.friend, kind, &[0; 20]), true, "where a rule allows ICMP");
+            for near in [ip("fe80::1"), ip("febf::1"), ip("ff02::2"), ip("ff02::1:ff00:20")] {
+                for source in [own, ip("::"), cast.pod] {
+                    check(&mut rig, OUT, &Packet::icmp(source, near, kind, &[0; 20]), true, "on the link");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn the_node_and_the_pod_itself_always_pass() {
     let mut rig = rig("node");

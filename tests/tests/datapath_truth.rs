@@ -102,7 +102,10 @@ fn frame(rng: &mut StdRng, way: u8) -> Vec<u8> {
     let six = rng.random_bool(0.5);
     let mut own = pod()[usize::from(six)];
     let all = peers(six);
-    let peer = *all.choose(rng).unwrap();
+    let mut peer = *all.choose(rng).unwrap();
+    if six && rng.random_bool(0.05) {
+        peer = ip(["fe80::1", "ff02::1", "ff05::1"].choose(rng).unwrap());
+    }
     if rng.random_bool(0.05) {
         own = *all.choose(rng).unwrap();
     }
@@ -249,8 +252,12 @@ fn question(frame: &[u8], way: u8) -> Option<Question> {
     }
     if protocol == icmp {
         let kind = frame[offset];
-        let solicited = matches!(kind, 130..=133 | 135 | 136 | 143) || (way == direction::INGRESS && matches!(kind, 134 | 137));
-        if six && solicited {
+        let is_discovery = match (way, destination) {
+            (direction::INGRESS, _) => matches!(kind, 130..=137 | 143),
+            (_, IpAddr::V6(to)) if to.is_unicast_link_local() || to.segments()[0] == 0xff02 => matches!(kind, 130..=133 | 135 | 136 | 143),
+            _ => false,
+        };
+        if six && is_discovery {
             return Some(Question::Passes);
         }
         let is_error = if six { matches!(kind, 1..=4) } else { matches!(kind, 3 | 4 | 5 | 11 | 12) };

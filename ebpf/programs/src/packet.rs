@@ -64,7 +64,7 @@ pub enum Kind {
     Related,
     /// It names none: ICMP that is neither query nor error.
     Stateless,
-    /// Neighbour discovery and multicast listener reports: never blocked.
+    /// Neighbour discovery and multicast listener reports on the pod's link: never blocked.
     Discovery,
 }
 
@@ -314,10 +314,16 @@ fn is_error<F: Family>(kind: u8) -> bool {
 }
 
 /// Router solicitation, neighbour solicitation and advertisement, multicast listener messages; what only routers send
-/// (router advertisement, redirect) is let in but not out of a pod.
+/// (router advertisement, redirect) is let in but not out of a pod. Out of a pod it must stay on the link: its next hop and the node
+/// that asks for it have link-local addresses.
 #[inline(always)]
-fn is_discovery<F: Family>(direction: u8, kind: u8) -> bool {
-    F::NUMBER == 6 && (matches!(kind, 130..=133 | 135 | 136 | 143) || (direction == direction::INGRESS && matches!(kind, 134 | 137)))
+fn is_discovery<F: Family>(direction: u8, kind: u8, destination: Address) -> bool {
+    F::NUMBER == 6
+        && if direction == direction::INGRESS {
+            matches!(kind, 130..=137 | 143)
+        } else {
+            matches!(kind, 130..=133 | 135 | 136 | 143) && destination.is_on_link()
+        }
 }
 
 /// Reads the transport header at `offset`. Of an ICMP error the flow is left to the caller.
@@ -351,7 +357,7 @@ fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, packet: &mut Packet)
         } else {
             packet.kind = if is_error::<F>(header.kind) {
                 Kind::Related
-            } else if is_discovery::<F>(anew(&packet.pod.direction), header.kind) {
+            } else if is_discovery::<F>(anew(&packet.pod.direction), header.kind, packet.ends[1]) {
                 Kind::Discovery
             } else {
                 Kind::Stateless
@@ -663,7 +669,7 @@ pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<(Address, bool)>
         return Some((Address::of(ip.source), false));
     }
     let kind = load::<u8>(skb, offset as usize).unwrap_or(0);
-    Some((Address::of(ip.source), is_discovery::<V6>(direction, kind)))
+    Some((Address::of(ip.source), is_discovery::<V6>(direction, kind, Address::of(ip.destination))))
 }
 
 /// Source and destination for an event, zero where they cannot be read.
