@@ -25,6 +25,8 @@ pub const PASS: i32 = -1;
 /// `TC_ACT_SHOT`.
 pub const DROP: i32 = 2;
 
+pub const DNS: [u8; 2] = 53u16.to_be_bytes();
+
 /// The present tick.
 #[inline(always)]
 pub fn ticks() -> u32 {
@@ -35,7 +37,7 @@ pub fn ticks() -> u32 {
 mod judged {
     pub const DENIED: i32 = 0;
     pub const ALLOWED: i32 = 1;
-    /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry.
+    /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry, but for DNS.
     pub const EXEMPT: i32 = 2;
 }
 
@@ -338,6 +340,18 @@ impl Packet {
         self.has(found::OPENER)
     }
 
+    /// The peer's end is a DNS server's.
+    #[inline(always)]
+    fn is_with_dns(&self) -> bool {
+        matches!(self.flow_protocol(), TCP | UDP) && self.flow.ports.peer() == DNS
+    }
+
+    /// Of a packet that passed: it came from a DNS server that the pod had asked. Whoever may reach the pod can send from that port.
+    #[inline(always)]
+    pub fn is_answer(&self) -> bool {
+        !self.is_egress() && self.is_opened_by_pod() && self.is_with_dns()
+    }
+
     #[inline(always)]
     fn key(&self) -> WideKey {
         let Flow { protocol, ports, remote } = self.flow;
@@ -407,6 +421,7 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
                 packet.found |= found::TURNS;
             }
             if now.wrapping_sub((*entry).seen) <= u32::from((*entry).timeout) && !opens {
+                packet.found = anew(&packet.found) & !found::OPENER | (state & flow_state::OPENED_BY_POD);
                 if (*entry).revision == packet.pod.policy.revision {
                     if packet.is(Kind::Member) {
                         touch(entry, now, &packet);
@@ -414,7 +429,7 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
                     remember_fragment(&packet);
                     return UNTOLD;
                 }
-                packet.found = anew(&packet.found) & !found::OPENER | found::KNOWN | (state & flow_state::OPENED_BY_POD);
+                packet.found |= found::KNOWN;
             }
         }
     }
@@ -447,7 +462,8 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
         }
         return outcome(event_verdict::DENIED, reason::POLICY);
     }
-    if packet.is(Kind::Member) && result != judged::EXEMPT {
+    // Answers count where the pod opened the flow: what it asks of the node's own server has one, too.
+    if packet.is(Kind::Member) && (result != judged::EXEMPT || (packet.is_egress() && packet.is_with_dns())) {
         if !packet.has(found::KNOWN) {
             // A reset opens nothing.
             if packet.flow_protocol() != TCP || packet.flags() & RST == 0 {
