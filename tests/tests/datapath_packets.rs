@@ -333,6 +333,61 @@ fn an_idle_flow_is_forgotten_after_its_time() {
     check(&mut rig, IN, &packet(IN, flags::ACK), true, "which lets replies in");
 }
 
+/// A question and its answer are soon forgotten, as nf_conntrack does it; what the opener goes on with is not.
+#[test]
+fn a_datagram_exchange_ends_soon_and_a_stream_does_not() {
+    use stanchion_ebpf_abi::timeout::{DATAGRAM_EXCHANGE, DATAGRAM_OPENING, UDP as UDP_STREAM};
+    stay_on_one_cpu().unwrap();
+    let mut rig = rig("stream");
+    let cast = casts()[0];
+    for opener in [OUT, IN] {
+        let back = opener ^ 1;
+        for (port, packets) in [
+            (4_000, [(opener, DATAGRAM_OPENING), (back, DATAGRAM_EXCHANGE), (back, DATAGRAM_EXCHANGE), (opener, UDP_STREAM)].as_slice()),
+            // Two questions at once, as glibc asks for both families.
+            (4_001, &[(opener, DATAGRAM_OPENING), (opener, DATAGRAM_OPENING), (opener, DATAGRAM_OPENING), (back, DATAGRAM_EXCHANGE)]),
+            // A CPU has kept the second question for the rest of the tick.
+            (4_001, &[(back, DATAGRAM_EXCHANGE), (opener, UDP_STREAM), (back, UDP_STREAM), (opener, UDP_STREAM)]),
+        ] {
+            let (pod_port, peer_port) = if opener == OUT { (port, 80) } else { (80, port) };
+            let key = key4(FlowKey4 {
+                slot: SLOT.0,
+                protocol: UDP,
+                local: 0,
+                local_port: u16::to_be_bytes(pod_port),
+                remote_port: u16::to_be_bytes(peer_port),
+                remote: ipv4_word([10, 0, 0, 20]),
+            });
+            rig.apply(&[MapOp::RemoveEndpoint(SLOT)]).unwrap();
+            rig.pod(&isolated()).unwrap();
+            for (index, (way, timeout)) in packets.iter().enumerate() {
+                check(&mut rig, *way, &cast.packet(cast.friend, opener, *way, (port, 80), Packet::udp), true, "a packet of the flow");
+                let entry = flow_entry(rig.flows4().unwrap().get(&key, 0).unwrap());
+                assert_eq!(entry.timeout, *timeout, "opened {opener}, port {port}, packet {index}");
+            }
+        }
+    }
+}
+
+/// A pod asks for 100 names a second, each from a port of its own, as a resolver does; a tick is a second at least.
+#[test]
+fn a_pod_that_asks_for_a_hundred_names_a_second_loses_no_answer() {
+    let network = stanchion_core::config::Config::read(&|_| None).unwrap().network;
+    let mut rig = rig_of("lookups", network.policy_flows, network.policy_pod_flows);
+    rig.apply(&[allow(SET, FRIEND, OUT, UDP, 53, VERDICT_PREFIX_PORT)]).unwrap();
+    let cast = casts()[0];
+    for first in (10_000..30_000).step_by(1_000) {
+        for port in first..first + 1_000 {
+            let packet = |way| cast.packet(cast.friend, OUT, way, (port, 53), Packet::udp);
+            check(&mut rig, OUT, &packet(OUT), true, "the question");
+            check(&mut rig, IN, &packet(IN), true, "its answer");
+        }
+        // As often as the agent.
+        rig.grow_old(10).unwrap();
+        rig.collect().unwrap();
+    }
+}
+
 #[test]
 fn options_and_extension_headers_do_not_shift_the_ports() {
     let mut rig = rig("options");

@@ -171,7 +171,13 @@ static TIMEOUTS: [[u16; flow_state::SEEDED as usize]; 4] = {
             timeout::TCP_OPENING
         };
         table[1][at] = timeout::ICMP;
-        table[2][at] = if replied { timeout::UDP } else { timeout::DATAGRAM_OPENING };
+        table[2][at] = if state & flow_state::STREAM != 0 {
+            timeout::UDP
+        } else if replied {
+            timeout::DATAGRAM_EXCHANGE
+        } else {
+            timeout::DATAGRAM_OPENING
+        };
         table[3][at] = if replied { timeout::OTHER } else { timeout::DATAGRAM_OPENING };
         state += 1;
     }
@@ -194,14 +200,16 @@ fn timeout(packet: &Packet, state: u8) -> u16 {
     TIMEOUTS[kind][usize::from(state) & (flow_state::SEEDED as usize - 1)]
 }
 
-/// State bits after a packet, with TCP's flags; a RST that was followed by something else was forged or is history.
+/// State bits after a packet, of TCP with its flags; a RST that was followed by something else was forged or is history.
 #[inline(always)]
 fn next_state(state: u8, packet: &Packet) -> u8 {
     let from_pod = anew(&packet.pod.direction);
-    // REPLIED if it is of the other direction than the opener's.
-    let mut next = state | (from_pod ^ state & flow_state::OPENED_BY_POD) << 1;
-    if packet.flow_protocol() == TCP {
-        // By shifts for the same reason as above.
+    // By shifts for the same reason as above. REPLIED if it is of the other direction than the opener's.
+    let from_peer_of_opener = from_pod ^ state & flow_state::OPENED_BY_POD;
+    let mut next = state | from_peer_of_opener << 1;
+    if packet.flow_protocol() != TCP {
+        next |= (state & flow_state::REPLIED & !(from_peer_of_opener << 1)) << 1;
+    } else {
         let flags = packet.flags();
         let (reset, fin) = (flags / RST & 1, flags & FIN);
         next = next & !flow_state::RESET | reset << 4 | (fin & !reset) << (3 - from_pod);
@@ -214,6 +222,7 @@ const _: () = assert!(
         && flow_state::OPENED_BY_POD == 1
         && flow_state::REPLIED == 1 << 1
         && flow_state::FIN_POD == 1 << 2
+        && flow_state::STREAM == 1 << 2
         && flow_state::FIN_PEER == 1 << 3
         && flow_state::RESET == 1 << 4
         && FIN == 1
@@ -293,7 +302,7 @@ pub fn renew() {
 /// Whether a packet belongs to a flow whose policy has not changed since it was judged, and changes nothing about it but
 /// the time of its last packet, which is noted. For packets without TCP flags that mean something.
 #[inline(always)]
-pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8, now: u32) -> bool {
+pub fn goes_on(entry: *mut FlowEntry, protocol: u8, policy: &EndpointPolicy, direction: u8, now: u32) -> bool {
     // SAFETY: the entry lives until the end of the program, though it may by then describe another flow (deleted and used
     // again); that flow would get this one's time stamp, nothing else.
     unsafe {
@@ -302,6 +311,7 @@ pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8, no
         if (*entry).revision != policy.revision
             || state & flow_state::RESET != 0
             || !(from_opener || state & flow_state::REPLIED != 0)
+            || (protocol == UDP && from_opener && state & (flow_state::REPLIED | flow_state::STREAM) == flow_state::REPLIED)
             || now.wrapping_sub(seen) > u32::from((*entry).timeout)
         {
             return false;

@@ -126,7 +126,7 @@ fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, endpoint: &End
         if !goes_on {
             match F::entry(&F::key(start, flow.remote)) {
                 Some(entry) => {
-                    goes_on = judge::goes_on(entry, policy, direction, now);
+                    goes_on = judge::goes_on(entry, flow.protocol, policy, direction, now);
                     if goes_on {
                         // SAFETY: as above.
                         unsafe { *place = recent };
