@@ -494,6 +494,25 @@ fn a_deleted_pod_leaves_nothing_and_its_slot_inherits_nothing() {
     }
 }
 
+/// The agent that deleted the pod ends before it has taken the pod's flows away.
+#[test]
+fn a_slot_that_was_freed_before_a_restart_passes_nothing_on() {
+    for mode in modes() {
+        let mut world = World::new(mode);
+        world.apply(&deny_in());
+        world.activate_all();
+        let _open = world.works("x/a", "y/a", 80);
+        let flows = |world: &World| world.runtime.block_on(world.agent().clone().conntrack());
+        assert!(flows(&world).iter().any(|flow| flow.pod == Some(PodName::new("x", "a"))));
+        assert!(world.runtime.block_on(world.agent().clone().deactivate(ContainerId::from("x/a"))));
+        world.stop();
+        world.start();
+        // Before it hands out the first slot.
+        let left = flows(&world);
+        assert!(left.iter().all(|flow| flow.pod.is_some()), "{mode:?}: {left:?}");
+    }
+}
+
 /// Answers every question for an address with these.
 fn serve_dns(netns: &Netns, addresses: Vec<Ipv4Addr>) {
     let socket = netns.run(|| UdpSocket::bind(("0.0.0.0", 53))).unwrap().unwrap();
