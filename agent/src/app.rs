@@ -59,8 +59,6 @@ use crate::cli::agent::{AgentArgs, Role};
 use crate::cli::ship::{self, Sink};
 use crate::logging;
 
-/// Flows that a pod may have open at once; more are judged packet by packet.
-const POD_FLOWS: u32 = 16_384;
 /// Open files at most: what systemd gives a service that asks for many.
 const OPEN_FILES: u64 = 524_288;
 /// How long the last log lines may take after SIGTERM; below the pod's grace period of 20 s.
@@ -458,21 +456,26 @@ async fn start_network(
     let netpol = match config.network.policy_mode {
         PolicyMode::None => None,
         PolicyMode::Standard | PolicyMode::Strict => {
-            let options = LoadOptions { pin_root: args.bpf_dir.clone(), ..LoadOptions::default() };
+            let options = LoadOptions { pin_root: args.bpf_dir.clone(), flow_entries: config.network.policy_flows };
             // Written at every pod's start: beside the checkpoint, which is in memory.
             let state_dir = checkpoint_directory(args, config).to_owned();
             netpol::take_files(&args.state_dir, &state_dir)
                 .with_context(|| format!("move the policy's files from {} to {}", args.state_dir.display(), state_dir.display()))?;
+            let loaded = netpol::load(&options).context("load the eBPF programs")?;
+            let flow_capacity = loaded.flow_capacity().context("ask for the size of the flow tables")?;
+            if flow_capacity != options.flow_entries {
+                info!(flow_capacity, wanted = options.flow_entries, "the flow tables keep their size until the node boots");
+            }
             let (handle, task) = netpol::spawn(NetpolParts {
-                loaded: netpol::load(&options).context("load the eBPF programs")?,
+                flow_capacity,
+                loaded,
                 attach: AttachMode::Clsact,
                 cluster: (*cluster).clone(),
                 node_name: (*node_name).to_owned(),
                 source: config.network.policy_source,
                 mode: if config.network.policy_mode == PolicyMode::Strict { EnforcingMode::Strict } else { EnforcingMode::Standard },
                 sync_wait: POLICY_SYNC_WAIT,
-                pod_flows: POD_FLOWS,
-                flow_capacity: options.flow_entries,
+                pod_flows: config.network.policy_pod_flows,
                 state_dir,
                 shutdown: (*shutdown).clone(),
             })

@@ -14,7 +14,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use stanchion_core::policy::image::{EndpointImage, MapOp};
 use stanchion_ebpf_abi::{VERDICT_PREFIX_PORT, VerdictKey, VerdictValue, direction, timeout, verdict};
 use stanchion_lab::datapath::packet::{Packet, TCP, UDP, flags};
-use stanchion_lab::datapath::{Rig, SLOT, flow_bytes, flow_entry, stay_on_one_cpu};
+use stanchion_lab::datapath::{Rig, SLOT, stay_on_one_cpu};
 
 const IN: u8 = direction::INGRESS;
 const OUT: u8 = direction::EGRESS;
@@ -44,6 +44,8 @@ struct Flow {
     /// Of the policy by which the opener was allowed.
     revision: u32,
     replied: bool,
+    /// The opener spoke after a reply.
+    stream: bool,
     /// By [`direction`] of who closed.
     closed: [bool; 2],
     reset: bool,
@@ -52,7 +54,7 @@ struct Flow {
 
 impl Flow {
     fn opened(opener: u8, revision: u32) -> Self {
-        Self { opener, revision, replied: false, closed: [false; 2], reset: false, idle: 0 }
+        Self { opener, revision, replied: false, stream: false, closed: [false; 2], reset: false, idle: 0 }
     }
 
     fn lives(&self, protocol: u8) -> bool {
@@ -62,7 +64,8 @@ impl Flow {
             (TCP, [true, false] | [false, true]) => timeout::TCP_HALF_CLOSED,
             (TCP, _) if self.replied => timeout::TCP_ESTABLISHED,
             (TCP, _) => timeout::TCP_OPENING,
-            _ if self.replied => timeout::UDP,
+            _ if self.stream => timeout::UDP,
+            _ if self.replied => timeout::DATAGRAM_EXCHANGE,
             _ => timeout::DATAGRAM_OPENING,
         };
         self.idle <= u32::from(limit)
@@ -71,6 +74,7 @@ impl Flow {
     /// A packet of it went `way`.
     fn note(&mut self, way: u8, protocol: u8, flag: u8) {
         self.idle = 0;
+        self.stream |= self.replied && way == self.opener;
         self.replied |= way != self.opener;
         if protocol == TCP {
             // Whatever follows a reset shows that it was forged, or is history.
@@ -172,22 +176,8 @@ fn image(rng: &mut StdRng, revision: u32) -> EndpointImage {
     }
 }
 
-/// Makes every flow older. The slot is given anew, as a CPU would keep what it knows until the real tick ends.
-fn grow_old(rig: &mut Rig, image: &EndpointImage, ticks: u32) {
-    let (mut four, mut six) = (rig.flows4().unwrap(), rig.flows6().unwrap());
-    let older = |bytes| {
-        let mut entry = flow_entry(bytes);
-        entry.seen = entry.seen.wrapping_sub(ticks);
-        flow_bytes(entry)
-    };
-    for key in four.keys().collect::<Result<Vec<_>, _>>().unwrap() {
-        let entry = older(four.get(&key, 0).unwrap());
-        four.insert(key, entry, 0).unwrap();
-    }
-    for key in six.keys().collect::<Result<Vec<_>, _>>().unwrap() {
-        let entry = older(six.get(&key, 0).unwrap());
-        six.insert(key, entry, 0).unwrap();
-    }
+/// Gives the slot anew: a CPU would keep what it knows until the real tick ends.
+fn anew(rig: &mut Rig, image: &EndpointImage) {
     rig.apply(&[MapOp::RemoveEndpoint(SLOT)]).unwrap();
     rig.pod(image).unwrap();
 }
@@ -227,7 +217,8 @@ fn random_conversations_fare_as_a_model_of_flows_says() {
                 }
                 3..5 => {
                     let ticks = IDLE * *[1, 2, 3, 4, 10, 11, 100, 211, 212, 1_270].choose(rng).unwrap();
-                    grow_old(&mut rig, &model.image, ticks);
+                    rig.grow_old(ticks).unwrap();
+                    anew(&mut rig, &model.image);
                     model.flows.values_mut().for_each(|flow| flow.idle += ticks);
                     told.push(format!("{ticks} ticks"));
                 }
@@ -249,6 +240,11 @@ fn random_conversations_fare_as_a_model_of_flows_says() {
                     told.push(format!("{ends:?} {way} {flag:#x}: {wanted}"));
                     let found = rig.passes(way, &frame(way, ends, flag)).unwrap();
                     assert_eq!(found, wanted, "seed {seed}: {told:#?}");
+                    // The table learns of the opener's next datagram when a CPU that kept the last one asks it.
+                    let is_exchange = |flow: &Flow| ends.protocol == UDP && way != flow.opener && !flow.stream;
+                    if model.flows.get(&ends).is_some_and(is_exchange) {
+                        anew(&mut rig, &model.image);
+                    }
                     passed += u32::from(found);
                     dropped += u32::from(!found);
                 }

@@ -161,12 +161,16 @@ fn an_error_about_a_known_flow_passes_and_about_an_unknown_one_is_judged_as_icmp
         check(&mut rig, IN, &about(&sent), true, "about the flow");
         let other = cast.packet(cast.friend, OUT, OUT, (4_001, 80), tcp(flags::SYN));
         check(&mut rig, IN, &about(&other), false, "about another flow");
-        // What the pod answers about a packet that it received.
+        // What the pod answers about a packet that it received, where no rule lets it send ICMP.
+        let icmp = if cast.pod.is_ipv4() { ICMP } else { ICMPV6 };
+        let key = VerdictKey { policy: SET, identity: FRIEND, direction: OUT, protocol: icmp, port: [0; 2] };
+        rig.apply(&[MapOp::RemoveVerdict(key, VERDICT_PREFIX_PROTOCOL)]).unwrap();
         let got = cast.packet(cast.friend, IN, IN, (4_002, 80), Packet::udp);
-        let complaint = Packet::icmp_error(cast.pod, router, kind, &got);
-        check(&mut rig, OUT, &complaint, false, "about a packet that did not come");
+        let complaint = |to| Packet::icmp_error(cast.pod, to, kind, &got);
+        check(&mut rig, OUT, &complaint(cast.friend), false, "about a packet that did not come");
         check(&mut rig, IN, &got, true, "the packet");
-        check(&mut rig, OUT, &complaint, true, "about it");
+        check(&mut rig, OUT, &complaint(cast.friend), true, "about it");
+        check(&mut rig, OUT, &complaint(router), false, "about it, to somebody who did not send it");
         // Every cut of the quotation is refused or judged, never mistaken.
         let frame = about(&other).frame();
         for length in least(&cast)..frame.len() {
@@ -327,6 +331,61 @@ fn an_idle_flow_is_forgotten_after_its_time() {
     check(&mut rig, IN, &packet(IN, flags::ACK), false, "a reply after the flow's time");
     check(&mut rig, OUT, &packet(OUT, flags::ACK), true, "the opener's packet is judged and opens it again");
     check(&mut rig, IN, &packet(IN, flags::ACK), true, "which lets replies in");
+}
+
+/// A question and its answer are soon forgotten, as nf_conntrack does it; what the opener goes on with is not.
+#[test]
+fn a_datagram_exchange_ends_soon_and_a_stream_does_not() {
+    use stanchion_ebpf_abi::timeout::{DATAGRAM_EXCHANGE, DATAGRAM_OPENING, UDP as UDP_STREAM};
+    stay_on_one_cpu().unwrap();
+    let mut rig = rig("stream");
+    let cast = casts()[0];
+    for opener in [OUT, IN] {
+        let back = opener ^ 1;
+        for (port, packets) in [
+            (4_000, [(opener, DATAGRAM_OPENING), (back, DATAGRAM_EXCHANGE), (back, DATAGRAM_EXCHANGE), (opener, UDP_STREAM)].as_slice()),
+            // Two questions at once, as glibc asks for both families.
+            (4_001, &[(opener, DATAGRAM_OPENING), (opener, DATAGRAM_OPENING), (opener, DATAGRAM_OPENING), (back, DATAGRAM_EXCHANGE)]),
+            // A CPU has kept the second question for the rest of the tick.
+            (4_001, &[(back, DATAGRAM_EXCHANGE), (opener, UDP_STREAM), (back, UDP_STREAM), (opener, UDP_STREAM)]),
+        ] {
+            let (pod_port, peer_port) = if opener == OUT { (port, 80) } else { (80, port) };
+            let key = key4(FlowKey4 {
+                slot: SLOT.0,
+                protocol: UDP,
+                local: 0,
+                local_port: u16::to_be_bytes(pod_port),
+                remote_port: u16::to_be_bytes(peer_port),
+                remote: ipv4_word([10, 0, 0, 20]),
+            });
+            rig.apply(&[MapOp::RemoveEndpoint(SLOT)]).unwrap();
+            rig.pod(&isolated()).unwrap();
+            for (index, (way, timeout)) in packets.iter().enumerate() {
+                check(&mut rig, *way, &cast.packet(cast.friend, opener, *way, (port, 80), Packet::udp), true, "a packet of the flow");
+                let entry = flow_entry(rig.flows4().unwrap().get(&key, 0).unwrap());
+                assert_eq!(entry.timeout, *timeout, "opened {opener}, port {port}, packet {index}");
+            }
+        }
+    }
+}
+
+/// A pod asks for 100 names a second, each from a port of its own, as a resolver does; a tick is a second at least.
+#[test]
+fn a_pod_that_asks_for_a_hundred_names_a_second_loses_no_answer() {
+    let network = stanchion_core::config::Config::read(&|_| None).unwrap().network;
+    let mut rig = rig_of("lookups", network.policy_flows, network.policy_pod_flows);
+    rig.apply(&[allow(SET, FRIEND, OUT, UDP, 53, VERDICT_PREFIX_PORT)]).unwrap();
+    let cast = casts()[0];
+    for first in (10_000..30_000).step_by(1_000) {
+        for port in first..first + 1_000 {
+            let packet = |way| cast.packet(cast.friend, OUT, way, (port, 53), Packet::udp);
+            check(&mut rig, OUT, &packet(OUT), true, "the question");
+            check(&mut rig, IN, &packet(IN), true, "its answer");
+        }
+        // As often as the agent.
+        rig.grow_old(10).unwrap();
+        rig.collect().unwrap();
+    }
 }
 
 #[test]
@@ -493,6 +552,31 @@ fn neighbour_discovery_is_never_blocked() {
     }
     rig.pod(&isolated()).unwrap();
     check(&mut rig, IN, &Packet::icmp(casts()[1].stranger, casts()[1].pod, 128, &[0; 4]), false, "an echo is not discovery");
+}
+
+/// What is called neighbour discovery and leaves the link is none.
+#[test]
+fn neighbour_discovery_that_would_leave_the_link_is_judged_as_icmp() {
+    let mut rig = rig("beyond");
+    let cast = casts()[1];
+    let own = ip("fe80::10");
+    for (image, passes) in [(isolated(), false), (image(None, None), true)] {
+        rig.pod(&image).unwrap();
+        for kind in [130, 131, 132, 133, 135, 136, 143] {
+            for beyond in [cast.stranger, ip("2001:db8::1"), ip("fec0::1"), ip("fc80::1"), ip("ff05::2"), ip("ff0e::1")] {
+                check(&mut rig, OUT, &Packet::icmp(cast.pod, beyond, kind, &[0; 20]), passes, "as any other packet of the pod");
+                for foreign in [own, ip("::"), cast.stranger] {
+                    check(&mut rig, OUT, &Packet::icmp(foreign, beyond, kind, &[0; 20]), false, "a source that is not the pod's");
+                }
+            }
+            check(&mut rig, OUT, &Packet::icmp(cast.pod, cast.friend, kind, &[0; 20]), true, "where a rule allows ICMP");
+            for near in [ip("fe80::1"), ip("febf::1"), ip("ff02::2"), ip("ff02::1:ff00:20")] {
+                for source in [own, ip("::"), cast.pod] {
+                    check(&mut rig, OUT, &Packet::icmp(source, near, kind, &[0; 20]), true, "on the link");
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_lab::datapath::layout::move_filters;
 use stanchion_lab::datapath::packet::{Packet, flags};
 use stanchion_lab::fake_aws::{Clock, Cloud, CloudConfig, DirectLogs};
-use stanchion_lab::netns::ip_batch;
+use stanchion_lab::netns::{Netns, ip_batch};
 use tokio_util::sync::CancellationToken;
 
 #[test]
@@ -495,9 +495,28 @@ fn a_deleted_pod_leaves_nothing_and_its_slot_inherits_nothing() {
     }
 }
 
+/// The agent that deleted the pod ends before it has taken the pod's flows away.
+#[test]
+fn a_slot_that_was_freed_before_a_restart_passes_nothing_on() {
+    for mode in modes() {
+        let mut world = World::new(mode);
+        world.apply(&deny_in());
+        world.activate_all();
+        let _open = world.works("x/a", "y/a", 80);
+        let flows = |world: &World| world.runtime.block_on(world.agent().clone().conntrack());
+        assert!(flows(&world).iter().any(|flow| flow.pod == Some(PodName::new("x", "a"))));
+        assert!(world.runtime.block_on(world.agent().clone().deactivate(ContainerId::from("x/a"))));
+        world.stop();
+        world.start();
+        // Before it hands out the first slot.
+        let left = flows(&world);
+        assert!(left.iter().all(|flow| flow.pod.is_some()), "{mode:?}: {left:?}");
+    }
+}
+
 /// Answers every question for an address with these.
-fn serve_dns(pod: &Pod, addresses: Vec<Ipv4Addr>) {
-    let socket = pod.netns.run(|| UdpSocket::bind(("0.0.0.0", 53))).unwrap().unwrap();
+fn serve_dns(netns: &Netns, addresses: Vec<Ipv4Addr>) {
+    let socket = netns.run(|| UdpSocket::bind(("0.0.0.0", 53))).unwrap().unwrap();
     std::thread::spawn(move || {
         let mut buffer = [0u8; 512];
         while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
@@ -561,7 +580,7 @@ fn a_name_that_policy_allows_means_the_addresses_in_the_pods_dns_answers() {
                      - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
         world.apply(&format!("---\n{allow}"));
         world.activate_all();
-        serve_dns(world.pod("y/a"), vec![world.pod("y/b").address]);
+        serve_dns(&world.pod("y/a").netns, vec![world.pod("y/b").address]);
         let server = SocketAddr::from((world.pod("y/a").address, 53));
         world.blocked("x/a", "y/b", 80);
         resolve(world.pod("x/a"), server, "www.example.org");
@@ -603,7 +622,7 @@ fn a_dns_answer_in_fragments_is_learnt() {
     world.apply(BY_NAME);
     world.activate_all();
     let others = (1..=120).map(|last| Ipv4Addr::new(203, 0, 113, last));
-    serve_dns(world.pod("y/a"), others.chain([world.pod("y/b").address]).collect());
+    serve_dns(&world.pod("y/a").netns, others.chain([world.pod("y/b").address]).collect());
     world.blocked("x/a", "y/b", 80);
     resolve(world.pod("x/a"), SocketAddr::from((world.pod("y/a").address, 53)), "www.example.com");
     world.works("x/a", "y/b", 80);
@@ -615,7 +634,7 @@ fn what_a_pod_sends_in_the_instant_of_a_dns_answer_is_not_lost() {
     let mut world = World::new(AttachMode::beside_ingress_qdisc());
     world.apply(BY_NAME);
     world.activate_all();
-    serve_dns(world.pod("y/a"), vec![world.pod("y/b").address]);
+    serve_dns(&world.pod("y/a").netns, vec![world.pod("y/b").address]);
     serve_dns_by_tcp(world.pod("y/a"), world.pod("x/b").address);
     let server = SocketAddr::from((world.pod("y/a").address, 53));
     let client = world.pod("x/a");
@@ -639,4 +658,48 @@ fn what_a_pod_sends_in_the_instant_of_a_dns_answer_is_not_lost() {
     connection.read_exact(&mut vec![0; 2 + question.len() + 16]).unwrap();
     socket.send_to(b"at once", (world.pod("x/b").address, 7_000)).unwrap();
     assert_eq!(second.recv(&mut [0; 16]).unwrap(), 7);
+}
+
+/// Whoever a pod lets in may send from port 53 what looks like an answer.
+#[test]
+fn a_dns_answer_that_the_pod_did_not_ask_for_teaches_nothing() {
+    for policies in [BY_NAME.to_owned(), BY_NAME.to_owned() + &deny_in()] {
+        let mut world = World::new(AttachMode::beside_ingress_qdisc());
+        world.apply(&policies);
+        world.activate_all();
+        let (client, forger) = (world.pod("x/a"), world.pod("y/b"));
+        serve_dns(&world.pod("y/a").netns, Vec::new());
+        serve_dns(&world.node, vec![forger.address]);
+        let forged = answered(&question("www.example.com"), &[forger.address]);
+        let socket = forger.netns.run(|| UdpSocket::bind(("0.0.0.0", 53))).unwrap().unwrap();
+        socket.send_to(&forged, (client.address, 80)).unwrap();
+        let framed = [&u16::try_from(forged.len()).unwrap().to_be_bytes()[..], &forged].concat();
+        if let Ok(mut connection) = connect_from(forger, 53, (client.address, 80).into()) {
+            connection.write_all(&framed).unwrap();
+            connection.read_exact(&mut vec![0; framed.len()]).unwrap();
+        }
+        // The agent reads in order: it has seen them when it has seen what the pod asked for.
+        resolve(client, SocketAddr::from((world.pod("y/a").address, 53)), "www.example.org");
+        world.blocked("x/a", "y/b", 80);
+        world.blocked("x/a", "y/b", 80);
+        // No policy speaks of the node's own DNS cache: what a pod asks it counts all the same.
+        resolve(client, "10.88.0.1:53".parse().unwrap(), "www.example.com");
+        world.works("x/a", "y/b", 80);
+    }
+}
+
+/// A connection from this port, if it comes about soon.
+fn connect_from(pod: &Pod, port: u16, to: SocketAddr) -> io::Result<TcpStream> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt};
+    let SocketAddr::V4(to) = to else { unreachable!("the world is IPv4") };
+    let connected = pod.netns.run(|| -> io::Result<TcpStream> {
+        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        // Bounds connect, too.
+        setsockopt(&socket, sockopt::SendTimeout, &nix::sys::time::TimeVal::new(0, 250_000))?;
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+        bind(fd, &SockaddrIn::new(0, 0, 0, 0, port))?;
+        connect(fd, &SockaddrIn::from(to))?;
+        Ok(TcpStream::from(socket))
+    });
+    connected.unwrap()
 }

@@ -102,7 +102,10 @@ fn frame(rng: &mut StdRng, way: u8) -> Vec<u8> {
     let six = rng.random_bool(0.5);
     let mut own = pod()[usize::from(six)];
     let all = peers(six);
-    let peer = *all.choose(rng).unwrap();
+    let mut peer = *all.choose(rng).unwrap();
+    if six && rng.random_bool(0.05) {
+        peer = ip(["fe80::1", "ff02::1", "ff05::1"].choose(rng).unwrap());
+    }
     if rng.random_bool(0.05) {
         own = *all.choose(rng).unwrap();
     }
@@ -249,14 +252,19 @@ fn question(frame: &[u8], way: u8) -> Option<Question> {
     }
     if protocol == icmp {
         let kind = frame[offset];
-        let solicited = matches!(kind, 130..=133 | 135 | 136 | 143) || (way == direction::INGRESS && matches!(kind, 134 | 137));
-        if six && solicited {
+        let is_discovery = match (way, destination) {
+            (direction::INGRESS, _) => matches!(kind, 130..=137 | 143),
+            (_, IpAddr::V6(to)) if to.is_unicast_link_local() || to.segments()[0] == 0xff02 => matches!(kind, 130..=133 | 135 | 136 | 143),
+            _ => false,
+        };
+        if six && is_discovery {
             return Some(Question::Passes);
         }
         let is_error = if six { matches!(kind, 1..=4) } else { matches!(kind, 3 | 4 | 5 | 11 | 12) };
         if is_error {
-            // What it quotes must be readable; no flow is known, so it is judged as ICMP.
+            // What it quotes must be readable, if it goes to whom it is about; no flow is known, so it is judged as ICMP.
             let quoted = offset + 8;
+            let is_astray = |sender: IpAddr| way == direction::EGRESS && sender != destination;
             let (inner, ports_at) = if six {
                 let next = *frame.get(quoted + 6)?;
                 let _whole: [u8; 40] = at(frame, quoted)?;
@@ -264,6 +272,7 @@ fn question(frame: &[u8], way: u8) -> Option<Question> {
                     return None;
                 }
                 match next {
+                    _ if is_astray(Ipv6Addr::from(at::<16>(frame, quoted + 8)?).into()) => (255, quoted),
                     44 => {
                         let header: [u8; 8] = at(frame, quoted + 40)?;
                         let first = u16::from_be_bytes([header[2], header[3]]) >> 3 == 0;
@@ -278,7 +287,11 @@ fn question(frame: &[u8], way: u8) -> Option<Question> {
                     return None;
                 }
                 let first = u16::from_be_bytes([header[6], header[7]]) & 0x1fff == 0;
-                if first { (header[9], quoted + length) } else { (255, quoted) }
+                if first && !is_astray(Ipv4Addr::from(at::<4>(frame, quoted + 12)?).into()) {
+                    (header[9], quoted + length)
+                } else {
+                    (255, quoted)
+                }
             };
             let needed = if inner == icmp {
                 8

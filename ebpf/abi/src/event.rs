@@ -90,7 +90,7 @@ pub const FRAME_HEAD: usize = 8;
 
 /// Why a [`PodFrame`] was copied.
 pub mod frame_kind {
-    /// The pod got it from port 53, and rules of the pod speak of DNS names.
+    /// The pod got it from port 53 in a flow that it had opened, and rules of the pod speak of DNS names.
     pub const ANSWER: u8 = 0;
     /// The pod sent it, and it was dropped while answers waited for the agent: it may have been allowed by one of them.
     pub const EARLY: u8 = 1;

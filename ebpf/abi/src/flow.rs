@@ -71,6 +71,8 @@ pub mod flow_state {
     pub const REPLIED: u8 = 2;
     /// TCP: the pod sent FIN.
     pub const FIN_POD: u8 = 4;
+    /// Not TCP: the opener spoke again after a reply.
+    pub const STREAM: u8 = 4;
     /// TCP: the peer sent FIN.
     pub const FIN_PEER: u8 = 8;
     /// TCP: either end sent RST.
@@ -127,7 +129,9 @@ pub mod timeout {
     pub const TCP_RESET: u16 = 10;
     /// Datagrams in one direction only.
     pub const DATAGRAM_OPENING: u16 = 60;
-    /// UDP in both directions.
+    /// UDP, a question and its answer: as nf_conntrack has it.
+    pub const DATAGRAM_EXCHANGE: u16 = 30;
+    /// UDP, the opener spoke again after a reply.
     pub const UDP: u16 = 180;
     /// ICMP queries.
     pub const ICMP: u16 = 30;

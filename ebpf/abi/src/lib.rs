@@ -34,7 +34,7 @@ macro_rules! map_data {
 pub(crate) use map_data;
 
 /// Version of everything in this crate; maps are pinned under `…/stanchion/v<LAYOUT_VERSION>/`.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// Direction of a packet as the pod sees it.
 pub mod direction {

@@ -192,6 +192,13 @@ impl Address {
         if is_ipv4 { CIDRS4.get(Key::new(32, self.0 as u32)) } else { CIDRS6.get(Key::new(128, self)) }.copied()
     }
 
+    /// An IPv6 address of link-local scope: fe80::/10, ff02::/16.
+    #[inline(always)]
+    pub fn is_on_link(self) -> bool {
+        let start = u16::from_be(self.0 as u16);
+        start & 0xffc0 == 0xfe80 || start == 0xff02
+    }
+
     #[inline(always)]
     pub fn hash(self) -> u32 {
         let folded = self.0 ^ self.1.rotate_left(21);

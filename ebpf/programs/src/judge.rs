@@ -25,6 +25,8 @@ pub const PASS: i32 = -1;
 /// `TC_ACT_SHOT`.
 pub const DROP: i32 = 2;
 
+pub const DNS: [u8; 2] = 53u16.to_be_bytes();
+
 /// The present tick.
 #[inline(always)]
 pub fn ticks() -> u32 {
@@ -35,7 +37,7 @@ pub fn ticks() -> u32 {
 mod judged {
     pub const DENIED: i32 = 0;
     pub const ALLOWED: i32 = 1;
-    /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry.
+    /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry, but for DNS.
     pub const EXEMPT: i32 = 2;
 }
 
@@ -169,7 +171,13 @@ static TIMEOUTS: [[u16; flow_state::SEEDED as usize]; 4] = {
             timeout::TCP_OPENING
         };
         table[1][at] = timeout::ICMP;
-        table[2][at] = if replied { timeout::UDP } else { timeout::DATAGRAM_OPENING };
+        table[2][at] = if state & flow_state::STREAM != 0 {
+            timeout::UDP
+        } else if replied {
+            timeout::DATAGRAM_EXCHANGE
+        } else {
+            timeout::DATAGRAM_OPENING
+        };
         table[3][at] = if replied { timeout::OTHER } else { timeout::DATAGRAM_OPENING };
         state += 1;
     }
@@ -192,14 +200,16 @@ fn timeout(packet: &Packet, state: u8) -> u16 {
     TIMEOUTS[kind][usize::from(state) & (flow_state::SEEDED as usize - 1)]
 }
 
-/// State bits after a packet, with TCP's flags; a RST that was followed by something else was forged or is history.
+/// State bits after a packet, of TCP with its flags; a RST that was followed by something else was forged or is history.
 #[inline(always)]
 fn next_state(state: u8, packet: &Packet) -> u8 {
     let from_pod = anew(&packet.pod.direction);
-    // REPLIED if it is of the other direction than the opener's.
-    let mut next = state | (from_pod ^ state & flow_state::OPENED_BY_POD) << 1;
-    if packet.flow_protocol() == TCP {
-        // By shifts for the same reason as above.
+    // By shifts for the same reason as above. REPLIED if it is of the other direction than the opener's.
+    let from_peer_of_opener = from_pod ^ state & flow_state::OPENED_BY_POD;
+    let mut next = state | from_peer_of_opener << 1;
+    if packet.flow_protocol() != TCP {
+        next |= (state & flow_state::REPLIED & !(from_peer_of_opener << 1)) << 1;
+    } else {
         let flags = packet.flags();
         let (reset, fin) = (flags / RST & 1, flags & FIN);
         next = next & !flow_state::RESET | reset << 4 | (fin & !reset) << (3 - from_pod);
@@ -212,6 +222,7 @@ const _: () = assert!(
         && flow_state::OPENED_BY_POD == 1
         && flow_state::REPLIED == 1 << 1
         && flow_state::FIN_POD == 1 << 2
+        && flow_state::STREAM == 1 << 2
         && flow_state::FIN_PEER == 1 << 3
         && flow_state::RESET == 1 << 4
         && FIN == 1
@@ -291,7 +302,7 @@ pub fn renew() {
 /// Whether a packet belongs to a flow whose policy has not changed since it was judged, and changes nothing about it but
 /// the time of its last packet, which is noted. For packets without TCP flags that mean something.
 #[inline(always)]
-pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8, now: u32) -> bool {
+pub fn goes_on(entry: *mut FlowEntry, protocol: u8, policy: &EndpointPolicy, direction: u8, now: u32) -> bool {
     // SAFETY: the entry lives until the end of the program, though it may by then describe another flow (deleted and used
     // again); that flow would get this one's time stamp, nothing else.
     unsafe {
@@ -300,6 +311,7 @@ pub fn goes_on(entry: *mut FlowEntry, policy: &EndpointPolicy, direction: u8, no
         if (*entry).revision != policy.revision
             || state & flow_state::RESET != 0
             || !(from_opener || state & flow_state::REPLIED != 0)
+            || (protocol == UDP && from_opener && state & (flow_state::REPLIED | flow_state::STREAM) == flow_state::REPLIED)
             || now.wrapping_sub(seen) > u32::from((*entry).timeout)
         {
             return false;
@@ -336,6 +348,18 @@ impl Packet {
     #[inline(always)]
     fn is_opened_by_pod(&self) -> bool {
         self.has(found::OPENER)
+    }
+
+    /// The peer's end is a DNS server's.
+    #[inline(always)]
+    fn is_with_dns(&self) -> bool {
+        matches!(self.flow_protocol(), TCP | UDP) && self.flow.ports.peer() == DNS
+    }
+
+    /// Of a packet that passed: it came from a DNS server that the pod had asked. Whoever may reach the pod can send from that port.
+    #[inline(always)]
+    pub fn is_answer(&self) -> bool {
+        !self.is_egress() && self.is_opened_by_pod() && self.is_with_dns()
     }
 
     #[inline(always)]
@@ -407,6 +431,7 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
                 packet.found |= found::TURNS;
             }
             if now.wrapping_sub((*entry).seen) <= u32::from((*entry).timeout) && !opens {
+                packet.found = anew(&packet.found) & !found::OPENER | (state & flow_state::OPENED_BY_POD);
                 if (*entry).revision == packet.pod.policy.revision {
                     if packet.is(Kind::Member) {
                         touch(entry, now, &packet);
@@ -414,7 +439,7 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
                     remember_fragment(&packet);
                     return UNTOLD;
                 }
-                packet.found = anew(&packet.found) & !found::OPENER | found::KNOWN | (state & flow_state::OPENED_BY_POD);
+                packet.found |= found::KNOWN;
             }
         }
     }
@@ -447,7 +472,8 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
         }
         return outcome(event_verdict::DENIED, reason::POLICY);
     }
-    if packet.is(Kind::Member) && result != judged::EXEMPT {
+    // Answers count where the pod opened the flow: what it asks of the node's own server has one, too.
+    if packet.is(Kind::Member) && (result != judged::EXEMPT || (packet.is_egress() && packet.is_with_dns())) {
         if !packet.has(found::KNOWN) {
             // A reset opens nothing.
             if packet.flow_protocol() != TCP || packet.flags() & RST == 0 {

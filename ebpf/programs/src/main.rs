@@ -20,9 +20,9 @@ use stanchion_ebpf_abi::{
 
 use crate::{
     family::{Address, Family, Flow, V4, V6, key_start},
-    judge::{DROP, PASS, is_own, ticks},
+    judge::{DNS, DROP, PASS, is_own, ticks},
     maps::{ENDPOINTS, INTERFACES, INTERFACES_FAR, WALK, count, count_stat, is_told, tell},
-    packet::{ETHERNET, FIN, InHand, Ipv4Header, Plain, Pod, RST, SYN, TCP, UDP, anew, ipv4_general, ipv6_general},
+    packet::{ETHERNET, FIN, InHand, Ipv4Header, Plain, Pod, RST, SYN, TCP, anew, ipv4_general, ipv6_general},
     recent::Recent,
 };
 
@@ -126,7 +126,7 @@ fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, endpoint: &End
         if !goes_on {
             match F::entry(&F::key(start, flow.remote)) {
                 Some(entry) => {
-                    goes_on = judge::goes_on(entry, policy, direction, now);
+                    goes_on = judge::goes_on(entry, flow.protocol, policy, direction, now);
                     if goes_on {
                         // SAFETY: as above.
                         unsafe { *place = recent };
@@ -147,8 +147,6 @@ fn policed<F: Family>(skb: *mut __sk_buff, interface: &Interface, endpoint: &End
     packet.begin(F::wide(source), F::wide(destination), Flow { remote: F::wide(remote), ports, protocol }, flags);
     police(skb, state)
 }
-
-const DNS: [u8; 2] = 53u16.to_be_bytes();
 
 /// A pod that no policy selects: everything passes, but not from addresses that are not its own.
 #[inline(always)]
@@ -198,11 +196,7 @@ extern "C" fn police(skb: *mut __sk_buff, known: u32) -> i32 {
     if !judge::police(skb, packet, known == in_hand::NEW) {
         return DROP;
     }
-    if !packet.is_egress()
-        && packet.pod.policy_flags & endpoint_flag::BY_NAME != 0
-        && matches!(packet.flow_protocol(), TCP | UDP)
-        && packet.flow.ports.peer() == DNS
-    {
+    if packet.pod.policy_flags & endpoint_flag::BY_NAME != 0 && packet.is_answer() {
         copy_frame(skb, u32::from(packet.pod.slot), u32::from(frame_kind::ANSWER));
     }
     PASS

@@ -1,4 +1,4 @@
-//! The maps. Sizes are upper bounds; the loader may lower those of the flow tables. Names and layouts are the abi crate's.
+//! The maps. The loader sets the sizes of the flow tables. Names and layouts are the abi crate's.
 
 use aya_ebpf::{
     Global,
@@ -42,9 +42,9 @@ pub static CIDRS6: LpmTrie<Address, u32> = LpmTrie::with_max_entries(1_048_576, 
 pub static VERDICTS: LpmTrie<VerdictKey, VerdictValue> = LpmTrie::with_max_entries(4_194_304, 0);
 // Flow tables are preallocated: an insert cannot fail for want of memory, and the bound is the size.
 #[map]
-pub static FLOWS4: HashMap<FlowKey4, FlowEntry> = HashMap::with_max_entries(131_072, 0);
+pub static FLOWS4: HashMap<FlowKey4, FlowEntry> = HashMap::with_max_entries(262_144, 0);
 #[map]
-pub static FLOWS6: HashMap<FlowKey6, FlowEntry> = HashMap::with_max_entries(131_072, 0);
+pub static FLOWS6: HashMap<FlowKey6, FlowEntry> = HashMap::with_max_entries(262_144, 0);
 #[map]
 pub static FLOWS_INSERTED: Array<u64> = Array::with_max_entries(ENDPOINT_SLOTS, 0);
 #[map]

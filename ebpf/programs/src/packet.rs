@@ -64,7 +64,7 @@ pub enum Kind {
     Related,
     /// It names none: ICMP that is neither query nor error.
     Stateless,
-    /// Neighbour discovery and multicast listener reports: never blocked.
+    /// Neighbour discovery and multicast listener reports on the pod's link: never blocked.
     Discovery,
 }
 
@@ -314,10 +314,16 @@ fn is_error<F: Family>(kind: u8) -> bool {
 }
 
 /// Router solicitation, neighbour solicitation and advertisement, multicast listener messages; what only routers send
-/// (router advertisement, redirect) is let in but not out of a pod.
+/// (router advertisement, redirect) is let in but not out of a pod. Out of a pod it must stay on the link: its next hop and the node
+/// that asks for it have link-local addresses.
 #[inline(always)]
-fn is_discovery<F: Family>(direction: u8, kind: u8) -> bool {
-    F::NUMBER == 6 && (matches!(kind, 130..=133 | 135 | 136 | 143) || (direction == direction::INGRESS && matches!(kind, 134 | 137)))
+fn is_discovery<F: Family>(direction: u8, kind: u8, destination: Address) -> bool {
+    F::NUMBER == 6
+        && if direction == direction::INGRESS {
+            matches!(kind, 130..=137 | 143)
+        } else {
+            matches!(kind, 130..=133 | 135 | 136 | 143) && destination.is_on_link()
+        }
 }
 
 /// Reads the transport header at `offset`. Of an ICMP error the flow is left to the caller.
@@ -351,7 +357,7 @@ fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, packet: &mut Packet)
         } else {
             packet.kind = if is_error::<F>(header.kind) {
                 Kind::Related
-            } else if is_discovery::<F>(anew(&packet.pod.direction), header.kind) {
+            } else if is_discovery::<F>(anew(&packet.pod.direction), header.kind, packet.ends[1]) {
                 Kind::Discovery
             } else {
                 Kind::Stateless
@@ -375,6 +381,13 @@ fn quoted<F: Family>(skb: *mut __sk_buff, offset: usize, protocol: u8, packet: &
         packet.ports(ports, !packet.is_egress());
     }
     0
+}
+
+/// Whether an error of the pod goes elsewhere than to the source of the packet that it quotes, which no host's does (RFC 1122, 3.2.2;
+/// RFC 4443, 2.2): with a flow to anybody it would carry data to everybody.
+#[inline(always)]
+fn is_astray(packet: &Packet, source: Address) -> bool {
+    packet.is_egress() && packet.ends[1] != source
 }
 
 /// Begins a packet: everything but what further headers say.
@@ -455,7 +468,7 @@ pub fn ipv4_general(skb: *mut __sk_buff, packet: &mut Packet) -> Refusal {
     if inner.version_length >> 4 != 4 || inner_header < 20 {
         return reason::MALFORMED;
     }
-    if u16::from_be_bytes(inner.fragment) & 0x1fff != 0 {
+    if u16::from_be_bytes(inner.fragment) & 0x1fff != 0 || is_astray(packet, Address::of4(inner.source)) {
         packet.kind = Kind::Stateless;
         return 0;
     }
@@ -583,6 +596,10 @@ pub fn ipv6_general(skb: *mut __sk_buff, packet: &mut Packet) -> Refusal {
     if inner.version_class[0] >> 4 != 6 {
         return reason::MALFORMED;
     }
+    if is_astray(packet, Address::of(inner.source)) {
+        packet.kind = Kind::Stateless;
+        return 0;
+    }
     packet.flow.remote = Address::of(if packet.is_egress() { inner.source } else { inner.destination });
     let at = offset + 8 + size_of::<Ipv6Header>();
     if inner.next != 44 {
@@ -652,7 +669,7 @@ pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<(Address, bool)>
         return Some((Address::of(ip.source), false));
     }
     let kind = load::<u8>(skb, offset as usize).unwrap_or(0);
-    Some((Address::of(ip.source), is_discovery::<V6>(direction, kind)))
+    Some((Address::of(ip.source), is_discovery::<V6>(direction, kind, Address::of(ip.destination))))
 }
 
 /// Source and destination for an event, zero where they cannot be read.

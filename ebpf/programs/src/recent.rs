@@ -1,7 +1,8 @@
 //! The flows that this CPU has seen go on within the present tick: their next packets are told by one line of memory, without the
 //! flow table. It says nothing that the table would not say: an entry is written where the table said that the flow goes on under
 //! this revision and had the time noted, and whatever changes a flow (TCP flags, another revision, a later tick) goes by the table.
-//! After a reset, or a SYN on old ports, the next packet changes the flow again: then the pod's epoch has grown, for all CPUs.
+//! That a datagram of the opener follows a reply may so be told a tick later, which only shortens the idle time of a flow that is not a
+//! tick old. After a reset, or a SYN on old ports, the next packet changes the flow again: then the pod's epoch has grown, for all CPUs.
 
 use crate::{
     family::{Address, SPREAD},

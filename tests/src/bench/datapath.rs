@@ -39,7 +39,7 @@ const DENIED: f64 = 4.0;
 /// Of what it costs with the fewest policies.
 const FLAT: f64 = 1.2;
 /// Room of the flow tables.
-const FLOWS: u32 = 131_072;
+const FLOWS: u32 = 262_144;
 
 /// The peer's identity that policy allows on [`PORT`].
 const FRIEND: u32 = 7;

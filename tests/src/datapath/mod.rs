@@ -200,6 +200,50 @@ impl Rig {
         Ok(inserted.set(u32::from(SLOT.0), 0, 0)?)
     }
 
+    /// Makes every flow older. What a CPU keeps of it for the rest of the real tick stays.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn grow_old(&mut self, ticks: u32) -> anyhow::Result<()> {
+        let older = |bytes| {
+            let mut entry = flow_entry(bytes);
+            entry.seen = entry.seen.wrapping_sub(ticks);
+            flow_bytes(entry)
+        };
+        let (mut four, mut six) = (self.flows4()?, self.flows6()?);
+        for key in four.keys().collect::<Result<Vec<_>, _>>()? {
+            let entry = older(four.get(&key, 0)?);
+            four.insert(key, entry, 0)?;
+        }
+        for key in six.keys().collect::<Result<Vec<_>, _>>()? {
+            let entry = older(six.get(&key, 0)?);
+            six.insert(key, entry, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Removes IPv4 flows that were idle for longer than their time before the newest flow's last packet, and counts the pod's, as
+    /// the agent does.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn collect(&mut self) -> anyhow::Result<()> {
+        let mut table = self.flows4()?;
+        let flows = table.iter().collect::<Result<Vec<_>, _>>()?;
+        let now = flows.iter().map(|(_, bytes)| flow_entry(*bytes).seen).max().unwrap_or(0);
+        let mut live = 0;
+        for (key, bytes) in flows {
+            let entry = flow_entry(bytes);
+            if now - entry.seen > u32::from(entry.timeout) {
+                table.remove(&key)?;
+            } else {
+                live += 1;
+            }
+        }
+        let mut inserted: Array<MapData, u64> = Map::Array(self.pin(map_name::FLOWS_INSERTED)?).try_into()?;
+        Ok(inserted.set(u32::from(SLOT.0), live, 0)?)
+    }
+
     /// The events since the ring was opened or emptied.
     ///
     /// # Errors

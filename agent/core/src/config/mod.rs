@@ -250,6 +250,10 @@ pub struct NetworkConfig {
     pub policy_mode: PolicyMode,
     /// Which objects network policies are read from.
     pub policy_source: Source,
+    /// Flows that each of the policy's tables, one a family, has room for.
+    pub policy_flows: u32,
+    /// Flows that a pod may have open at once.
+    pub policy_pod_flows: u32,
     /// `net.ipv4.tcp_early_demux` is set to 0, so that the kubelet can probe pods with a branch ENI in strict mode.
     pub disable_tcp_early_demux: bool,
     /// Pods of an IPv6 cluster reach IPv4 destinations through the node's address.

@@ -61,6 +61,18 @@ impl Config {
             pod_mtu: r.mtu("POD_MTU", eni_mtu, pool.ipv6, "MTU of pods"),
             policy_mode: r.policy_mode(),
             policy_source: r.policy_source(),
+            policy_flows: r.number(
+                "STANCHION_POLICY_FLOWS",
+                262_144,
+                1_024..=8_388_608,
+                "flows that each of the policy's tables (one a family) has room for; 100 bytes of kernel memory each; from the next boot on",
+            ),
+            policy_pod_flows: r.number(
+                "STANCHION_POLICY_POD_FLOWS",
+                65_536,
+                64..=8_388_608,
+                "flows that a pod with policy may have at once; of more each packet is judged, replies too",
+            ),
             disable_tcp_early_demux: r.bool("DISABLE_TCP_EARLY_DEMUX", false, "net.ipv4.tcp_early_demux is 0"),
             v4_egress: r.bool("ENABLE_V4_EGRESS", true, "pods of an IPv6 cluster reach IPv4 destinations"),
             v6_egress: r.bool("ENABLE_V6_EGRESS", false, "pods of an IPv4 cluster reach IPv6 destinations"),

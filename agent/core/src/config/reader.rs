@@ -175,13 +175,17 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn mtu(&mut self, name: &'static str, default: u32, ipv6: bool, about: &'static str) -> u32 {
-        let range = if ipv6 { 1280..=9001 } else { 576..=9001 };
+        self.number(name, default, if ipv6 { 1280..=9001 } else { 576..=9001 }, about)
+    }
+
+    /// A number in a range; anything else stops the start.
+    pub(super) fn number(&mut self, name: &'static str, default: u32, range: RangeInclusive<u32>, about: &'static str) -> u32 {
         let (value, origin) = match self.raw(name) {
             None => (default, Origin::Default),
             Some(text) => match text.parse::<u32>() {
                 Ok(value) if range.contains(&value) => (value, Origin::Environment),
                 _ => {
-                    self.error(name, &text, "not an MTU in range", format!("use {} to {}", range.start(), range.end()));
+                    self.error(name, &text, "not a number in range", format!("use {} to {}", range.start(), range.end()));
                     (default, Origin::Default)
                 }
             },

@@ -54,6 +54,8 @@ fn every_error_at_once_with_its_remedy() {
         ("ENABLE_IPv4", "false"),
         ("POD_SECURITY_GROUP_ENFORCING_MODE", "lax"),
         ("STANCHION_LOG_RECORD", "xml"),
+        ("STANCHION_POLICY_FLOWS", "0"),
+        ("STANCHION_POLICY_POD_FLOWS", "many"),
     ])
     .unwrap_err();
     let names: Vec<&str> = errors.iter().map(|e| e.name).collect();
@@ -66,6 +68,8 @@ fn every_error_at_once_with_its_remedy() {
         "ENABLE_IPv6",
         "POD_SECURITY_GROUP_ENFORCING_MODE",
         "STANCHION_LOG_RECORD",
+        "STANCHION_POLICY_FLOWS",
+        "STANCHION_POLICY_POD_FLOWS",
     ] {
         assert!(names.contains(&name), "{name} not in {names:?}");
     }

@@ -11,6 +11,9 @@ const MAX_PAIRS: usize = 65_536;
 /// Seconds that a name is kept at least: a connection that was begun at once gets through although its answer said 0.
 const LEAST: u64 = 10;
 
+/// And at most, as resolvers do it.
+const MOST: u64 = 86_400;
+
 /// Names by address, each until a time in seconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Names {
@@ -21,7 +24,7 @@ pub struct Names {
 impl Names {
     /// Notes an answer that came at `now`; true if it is news to policies. `Err` if there is no room.
     pub(super) fn learn(&mut self, answer: &Answer, now: u64) -> Result<bool, Full> {
-        self.keep(&answer.name, answer.address, now + u64::from(answer.ttl).max(LEAST))
+        self.keep(&answer.name, answer.address, now + u64::from(answer.ttl).clamp(LEAST, MOST))
     }
 
     /// Notes that an address has a name, for ever.
@@ -104,6 +107,14 @@ mod tests {
         assert!(names.expire(191, |_| true).is_empty(), "a flow is open");
         assert_eq!(names.expire(191, |_| false), BTreeSet::from([address]));
         assert_eq!(names, Names::default());
+    }
+
+    #[test]
+    fn a_name_lives_no_longer_than_a_day_after_its_last_answer() {
+        let mut names = Names::default();
+        assert_eq!(names.learn(&answer("a.example", "192.0.2.1", i32::MAX.cast_unsigned()), 100), Ok(true));
+        assert!(names.expire(100 + MOST, |_| false).is_empty());
+        assert_eq!(names.expire(101 + MOST, |_| false).len(), 1);
     }
 
     #[test]

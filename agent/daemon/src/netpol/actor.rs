@@ -288,8 +288,10 @@ impl Actor {
         waiting.chain(self.names_due).chain(self.behind.as_ref().map(|behind| behind.mend)).min()
     }
 
-    /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go.
+    /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go. Before a slot is
+    /// given away, so do the flows of those that were freed just before the agent's end.
     fn take_over(&mut self) {
+        self.collect();
         self.refresh_node_addresses();
         let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
         for sandbox in known {
@@ -548,12 +550,11 @@ impl Actor {
             refusal: Refusal::Other,
             message: cause.to_string(),
         });
-        let purge = self.slots.cooling().to_vec();
         let result = result.and_then(|now| {
             let by_name: HashSet<IpAddr> = self.rules.names().addresses().collect();
-            let collected = self.flows.collect(now, &purge, &by_name)?;
-            let slots = self.slots.iter().map(|sandbox| sandbox.slot).chain(purge.iter().copied());
-            self.flows.settle(slots, &collected.live)?;
+            let is_held = |slot| self.slots.get(Slot(slot)).is_some();
+            let collected = self.flows.collect(now, &is_held, &by_name)?;
+            self.flows.settle(self.slots.iter().map(|sandbox| sandbox.slot), &collected.live)?;
             Ok(collected)
         });
         match result {

@@ -117,16 +117,16 @@ impl Flows {
         refused(map_name::CONFIG, &flags, self.config.set(0, Raw(Config { flags, ..config }), 0))
     }
 
-    /// Removes entries that were idle for longer than their time at tick `now`, and all of the slots in `purge`.
+    /// Removes entries that were idle for longer than their time at tick `now`, and all of slots that are no pod's.
     ///
     /// An entry is read a second time before it is removed: if a packet came meanwhile, it stays. Only the agent removes,
     /// so nobody's view of the table is compared with another's.
     /// `watched` are addresses of which the caller wants to know whether flows to them stay.
-    pub(super) fn collect(&mut self, now: u32, purge: &[u16], watched: &HashSet<IpAddr>) -> Result<Collected, MapError> {
+    pub(super) fn collect(&mut self, now: u32, is_held: &dyn Fn(u16) -> bool, watched: &HashSet<IpAddr>) -> Result<Collected, MapError> {
         let mut collected = Collected::default();
         let [four, six] = &self.fds;
-        collect_one(four.as_fd(), &mut self.four, (map_name::FLOWS4, 0), now, purge, watched, &mut collected)?;
-        collect_one(six.as_fd(), &mut self.six, (map_name::FLOWS6, 1), now, purge, watched, &mut collected)?;
+        collect_one(four.as_fd(), &mut self.four, (map_name::FLOWS4, 0), now, is_held, watched, &mut collected)?;
+        collect_one(six.as_fd(), &mut self.six, (map_name::FLOWS6, 1), now, is_held, watched, &mut collected)?;
         Ok(collected)
     }
 
@@ -192,7 +192,7 @@ impl Flows {
         Ok(EndpointCounters { ingress_denied: sum(0, 0), ingress_allowed: sum(0, 1), egress_denied: sum(1, 0), egress_allowed: sum(1, 1) })
     }
 
-    /// Sets a pod's counters to zero, for the next holder of its slot.
+    /// Sets a pod's counters to zero, that of its flows too, for the next holder of its slot.
     pub(super) fn clear_counters(&mut self, slot: u16) -> Result<(), MapError> {
         let index = u32::from(slot);
         let values = refused(map_name::COUNTERS, &slot, self.counters.get(&index, 0))?;
@@ -203,7 +203,8 @@ impl Flows {
             refusal: Refusal::Other,
             message: error.to_string(),
         })?;
-        refused(map_name::COUNTERS, &slot, self.counters.set(index, zeros, 0))
+        refused(map_name::COUNTERS, &slot, self.counters.set(index, zeros, 0))?;
+        self.settle([slot].into_iter(), &StdMap::new())
     }
 
     /// What should be zero.
@@ -224,7 +225,7 @@ fn collect_one<K: Copy + stanchion_ebpf_abi::MapData + Into<FlowKey>>(
     table: &mut HashMap<AyaMap, Raw<K>, Raw<FlowEntry>>,
     (name, family): (&'static str, usize),
     now: u32,
-    purge: &[u16],
+    is_held: &dyn Fn(u16) -> bool,
     watched: &HashSet<IpAddr>,
     collected: &mut Collected,
 ) -> Result<(), MapError> {
@@ -236,7 +237,7 @@ fn collect_one<K: Copy + stanchion_ebpf_abi::MapData + Into<FlowKey>>(
     let mut dead = Vec::new();
     let mut look = |key: K, entry: FlowEntry| {
         let FlowKey { slot, remote, .. } = key.into();
-        if purge.contains(&slot) || expired(&entry) {
+        if !is_held(slot) || expired(&entry) {
             dead.push((Raw(key), slot));
         } else {
             *collected.live.entry(slot).or_default() += 1;
@@ -253,7 +254,7 @@ fn collect_one<K: Copy + stanchion_ebpf_abi::MapData + Into<FlowKey>>(
         message: error.to_string(),
     })?;
     for (key, slot) in dead {
-        let still = purge.contains(&slot) || table.get(&key, 0).is_ok_and(|Raw(entry)| expired(&entry));
+        let still = !is_held(slot) || table.get(&key, 0).is_ok_and(|Raw(entry)| expired(&entry));
         if still && table.remove(&key).is_ok() {
             collected.removed += 1;
         }

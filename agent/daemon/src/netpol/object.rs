@@ -79,12 +79,6 @@ pub struct LoadOptions {
     pub flow_entries: u32,
 }
 
-impl Default for LoadOptions {
-    fn default() -> Self {
-        Self { pin_root: PathBuf::from(PIN_ROOT), flow_entries: 131_072 }
-    }
-}
-
 /// Why the object is not in the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -178,6 +172,16 @@ impl Loaded {
         let missing = || LoadError::Map { name, source: MapError::InvalidName { name: name.to_owned() } };
         let map = self.maps.remove(name).ok_or_else(missing)?;
         T::try_from(map).map_err(|source| LoadError::Map { name, source })
+    }
+
+    /// Room of each flow table: what was asked for when it was made.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn flow_capacity(&self) -> Result<u32, LoadError> {
+        let name = map_name::FLOWS4;
+        let info = MapInfo::from_pin(self.pins.join(name));
+        info.map(|info| info.max_entries()).map_err(|source| LoadError::Map { name, source })
     }
 
     /// A descriptor of a hash map or ring of the object, before it is taken out.

@@ -184,12 +184,7 @@ impl Slots {
         self.policed.insert(slot.0, directions) != Some(directions)
     }
 
-    /// The slots that cool.
-    pub(super) fn cooling(&self) -> &[u16] {
-        &self.cooling
-    }
-
-    /// Their flows are gone.
+    /// The flows of the slots that cool are gone.
     pub(super) fn cooled(&mut self) {
         self.cooling.clear();
     }
