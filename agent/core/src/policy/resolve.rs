@@ -30,6 +30,7 @@ pub const AWS_CLUSTER_NETWORK_POLICY: &str = "ClusterNetworkPolicy.networking.k8
 const NOTHING: &str = "it matches nothing";
 const CLOSED: &str = "the rule denies everything in its direction";
 const IGNORED: &str = "the policy is not applied";
+const NOT_ITS_OWN: &str = "what goes to the pod's own node passes all the same";
 
 /// Collects problems of one object.
 pub(super) struct Report<'a> {
@@ -324,6 +325,10 @@ fn cluster_peer(
         resolved.push(Peer::Pods(PodMatch { namespaces, pods: pods.pod_selector.clone() }));
     }
     if let Some(nodes) = &peer.nodes {
+        if action == Action::Deny {
+            let problem = "a rule that denies nodes, which may be the pod's own".to_owned();
+            report.tell(format!("{field}.nodes"), problem, NOT_ITS_OWN, "Guard on the node itself what its pods must not reach.");
+        }
         resolved.push(Peer::Nodes(nodes.clone()));
     }
     let mut good = true;
@@ -591,6 +596,22 @@ mod tests {
             judged.tells("spec.ingress[0].from[0]", &rules);
             assert!(!judged.ingress(80) && judged.egress(80), "{rules}");
         }
+    }
+
+    #[test]
+    fn a_rule_that_denies_nodes_is_told_to_leave_out_the_pods_own() {
+        const NODES: &str =
+            "{apiVersion: v1, kind: Node, metadata: {name: n}, status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}}";
+        for (action, told) in [("Deny", 1), ("Accept", 0), ("Pass", 0)] {
+            let judged = cluster_policy(KUBERNETES, &format!("tier: Admin, {ONE}, egress: [{{action: {action}, to: [{{nodes: {{}}}}]}}]"));
+            assert_eq!(judged.problems.len(), told, "{action}: {:?}", judged.problems);
+            assert!(judged.problems.iter().all(|problem| problem.contains(": spec.egress[0].to[0].nodes: ")), "{:?}", judged.problems);
+        }
+        let judged = Judged::of(&format!(
+            "{NODES}\n---\n{{apiVersion: {KUBERNETES}, kind: ClusterNetworkPolicy, metadata: {{name: c}}, spec: {{priority: 5, tier: Admin, \
+             {ONE}, egress: [{{action: Deny, to: [{{nodes: {{}}}}]}}]}}}}"
+        ));
+        assert!(!judged.allows("x/a", "192.0.2.1", 80), "the rule holds for other nodes");
     }
 
     #[test]
