@@ -292,7 +292,7 @@ fn give_back(invocation: &Invocation, conf: &NetConf, error: CniError) -> CniErr
     }
 }
 
-fn describe(plans: &[PodPlan], netns: &std::path::Path) -> CniResult {
+fn describe(plans: &[PodPlan], netns: &Path) -> CniResult {
     let mut result = CniResult::default();
     for plan in plans {
         let pod_end = result.interfaces.len() + 1;
