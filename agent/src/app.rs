@@ -12,7 +12,7 @@ use futures_util::StreamExt as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::branch::VethNames;
-use stanchion_core::cloud::{Imds as _, InstanceIdentity};
+use stanchion_core::cloud::{Imds as _, InstanceIdentity, LogGroupSpec};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::{BranchMode, Config, FlowLogs, PolicyMode, RecordLayout, TelemetryConfig};
 use stanchion_core::conflist::{Chained, FILE_NAME, Owner, PLUGIN};
@@ -371,6 +371,7 @@ fn start_telemetry(
                 selection: settings.selection.clone(),
                 figures: settings.figures,
                 veths: VethNames { prefix: config.network.veth_prefix.clone(), strict_branches: strict_branches(config) },
+                group_spec: group_spec(settings),
             },
             shutdown: (*shutdown).clone(),
         });
@@ -382,11 +383,21 @@ fn start_telemetry(
     Ok((logs, metrics))
 }
 
+/// How groups of documents and flows are made: as those of container logs, but in the standard class, as of no other CloudWatch makes
+/// metrics. A network container need not have the settings file.
+fn group_spec(settings: &TelemetryConfig) -> LogGroupSpec {
+    let spec = LogGroupSpec { retention_days: settings.log_retention_days, ..LogGroupSpec::default() };
+    let logs = LogSettings { group_spec: spec.clone(), ..LogSettings::new(Layout::FluentBit) };
+    let of_file = (!settings.log_config.is_empty()).then(|| ship::with_file(logs, settings.log_config.as_ref()).ok()).flatten();
+    of_file.map_or(spec, |logs| LogGroupSpec { class: String::new(), ..logs.group_spec })
+}
+
 /// Starts the log of judged flows on the current runtime.
 fn start_flow_log(parts: &Start<'_>, aws: &AwsClients, records: FlowRecords, tasks: &mut Vec<(&'static str, JoinHandle<()>)>) -> FlowLog {
     let Start { config, node_name, shutdown, .. } = parts;
     let settings = FlowLogSettings {
         group: config.telemetry.flow_log_group.replace("{cluster}", &config.telemetry.cluster_name),
+        group_spec: group_spec(&config.telemetry),
         node: (*node_name).to_owned(),
     };
     let (log, task) = flow_log::spawn(records, settings, Arc::new(aws.logs()), (*shutdown).clone());

@@ -114,6 +114,38 @@ async fn groups_and_streams_are_made_once_with_retention_class_and_tags() {
 }
 
 #[tokio::test]
+async fn a_retention_is_asked_for_until_it_holds() {
+    let bed = bed().await;
+    let now = bed.cloud.clock().unix_ms();
+    let throttled = ApiError::bad("ThrottlingException", "Rate exceeded");
+    bed.cloud.inject(Fault::times("PutRetentionPolicy", 1, Effect::Error(throttled)));
+    // The group is there: nothing is to wait for its retention.
+    bed.logs.create_group(GROUP, &LogGroupSpec { retention_days: Some(7), ..LogGroupSpec::default() }).await.unwrap();
+    assert_eq!(bed.cloud.log_group(GROUP).unwrap().retention_days, None);
+    bed.logs.create_stream(GROUP, STREAM).await.unwrap();
+    for _ in 0..2 {
+        bed.logs.put(&batch(&[(now, "x")])).await.unwrap();
+        assert_eq!(bed.cloud.log_group(GROUP).unwrap().retention_days, Some(7));
+    }
+    assert_eq!(bed.cloud.count("PutRetentionPolicy"), 2);
+
+    // What is denied for good is not asked for with every batch, and what cannot be not at all.
+    for (days, denied, asked) in [(7, 100, 4), (8, 0, 1)] {
+        bed.cloud.delete_log_group(GROUP);
+        bed.cloud.clear_calls();
+        let error = ApiError::bad("AccessDeniedException", "not authorized to perform: logs:PutRetentionPolicy");
+        bed.cloud.inject(Fault::times("PutRetentionPolicy", denied, Effect::Error(error)));
+        bed.logs.create_group(GROUP, &LogGroupSpec { retention_days: Some(days), ..LogGroupSpec::default() }).await.unwrap();
+        bed.logs.create_stream(GROUP, STREAM).await.unwrap();
+        for _ in 0..20 {
+            bed.logs.put(&batch(&[(now, "x")])).await.unwrap();
+        }
+        assert!((1..=asked).contains(&bed.cloud.count("PutRetentionPolicy")), "{days} days");
+        bed.cloud.clear_faults();
+    }
+}
+
+#[tokio::test]
 async fn each_error_is_what_the_shipper_takes_it_for() {
     let (bed, now) = ready().await;
     let one = batch(&[(now, "x")]);

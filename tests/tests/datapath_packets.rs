@@ -725,8 +725,14 @@ fn audit_tells_and_lets_pass() {
     let packet = cast.packet(cast.stranger, IN, IN, (4_000, 80), tcp(flags::SYN));
     check(&mut rig, IN, &packet, true, "audited");
     check(&mut rig, OUT, &Packet::udp((cast.stranger, 1), (cast.friend, 80)), false, "audit is about policy, not about forged sources");
+    let key = VerdictKey { policy: SET, identity: 0, direction: IN, protocol: TCP, port: 81u16.to_be_bytes() };
+    let denies = VerdictValue { rule: RULE, verdict: verdict::DENY, reserved: [0; 3] };
+    rig.apply(&[MapOp::SetVerdict(key, VERDICT_PREFIX_PORT, denies)]).unwrap();
+    let packet = cast.packet(cast.stranger, IN, IN, (4_000, 81), tcp(flags::SYN));
+    check(&mut rig, IN, &packet, false, "a rule that denies is a cluster policy's");
     let verdicts: Vec<(u8, u8)> = take_events(&mut ring).iter().map(|event| (event.verdict, event.reason)).collect();
-    assert_eq!(verdicts, [(event_verdict::AUDITED, reason::POLICY), (event_verdict::DENIED, reason::SOURCE)]);
+    let [audited, denied] = [event_verdict::AUDITED, event_verdict::DENIED].map(|verdict| (verdict, reason::POLICY));
+    assert_eq!(verdicts, [audited, (event_verdict::DENIED, reason::SOURCE), denied]);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use stanchion_core::cloud::LogGroupSpec;
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_core::policy::engine::Missing;
@@ -217,7 +218,8 @@ fn denied_packets_reach_the_log_group_with_their_names() {
     world.apply(&deny_in());
     world.activate_all();
     let shutdown = CancellationToken::new();
-    let settings = FlowLogSettings { group: "/aws/containerinsights/demo/flows".to_owned(), node: "node1".to_owned() };
+    let group_spec = LogGroupSpec { retention_days: Some(7), ..LogGroupSpec::default() };
+    let settings = FlowLogSettings { group: "/aws/containerinsights/demo/flows".to_owned(), group_spec, node: "node1".to_owned() };
     let handle = world.agent().clone();
     let (cloud, log, task, mut records) = world.runtime.block_on(async {
         let cloud = Cloud::new(CloudConfig::default(), Clock::tokio());
@@ -232,6 +234,7 @@ fn denied_packets_reach_the_log_group_with_their_names() {
         shutdown.cancel();
         tokio::time::timeout(WORKS, task).await.unwrap().unwrap();
     });
+    assert_eq!(cloud.log_group("/aws/containerinsights/demo/flows").unwrap().retention_days, Some(7));
     let events = cloud.events("/aws/containerinsights/demo/flows", "node1");
     let lines: Vec<serde_json::Value> = events.iter().map(|event| serde_json::from_str(&event.message).unwrap()).collect();
     let [line] = lines.as_slice() else { panic!("{lines:?}") };

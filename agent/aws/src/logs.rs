@@ -1,7 +1,9 @@
 //! CloudWatch Logs over the SDK.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use aws_sdk_cloudwatchlogs::Client;
 use aws_sdk_cloudwatchlogs::types::LogGroupClass;
@@ -14,7 +16,11 @@ use crate::classify::sink_error;
 use crate::failure::Failure;
 use crate::renew::Renewable;
 
-/// [`LogSink`] over the SDK. Each method is one request (a new group with retention: two), sent once.
+/// Pauses between requests for a retention that fail: the shortest but for the first, and the longest.
+const RETENTION_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
+
+/// [`LogSink`] over the SDK. Each method is one request (a new group with retention: two), sent once; a retention that was not granted is
+/// asked for again beside the group's batches.
 ///
 /// [`LogBatch`] owns the encoded request; it replaces the SDK's serialisation before signing, so that a batch costs one
 /// SHA-256 and the transport, and no copy of an event.
@@ -25,11 +31,22 @@ pub struct CloudWatchSink {
     gzip: Arc<AtomicBool>,
     /// It was told that the service does not take the entities.
     told: Arc<AtomicBool>,
+    /// Groups that were made here and whose retention does not hold yet.
+    unretained: Arc<Mutex<BTreeMap<String, Retention>>>,
+}
+
+/// A retention that is still to be asked for.
+#[derive(Clone, Copy, Debug)]
+struct Retention {
+    days: i32,
+    due: Instant,
+    /// Until the next time, if it is in vain again.
+    pause: Duration,
 }
 
 impl CloudWatchSink {
     pub(crate) fn new(client: Renewable<Client>) -> Self {
-        Self { client, gzip: Arc::new(AtomicBool::new(true)), told: Arc::default() }
+        Self { client, gzip: Arc::new(AtomicBool::new(true)), told: Arc::default(), unretained: Arc::default() }
     }
 
     /// Whether bodies go compressed now.
@@ -89,10 +106,8 @@ impl CloudWatchSink {
             expired_until: index(info.expired_log_event_end_index()),
         }))
     }
-}
 
-impl LogSink for CloudWatchSink {
-    async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
+    async fn put_batch(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
         if self.gzip()
             && let Some(gzip) = batch.gzip()
         {
@@ -105,6 +120,45 @@ impl LogSink for CloudWatchSink {
             }
         }
         self.send(batch, &batch.body(), false).await.map_err(to_sink_error)
+    }
+
+    /// Asks for the group's retention; in vain, it is asked for again when the group has taken a batch.
+    async fn retain(&self, group: &str, retention: Retention) {
+        let Retention { days, pause, .. } = retention;
+        let request = |client: Client| async move {
+            client.put_retention_policy().log_group_name(group).retention_in_days(days).send().await.map(drop).map_err(Failure::from)
+        };
+        match self.signed(request).await.map_err(to_sink_error) {
+            Ok(()) => {}
+            Err(SinkError::Invalid(message)) => {
+                tracing::warn!(group, days, message, "the service has no such retention: the group keeps its events for ever; set another");
+            }
+            Err(error) => {
+                tracing::warn!(group, days, %error, "the retention of a new log group does not hold yet; it is asked for again");
+                let again =
+                    Retention { due: Instant::now() + pause, pause: (pause * 2).clamp(RETENTION_PAUSE.0, RETENTION_PAUSE.1), ..retention };
+                self.unretained.lock().unwrap_or_else(PoisonError::into_inner).insert(group.to_owned(), again);
+            }
+        }
+    }
+
+    /// The group's retention, if it is to be asked for now; whoever takes it asks.
+    fn take_unretained(&self, group: &str) -> Option<Retention> {
+        let mut unretained = self.unretained.lock().unwrap_or_else(PoisonError::into_inner);
+        unretained.get(group).filter(|retention| retention.due <= Instant::now())?;
+        unretained.remove(group)
+    }
+}
+
+impl LogSink for CloudWatchSink {
+    async fn put(&self, batch: &LogBatch) -> Result<Rejected, SinkError> {
+        let reply = self.put_batch(batch).await;
+        if reply.is_ok()
+            && let Some(retention) = self.take_unretained(batch.group())
+        {
+            self.retain(batch.group(), retention).await;
+        }
+        reply
     }
 
     async fn create_group(&self, group: &str, spec: &LogGroupSpec) -> Result<(), SinkError> {
@@ -125,10 +179,7 @@ impl LogSink for CloudWatchSink {
         }
         if let Some(days) = spec.retention_days {
             let days = i32::try_from(days).map_err(|_| SinkError::Invalid(format!("a retention of {days} days")))?;
-            let retain = |client: Client| async move {
-                client.put_retention_policy().log_group_name(group).retention_in_days(days).send().await.map(drop).map_err(Failure::from)
-            };
-            self.signed(retain).await.map_err(to_sink_error)?;
+            self.retain(group, Retention { days, due: Instant::now(), pause: Duration::ZERO }).await;
         }
         Ok(())
     }

@@ -487,7 +487,7 @@ pub trait LogSink: Send + Sync + 'static {
     /// before signing, and may gzip it), so that no event is copied or encoded again, nor on a retry. Others decode
     /// [`LogBatch::events`]. Documents that are few come from [`LogBatch::from_events`].
     fn put(&self, batch: &LogBatch) -> impl Future<Output = Result<Rejected, SinkError>> + Send;
-    /// Makes the group (with its retention) unless it exists.
+    /// Makes the group unless it exists; its retention may come to hold only later.
     fn create_group(&self, group: &str, spec: &LogGroupSpec) -> impl Future<Output = Result<(), SinkError>> + Send;
     /// Makes the stream unless it exists.
     fn create_stream(&self, group: &str, stream: &str) -> impl Future<Output = Result<(), SinkError>> + Send;

@@ -141,7 +141,7 @@ pub mod endpoint_flag {
     pub const ISOLATED_INGRESS: u8 = 1;
     /// Egress is isolated. Bit number = [`crate::direction::EGRESS`].
     pub const ISOLATED_EGRESS: u8 = 2;
-    /// Nothing is dropped for policy, only told.
+    /// Nothing is dropped for isolation, only told; what a rule denies is dropped.
     pub const AUDIT: u8 = 4;
     /// The slot is in use.
     pub const READY: u8 = 8;

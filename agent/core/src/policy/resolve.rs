@@ -638,7 +638,8 @@ mod tests {
             ))
         };
         let isolated = of("podSelector: {}, policyTypes: [Egress]");
-        assert!(!isolated.egress(80) && isolated.ingress(80) && isolated.problems.is_empty(), "{:?}", isolated.problems);
+        assert!(!isolated.egress(80) && isolated.allows("203.0.113.9", "x/a", 80));
+        assert!(isolated.problems.is_empty(), "{:?}", isolated.problems);
         let named = of(
             "podSelector: {}, policyTypes: [Egress], egress: [{to: [{domainNames: ['*.example.com', api.cdn.net]}], ports: [{port: 443}]}, \
              {to: [{ipBlock: {cidr: 203.0.113.0/24}}], ports: [{port: 81}]}]",

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
-use stanchion_core::cloud::{LogEvent, LogSink};
+use stanchion_core::cloud::{LogEvent, LogGroupSpec, LogSink};
 use stanchion_core::ids::PodName;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
@@ -38,6 +38,8 @@ const WAITING: usize = 4;
 pub struct FlowLogSettings {
     /// The log group.
     pub group: String,
+    /// How the group is made.
+    pub group_spec: LogGroupSpec,
     /// The node: the stream's name, and a field of every line.
     pub node: String,
 }
@@ -82,7 +84,8 @@ pub fn spawn<S: LogSink>(
     let (documents, received) = mpsc::channel(WAITING);
     let shipped = Arc::clone(&log.shipped);
     let gives_up = CancellationToken::new();
-    let shipping = ship::run(sink, settings.group.clone(), settings.node.clone(), false, received, shipped, gives_up.clone());
+    let (group, stream, spec) = (settings.group.clone(), settings.node.clone(), settings.group_spec.clone());
+    let shipping = ship::run(sink, ship::Destination { group, stream, spec, emf: false }, received, shipped, gives_up.clone());
     let gathering = gather(records, settings, documents, Arc::clone(&log.lost), shutdown);
     let task = tokio::spawn(async move {
         let mut shipping = pin!(shipping);

@@ -42,7 +42,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use stanchion_core::branch::VethNames;
-use stanchion_core::cloud::{LogEvent, LogSink};
+use stanchion_core::cloud::{LogEvent, LogGroupSpec, LogSink};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::PodName;
 use stanchion_core::metrics::devices::ExporterReadings;
@@ -93,6 +93,8 @@ pub struct TelemetrySettings {
     pub figures: Figures,
     /// How pods' host interfaces are named.
     pub veths: VethNames,
+    /// How log groups are made.
+    pub group_spec: LogGroupSpec,
 }
 
 impl Default for TelemetrySettings {
@@ -103,6 +105,7 @@ impl Default for TelemetrySettings {
             selection: Selection::default(),
             figures: Figures::default(),
             veths: VethNames::default(),
+            group_spec: LogGroupSpec::default(),
         }
     }
 }
@@ -252,7 +255,8 @@ pub fn spawn<S: LogSink>(parts: TelemetryParts<S>) -> (TelemetryHandle, JoinHand
     let mut tasks: Vec<Pin<Box<dyn Future<Output = ()> + Send>>> = Vec::new();
     let mut ship_to = |group: String| {
         let (documents, received) = mpsc::channel(WAITING_TICKS);
-        let task = ship::run(Arc::clone(&sink), group, identity.node.clone(), true, received, Arc::clone(&shipped), shutdown.clone());
+        let to = ship::Destination { group, stream: identity.node.clone(), spec: settings.group_spec.clone(), emf: true };
+        let task = ship::run(Arc::clone(&sink), to, received, Arc::clone(&shipped), shutdown.clone());
         tasks.push(Box::pin(task));
         documents
     };

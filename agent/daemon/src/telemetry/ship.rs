@@ -27,17 +27,26 @@ pub struct ShipCounters {
     pub retries: AtomicU64,
 }
 
-/// Sends documents until `documents` closes or `shutdown`; what is kept then counts as dropped. `emf`: CloudWatch makes metrics of
-/// them.
+/// Where documents go.
+#[derive(Clone, Debug)]
+pub(crate) struct Destination {
+    pub(crate) group: String,
+    pub(crate) stream: String,
+    /// How the group is made.
+    pub(crate) spec: LogGroupSpec,
+    /// CloudWatch makes metrics of them.
+    pub(crate) emf: bool,
+}
+
+/// Sends documents until `documents` closes or `shutdown`; what is kept then counts as dropped.
 pub(crate) async fn run<S: LogSink>(
     sink: Arc<S>,
-    group: String,
-    stream: String,
-    emf: bool,
+    to: Destination,
     mut documents: mpsc::Receiver<Vec<LogEvent>>,
     counters: Arc<ShipCounters>,
     shutdown: CancellationToken,
 ) {
+    let Destination { group, stream, spec, emf } = to;
     let mut kept: VecDeque<LogBatch> = VecDeque::new();
     let mut pause = FIRST_PAUSE;
     loop {
@@ -52,7 +61,7 @@ pub(crate) async fn run<S: LogSink>(
             }
         }
         let Some(batch) = kept.pop_front() else { continue };
-        match put(&*sink, &batch, &counters).await {
+        match put(&*sink, &batch, &spec, &counters).await {
             Ok(()) => pause = FIRST_PAUSE,
             Err(error) => {
                 counters.retries.fetch_add(1, Ordering::Relaxed);
@@ -77,12 +86,12 @@ pub(crate) async fn run<S: LogSink>(
 }
 
 /// Puts a batch; makes the group and stream if they are missing. An error means that it may be tried again.
-async fn put<S: LogSink>(sink: &S, batch: &LogBatch, counters: &ShipCounters) -> Result<(), SinkError> {
+async fn put<S: LogSink>(sink: &S, batch: &LogBatch, spec: &LogGroupSpec, counters: &ShipCounters) -> Result<(), SinkError> {
     let mut outcome = sink.put(batch).await;
     if let Err(SinkError::NotFound(_)) = outcome {
         info!(group = batch.group(), stream = batch.stream(), "making log group and stream");
         // Without permission for the group the stream may still be possible.
-        let group = sink.create_group(batch.group(), &LogGroupSpec::default()).await;
+        let group = sink.create_group(batch.group(), spec).await;
         sink.create_stream(batch.group(), batch.stream()).await.map_err(|error| group.err().unwrap_or(error))?;
         outcome = sink.put(batch).await;
     }

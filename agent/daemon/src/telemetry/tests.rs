@@ -24,6 +24,7 @@ struct MemorySink {
 
 #[derive(Debug, Default)]
 struct SinkState {
+    spec: Option<LogGroupSpec>,
     stream: Option<(String, String)>,
     outages: usize,
     messages: Vec<String>,
@@ -45,7 +46,8 @@ impl LogSink for MemorySink {
         Ok(Rejected::default())
     }
 
-    async fn create_group(&self, _group: &str, _spec: &LogGroupSpec) -> Result<(), SinkError> {
+    async fn create_group(&self, _group: &str, spec: &LogGroupSpec) -> Result<(), SinkError> {
+        self.state.lock().unwrap().spec = Some(spec.clone());
         Err(SinkError::Unauthorized("made by Terraform, no permission".into()))
     }
 
@@ -65,7 +67,8 @@ async fn documents_of_the_real_kernel_arrive_after_an_outage() {
     sink.state.lock().unwrap().outages = 2;
     let (_keep, cluster) = watch::channel(Arc::new(ClusterState::default()));
     let shutdown = CancellationToken::new();
-    let settings = TelemetrySettings { interval: Duration::from_millis(200), ..Default::default() };
+    let group_spec = LogGroupSpec { retention_days: Some(7), tags: [("team".into(), "a".into())].into(), ..Default::default() };
+    let settings = TelemetrySettings { interval: Duration::from_millis(200), group_spec: group_spec.clone(), ..Default::default() };
     let (handle, task) = spawn(TelemetryParts {
         sink: Arc::clone(&sink),
         cluster,
@@ -82,6 +85,7 @@ async fn documents_of_the_real_kernel_arrive_after_an_outage() {
     timeout(LIMIT, task).await.expect("ends").expect("without panic");
     let state = sink.state.lock().unwrap();
     assert_eq!(state.stream, Some(("/aws/containerinsights/demo/performance".into(), "node1".into())));
+    assert_eq!(state.spec, Some(group_spec), "it is kept as long as container logs");
     let node: serde_json::Value = serde_json::from_str(&state.messages[0]).unwrap();
     assert_eq!((&node["Type"], &node["ClusterName"], &node["NodeName"]), (&"Node".into(), &"demo".into(), &"node1".into()));
     let cores = std::thread::available_parallelism().unwrap().get();
