@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde_json::Value;
+use stanchion_core::conflist::ready_mark;
 use stanchion_core::ids::InstanceId;
 
 use crate::agent::{Agent, Start};
@@ -220,6 +221,12 @@ impl Node {
         flags: &[(&str, &str)],
     ) -> anyhow::Result<Agent> {
         std::fs::create_dir_all(self.var_log().join("containers"))?;
+        // STATUS says yes from an earlier agent's readiness on; here this one has to say so.
+        if let Err(error) = std::fs::remove_file(ready_mark(&self.socket()))
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(error.into());
+        }
         let path = |path: PathBuf| path.display().to_string();
         let mut args = vec![
             (source.0, source.1.to_owned()),

@@ -143,6 +143,7 @@ async fn no_read_is_asked_that_the_rbac_does_not_allow() {
                 "/apis/networking.k8s.io/v1/networkpolicies",
                 "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies",
                 "/apis/networking.k8s.aws/v1alpha1/clusternetworkpolicies",
+                "/apis/networking.k8s.aws/v1alpha1/applicationnetworkpolicies",
                 "/apis/networking.k8s.aws/v1alpha1/policyendpoints",
                 "/apis/networking.k8s.aws/v1alpha1/clusterpolicyendpoints",
                 "/apis/crd.k8s.amazonaws.com/v1alpha1/eniconfigs",
@@ -153,7 +154,7 @@ async fn no_read_is_asked_that_the_rbac_does_not_allow() {
             kube.enforce(Rules::of_manifest(rights).unwrap());
             let cluster = read(&kube, policy, policy_endpoints, eni_configs).await;
             let watches = |kube: &FakeKube| kube.requests().iter().filter(|request| request.contains("watch=true")).count();
-            let expected = 3 + if policy { 6 } else { 1 } + if policy_endpoints { 2 } else { 0 } + usize::from(eni_configs);
+            let expected = 2 + if policy { 8 } else { 1 } + if policy_endpoints { 2 } else { 0 } + usize::from(eni_configs);
             let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
             while watches(&kube) < expected && tokio::time::Instant::now() < deadline {
                 tokio::task::yield_now().await;

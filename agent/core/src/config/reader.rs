@@ -367,7 +367,7 @@ impl<'a> Reader<'a> {
         if pool.cluster_name.is_empty() && (telemetry.logs || telemetry.container_insights) {
             self.notices.push(format!(
                 "CLUSTER_NAME is not set: logs and metrics are told as those of a cluster named {UNNAMED_CLUSTER:?}, together with those of every \
-                 other cluster of this account and region without a name; set it to the cluster's name (clusterName of the chart)"
+                 other cluster of this account and region without a name; set it to the cluster's name, clusterName of the chart."
             ));
         }
         if self.errors.is_empty() {

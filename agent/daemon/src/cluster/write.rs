@@ -171,9 +171,11 @@ impl Writer {
     /// wish are `false`.
     async fn change(&self, api: &Api<DynamicObject>, name: &str, wanted: impl Fn(&Value) -> Option<Value>) -> Result<bool, WriteError> {
         for _ in 0..TRIES {
-            let object = match within(api.get_opt(name)).await.map_err(refused)? {
-                Some(object) => serde_json::to_value(object).map_err(|error| WriteError::NoAnswer(error.to_string()))?,
-                None => return Ok(false),
+            let object = match within(api.get(name)).await {
+                Ok(object) => serde_json::to_value(object).map_err(|error| WriteError::NoAnswer(error.to_string()))?,
+                // Of a kind that it does not serve a server says so in plain text, without a reason.
+                Err(kube::Error::Api(status)) if status.code == 404 => return Ok(false),
+                Err(error) => return Err(refused(error)),
             };
             let Some(mut patch) = wanted(&object) else { return Ok(false) };
             patch["metadata"]["resourceVersion"] = object["metadata"]["resourceVersion"].clone();

@@ -103,7 +103,11 @@ pub fn migrate(text: &str) -> Result<Migration, ReadError> {
     migration.note("serviceAccount", ROLE);
     migration.variables(&found);
     migration.network_policy(&found);
-    match Config::read(&|name| migration.env.get(name).cloned()) {
+    let set = |name: &str| match name {
+        "CLUSTER_NAME" => Some(migration.cluster_name.clone()).filter(|name| !name.is_empty()),
+        name => migration.env.get(name).cloned(),
+    };
+    match Config::read(&set) {
         Ok(config) => config.notices.into_iter().for_each(|notice| migration.note("env", notice)),
         Err(errors) => migration.errors = errors,
     }
