@@ -672,11 +672,12 @@ fn cluster(
         return ManifestsDir::spawn(directory.clone(), shutdown.clone()).context("read the manifests");
     }
     let clients = clients.context("neither manifests nor an API server")?;
+    let policy = args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None;
     let scope = api_server::Scope {
         node_name: node_name.to_owned(),
-        policy: args.roles.contains(&Role::Network) && config.network.policy_mode != PolicyMode::None,
+        policy,
         services: args.roles.contains(&Role::Telemetry) && config.telemetry.container_insights,
-        policy_endpoints: config.network.policy_source == Source::Endpoints,
+        policy_endpoints: policy && config.network.policy_source == Source::Endpoints,
         eni_configs: args.roles.contains(&Role::Network) && config.pool.custom_networking,
     };
     Ok(api_server::spawn(clients.clone(), &scope, shutdown.clone()))
