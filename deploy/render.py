@@ -188,6 +188,7 @@ def only_what_is_read_without_network_policy_may_be_read():
             assert rendered.may("watch", "services") == telemetry, f"{none}: services"
             for resource in ["namespaces", "networkpolicies", "endpointslices"]:
                 assert not rendered.may("watch", resource), f"{none}: {resource}"
+            assert not rendered.of("Role"), f"{none}: aws-node's ConfigMap, which is read beside policies"
     # Nobody here knows it.
     unknown = {"name": mode, "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "mode"}}}
     assert Rendered({"extraEnv": [unknown]}).may("watch", "networkpolicies")

@@ -300,7 +300,7 @@ pub struct TelemetryConfig {
     pub selection: Selection,
     /// Ours, or the CloudWatch agent's with its errors.
     pub figures: Figures,
-    /// Gauges under the names of node_exporter and cAdvisor on :61678 too.
+    /// Gauges under the names of node_exporter and cAdvisor in the Prometheus text too.
     pub node_metrics: bool,
     /// Ask the kubelet how much of the disk containers use.
     pub kubelet: bool,

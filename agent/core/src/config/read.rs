@@ -110,7 +110,11 @@ impl Config {
                 &[("correct", Figures::Correct), ("upstream", Figures::Upstream)],
                 "upstream: node network and CPU as the CloudWatch agent counts them",
             ),
-            node_metrics: r.bool("STANCHION_NODE_METRICS", false, "gauges named as node_exporter's and cAdvisor's on :61678"),
+            node_metrics: r.bool(
+                "STANCHION_NODE_METRICS",
+                false,
+                "gauges named as node_exporter's and cAdvisor's, in the telemetry role's Prometheus text",
+            ),
             kubelet: r.bool("STANCHION_KUBELET", true, "ask the kubelet for the disk use of containers"),
             kubelet_url: r.text("STANCHION_KUBELET_URL", "", "where the kubelet answers; empty is https://<node address>:10250"),
             kubelet_insecure: r.bool("STANCHION_KUBELET_INSECURE_TLS", false, "take any certificate of the kubelet"),

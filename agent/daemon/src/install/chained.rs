@@ -9,7 +9,8 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, SystemTime};
 
-use stanchion_core::conflist::{VERSION_QUESTION, spoken, version_for};
+use serde_json::Value;
+use stanchion_core::conflist::{Chained, VERSION_QUESTION, kind, others, spoken, version_for};
 use tracing::warn;
 
 /// A plugin answers within milliseconds.
@@ -20,16 +21,23 @@ const USUAL: &str = "/opt/cni/bin";
 /// Where those of some distributions look before: Debian's containerd, CRI-O. Not seen from a container, whose nodes have none.
 const BEFORE: [&str; 2] = ["/usr/lib/cni", "/usr/libexec/cni"];
 
-/// The newest version that everybody speaks who may be called with it: the runtime, and each copy of a chained plugin, by its binary's
-/// name.
+/// The newest version that everybody speaks who may be called with it: the runtime, and each copy of a chained plugin, ours and those that
+/// others chained into the configuration that is `present`.
 ///
 /// # Errors
 /// There is none; the text says what to do.
-pub(super) fn version(bin_dir: &Path, chained: &[&str], runtime: &str, spoken: &mut Spoken) -> Result<&'static str, String> {
+pub(super) fn version(
+    bin_dir: &Path,
+    chained: &[Chained],
+    present: &Value,
+    runtime: &str,
+    spoken: &mut Spoken,
+) -> Result<&'static str, String> {
+    let called = chained.iter().map(|plugin| plugin.binary()).chain(others(present).map(kind));
     let before = BEFORE.iter().map(Path::new).filter(|_| bin_dir == Path::new(USUAL));
     let places: Vec<&Path> = before.chain([bin_dir]).collect();
     let copies: Vec<PathBuf> =
-        chained.iter().flat_map(|plugin| places.iter().map(move |place| place.join(plugin))).filter(|copy| copy.is_file()).collect();
+        called.flat_map(|plugin| places.iter().map(move |place| place.join(plugin))).filter(|copy| copy.is_file()).collect();
     let versions: Vec<_> = copies.iter().map(|copy| spoken.of(copy)).collect();
     version_for(runtime, &versions).map_err(|index| {
         let copy = copies.get(index).map(|copy| copy.display().to_string()).unwrap_or_default();

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::Value;
-use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, boot_time, kind, others, owner, ready_mark};
+use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, boot_time, owner, ready_mark};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -179,9 +179,8 @@ fn place(parts: &ConflistParts, path: &std::path::Path, runtime: &str, known: &m
     let chained: Vec<Chained> = portmap.into_iter().chain(parts.chained.iter().copied()).collect();
     let there = fs::read_to_string(path).unwrap_or_default();
     let present = serde_json::from_str(&there).unwrap_or(Value::Null);
-    let called: Vec<&str> = chained.iter().map(|plugin| plugin.binary()).chain(others(&present).map(kind)).collect();
     let conflist = Conflist {
-        version: version(&parts.bin_dir, &called, runtime, &mut known.spoken)?,
+        version: version(&parts.bin_dir, &chained, &present, runtime, &mut known.spoken)?,
         socket: &parts.socket,
         log_file: &parts.log.0,
         log_level: &parts.log.1,

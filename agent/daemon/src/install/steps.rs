@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, kind, others, ready_mark};
+use stanchion_core::conflist::{Chained, Conflist, FILE_NAME, Owner, PLUGIN, ready_mark};
 use stanchion_core::network::host_sysctls;
 
 use super::chained::{Spoken, version};
@@ -255,8 +255,7 @@ fn configuration(places: &Places, directory: &Path) -> Step {
     let chained = if places.bin_dir.join(Chained::Portmap.binary()).is_file() { &[Chained::Portmap][..] } else { &[] };
     // The runtime is not known here; the agent writes its version when it has read the Node.
     let present = fs::read_to_string(&path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
-    let called: Vec<&str> = chained.iter().map(|plugin| plugin.binary()).chain(others(&present).map(kind)).collect();
-    let version = match version(&places.bin_dir, &called, "", &mut Spoken::default()) {
+    let version = match version(&places.bin_dir, chained, &present, "", &mut Spoken::default()) {
         Ok(version) => version,
         Err(problem) => return step(FILE_NAME, Mark::Failed, problem),
     };

@@ -41,7 +41,9 @@ impl Migration {
 
     /// For people and for the agent: YAML, with what has no counterpart as comments.
     pub fn to_yaml(&self) -> String {
-        let mut out = String::from("# Settings of log shipping: mount this file and name it in STANCHION_LOG_CONFIG.\n");
+        let mut out = String::from(
+            "# Settings of log shipping: telemetry.logConfig of the chart (--set-file), or mount this file and name it in STANCHION_LOG_CONFIG.\n",
+        );
         for (name, value) in &self.environment {
             comment(&mut out, &format!("environment: {name}={value}"));
         }
