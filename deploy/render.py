@@ -153,6 +153,13 @@ def extra_env_stands_over_env_and_env_over_that_of_init():
         assert list(environment)[-2:] == ["Z", "C"], environment
 
 
+def numbers_are_written_out():
+    numbers = {"STANCHION_POLICY_FLOWS": 1048576, "WARM_IP_TARGET": 0, "A": 8388608, "B": 1.5, "C": -12000000}
+    for values in [{"env": numbers}, {"init": {"env": numbers}}]:
+        environment = Rendered(values).environment("network")
+        assert {name: environment[name] for name in numbers} == {name: str(value) for name, value in numbers.items()}, environment
+
+
 def rights_follow_the_environment_wherever_it_is_given():
     needs = {
         ("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true"): [("watch", "eniconfigs"), ("patch", "cninodes")],
@@ -225,9 +232,11 @@ def the_settings_file_of_log_shipping_is_mounted_as_it_is_given():
         rendered = Rendered({"telemetry": {"logConfig": text}, "env": {"STANCHION_LOG_CONFIG": "/elsewhere"}})
         [settings] = rendered.of("ConfigMap")
         [volume] = [volume for volume in rendered.pod["spec"]["volumes"] if volume.get("configMap") == {"name": settings["metadata"]["name"]}]
-        [mount] = [mount for mount in rendered.container("telemetry")["volumeMounts"] if mount["name"] == volume["name"]]
-        assert mount["readOnly"]
-        name = rendered.environment("telemetry")["STANCHION_LOG_CONFIG"].removeprefix(mount["mountPath"] + "/")
+        # The network container's flow log is made as the file says.
+        for container in ["telemetry", "network"]:
+            [mount] = [mount for mount in rendered.container(container)["volumeMounts"] if mount["name"] == volume["name"]]
+            assert mount["readOnly"]
+            name = rendered.environment(container)["STANCHION_LOG_CONFIG"].removeprefix(mount["mountPath"] + "/")
         assert settings["data"] == {name: text}, settings
         assert restart(rendered) != restart(Rendered({"telemetry": {"logConfig": text + "# changed\n"}}))
         assert restart(rendered) == restart(Rendered({"telemetry": {"logConfig": text}}))
@@ -288,6 +297,7 @@ CHECKS = [
     the_dashboards_are_in_the_chart,
     what_the_chart_sets_for_a_container_stands_over_the_environment_that_is_given,
     extra_env_stands_over_env_and_env_over_that_of_init,
+    numbers_are_written_out,
     rights_follow_the_environment_wherever_it_is_given,
     only_what_is_read_without_network_policy_may_be_read,
     the_apparmor_profile_of_the_network_container_has_the_form_of_the_cluster,
@@ -313,8 +323,8 @@ def main():
     for holds in CHECKS:
         try:
             holds()
-        except (AssertionError, helm_python.HelmError) as problem:
-            problems.append(f"{holds.__name__}: {problem}")
+        except Exception as problem:
+            problems.append(f"{holds.__name__}: {problem!r}")
     print("\n".join(problems) or ("the manifests are what the chart renders" if check else "written"))
     return 1 if problems else 0
 

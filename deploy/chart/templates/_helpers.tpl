@@ -26,6 +26,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{- /* A value as the environment has it. Helm reads numbers as floats, which it would print with an exponent from a million on. */ -}}
+{{- define "stanchion.value" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) }}{{ printf "%.0f" . | quote }}{{ else }}{{ quote . }}{{ end -}}
+{{- end -}}
+
 {{- /* A container's environment, each name once. Of equal names that counts which comes first: what the chart sets for the
 container (a dict, the second argument), for all of them, extraEnv (its last entry, as in Kubernetes), env, init.env. */ -}}
 {{- define "stanchion.env" -}}
@@ -54,7 +59,7 @@ container (a dict, the second argument), for all of them, extraEnv (its last ent
 {{- end }}
 {{- end }}
 {{- range $name, $value := $settings }}
-- {name: {{ $name }}, value: {{ $value | quote }}}
+- {name: {{ $name }}, value: {{ include "stanchion.value" $value }}}
 {{- end }}
 {{- with $extra }}
 {{ toYaml . }}
