@@ -430,6 +430,40 @@ fn a_live_file_that_is_missing_for_long_sends_nothing_twice() {
     assert_eq!(world.tailer.positions().files, []);
 }
 
+/// A runtime that is long in opening the next file writes to the renamed one meanwhile.
+#[test]
+fn what_is_written_to_a_renamed_file_while_there_is_no_other_is_read() {
+    for (compressed, undone) in [(false, false), (true, false), (false, true)] {
+        let mut world = World::new();
+        world.tailer.scan(world.now()).unwrap();
+        world.writer.lines(20);
+        world.finish();
+        let away = world.writer.dir.join("0.log.20261121-000009");
+        fs::rename(&world.writer.live, &away).unwrap();
+        for _ in 0..5 {
+            world.finish();
+        }
+        world.writer.lines(5);
+        if undone {
+            // The runtime could not open another: the kubelet takes the rename back.
+            fs::rename(&away, &world.writer.live).unwrap();
+        } else {
+            world.writer.file = File::options().create(true).append(true).open(&world.writer.live).unwrap();
+            if compressed {
+                let status = std::process::Command::new("gzip").arg(&away).status().unwrap();
+                assert!(status.success());
+            }
+        }
+        world.writer.lines(20);
+        world.finish();
+        assert_eq!(world.lost(), [0_u32; 0], "compressed {compressed}, undone {undone}");
+        assert!(world.taken.values().all(|times| *times == 1), "compressed {compressed}, undone {undone}: {:?}", world.taken);
+        world.run(&Step::Kill { taken: false });
+        world.finish();
+        assert_eq!(world.lost(), [0_u32; 0], "after a restart; compressed {compressed}, undone {undone}");
+    }
+}
+
 #[test]
 fn a_line_in_parts_waits_for_its_end_while_there_is_no_room() {
     let root = tempfile::tempdir().unwrap();

@@ -273,3 +273,31 @@ async fn hundreds_of_compressed_files_are_read_a_few_at_a_time() {
     assert!((60 * 151 - 50..60 * 151).contains(&count), "{count}");
     assert!(report.counters.file_errors > 0 && !report.failed.is_empty(), "and it is told");
 }
+
+/// Pods that mount the node's /var/log can put anything there.
+#[tokio::test]
+async fn what_is_no_log_file_is_told_and_holds_up_nobody() {
+    use std::os::unix::fs::symlink;
+    let dir = tempfile::tempdir().unwrap();
+    let (logs, pods) = (dir.path().join("containers"), dir.path().join("pods/shop_good_1/app"));
+    fs::create_dir(&logs).unwrap();
+    fs::create_dir_all(&pods).unwrap();
+    fs::write(pods.join("0.log"), "2026-11-21T00:00:00.000000000Z stdout F a line\n").unwrap();
+    symlink(pods.join("0.log"), logs.join(name("good"))).unwrap();
+    symlink("/etc/passwd", logs.join(name("thief"))).unwrap();
+    nix::unistd::mkfifo(&logs.join(name("pipe")), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    symlink("/dev/zero", logs.join(name("endless"))).unwrap();
+    symlink(logs.join(name("loop")), logs.join(name("loop"))).unwrap();
+    fs::create_dir(logs.join(name("directory"))).unwrap();
+    // Beside a good file: a rotated one that is none.
+    symlink("/etc/passwd", pods.join("0.log.20261121-000000")).unwrap();
+    let (report, streams) = ship(&logs, raw(), ClusterState::default()).await;
+    let lines: Vec<_> = streams.iter().flat_map(|(_, lines)| lines.iter().map(|(_, text)| text.as_str())).collect();
+    assert_eq!(lines, ["a line"]);
+    let failed: Vec<_> = report.failed.iter().map(|(path, why)| format!("{path}: {why}")).collect();
+    for (what, why) in
+        [("thief", "/etc/passwd"), ("pipe", "regular"), ("endless", "/dev/zero"), ("directory", "regular"), ("0.log.2026", "")]
+    {
+        assert!(failed.iter().any(|told| told.contains(what) && told.contains(why)), "{what}: {failed:?}");
+    }
+}

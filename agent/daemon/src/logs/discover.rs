@@ -24,38 +24,61 @@ pub(super) struct Found {
 /// What cannot be read, and why: of it nothing is known, and of the rest all.
 pub(super) type Unread = BTreeMap<PathBuf, io::Error>;
 
+/// What a look at the directories finds.
+#[derive(Default)]
+pub(super) struct Listing {
+    pub(super) found: Vec<Found>,
+    /// Directories that cannot be listed: what is in them may be there.
+    pub(super) unread: Unread,
+    /// Names of logs that lead to none, and why.
+    pub(super) odd: BTreeMap<PathBuf, String>,
+}
+
 /// The process or the kernel has no room for what was asked: it would fail for any other file too.
 pub(super) fn is_want_of_room(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 /// Lists the live log files under `dir`; `known` names need no resolving. A link whose file does not exist is left out.
-pub(super) fn list(dir: &Path, settings: &LogSettings, known: &HashMap<String, PathBuf>, unread: &mut Unread) -> io::Result<Vec<Found>> {
-    let mut found = Vec::new();
+pub(super) fn list(dir: &Path, settings: &LogSettings, known: &HashMap<String, PathBuf>) -> io::Result<Listing> {
+    let mut listing = Listing::default();
+    let homes = homes(dir);
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
         if name.ends_with(".log") {
+            if !wanted(name, settings) {
+                continue;
+            }
             // A link's name holds the container's id, so it never comes to mean another file.
-            let live = known.get(name).cloned().map_or_else(|| std::fs::canonicalize(entry.path()), Ok);
-            // Deleted between the listing and here: not there.
-            if let Ok(live) = live
-                && wanted(name, settings)
-            {
+            let live = known.get(name).cloned().or_else(|| listing.log_at(&entry.path(), &homes));
+            if let Some(live) = live {
                 let names = names_of_flat(name, &live);
-                found.push(Found { live, file_name: name.to_owned(), names, host: None });
+                listing.found.push(Found { live, file_name: name.to_owned(), names, host: None });
             }
         } else if name.contains('_') && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            pod_dir(&entry.path(), name, settings, &mut found, unread)?;
+            listing.pod_dir(&entry.path(), name, settings, &homes)?;
         }
     }
     for (index, entry) in settings.host_files.iter().enumerate() {
-        host_files(index, &entry.path, &mut found, unread)?;
+        listing.host_files(index, &entry.path)?;
     }
-    found.sort_by(|a, b| a.live.cmp(&b.live));
-    found.dedup_by(|a, b| a.live == b.live);
-    Ok(found)
+    listing.found.sort_by(|a, b| a.live.cmp(&b.live));
+    listing.found.dedup_by(|a, b| a.live == b.live);
+    Ok(listing)
+}
+
+/// Where dockerd has the files that links of pods lead to.
+const DOCKER: &str = "/var/lib/docker/containers";
+
+/// Where the logs of containers are: beside the directory of their links (/var/log), where its neighbour `pods` leads if that is a link,
+/// and in dockerd's directory.
+fn homes(dir: &Path) -> Vec<PathBuf> {
+    let Some(beside) = std::fs::canonicalize(dir).ok().and_then(|dir| dir.parent().map(Path::to_owned)) else { return Vec::new() };
+    let moved = [beside.join("pods"), DOCKER.into()].into_iter().filter_map(|path: PathBuf| std::fs::canonicalize(path).ok());
+    let moved: Vec<_> = moved.filter(|path| !path.starts_with(&beside)).collect();
+    std::iter::once(beside).chain(moved).collect()
 }
 
 /// The link's target in the tree says the pod's uid too.
@@ -71,20 +94,6 @@ fn names_of_flat(name: &str, live: &Path) -> Option<ContainerRef> {
     Some(names)
 }
 
-/// Entries of a directory, or word that it cannot be listed: others are not to wait for it.
-///
-/// # Errors
-/// There is no room to list anything: a file that is not seen because the process has no descriptor left would be a lost file.
-fn entries_if_readable(dir: &Path, unread: &mut Unread) -> io::Result<Vec<DirEntry>> {
-    entries(dir).or_else(|error| {
-        if is_want_of_room(&error) {
-            return Err(error);
-        }
-        unread.insert(dir.to_owned(), error);
-        Ok(Vec::new())
-    })
-}
-
 /// Entries of a directory; one that is not there has none.
 fn entries(dir: &Path) -> io::Result<Vec<DirEntry>> {
     match std::fs::read_dir(dir) {
@@ -94,38 +103,70 @@ fn entries(dir: &Path) -> io::Result<Vec<DirEntry>> {
     }
 }
 
-fn pod_dir(path: &Path, name: &str, settings: &LogSettings, found: &mut Vec<Found>, unread: &mut Unread) -> io::Result<()> {
-    for container in entries_if_readable(path, unread)? {
-        let container_name = container.file_name();
-        let Some(names) = container_name.to_str().and_then(|container| parse_pod_dir(name, container)) else { continue };
-        for file in entries_if_readable(&container.path(), unread)? {
-            let file_name = file.file_name();
-            let Some(number) = file_name.to_str().and_then(|file| file.strip_suffix(".log")) else { continue };
-            let flat = format!("{}_{}_{}-{}-{number}.log", names.pod, names.namespace, names.container, names.uid);
-            if let Ok(live) = std::fs::canonicalize(file.path())
-                && wanted(&flat, settings)
-            {
-                found.push(Found { live, file_name: flat, names: Some(names.clone()), host: None });
+impl Listing {
+    /// Entries of a directory, or word that it cannot be listed: others are not to wait for it.
+    ///
+    /// # Errors
+    /// There is no room to list anything: a file that is not seen because the process has no descriptor left would be a lost file.
+    fn entries_if_readable(&mut self, dir: &Path) -> io::Result<Vec<DirEntry>> {
+        entries(dir).or_else(|error| {
+            if is_want_of_room(&error) {
+                return Err(error);
+            }
+            self.unread.insert(dir.to_owned(), error);
+            Ok(Vec::new())
+        })
+    }
+
+    /// The file that a name of a container's log leads to; `None` if it is not there (any more), or is no log: a pod that mounts the
+    /// node's /var/log could have the agent send any file that it can read, or wait at a pipe.
+    fn log_at(&mut self, path: &Path, homes: &[PathBuf]) -> Option<PathBuf> {
+        let live = std::fs::canonicalize(path).ok()?;
+        let why = if !homes.iter().any(|home| live.starts_with(home)) {
+            let places: Vec<String> = homes.iter().map(|home| home.display().to_string()).collect();
+            format!("it leads to {}, which is not below {}", live.display(), places.join(" or "))
+        } else if !std::fs::metadata(&live).ok()?.is_file() {
+            "it is no regular file".to_owned()
+        } else {
+            return Some(live);
+        };
+        self.odd.insert(path.to_owned(), why);
+        None
+    }
+
+    fn pod_dir(&mut self, path: &Path, name: &str, settings: &LogSettings, homes: &[PathBuf]) -> io::Result<()> {
+        for container in self.entries_if_readable(path)? {
+            let container_name = container.file_name();
+            let Some(names) = container_name.to_str().and_then(|container| parse_pod_dir(name, container)) else { continue };
+            for file in self.entries_if_readable(&container.path())? {
+                let file_name = file.file_name();
+                let Some(number) = file_name.to_str().and_then(|file| file.strip_suffix(".log")) else { continue };
+                let flat = format!("{}_{}_{}-{}-{number}.log", names.pod, names.namespace, names.container, names.uid);
+                if wanted(&flat, settings)
+                    && let Some(live) = self.log_at(&file.path(), homes)
+                {
+                    self.found.push(Found { live, file_name: flat, names: Some(names.clone()), host: None });
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-fn host_files(index: usize, path: &str, found: &mut Vec<Found>, unread: &mut Unread) -> io::Result<()> {
-    let Some((dir, pattern)) = path.rsplit_once('/') else { return Ok(()) };
-    for entry in entries_if_readable(Path::new(if dir.is_empty() { "/" } else { dir }), unread)? {
-        let name = entry.file_name();
-        if let Some(name) = name.to_str()
-            && glob(pattern, name)
-            && !name.ends_with(".gz")
-            && let Ok(live) = std::fs::canonicalize(entry.path())
-            && live.is_file()
-        {
-            found.push(Found { live, file_name: name.to_owned(), names: None, host: Some(index) });
+    fn host_files(&mut self, index: usize, path: &str) -> io::Result<()> {
+        let Some((dir, pattern)) = path.rsplit_once('/') else { return Ok(()) };
+        for entry in self.entries_if_readable(Path::new(if dir.is_empty() { "/" } else { dir }))? {
+            let name = entry.file_name();
+            if let Some(name) = name.to_str()
+                && glob(pattern, name)
+                && !name.ends_with(".gz")
+                && let Ok(live) = std::fs::canonicalize(entry.path())
+                && live.is_file()
+            {
+                self.found.push(Found { live, file_name: name.to_owned(), names: None, host: Some(index) });
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The path is one of the entry's.
@@ -176,19 +217,19 @@ mod tests {
         assert_eq!(rotated(&in_the_way).unwrap(), [], "not there");
         std::fs::write(&in_the_way, "a file").unwrap();
         assert_eq!(rotated(&in_the_way).unwrap_err().kind(), io::ErrorKind::NotADirectory);
-        let told = |list: &dyn Fn(&mut Unread)| {
-            let mut unread = Unread::default();
-            list(&mut unread);
-            unread.into_iter().map(|(path, error)| (path, error.kind())).collect::<Vec<_>>()
+        let told = |list: &dyn Fn(&mut Listing)| {
+            let mut listing = Listing::default();
+            list(&mut listing);
+            listing.unread.into_iter().map(|(path, error)| (path, error.kind())).collect::<Vec<_>>()
         };
         let host = |path: &Path| {
             let path = path.join("*.log").display().to_string();
-            told(&|unread| host_files(0, &path, &mut Vec::new(), unread).unwrap())
+            told(&|listing| listing.host_files(0, &path).unwrap())
         };
         assert_eq!(host(&in_the_way), [(in_the_way.clone(), io::ErrorKind::NotADirectory)]);
         assert_eq!(host(&dir.path().join("none")), []);
         let settings = LogSettings::new(stanchion_core::logs::record::Layout::Raw);
-        let pod = told(&|unread| pod_dir(&in_the_way, "ns_pod_uid", &settings, &mut Vec::new(), unread).unwrap());
+        let pod = told(&|listing| listing.pod_dir(&in_the_way, "ns_pod_uid", &settings, &[]).unwrap());
         assert_eq!(pod, [(in_the_way, io::ErrorKind::NotADirectory)]);
         assert!(is_want_of_room(&io::Error::from_raw_os_error(libc::EMFILE)));
     }

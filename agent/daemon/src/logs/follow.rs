@@ -99,27 +99,36 @@ pub(super) fn follow(container: &mut Container, moved: &[Position], now_ms: i64,
         };
         let identity = missed.identity()?;
         // The newest generation was renamed, and perhaps compressed, since we looked: it is open here already, or was read to its end.
-        let done = container.retired.as_ref().map_or(Ok(false), |(_, position)| missed.is_at(position))?;
-        let known = if done {
-            true
-        } else if rotated.gz {
-            is_compressed_form(container, &missed)?
+        if let Some(offset) = retired_at(container, &missed)? {
+            // The runtime may have written to it since, if it was long in opening the next.
+            container.push_generation(missed, offset, Some(now_ms))?;
         } else {
-            container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity)
-        };
-        if !known {
-            container.push_generation(missed, 0, Some(now_ms))?;
+            let known = if rotated.gz {
+                is_compressed_form(container, &missed)?
+            } else {
+                container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity)
+            };
+            if !known {
+                container.push_generation(missed, 0, Some(now_ms))?;
+            }
         }
         container.known_rotated.insert(rotated.suffix);
     }
     let source = Source::open(&container.live)?;
     let identity = source.identity()?;
     if !container.generations.iter().any(|generation| (generation.dev, generation.inode) == identity) {
-        let offset = if container.host.is_some() { offset_of(&source, moved)? } else { None };
+        // It may be the one that was read to its end: the kubelet takes the rename back when the runtime opens no other file.
+        let offset = if container.host.is_some() { offset_of(&source, moved)? } else { retired_at(container, &source)? };
         let offset = offset.filter(|offset| source.size().is_ok_and(|size| *offset <= size)).unwrap_or(0);
         container.push_generation(source, offset, None)?;
     }
     Ok(true)
+}
+
+/// How far the file was read, if it is the one that was read to its end last.
+fn retired_at(container: &Container, source: &Source) -> io::Result<Option<u64>> {
+    let Some((_, position)) = &container.retired else { return Ok(None) };
+    Ok(source.is_at(position)?.then_some(position.offset))
 }
 
 /// A compressed sibling that holds the same bytes as a generation that is open.

@@ -1,8 +1,9 @@
 //! Bytes of one generation of a log file: the open file itself, or what gzip left of it.
 
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Seek};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -42,13 +43,32 @@ pub(super) struct Gz {
     ended: bool,
 }
 
+/// Opens a file for reading that pods may have had their hands in, as those that mount the node's /var/log. The path holds no links:
+/// where one came into it meanwhile, the file is not where it says.
+///
+/// # Errors
+/// It cannot be opened, lies elsewhere, or is a pipe, a device or a directory, which could block or answer without end.
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let opened = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    if opened.parent() != path.parent() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("a link leads to {}", opened.display())));
+    }
+    Ok(file)
+}
+
 impl Source {
+    /// See [`open_regular`].
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        Ok(Self::Plain(File::open(path)?))
+        Ok(Self::Plain(open_regular(path)?))
     }
 
     pub(super) fn open_gz(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        let file = open_regular(path)?;
         let mut head = Vec::new();
         MultiGzDecoder::new(&file).take(HEAD as u64).read_to_end(&mut head)?;
         Ok(Self::Gz(Box::new(Gz { file, head, decoder: None, kept: Vec::new(), kept_at: 0, ended: false })))

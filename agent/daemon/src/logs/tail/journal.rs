@@ -18,6 +18,7 @@ use tracing::{info, warn};
 
 use super::super::container::Behind;
 use super::super::counters::FileStatus;
+use super::super::source::open_regular;
 use super::super::streams::StreamId;
 use super::{Now, Tailer};
 
@@ -70,7 +71,8 @@ pub(super) fn is_position(position: &Position) -> bool {
 fn list(dir: &Path) -> Vec<PathBuf> {
     let entries = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>();
     let is_journal = |path: &PathBuf| path.to_str().is_some_and(|path| path.ends_with(".journal") || path.ends_with(".journal~"));
-    let top = entries(dir);
+    let Ok(dir) = std::fs::canonicalize(dir) else { return Vec::new() };
+    let top = entries(&dir);
     let below = top.iter().filter(|path| path.is_dir()).flat_map(|machine| entries(machine)).collect::<Vec<_>>();
     let mut files: Vec<_> = top.into_iter().chain(below).filter(is_journal).collect();
     files.sort();
@@ -79,7 +81,7 @@ fn list(dir: &Path) -> Vec<PathBuf> {
 
 impl JournalFile {
     fn open(path: PathBuf) -> io::Result<Result<Self, JournalError>> {
-        let file = File::open(&path)?;
+        let file = open_regular(&path)?;
         let header = Header::read(&bytes_of(&file));
         Ok(header.map(|header| Self {
             path,

@@ -1,9 +1,9 @@
 //! The sweep: which files there are, which are new, renamed or gone, and which are given up.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use stanchion_core::logs::join::Joiner;
 use stanchion_core::logs::record::RecordWriter;
@@ -11,7 +11,7 @@ use stanchion_core::logs::settings::ReadFrom;
 use tracing::{info, warn};
 
 use super::super::container::{Behind, Container, Generation};
-use super::super::discover::{self, Found, Siblings, Unread};
+use super::super::discover::{self, Found, Listing, Siblings, Unread};
 use super::super::follow::{follow, open_generations};
 use super::{METADATA_WAIT_MS, Now, ROTATE_WAIT_MS, Tailer};
 
@@ -22,8 +22,7 @@ impl Tailer {
     /// # Errors
     /// The directory cannot be listed; nothing changed then.
     pub fn scan(&mut self, now: Now) -> io::Result<()> {
-        let mut unread = Unread::default();
-        let found = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name, &mut unread)?;
+        let Listing { found, unread, odd } = discover::list(&self.parts.log_dir, &self.parts.settings, &self.by_name)?;
         let mut unopened = HashSet::new();
         let mut siblings = Siblings::default();
         let errors = self.counters.file_errors;
@@ -51,7 +50,7 @@ impl Tailer {
         }
         // What is in a directory that cannot be listed may be there.
         self.restored.retain(|path, _| !unread.is_empty() || unopened.contains(path));
-        self.tell_unread(unread);
+        self.tell_unread(unread, odd);
         let ids: Vec<_> = self.containers.keys().copied().collect();
         for id in ids {
             self.check_gone(id, now);
@@ -61,15 +60,20 @@ impl Tailer {
         Ok(())
     }
 
-    /// Directories are told until they can be listed, and said once.
-    fn tell_unread(&mut self, unread: Unread) {
+    /// Directories are told until they can be listed, and odd names until they are gone; they are said once.
+    fn tell_unread(&mut self, unread: Unread, odd: BTreeMap<PathBuf, String>) {
+        let told = std::mem::take(&mut self.unread);
         for (path, error) in &unread {
             self.counters.file_errors += 1;
-            if !self.unread.contains_key(path) {
+            if !told.contains_key(path) {
                 warn!(path = %path.display(), %error, "cannot list log files; tried again at every sweep");
             }
         }
-        self.unread = unread.into_iter().map(|(path, error)| (path, error.to_string())).collect();
+        for (path, why) in odd.iter().filter(|(path, _)| !told.contains_key(*path)) {
+            self.counters.file_errors += 1;
+            warn!(path = %path.display(), why, "not read: it is named as a container's log and is none");
+        }
+        self.unread = unread.into_iter().map(|(path, error)| (path, error.to_string())).chain(odd).collect();
     }
 
     /// The file is open under another name, and read there to its end: a file of the node that was renamed.
