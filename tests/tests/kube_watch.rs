@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use stanchion_core::cluster::Kind;
 use stanchion_core::ids::PodName;
 use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_daemon::cluster::api_server::{self, Scope};
@@ -214,6 +215,7 @@ async fn what_was_read_stays_while_the_server_does_not_give_it() {
     let world = world(true, |kube| {
         kube.enforce(rules(", networking.k8s.aws"));
         kube.put(AWS_CLUSTER_POLICIES, policy);
+        kube.serve_collection(APPLICATION_POLICIES);
         kube.put(NAMESPACES, object("Namespace", "", "x", ""));
     })
     .await;
@@ -225,7 +227,11 @@ async fn what_was_read_stays_while_the_server_does_not_give_it() {
         assert!(is_there(&world.cluster.latest()), "{what}: {:?}", world.cluster.latest());
     };
     world.kube.enforce(rules(""));
-    stays("without the right", &[(of_aws, "forbidden")]).await;
+    // Of the one there is a policy, of the other there was none: that one is no reason to wait for anything.
+    let empty = "applicationnetworkpolicies.networking.k8s.aws";
+    stays("without the right", &[(of_aws, "forbidden now"), (empty, "taken as empty")]).await;
+    let stale = world.cluster.latest().stale.clone();
+    assert!(stale.contains(&Kind::ClusterNetworkPolicy) && !stale.contains(&Kind::NetworkPolicy), "{stale:?}");
     world.kube.enforce(rules(", networking.k8s.aws"));
     world.kube.disconnect();
     // The trouble goes with the next change that is seen.

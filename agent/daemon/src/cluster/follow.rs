@@ -107,8 +107,8 @@ pub(super) async fn follow<T: Slim>(
     let (begins, mut begun) = watch::channel(());
     let mut pause = PAUSE.0;
     let mut complaint = String::new();
-    // What it has was read to the end once.
-    let mut is_known = false;
+    // What it has was read to the end once; of a kind that may be missing, something was there. And whether the list under way has any.
+    let (mut is_known, mut has_any) = (false, false);
     // One version was not there: the other is asked for before the kind counts as absent.
     let mut one_absent = false;
     loop {
@@ -146,7 +146,13 @@ pub(super) async fn follow<T: Slim>(
                             recovered.notify_waiters();
                         }
                     }
-                    is_known |= matches!(event, Event::InitDone);
+                    match event {
+                        Event::Init => has_any = false,
+                        Event::InitApply(_) => has_any = true,
+                        Event::InitDone => is_known = has_any || !source.custom(),
+                        Event::Apply(_) => is_known = true,
+                        Event::Delete(_) => {}
+                    }
                     (read(&source, event), Rest::Go)
                 }
                 Err(error) => {
