@@ -13,7 +13,7 @@ use stanchion_core::metrics::scrape::{Rules, Scraper, targets};
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::http::{Ask, Client, HttpError, Trust};
 use super::wall_ms;
@@ -62,7 +62,6 @@ impl Scrape {
             scraper.keep(&wanted);
             let mut answers =
                 stream::iter(wanted.into_iter().map(|target| async move { (fetch(&target.url).await, target) })).buffer_unordered(PARALLEL);
-            let mut events = Vec::new();
             while let Some((answer, target)) = answers.next().await {
                 match answer {
                     Ok(text) => {
@@ -71,17 +70,18 @@ impl Scrape {
                         self.counters.done.fetch_add(1, Ordering::Relaxed);
                         self.counters.dropped_series.fetch_add(scraped.dropped as u64, Ordering::Relaxed);
                         debug!(url = target.url, documents = scraped.documents.len(), dropped = scraped.dropped, "scraped");
-                        events.extend(scraped.documents.into_iter().map(|message| LogEvent { timestamp_ms: wall_ms, message }));
+                        let documents = scraped.documents.into_iter().map(|message| LogEvent { timestamp_ms: wall_ms, message });
+                        // One pod's at a time: those of a round may be more than there is memory for.
+                        tokio::select! {
+                            _ = self.documents.send(documents.collect()) => {}
+                            () = self.shutdown.cancelled() => return,
+                        }
                     }
                     Err(error) => {
                         self.counters.failed.fetch_add(1, Ordering::Relaxed);
                         debug!(url = target.url, error = &error as &dyn std::error::Error, "cannot be scraped");
                     }
                 }
-            }
-            drop(answers);
-            if !events.is_empty() && self.documents.try_send(events).is_err() {
-                warn!("scraped documents dropped: the shipping task does not take them");
             }
         }
     }

@@ -63,7 +63,10 @@ const FLAGS: [(&str, &str); 11] = [
     ("metrics-bind-addr", "the counters of network policy are among the metrics on port 61678"),
     ("health-probe-bind-addr", "the chart's probes ask 127.0.0.1:61679"),
     ("conntrack-cache-cleanup-period", "idle flows leave the agent's table without a setting"),
-    ("conntrack-cache-table-size", "STANCHION_POLICY_FLOWS and STANCHION_POLICY_POD_FLOWS say how many flows a node and a pod have, 262,144 of each family and 65,536 unless set"),
+    (
+        "conntrack-cache-table-size",
+        "STANCHION_POLICY_FLOWS and STANCHION_POLICY_POD_FLOWS say how many flows a node and a pod have, 262,144 of each family and 65,536 unless set",
+    ),
     ("log-level", "the agent has one log, with the level AWS_VPC_K8S_CNI_LOGLEVEL"),
     ("log-file", "the agent logs to stderr; the runtime keeps it"),
     ("log-file-max-size", "the agent logs to stderr; the runtime keeps it"),
