@@ -16,7 +16,7 @@ use super::dns::Answer;
 use super::image::{EndpointImage, MapImage, MapOp, Slot};
 use super::intern::{Interned, PairChange, Pairs, RuleName};
 use super::model::{Direction, Problem};
-use super::names::{Full, Names};
+use super::names::{Full, KnownName, Names};
 use super::order::Meanings as _;
 use super::order::{Change, image_entries, moved, order};
 use super::subjects::{Stale, Subjects};
@@ -297,17 +297,18 @@ impl Engine {
         self.update(Dirty { pods: BTreeSet::from([gone.name]), slots: BTreeSet::from([slot]), ..Dirty::default() })
     }
 
-    /// A pod got DNS answers at `now` (seconds). They count if an egress rule of its own speaks of the name: so a pod teaches
-    /// only names that policy lets it reach.
+    /// A pod got DNS answers at `now` (seconds). They count if an egress rule of its own speaks of the name, and for the pods of its namespace:
+    /// so a pod teaches only names that policy lets it reach, and no other namespace's pods.
     ///
     /// # Errors
     /// Too many names are known; what fitted is in the operations.
     pub fn learn(&mut self, slot: Slot, answers: &[Answer], now: u64) -> (Vec<MapOp>, Result<(), Full>) {
         let Some(set) = self.bindings.get(&slot).and_then(|binding| binding.egress) else { return (Vec::new(), Ok(())) };
+        let namespace = self.local.get(&slot).map(|pod| pod.name.namespace.clone()).unwrap_or_default();
         let mut named = BTreeSet::new();
         let mut result = Ok(());
         for answer in answers.iter().filter(|answer| self.interned.speaks_of(set, &answer.name)) {
-            match self.subjects.names.learn(answer, now) {
+            match self.subjects.names.learn(&namespace, answer, now) {
                 Ok(true) => drop(named.insert(answer.address)),
                 Ok(false) => {}
                 Err(full) => result = Err(full),
@@ -317,11 +318,11 @@ impl Engine {
         (ops, result)
     }
 
-    /// Names that an earlier agent knew, until a time in seconds each; before the first snapshot.
-    pub fn remember<'a>(&mut self, names: impl IntoIterator<Item = (IpAddr, &'a str, u64)>) {
-        for (address, name, until) in names {
+    /// Names that an earlier agent knew; before the first snapshot.
+    pub fn remember(&mut self, names: impl IntoIterator<Item = KnownName>) {
+        for known in names {
             // An earlier agent had the same bound.
-            let _no_room = self.subjects.names.keep(name, address, until);
+            let _no_room = self.subjects.names.keep(known);
         }
     }
 
@@ -996,6 +997,38 @@ mod tests {
         for unknown_pod in [UnknownPod::Closed, UnknownPod::Open] {
             assert_eq!(judged("a", unknown_pod), (Ok(()), true), "what the policy does not isolate");
             assert_eq!(judged("b", unknown_pod), (Ok(()), false));
+        }
+    }
+
+    /// Whoever answers the pods of one namespace may lie to them, and to nobody else.
+    #[test]
+    fn a_name_counts_for_pods_of_the_namespace_that_has_learnt_it() {
+        let policy = |namespace: &str| {
+            format!(
+                r#"{{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"ApplicationNetworkPolicy","metadata":{{"name":"p","namespace":"{namespace}"}},
+                "spec":{{"podSelector":{{}},"policyTypes":["Egress"],"egress":[{{"to":[{{"domainNames":["www.example.com"]}}]}}]}}}}"#
+            )
+        };
+        let of_cluster = r#"{"apiVersion":"policy.networking.k8s.io/v1alpha2","kind":"ClusterNetworkPolicy","metadata":{"name":"c"},"spec":{"tier":"Admin","subject":{"namespaces":{}},
+            "egress":[{"action":"Accept","to":[{"domainNames":["www.example.com"]}]},{"action":"Deny","to":[{"networks":["0.0.0.0/0"]}]}]}}"#;
+        let y = r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"y"}}
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"e","namespace":"y"},"spec":{"nodeName":"n1"},"status":{"podIP":"192.168.1.5"}}
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"f","namespace":"y"},"spec":{"nodeName":"n1"},"status":{"podIP":"192.168.1.6"}}"#;
+        let address: IpAddr = "203.0.113.7".parse().unwrap();
+        for policies in [vec![policy("x"), policy("y")], vec![of_cluster.to_owned()]] {
+            let mut texts = vec![CLUSTER, y];
+            texts.extend(policies.iter().map(String::as_str));
+            let mut engine = with_a(Settings::default(), &texts);
+            engine.add_endpoint(Slot(2), &PodName::new("y", "e"), "", &["192.168.1.5".parse().unwrap()]);
+            engine.add_endpoint(Slot(3), &PodName::new("y", "f"), "", &["192.168.1.6".parse().unwrap()]);
+            let open = |engine: &Engine| [1, 2, 3].map(|slot| image_allows(engine.image(), Slot(slot), Direction::Egress, address, 6, 443));
+            let answer = Answer { name: "www.example.com".to_owned(), address, ttl: 100 };
+            let (_, result) = engine.learn(Slot(2), std::slice::from_ref(&answer), 1_000);
+            assert_eq!((result, open(&engine)), (Ok(()), [false, true, true]));
+            let (_, result) = engine.learn(Slot(1), &[answer], 1_000);
+            assert_eq!((result, open(&engine)), (Ok(()), [true, true, true]));
+            engine.forget(2_000, |_| false);
+            assert_eq!(open(&engine), [false; 3]);
         }
     }
 

@@ -2,6 +2,7 @@
 //! never used again for something else.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::cluster::{ClusterState, Named, Namespaced};
@@ -12,6 +13,7 @@ use super::classes::Classes;
 use super::engine::{Source, UnselectedPod};
 use super::image::MapImage;
 use super::model::{Direction, Peer, Peers, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Tier, ordered_rules};
+use super::names::Names;
 use super::objects::{ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
 use super::order::Meanings;
 use super::ports::{Decision, Entry, PortFunction};
@@ -75,6 +77,8 @@ impl std::fmt::Display for RuleName {
 #[derive(Debug)]
 struct Version {
     number: u32,
+    /// Some peer of its egress rules is a DNS name.
+    by_name: bool,
     policy: Arc<Policy>,
     problems: Vec<Problem>,
 }
@@ -89,6 +93,8 @@ struct SetKey {
     otherwise: Decision,
     /// The pod's own named ports that its ingress rules use.
     named: Vec<(String, Protocol, u16)>,
+    /// The pod's namespace, if some peer is a DNS name: what the pods of one namespace learn of names is not for those of others.
+    learners: String,
 }
 
 /// Objects that were resolved, to resolve only what changed.
@@ -116,8 +122,9 @@ pub(super) struct Interned {
     sets: HashMap<SetKey, u32>,
     programs: HashMap<u32, Arc<Program>>,
     in_use: BTreeSet<u32>,
-    terms: HashMap<Arc<[Peer]>, u32>,
-    term_peers: HashMap<u32, Arc<[Peer]>>,
+    /// By peers, and whose DNS names count for them.
+    terms: HashMap<(Arc<[Peer]>, String), u32>,
+    term_peers: HashMap<u32, (Arc<[Peer]>, String)>,
     names: HashMap<String, u32>,
     signatures: HashMap<Arc<Signature>, u32>,
     identities: HashMap<u32, Arc<Signature>>,
@@ -223,9 +230,9 @@ impl Interned {
         match self.network.get_mut(&name) {
             Some(version) if *version.policy == policy => version.problems = problems,
             _ => {
-                let number = self.next();
+                let (number, by_name) = (self.next(), has_names(&policy));
                 self.by_namespace.entry(name.namespace.clone()).or_default().insert(name.clone());
-                self.network.insert(name, Version { number, policy: Arc::new(policy), problems });
+                self.network.insert(name, Version { number, by_name, policy: Arc::new(policy), problems });
             }
         }
     }
@@ -235,8 +242,8 @@ impl Interned {
         match policy {
             Some(_) if unchanged => {}
             Some(policy) => {
-                let number = self.next();
-                self.cluster.insert(name.clone(), Version { number, policy: Arc::new(policy), problems: Vec::new() });
+                let (number, by_name) = (self.next(), has_names(&policy));
+                self.cluster.insert(name.clone(), Version { number, by_name, policy: Arc::new(policy), problems: Vec::new() });
             }
             None => drop(self.cluster.remove(&name)),
         }
@@ -268,9 +275,11 @@ impl Interned {
 
     /// The set of the policies that select the pod; `None`: the direction is not judged.
     pub(super) fn set_of(&mut self, cluster: &ClusterState, pod: &Pod, direction: Direction) -> Option<u32> {
+        let mut by_name = false;
         let versions: Vec<(u32, Arc<Policy>)> = self
             .near(pod)
             .filter(|version| version.policy.rules(direction).is_some() && world::selects(cluster, &version.policy, pod))
+            .inspect(|version| by_name |= version.by_name && direction == Direction::Egress)
             .map(|version| (version.number, Arc::clone(&version.policy)))
             .collect();
         let is_selected = |version: &Version| version.policy.tier == Tier::Namespace && world::selects(cluster, &version.policy, pod);
@@ -284,7 +293,9 @@ impl Interned {
         }
         let policies: Vec<&Policy> = versions.iter().map(|(_, policy)| &**policy).collect();
         let named = if direction == Direction::Ingress { own_ports(&policies, pod) } else { Vec::new() };
-        let key = SetKey { direction, policies: Some(versions.iter().map(|(number, _)| *number).collect()), otherwise, named };
+        let numbers = versions.iter().map(|(number, _)| *number).collect();
+        let learners = if by_name { pod.metadata.namespace.clone() } else { String::new() };
+        let key = SetKey { direction, policies: Some(numbers), otherwise, named, learners };
         if let Some(id) = self.sets.get(&key) {
             return Some(*id);
         }
@@ -294,7 +305,7 @@ impl Interned {
 
     /// The set of pods of which nothing is known.
     pub(super) fn closed(&mut self, direction: Direction) -> u32 {
-        let key = SetKey { direction, policies: None, otherwise: Decision::DENY, named: Vec::new() };
+        let key = SetKey { direction, policies: None, otherwise: Decision::DENY, named: Vec::new(), learners: String::new() };
         match self.sets.get(&key) {
             Some(id) => *id,
             None => self.add_set(key, Program::closed(direction)),
@@ -309,22 +320,22 @@ impl Interned {
     }
 
     fn compile(&mut self, policies: &[&Policy], key: &SetKey) -> Program {
-        let SetKey { direction, otherwise, named: own, .. } = key;
-        let (direction, otherwise) = (*direction, *otherwise);
+        let (direction, otherwise) = (key.direction, key.otherwise);
         let [admin, namespace, baseline] = [Tier::Admin, Tier::Namespace, Tier::Baseline].map(|tier| {
             let rules = ordered_rules(policies, tier, direction)?;
-            Some(rules.into_iter().map(|(policy, rule)| self.compile_rule(policy, rule, direction, own)).collect::<Vec<_>>())
+            Some(rules.into_iter().map(|(policy, rule)| self.compile_rule(policy, rule, key)).collect::<Vec<_>>())
         });
         let mut program = Program::new(direction, admin.unwrap_or_default(), namespace, baseline.unwrap_or_default(), otherwise);
-        program.by_name = program.terms().iter().any(|term| is_by_name(&self.term_peers[term]));
+        program.by_name = program.terms().iter().any(|term| is_by_name(self.peers(*term)));
         program
     }
 
-    fn compile_rule(&mut self, policy: &Policy, rule: &Rule, direction: Direction, own: &[(String, Protocol, u16)]) -> ProgramRule {
+    fn compile_rule(&mut self, policy: &Policy, rule: &Rule, key: &SetKey) -> ProgramRule {
+        let (direction, own) = (key.direction, &key.named);
         let name = RuleName { policy: policy.name.clone(), direction, index: rule.index, name: rule.name.clone() };
         let term = match &rule.peers {
             Peers::Any => None,
-            Peers::List(peers) => Some(self.term(peers)),
+            Peers::List(peers) => Some(self.term(peers, &key.learners)),
         };
         let ports = match &rule.ports {
             Ports::Any => None,
@@ -346,13 +357,14 @@ impl Interned {
         ProgramRule { id: self.rule_id(name), action: rule.action, term, ports }
     }
 
-    fn term(&mut self, peers: &Arc<[Peer]>) -> u32 {
-        if let Some(id) = self.terms.get(peers) {
+    fn term(&mut self, peers: &Arc<[Peer]>, learners: &str) -> u32 {
+        let key = (Arc::clone(peers), if is_by_name(peers) { learners.to_owned() } else { String::new() });
+        if let Some(id) = self.terms.get(&key) {
             return *id;
         }
         let id = self.next();
-        self.terms.insert(Arc::clone(peers), id);
-        self.term_peers.insert(id, Arc::clone(peers));
+        self.terms.insert(key.clone(), id);
+        self.term_peers.insert(id, key);
         id
     }
 
@@ -408,7 +420,7 @@ impl Interned {
 
     /// Whether a rule of the set is about the DNS name.
     pub(super) fn speaks_of(&self, set: u32, name: &str) -> bool {
-        let peers = self.programs.get(&set).into_iter().flat_map(|program| program.terms()).flat_map(|term| self.term_peers[term].iter());
+        let peers = self.programs.get(&set).into_iter().flat_map(|program| program.terms()).flat_map(|term| self.peers(*term));
         peers.into_iter().any(|peer| matches!(peer, Peer::Domain(pattern) if pattern.matches(name)))
     }
 
@@ -418,17 +430,24 @@ impl Interned {
 
     /// Peer lists that sets in use ask about.
     pub(super) fn active_terms(&self) -> impl Iterator<Item = (u32, &[Peer])> {
-        self.active.terms.iter().map(|term| (*term, &*self.term_peers[term]))
+        self.active.terms.iter().map(|term| (*term, self.peers(*term)))
+    }
+
+    /// Whether the address has one of the names in the peer list, for the pods whose sets have that list.
+    pub(super) fn is_named(&self, term: u32, names: &Names, address: IpAddr) -> bool {
+        let Some((peers, learners)) = self.term_peers.get(&term) else { return false };
+        let holds = |peer: &Peer| matches!(peer, Peer::Domain(pattern) if names.of(address, learners).any(|name| pattern.matches(name)));
+        peers.iter().any(holds)
     }
 
     /// A peer list that a set in use asks about.
     pub(super) fn peers(&self, term: u32) -> &[Peer] {
-        self.term_peers.get(&term).map_or(&[], |peers| peers)
+        self.term_peers.get(&term).map_or(&[], |(peers, _)| peers)
     }
 
     /// Whether some of the peer lists have address blocks; so do those that are forgotten, as far as one knows.
     pub(super) fn has_blocks(&self, terms: &BTreeSet<u32>) -> bool {
-        let has = |peers: &Arc<[Peer]>| peers.iter().any(|peer| matches!(peer, Peer::Block { .. }));
+        let has = |(peers, _): &(Arc<[Peer]>, String)| peers.iter().any(|peer| matches!(peer, Peer::Block { .. }));
         terms.iter().any(|term| self.term_peers.get(term).is_none_or(has))
     }
 
@@ -630,6 +649,11 @@ impl Meanings for Interned {
 
 fn is_by_name(peers: &[Peer]) -> bool {
     peers.iter().any(|peer| matches!(peer, Peer::Domain(_)))
+}
+
+fn has_names(policy: &Policy) -> bool {
+    let mut rules = policy.egress.iter().flatten();
+    rules.any(|rule| matches!(&rule.peers, Peers::List(peers) if is_by_name(peers)))
 }
 
 /// The pod's own ports that ingress rules name.

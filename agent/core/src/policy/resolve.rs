@@ -674,8 +674,8 @@ mod tests {
              {to: [{ipBlock: {cidr: 203.0.113.0/24}}], ports: [{port: 81}]}]",
         );
         let mut names = Names::default();
-        names.keep("www.example.com", "198.51.100.7".parse().unwrap(), 10).unwrap();
-        names.keep("api.cdn.net", "198.51.100.8".parse().unwrap(), 10).unwrap();
+        names.set("www.example.com", "198.51.100.7".parse().unwrap()).unwrap();
+        names.set("api.cdn.net", "198.51.100.8".parse().unwrap()).unwrap();
         let evaluator = Evaluator::new(&named.cluster, Source::Policies, names);
         let to = |address: &str, port| {
             evaluator.verdict(&"x/a".parse().unwrap(), &address.parse().unwrap(), 4, PacketProtocol::from_number(6), port).unwrap().allowed

@@ -352,7 +352,7 @@ spec:
     #[test]
     fn a_name_is_a_peer_of_egress_rules_that_accept() {
         let mut names = Names::default();
-        names.keep("www.example.com", "203.0.113.9".parse().unwrap(), 10).unwrap();
+        names.set("www.example.com", "203.0.113.9".parse().unwrap()).unwrap();
         let part = "---\napiVersion: networking.k8s.aws/v1alpha1\nkind: PolicyEndpoint\nmetadata: {name: p-1, namespace: x}\nspec:\n  policyRef: {name: p}\n  \
                     podIsolation: [Egress]\n  podSelectorEndpoints: [{name: a, namespace: x}]\n  egress: [{domainName: \"*.example.com\", ports: [{port: 443}]}]\n";
         let state = cluster(&[PODS, part]);

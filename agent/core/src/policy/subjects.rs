@@ -121,7 +121,7 @@ impl Subjects {
         for address in others.into_iter().chain(services) {
             let is_subject =
                 self.claims.contains_key(&address) || self.nodes.contains_key(&address) || self.services.contains_key(&address);
-            let is_subject = is_subject || (self.asked.by_name && self.names.of(address).next().is_some());
+            let is_subject = is_subject || (self.asked.by_name && self.names.has(address));
             // What is nobody's any more is what its block is.
             let signature = if is_subject { self.signature(cluster, interned, address) } else { Signature::default() };
             let identity = interned.identity(signature);
@@ -296,12 +296,8 @@ impl Subjects {
             }
         }
         if self.asked.by_name {
-            for (term, peers) in interned.active_terms() {
-                let holds = |peer: &Peer| matches!(peer, Peer::Domain(pattern) if self.names.of(address).any(|name| pattern.matches(name)));
-                if peers.iter().any(holds) {
-                    signature.terms.push(term);
-                }
-            }
+            let named = self.asked.terms.iter().filter(|term| interned.is_named(**term, &self.names, address));
+            signature.terms.extend(named);
         }
         signature.terms.sort_unstable();
         signature.terms.dedup();

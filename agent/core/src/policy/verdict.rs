@@ -405,7 +405,7 @@ impl Question<'_, '_> {
             Peer::Nodes(selector) => {
                 cluster.nodes.values().any(|node| selector.matches(&node.metadata.labels) && node.ip_addresses().any(|a| a == address))
             }
-            Peer::Domain(pattern) => self.evaluator.names.of(address).any(|name| pattern.matches(name)),
+            Peer::Domain(pattern) => self.evaluator.names.of(address, &self.local.metadata.namespace).any(|name| pattern.matches(name)),
         }
     }
 

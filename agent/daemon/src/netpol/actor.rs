@@ -132,7 +132,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     rules.remember_policed(slots.policed());
     let name_clock = NameClock::start();
     match names::read(&state_dir, &name_clock) {
-        Ok(known) => rules.remember(known.iter().map(|(address, name, until)| (*address, name.as_str(), *until))),
+        Ok(known) => rules.remember(known),
         Err(cause) => {
             warn!(cause = %cause, "the DNS names of the agent before are not known: connections by name are denied until pods ask again");
         }
