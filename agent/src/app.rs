@@ -485,6 +485,7 @@ async fn start_network(
                 node_name: (*node_name).to_owned(),
                 source: config.network.policy_source,
                 mode: if config.network.policy_mode == PolicyMode::Strict { EnforcingMode::Strict } else { EnforcingMode::Standard },
+                annotated_pods: config.pool.annotate_pod_ip,
                 sync_wait: POLICY_SYNC_WAIT,
                 pod_flows: config.network.policy_pod_flows,
                 state_dir,

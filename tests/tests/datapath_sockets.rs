@@ -125,10 +125,13 @@ fn fragments_follow_their_first() {
 fn a_pod_is_policed_from_its_first_packet() {
     for mode in modes() {
         let mut world = World::new(mode);
+        world.stop();
+        world.enforcing = EnforcingMode::Strict;
+        world.start();
         // Its agent does not know the cluster yet, and is strict.
         let error = world.activate("x/a").unwrap_err();
         assert!(matches!(error, ActivateError::NotKnown { missing: Missing::Cluster, .. }), "{error:?}");
-        world.apply(&policy("x", "deny-eg", "a", "  policyTypes: [Egress]\n"));
+        world.apply(&(policy("x", "deny-eg", "a", "  policyTypes: [Egress]\n") + &policy("y", "open", "a", "  ingress: [{}]\n")));
         world.activate("y/a").unwrap();
         let server = world.server("y/a", 81);
         let socket = world.pod("x/a").netns.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
@@ -287,16 +290,22 @@ fn make_another_layout(world: &World, layout: u16) -> [PathBuf; 2] {
 fn in_strict_mode_a_pod_that_nobody_knows_is_closed_after_another_layout_too() {
     for mode in modes() {
         let mut world = World::new(mode);
-        world.apply("");
+        world.stop();
+        world.enforcing = EnforcingMode::Strict;
+        world.start();
+        let open: String =
+            [("x", "a"), ("x", "b"), ("y", "b")].map(|(namespace, pod)| policy(namespace, pod, pod, "  ingress: [{}]\n")).concat();
+        world.apply(&open);
         world.activate_all();
         world.works("x/a", "y/b", 80);
+        world.blocked("x/a", "y/a", 80);
         world.stop();
         make_another_layout(&world, u16::try_from(LAYOUT_VERSION).unwrap() - 1);
         // Its object goes while no agent runs.
         let unknown = world.pods.pop().unwrap();
         world.cluster.send_replace(Arc::new(ClusterState::default()));
         world.start();
-        world.apply("");
+        world.apply(&open);
         world.works("x/a", "x/b", 80);
         let server = (unknown.address, 80).into();
         let reached = world.pod("x/a").netns.run(|| TcpStream::connect_timeout(&server, BLOCKED)).unwrap();

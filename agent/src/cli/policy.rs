@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 use stanchion_core::cluster::ClusterState;
-use stanchion_core::policy::engine::Source;
+use stanchion_core::policy::engine::{Source, UnselectedPod};
 use stanchion_core::policy::model::PacketProtocol;
 use stanchion_core::policy::names::Names;
 use stanchion_core::policy::verdict::{End, Evaluator, NoVerdict, SideVerdict, Verdict};
@@ -75,6 +75,9 @@ struct World {
     /// Objects that policies are read from: policies or policy-endpoints
     #[arg(long, default_value = "policies", value_parser = source)]
     source: Source,
+    /// As with NETWORK_POLICY_ENFORCING_MODE=strict: a pod that no NetworkPolicy selects is closed
+    #[arg(long)]
+    strict: bool,
     /// An address that a DNS name has, for rules with domainNames: name=address; may be repeated
     #[arg(long = "name", value_name = "NAME=ADDRESS", value_parser = named)]
     names: Vec<(String, IpAddr)>,
@@ -101,7 +104,8 @@ impl World {
         for (name, address) in &self.names {
             names.set(name, *address)?;
         }
-        let evaluator = Evaluator::new(cluster, self.source, names);
+        let unselected_pod = if self.strict { UnselectedPod::Closed } else { UnselectedPod::Open };
+        let evaluator = Evaluator::new(cluster, self.source, names).with_unselected_pod(unselected_pod);
         for problem in &evaluator.problems {
             eprintln!("stanchion: {problem}");
         }

@@ -56,6 +56,7 @@ impl Agent {
             node_name: ground.node().to_owned(),
             source: Source::Policies,
             mode: EnforcingMode::Strict,
+            annotated_pods: false,
             sync_wait: SYNC_WAIT,
             pod_flows: ground.load_options().flow_entries,
             flow_capacity: ground.load_options().flow_entries,

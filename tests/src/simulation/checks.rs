@@ -11,7 +11,7 @@ use stanchion_core::ids::PodName;
 use stanchion_core::logs::positions::Positions;
 use stanchion_core::logs::record::Layout;
 use stanchion_core::logs::settings::LogSettings;
-use stanchion_core::policy::engine::Source;
+use stanchion_core::policy::engine::{Source, UnselectedPod};
 use stanchion_core::policy::image::{MapImage, PolicyMaps as _, Slot};
 use stanchion_core::policy::maps::image_allows;
 use stanchion_core::policy::model::{Direction, PacketProtocol};
@@ -101,9 +101,10 @@ impl World {
         }
         let image = self.maps.read()?;
         let states = self.policy.possible.clone();
-        let evaluators: Vec<Evaluator<'_>> = states.iter().map(|state| Evaluator::new(state, Source::Policies, Names::default())).collect();
+        let strictly = |state| Evaluator::new(state, Source::Policies, Names::default()).with_unselected_pod(UnselectedPod::Closed);
+        let evaluators: Vec<Evaluator<'_>> = states.iter().map(|state| strictly(state)).collect();
         let known = self.as_the_agent_knows_it();
-        let known = Evaluator::new(&known, Source::Policies, Names::default());
+        let known = strictly(&known);
         let peers = objects::peers(self.policy.newest());
         let slots: Vec<_> = self.policy.slots.iter().filter(|(_, pod)| self.pods.contains_key(*pod)).collect();
         for (slot, pod) in slots {

@@ -86,7 +86,7 @@ impl World {
         let pin_root = PathBuf::from(format!("/sys/fs/bpf/{prefix}"));
         let mut world = Self {
             mode,
-            enforcing: EnforcingMode::Strict,
+            enforcing: EnforcingMode::Standard,
             node,
             pods: Vec::new(),
             cluster,
@@ -152,6 +152,7 @@ impl World {
                         node_name: "node1".to_owned(),
                         source: Source::Policies,
                         mode: enforcing,
+                        annotated_pods: false,
                         sync_wait: Duration::from_millis(300),
                         pod_flows: 4_096,
                         flow_capacity: 4_096,

@@ -30,30 +30,8 @@ struct Boundary {
 impl Classes {
     /// Cuts the address blocks of the peer lists.
     pub(super) fn new<'a>(lists: impl IntoIterator<Item = (u32, &'a [Peer])>) -> Self {
-        let mut boundaries: BTreeMap<IpNet, Boundary> = BTreeMap::new();
-        for (term, peers) in lists {
-            for (index, peer) in peers.iter().enumerate() {
-                let Peer::Block { net, except } = peer else { continue };
-                if except.iter().any(|cut| cut.contains(net)) {
-                    continue;
-                }
-                boundaries.entry(*net).or_default().begins.push((term, index));
-                for cut in except.iter().filter(|cut| net.contains(*cut)) {
-                    boundaries.entry(*cut).or_default().ends.push((term, index));
-                }
-            }
-        }
-        // In the order of networks a prefix comes before all that it contains: a stack holds the ancestors.
         let mut classes = Self::default();
-        let mut stack: Vec<(IpNet, Vec<(u32, usize)>)> = Vec::new();
-        for (net, change) in boundaries {
-            while stack.last().is_some_and(|(outer, _)| !outer.contains(&net)) {
-                stack.pop();
-            }
-            let mut blocks = stack.last().map(|(_, blocks)| blocks.clone()).unwrap_or_default();
-            blocks.extend(change.begins);
-            blocks.retain(|block| !change.ends.contains(block));
-            blocks.sort_unstable();
+        cut(lists, |net, blocks| {
             let mut terms: Terms = blocks.iter().map(|(term, _)| *term).collect();
             terms.dedup();
             classes.boundaries.insert(net, terms.clone());
@@ -61,9 +39,19 @@ impl Classes {
                 IpNet::V4(net) => drop(classes.v4.insert(net, terms)),
                 IpNet::V6(net) => drop(classes.v6.insert(net, terms)),
             }
-            stack.push((net, blocks));
-        }
+            true
+        });
         classes
+    }
+
+    /// Whether the peer lists, counted in each of their classes, are more than so many.
+    pub(super) fn exceed<'a>(lists: impl IntoIterator<Item = (u32, &'a [Peer])>, most: usize) -> bool {
+        let mut count = 0;
+        cut(lists, |_, blocks| {
+            count += blocks.len();
+            count <= most
+        });
+        count > most
     }
 
     /// The peer lists whose blocks hold the address.
@@ -73,6 +61,39 @@ impl Classes {
             IpAddr::V6(address) => self.v6.get_lpm(&Ipv6Net::from(address)).map(|(_, terms)| terms),
         };
         found.map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Gives each boundary with the blocks that hold from it down to the next boundaries, sorted, by peer list and place in it; until `each`
+/// says no.
+fn cut<'a>(lists: impl IntoIterator<Item = (u32, &'a [Peer])>, mut each: impl FnMut(IpNet, &[(u32, usize)]) -> bool) {
+    let mut boundaries: BTreeMap<IpNet, Boundary> = BTreeMap::new();
+    for (term, peers) in lists {
+        for (index, peer) in peers.iter().enumerate() {
+            let Peer::Block { net, except } = peer else { continue };
+            if except.iter().any(|cut| cut.contains(net)) {
+                continue;
+            }
+            boundaries.entry(*net).or_default().begins.push((term, index));
+            for cut in except.iter().filter(|cut| net.contains(*cut)) {
+                boundaries.entry(*cut).or_default().ends.push((term, index));
+            }
+        }
+    }
+    // In the order of networks a prefix comes before all that it contains: a stack holds the ancestors.
+    let mut stack: Vec<(IpNet, Vec<(u32, usize)>)> = Vec::new();
+    for (net, change) in boundaries {
+        while stack.last().is_some_and(|(outer, _)| !outer.contains(&net)) {
+            stack.pop();
+        }
+        let mut blocks = stack.last().map(|(_, blocks)| blocks.clone()).unwrap_or_default();
+        blocks.extend(change.begins);
+        blocks.retain(|block| !change.ends.contains(block));
+        blocks.sort_unstable();
+        if !each(net, &blocks) {
+            return;
+        }
+        stack.push((net, blocks));
     }
 }
 

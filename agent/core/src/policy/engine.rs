@@ -14,9 +14,9 @@ use crate::objects::Pod;
 
 use super::dns::Answer;
 use super::image::{EndpointImage, MapImage, MapOp, Slot};
-use super::intern::{Interned, Pairs, RuleName};
+use super::intern::{Interned, PairChange, Pairs, RuleName};
 use super::model::{Direction, Problem};
-use super::names::{Full, Names};
+use super::names::{Full, KnownName, Names};
 use super::order::Meanings as _;
 use super::order::{Change, image_entries, moved, order};
 use super::subjects::{Stale, Subjects};
@@ -34,6 +34,16 @@ pub enum UnknownPod {
     Closed,
     /// Everything passes (`standard`).
     Open,
+}
+
+/// What to do with a pod that no NetworkPolicy selects, where no policy of the cluster decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnselectedPod {
+    /// Everything passes (`standard`), as Kubernetes says.
+    #[default]
+    Open,
+    /// Nothing passes but the own node's traffic (`strict`).
+    Closed,
 }
 
 /// Whose resolution of policies counts.
@@ -56,6 +66,10 @@ pub struct Settings {
     pub node_name: String,
     /// Pods whose policies cannot be known.
     pub unknown_pod: UnknownPod,
+    /// Pods that no NetworkPolicy selects.
+    pub unselected_pod: UnselectedPod,
+    /// The annotations of pods say their addresses until their status does (`ANNOTATE_POD_IP`).
+    pub annotated_pods: bool,
 }
 
 /// What is not known that a pod's policies depend on.
@@ -73,9 +87,6 @@ pub enum Missing {
     /// Strict mode, and policies that were made lately may be missing from the snapshot.
     #[error("objects of kind {0:?}, by which policies go, cannot be read from the API server")]
     Policies(Kind),
-    /// Strict mode, and AWS's controller has not resolved a policy for the pod.
-    #[error("no PolicyEndpoint speaks of the pod: it needs a policy that selects it, and AWS's controller has to resolve that")]
-    Part,
 }
 
 /// A local pod as the datapath attached it.
@@ -122,6 +133,8 @@ pub struct Engine {
     cluster: Option<Arc<ClusterState>>,
     local: BTreeMap<Slot, LocalPod>,
     bindings: BTreeMap<Slot, Binding>,
+    /// What is closed because its policies are too large.
+    too_large: BTreeMap<Slot, Vec<Problem>>,
     interned: Interned,
     subjects: Subjects,
     extra_node_addresses: Vec<IpAddr>,
@@ -136,12 +149,13 @@ impl Engine {
     /// Without a cluster and without pods.
     pub fn new(settings: Settings) -> Self {
         Self {
-            interned: Interned::new(settings.source),
+            interned: Interned::new(settings.source, settings.unselected_pod),
+            subjects: Subjects::new(settings.annotated_pods),
             settings,
             cluster: None,
             local: BTreeMap::new(),
             bindings: BTreeMap::new(),
-            subjects: Subjects::default(),
+            too_large: BTreeMap::new(),
             extra_node_addresses: Vec::new(),
             from_before: false,
             policed_before: BTreeMap::new(),
@@ -161,7 +175,13 @@ impl Engine {
 
     /// What is wrong in the policies of the last snapshot.
     pub fn problems(&self) -> Vec<Problem> {
-        self.interned.problems()
+        let mut too_large: Vec<Problem> = Vec::new();
+        for problem in self.too_large.values().flatten() {
+            if !too_large.contains(problem) {
+                too_large.push(problem.clone());
+            }
+        }
+        too_large.into_iter().chain(self.interned.problems()).collect()
     }
 
     /// The policies that select each local pod, by slot.
@@ -214,10 +234,8 @@ impl Engine {
             return Err(Missing::Policies(kind));
         }
         match object {
-            None if clusterwide || namespaced || (is_strict && by_endpoints) => Err(Missing::Pod),
+            None if clusterwide || namespaced => Err(Missing::Pod),
             Some(_) if clusterwide && !cluster.namespaces.contains_key(&pod.namespace) => Err(Missing::Namespace),
-            // AWS's strict mode keeps a pod closed until its controller has resolved a policy for it.
-            Some(object) if is_strict && by_endpoints && !self.interned.speaks_of_pod(cluster, object) => Err(Missing::Part),
             _ => Ok(()),
         }
     }
@@ -279,17 +297,18 @@ impl Engine {
         self.update(Dirty { pods: BTreeSet::from([gone.name]), slots: BTreeSet::from([slot]), ..Dirty::default() })
     }
 
-    /// A pod got DNS answers at `now` (seconds). They count if an egress rule of its own speaks of the name: so a pod teaches
-    /// only names that policy lets it reach.
+    /// A pod got DNS answers at `now` (seconds). They count if an egress rule of its own speaks of the name, and for the pods of its namespace:
+    /// so a pod teaches only names that policy lets it reach, and no other namespace's pods.
     ///
     /// # Errors
     /// Too many names are known; what fitted is in the operations.
     pub fn learn(&mut self, slot: Slot, answers: &[Answer], now: u64) -> (Vec<MapOp>, Result<(), Full>) {
         let Some(set) = self.bindings.get(&slot).and_then(|binding| binding.egress) else { return (Vec::new(), Ok(())) };
+        let namespace = self.local.get(&slot).map(|pod| pod.name.namespace.clone()).unwrap_or_default();
         let mut named = BTreeSet::new();
         let mut result = Ok(());
         for answer in answers.iter().filter(|answer| self.interned.speaks_of(set, &answer.name)) {
-            match self.subjects.names.learn(answer, now) {
+            match self.subjects.names.learn(&namespace, answer, now) {
                 Ok(true) => drop(named.insert(answer.address)),
                 Ok(false) => {}
                 Err(full) => result = Err(full),
@@ -299,11 +318,11 @@ impl Engine {
         (ops, result)
     }
 
-    /// Names that an earlier agent knew, until a time in seconds each; before the first snapshot.
-    pub fn remember<'a>(&mut self, names: impl IntoIterator<Item = (IpAddr, &'a str, u64)>) {
-        for (address, name, until) in names {
+    /// Names that an earlier agent knew; before the first snapshot.
+    pub fn remember(&mut self, names: impl IntoIterator<Item = KnownName>) {
+        for known in names {
             // An earlier agent had the same bound.
-            let _no_room = self.subjects.names.keep(name, address, until);
+            let _no_room = self.subjects.names.keep(known);
         }
     }
 
@@ -333,7 +352,7 @@ impl Engine {
         self.interned.avoid(&image);
         self.image = image;
         if self.cluster.is_some() {
-            return self.write(true);
+            return self.write(PairChange::default(), true);
         }
         self.from_before = true;
         let slots: Vec<Slot> = self.local.keys().copied().collect();
@@ -354,19 +373,58 @@ impl Engine {
             let local = &self.local[&slot];
             if everyone || dirty.slots.contains(&slot) || dirty.pods.contains(&local.name) {
                 let binding = self.bind(&cluster, slot);
-                self.bindings.insert(slot, binding);
+                if self.bindings.insert(slot, binding) != Some(binding) {
+                    self.too_large.remove(&slot);
+                }
             }
         }
         self.bindings.retain(|slot, _| self.local.contains_key(slot));
-        let sets: BTreeSet<u32> = self.bindings.values().flat_map(|b| [b.ingress, b.egress]).flatten().collect();
-        self.interned.use_sets(sets);
+        self.too_large.retain(|slot, _| self.local.contains_key(slot));
+        self.use_sets();
         if dirty.nodes {
             self.subjects.set_own_node(&cluster, &self.settings.node_name, &self.extra_node_addresses);
         }
         let Dirty { namespaces, nodes, services, pods, named, .. } = dirty;
         let stale = Stale { namespaces, nodes, services, pods, named };
         self.subjects.update(&cluster, &self.local, &mut self.interned, &stale);
-        self.write(false)
+        let mut change = self.interned.update_pairs(self.subjects.identities());
+        while let Some(set) = self.interned.heaviest()
+            && self.close(set)
+        {
+            // What only that set asked of addresses is not asked any more.
+            self.use_sets();
+            self.subjects.update(&cluster, &self.local, &mut self.interned, &Stale::default());
+            change.then(self.interned.update_pairs(self.subjects.identities()));
+        }
+        self.write(change, false)
+    }
+
+    fn use_sets(&mut self) {
+        loop {
+            let sets = self.bindings.values().flat_map(|binding| [binding.ingress, binding.egress]).flatten();
+            if !self.interned.use_sets(sets.collect()) || !self.interned.widest().is_some_and(|set| self.close(set)) {
+                return;
+            }
+        }
+    }
+
+    /// Closes the pods that have this set; false if there are none, or they are closed already.
+    fn close(&mut self, set: u32) -> bool {
+        let Some(problem) = self.interned.too_large(set) else { return false };
+        let mut found = false;
+        for (slot, binding) in &mut self.bindings {
+            for (bound, direction) in [(&mut binding.ingress, Direction::Ingress), (&mut binding.egress, Direction::Egress)] {
+                if *bound == Some(set) {
+                    *bound = Some(self.interned.closed(direction));
+                    let told = self.too_large.entry(*slot).or_default();
+                    if !told.contains(&problem) {
+                        told.push(problem.clone());
+                    }
+                    found = true;
+                }
+            }
+        }
+        found
     }
 
     /// The record of a pod without a cluster snapshot.
@@ -419,7 +477,7 @@ impl Engine {
     }
 
     /// From what the maps hold to what they are to hold: by what has changed, or by `all` that the image has.
-    fn write(&mut self, all: bool) -> Vec<MapOp> {
+    fn write(&mut self, change: PairChange, all: bool) -> Vec<MapOp> {
         let from_before = std::mem::take(&mut self.from_before);
         self.policed_before.clear();
         let all = all || from_before;
@@ -429,7 +487,7 @@ impl Engine {
         if all {
             self.recognise_sets();
         }
-        let (mut added, mut removed) = self.interned.update_pairs(self.subjects.identities());
+        let PairChange { mut added, mut removed } = change;
         let mut unseen = Vec::new();
         if all {
             (added, removed) = self.compare_pairs();
@@ -739,7 +797,12 @@ mod tests {
             )
         };
         let of = |name: &str, from: &str, part: &str| {
-            let mut engine = Engine::new(Settings { node_name: "n1".into(), source: Source::Endpoints, unknown_pod: UnknownPod::Open });
+            let mut engine = Engine::new(Settings {
+                node_name: "n1".into(),
+                source: Source::Endpoints,
+                unknown_pod: UnknownPod::Open,
+                ..Settings::default()
+            });
             engine.set_cluster(&cluster(&[CLUSTER, part]));
             engine.add_endpoint(Slot(1), &PodName::new("x", name), "", &["192.168.1.9".parse().unwrap()]);
             image_allows(engine.image(), Slot(1), Direction::Ingress, from.parse().unwrap(), 6, 81)
@@ -756,19 +819,273 @@ mod tests {
         assert!(of("b", "192.168.1.3", &by_label));
     }
 
-    /// What AWS's strict mode keeps closed does not start.
+    fn passes(engine: &Engine, direction: Direction, peer: &str, port: u16) -> bool {
+        image_allows(engine.image(), Slot(1), direction, peer.parse().unwrap(), 6, port)
+    }
+
+    /// A node's engine with x/a in slot 1.
+    fn with_a(settings: Settings, texts: &[&str]) -> Engine {
+        let mut engine = Engine::new(Settings { node_name: "n1".into(), ..settings });
+        engine.set_cluster(&cluster(texts));
+        engine.add_endpoint(Slot(1), &PodName::new("x", "a"), "", &["192.168.1.1".parse().unwrap()]);
+        engine
+    }
+
+    const TO_PODS: &str = r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"e","namespace":"x"},
+        "spec":{"podSelector":{"matchLabels":{"pod":"a"}},"policyTypes":["Egress"],"egress":[{"to":[{"namespaceSelector":{}}]}]}}"#;
+
+    /// Who may write pods may write their annotations.
     #[test]
-    fn in_strict_mode_a_pod_that_no_resolved_policy_speaks_of_is_not_judged() {
+    fn an_annotation_takes_nothing_from_others_and_gives_no_address_to_a_pod_that_has_one() {
+        let claims = r#"{"apiVersion":"v1","kind":"Pod","metadata":{"name":"d","namespace":"x","labels":{"pod":"d"},"creationTimestamp":"2026-01-01T00:00:00Z",
+            "annotations":{"vpc.amazonaws.com/pod-ips":"203.0.113.7, 192.168.1.2,10.0.0.2"}},"spec":{"nodeName":"n2"},"status":{"podIP":"192.168.1.9"}}"#;
+        let engine = with_a(Settings::default(), &[CLUSTER, POLICY, TO_PODS, claims]);
+        assert!(!passes(&engine, Direction::Egress, "203.0.113.7", 443), "nobody's");
+        assert!(!passes(&engine, Direction::Egress, "10.0.0.2", 443), "a node's");
+        assert!(passes(&engine, Direction::Egress, "192.168.1.9", 443), "what its status says");
+        assert!(passes(&engine, Direction::Ingress, "192.168.1.2", 80), "another pod's");
+        assert_eq!(engine.pod_at("192.168.1.2".parse().unwrap()), Some(PodName::new("x", "b")));
+    }
+
+    /// ANNOTATE_POD_IP: other nodes know a pod before its kubelet has told its address.
+    #[test]
+    fn an_annotation_counts_until_the_status_comes_where_it_is_asked_for_and_nobody_else_has_the_address() {
+        let pod = |name: &str, node: &str, annotated: &str, status: &str| {
+            format!(
+                r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"{name}","namespace":"x","labels":{{"pod":"b"}},"annotations":{{"vpc.amazonaws.com/pod-ips":"{annotated}"}}}},
+                "spec":{{"nodeName":"{node}"}},"status":{{{status}}}}}"#
+            )
+        };
+        let nodes = r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"n2"},"status":{"addresses":[{"type":"InternalIP","address":"10.0.0.2"}]}}"#;
+        let asked = || Settings { annotated_pods: true, ..Settings::default() };
+        let from = |settings: Settings, pods: &str, peer: &str| {
+            passes(&with_a(settings, &[CLUSTER, POLICY, nodes, pods]), Direction::Ingress, peer, 80)
+        };
+        let early = pod("early", "n2", "192.168.1.7, 192.168.1.8", "");
+        assert!(from(asked(), &early, "192.168.1.7") && !from(asked(), &early, "192.168.1.8"), "one a family");
+        assert!(!from(Settings::default(), &early, "192.168.1.7"), "nobody writes it");
+        assert!(!from(asked(), &pod("early", "", "192.168.1.7", ""), "192.168.1.7"), "bound to no node");
+        for others in ["192.168.1.3", "10.0.0.2", "169.254.169.254"] {
+            assert!(!from(asked(), &pod("early", "n2", others, ""), others), "{others}");
+        }
+        let two = pod("early", "n2", "192.168.1.7", "") + "\n" + &pod("late", "n2", "192.168.1.7", "");
+        assert!(!from(asked(), &two, "192.168.1.7"), "whose it is is not known");
+        let mut engine = with_a(asked(), &[CLUSTER, POLICY, &early]);
+        engine.set_cluster(&cluster(&[CLUSTER, POLICY, &pod("early", "n2", "192.168.1.7", r#""podIP":"192.168.1.8""#)]));
+        assert!(passes(&engine, Direction::Ingress, "192.168.1.8", 80) && !passes(&engine, Direction::Ingress, "192.168.1.7", 80));
+    }
+
+    /// A service of namespace y with a backend.
+    fn service(name: &str, metadata: &str, spec: &str, backend: &str) -> String {
+        format!(
+            r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"{name}","namespace":"y"{metadata}}},"spec":{{{spec},"ports":[{{"port":80}}]}}}}
+{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"{name}-1","namespace":"y","labels":{{"kubernetes.io/service-name":"{name}"}}}},"addressType":"IPv4","endpoints":[{{"addresses":["{backend}"]}}],"ports":[{{"port":80}}]}}"#
+        )
+    }
+
+    const TO_B: &str = r#"{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"e","namespace":"x"},
+        "spec":{"podSelector":{"matchLabels":{"pod":"a"}},"policyTypes":["Egress"],"egress":[{"to":[{"podSelector":{"matchLabels":{"pod":"b"}}},{"ipBlock":{"cidr":"198.51.100.0/24"}}]}]}}"#;
+
+    #[test]
+    fn a_service_that_kube_proxy_passes_over_opens_and_closes_nothing() {
+        let with = |metadata: &str, spec: &str| {
+            let opens = service("s", metadata, &format!(r#"{spec},"externalIPs":["203.0.113.7"]"#), "192.168.1.2");
+            let closes = service("t", metadata, &format!(r#"{spec},"externalIPs":["198.51.100.1"]"#), "192.168.1.3");
+            let engine = with_a(Settings::default(), &[CLUSTER, TO_B, &opens, &closes]);
+            (passes(&engine, Direction::Egress, "203.0.113.7", 80), passes(&engine, Direction::Egress, "198.51.100.1", 80))
+        };
+        let cluster_ip = r#""clusterIP":"172.20.0.9""#;
+        assert_eq!(with("", cluster_ip), (true, false), "the backend decides");
+        for (metadata, spec) in [
+            ("", r#""clusterIP":"None""#),
+            ("", r#""type":"ExternalName","externalName":"example.com""#),
+            (r#","labels":{"service.kubernetes.io/service-proxy-name":"other"}"#, cluster_ip),
+            (r#","labels":{"service.kubernetes.io/headless":""}"#, cluster_ip),
+        ] {
+            assert_eq!(with(metadata, spec), (false, true), "{metadata} {spec}");
+        }
+    }
+
+    /// The rest of what a service may write down as its own.
+    #[test]
+    fn an_external_address_takes_nothing_from_rules_services_and_pods() {
+        let denies = r#"{"apiVersion":"policy.networking.k8s.io/v1alpha2","kind":"ClusterNetworkPolicy","metadata":{"name":"c"},
+            "spec":{"tier":"Admin","subject":{"namespaces":{}},"egress":[{"action":"Deny","to":[{"networks":["203.0.113.0/24"]}]}]}}"#;
+        let dns = service("dns", "", r#""clusterIP":"172.20.0.10""#, "192.168.1.2");
+        let to = |external: &str, backend: &str, texts: &[&str], peer: &str| {
+            let other = service("s", "", &format!(r#""clusterIP":"172.20.0.9","externalIPs":["{external}"]"#), backend);
+            let mut all = vec![CLUSTER, TO_B, dns.as_str(), other.as_str()];
+            all.extend(texts);
+            passes(&with_a(Settings::default(), &all), Direction::Egress, peer, 80)
+        };
+        assert!(to("203.0.113.7", "192.168.1.2", &[], "203.0.113.7"), "the backend decides");
+        assert!(!to("203.0.113.7", "192.168.1.2", &[denies], "203.0.113.7"), "a rule denies the address");
+        assert!(!to("203.0.113.7", "10.0.0.1", &[denies], "203.0.113.7"), "whatever is behind it");
+        assert!(to("172.20.0.10", "192.168.1.3", &[], "172.20.0.10"), "another service's");
+        assert!(to("192.168.1.2", "192.168.1.3", &[], "192.168.1.2"), "a pod's");
+        assert!(to("192.168.1.2", "192.168.1.3", &[], "172.20.0.10"), "a backend's of another service");
+    }
+
+    /// AWS's strict mode: a pod needs a policy to have network.
+    #[test]
+    fn in_strict_mode_a_pod_that_no_policy_selects_is_closed() {
+        let strict = |source| Settings { source, unselected_pod: UnselectedPod::Closed, ..Settings::default() };
+        let open = |engine: &Engine| {
+            [(Direction::Ingress, "192.168.1.2"), (Direction::Ingress, "192.168.1.3"), (Direction::Egress, "192.168.1.3")]
+                .map(|(direction, peer)| passes(engine, direction, peer, 80))
+        };
+        let part = r#"{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"PolicyEndpoint","metadata":{"name":"p-1","namespace":"x"},
+            "spec":{"policyRef":{"name":"p","namespace":"x"},"podIsolation":["Ingress"],"podSelectorEndpoints":[{"name":"a","namespace":"x"}],
+            "ingress":[{"cidr":"192.168.1.2","ports":[{"port":80}]}]}}"#;
+        for (source, policy) in [(Source::Policies, POLICY), (Source::Endpoints, part)] {
+            let mut engine = with_a(strict(source), &[CLUSTER]);
+            let revision = |engine: &Engine| engine.image().endpoints[&Slot(1)].revision;
+            assert_eq!(engine.can_judge(&PodName::new("x", "a"), ""), Ok(()), "it starts");
+            assert_eq!(open(&engine), [false; 3], "{source:?}: no policy");
+            assert!(
+                passes(&engine, Direction::Ingress, "10.0.0.1", 80) && passes(&engine, Direction::Egress, "10.0.0.1", 80),
+                "the own node"
+            );
+            engine.set_cluster(&cluster(&[CLUSTER, policy]));
+            assert_eq!(open(&engine), [true, false, true], "{source:?}: as the policy says, and what it does not isolate is open");
+            let before = revision(&engine);
+            engine.set_cluster(&cluster(&[CLUSTER]));
+            assert_eq!(open(&engine), [false; 3], "{source:?}: its last policy is gone");
+            assert!(revision(&engine) > before, "what is open is judged anew");
+            engine.set_cluster(&cluster(&[&CLUSTER.replace(r#""labels":{"pod":"a"}"#, r#""labels":{"pod":"z"}"#), POLICY]));
+            assert_eq!(open(&engine), [false; 3], "{source:?}: the policy is of others");
+        }
+    }
+
+    #[test]
+    fn in_strict_mode_policies_of_the_cluster_come_before_what_is_closed_by_default() {
+        let of = |tier: &str| {
+            format!(
+                r#"{{"apiVersion":"policy.networking.k8s.io/v1alpha2","kind":"ClusterNetworkPolicy","metadata":{{"name":"c"}},"spec":{{"tier":"{tier}","subject":{{"namespaces":{{}}}},
+                "ingress":[{{"action":"Accept","from":[{{"pods":{{"podSelector":{{"matchLabels":{{"pod":"c"}}}}}}}}]}},{{"action":"Pass","from":[{{"namespaces":{{}}}}]}}]}}}}"#
+            )
+        };
+        let strict = || Settings { unselected_pod: UnselectedPod::Closed, ..Settings::default() };
+        for tier in ["Admin", "Baseline"] {
+            let policy = of(tier);
+            let engine = with_a(strict(), &[CLUSTER, &policy]);
+            assert!(passes(&engine, Direction::Ingress, "192.168.1.3", 80), "{tier}: accepted");
+            assert!(!passes(&engine, Direction::Ingress, "192.168.1.2", 80), "{tier}: passed on to nothing");
+            assert!(!passes(&engine, Direction::Egress, "192.168.1.3", 80), "{tier}: the other direction");
+            let engine = with_a(strict(), &[CLUSTER, &policy, POLICY]);
+            assert_eq!(passes(&engine, Direction::Ingress, "192.168.1.3", 81), tier == "Admin");
+            assert!(
+                passes(&engine, Direction::Ingress, "192.168.1.2", 80) && passes(&engine, Direction::Egress, "192.168.1.3", 80),
+                "{tier}"
+            );
+        }
+    }
+
+    /// AWS's controller is behind: nobody knows whether a policy comes.
+    #[test]
+    fn in_strict_mode_a_pod_that_no_resolved_policy_speaks_of_starts_closed() {
         let part = r#"{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"PolicyEndpoint","metadata":{"name":"p-1","namespace":"x"},
             "spec":{"policyRef":{"name":"p","namespace":"x"},"podIsolation":["Ingress"],"podSelectorEndpoints":[{"name":"a","namespace":"x"}]}}"#;
         let judged = |name: &str, unknown_pod| {
-            let mut engine = Engine::new(Settings { node_name: "n1".into(), source: Source::Endpoints, unknown_pod });
+            let strict = Settings { source: Source::Endpoints, unknown_pod, unselected_pod: UnselectedPod::Closed, ..Settings::default() };
+            let mut engine = Engine::new(Settings { node_name: "n1".into(), ..strict });
             engine.set_cluster(&cluster(&[CLUSTER, part]));
-            engine.can_judge(&PodName::new("x", name), "")
+            let name = PodName::new("x", name);
+            engine.add_endpoint(Slot(1), &name, "", &["192.168.1.1".parse().unwrap()]);
+            (engine.can_judge(&name, ""), passes(&engine, Direction::Egress, "192.168.1.3", 80))
         };
-        assert_eq!(judged("a", UnknownPod::Closed), Ok(()));
-        assert_eq!(judged("b", UnknownPod::Closed), Err(Missing::Part));
-        assert_eq!(judged("b", UnknownPod::Open), Ok(()));
+        for unknown_pod in [UnknownPod::Closed, UnknownPod::Open] {
+            assert_eq!(judged("a", unknown_pod), (Ok(()), true), "what the policy does not isolate");
+            assert_eq!(judged("b", unknown_pod), (Ok(()), false));
+        }
+    }
+
+    /// Whoever answers the pods of one namespace may lie to them, and to nobody else.
+    #[test]
+    fn a_name_counts_for_pods_of_the_namespace_that_has_learnt_it() {
+        let policy = |namespace: &str| {
+            format!(
+                r#"{{"apiVersion":"networking.k8s.aws/v1alpha1","kind":"ApplicationNetworkPolicy","metadata":{{"name":"p","namespace":"{namespace}"}},
+                "spec":{{"podSelector":{{}},"policyTypes":["Egress"],"egress":[{{"to":[{{"domainNames":["www.example.com"]}}]}}]}}}}"#
+            )
+        };
+        let of_cluster = r#"{"apiVersion":"policy.networking.k8s.io/v1alpha2","kind":"ClusterNetworkPolicy","metadata":{"name":"c"},"spec":{"tier":"Admin","subject":{"namespaces":{}},
+            "egress":[{"action":"Accept","to":[{"domainNames":["www.example.com"]}]},{"action":"Deny","to":[{"networks":["0.0.0.0/0"]}]}]}}"#;
+        let y = r#"{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"y"}}
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"e","namespace":"y"},"spec":{"nodeName":"n1"},"status":{"podIP":"192.168.1.5"}}
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"f","namespace":"y"},"spec":{"nodeName":"n1"},"status":{"podIP":"192.168.1.6"}}"#;
+        let address: IpAddr = "203.0.113.7".parse().unwrap();
+        for policies in [vec![policy("x"), policy("y")], vec![of_cluster.to_owned()]] {
+            let mut texts = vec![CLUSTER, y];
+            texts.extend(policies.iter().map(String::as_str));
+            let mut engine = with_a(Settings::default(), &texts);
+            engine.add_endpoint(Slot(2), &PodName::new("y", "e"), "", &["192.168.1.5".parse().unwrap()]);
+            engine.add_endpoint(Slot(3), &PodName::new("y", "f"), "", &["192.168.1.6".parse().unwrap()]);
+            let open = |engine: &Engine| [1, 2, 3].map(|slot| image_allows(engine.image(), Slot(slot), Direction::Egress, address, 6, 443));
+            let answer = Answer { name: "www.example.com".to_owned(), address, ttl: 100 };
+            let (_, result) = engine.learn(Slot(2), std::slice::from_ref(&answer), 1_000);
+            assert_eq!((result, open(&engine)), (Ok(()), [false, true, true]));
+            let (_, result) = engine.learn(Slot(1), &[answer], 1_000);
+            assert_eq!((result, open(&engine)), (Ok(()), [true, true, true]));
+            engine.forget(2_000, |_| false);
+            assert_eq!(open(&engine), [false; 3]);
+        }
+    }
+
+    /// In namespace y, so that pods of x have nothing of it.
+    fn large(name: &str, rules: &[String]) -> String {
+        format!(
+            r#"{{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{{"name":"{name}","namespace":"y"}},"spec":{{"podSelector":{{"matchLabels":{{"pod":"{name}"}}}},"policyTypes":["Egress"],"egress":[{}]}}}}"#,
+            rules.join(",")
+        )
+    }
+
+    /// Who may write policies for one namespace does not take the agent from others.
+    #[test]
+    fn policies_that_come_to_too_much_close_their_own_pods_and_leave_others_alone() {
+        let pods = ["large", "broad"].map(|name| {
+            format!(r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"{name}","namespace":"y","labels":{{"pod":"{name}"}}}},"spec":{{"nodeName":"n1"}}}}"#)
+        });
+        let ports = |count: u32| (0..count).map(|n| format!(r#"{{"port":{}}}"#, 1 + 2 * n)).collect::<Vec<_>>().join(",");
+        let host = |n: u32| format!("10.{}.{}.{}/32", n >> 16, n >> 8 & 255, n & 255);
+        let one = |n: u32| format!(r#"{{"to":[{{"ipBlock":{{"cidr":"{}"}}}}],"ports":[{{"port":{}}}]}}"#, host(n), 2 * (n % 2_000));
+        let anywhere = |count: u32| format!(r#"{{"to":[{{"ipBlock":{{"cidr":"0.0.0.0/0"}}}}],"ports":[{}]}}"#, ports(count));
+        let product: Vec<String> = std::iter::once(anywhere(2_000)).chain((0..1_000).map(one)).collect();
+        let many: Vec<String> = (0..2_600).map(one).collect();
+        let classes = |n: u32| {
+            format!(
+                r#"{{"to":[{{"ipBlock":{{"cidr":"0.0.0.0/0"}}}},{{"ipBlock":{{"cidr":"{}"}}}}],"ports":[{{"port":{}}}]}}"#,
+                host(n),
+                1 + n % 2
+            )
+        };
+        let classes: Vec<String> = (0..1_600).map(classes).collect();
+        let broad = large("broad", &[anywhere(450)]);
+        for (about, rules) in [("ports by peers", product), ("peers that others have ports for", many), ("peers by peers", classes)] {
+            let all = [CLUSTER, POLICY, &pods[0], &pods[1], &broad];
+            let mut engine = with_a(Settings::default(), &all);
+            engine.add_endpoint(Slot(2), &PodName::new("y", "large"), "", &["192.168.1.7".parse().unwrap()]);
+            engine.add_endpoint(Slot(3), &PodName::new("y", "broad"), "", &["192.168.1.8".parse().unwrap()]);
+            let to = |engine: &Engine, slot, peer: &str, port| {
+                image_allows(engine.image(), Slot(slot), Direction::Egress, peer.parse().unwrap(), 6, port)
+            };
+            assert!(to(&engine, 2, "10.0.0.9", 18) && engine.problems().is_empty(), "{about}");
+            let policy = large("large", &rules);
+            let ops = engine.set_cluster(&cluster(&[&all[..], &[&policy]].concat()));
+            assert!(ops.len() < 10_000, "{about}: {} operations", ops.len());
+            assert!(!to(&engine, 2, "10.0.0.9", 18) && !to(&engine, 2, "10.0.0.9", 17), "{about}: closed");
+            let problems = engine.problems();
+            let [problem] = problems.as_slice() else { panic!("{about}: {problems:?}") };
+            assert!(problem.to_string().contains("NetworkPolicy y/large: spec.egress: "), "{about}: {problem}");
+            assert!(
+                passes(&engine, Direction::Ingress, "192.168.1.2", 80) && !passes(&engine, Direction::Ingress, "192.168.1.3", 80),
+                "{about}"
+            );
+            assert!(to(&engine, 3, "10.0.0.9", 17) && !to(&engine, 3, "10.0.0.9", 18), "{about}: another large one");
+            assert!(engine.set_cluster(&cluster(&[&all[..], &[&policy]].concat())).is_empty(), "{about}: it stays so");
+            engine.set_cluster(&cluster(&[&all[..], &[&large("large", &rules[rules.len() - 10..])]].concat()));
+            assert!(engine.problems().is_empty() && !to(&engine, 2, "10.9.9.9", 6_000), "{about}: mended");
+        }
     }
 
     const BY_NAMESPACE: &str = r#"{"apiVersion":"policy.networking.k8s.io/v1beta1","kind":"ClusterNetworkPolicy","metadata":{"name":"c"},

@@ -2,15 +2,18 @@
 //! never used again for something else.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::cluster::{ClusterState, Named, Namespaced};
 use crate::ids::PodName;
 use crate::objects::{NetworkPolicy, Pod, Protocol};
 
-use super::engine::Source;
+use super::classes::Classes;
+use super::engine::{Source, UnselectedPod};
 use super::image::MapImage;
 use super::model::{Direction, Peer, Peers, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Tier, ordered_rules};
+use super::names::Names;
 use super::objects::{ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
 use super::order::Meanings;
 use super::ports::{Decision, Entry, PortFunction};
@@ -19,6 +22,36 @@ use super::{resolve, resolved, world};
 
 /// Pairs of numbers: of a policy set and an identity, or of two identities.
 pub(super) type Pairs = BTreeSet<(u32, u32)>;
+
+/// Verdict entries of all policy sets of a node together: a quarter of what the map takes, of which the agent's memory (256 MiB in the
+/// chart) and the kernel's that is counted with it hold no more while they are written.
+const MOST_ENTRIES: usize = 1_048_576;
+
+/// Peer lists with address blocks, counted in each class of addresses that they make: 24 MiB of numbers.
+const MOST_IN_CLASSES: usize = 2_097_152;
+
+/// How the pairs of sets and identities changed.
+#[derive(Debug, Default)]
+pub(super) struct PairChange {
+    pub(super) added: Pairs,
+    pub(super) removed: Pairs,
+}
+
+impl PairChange {
+    /// Both, one after the other.
+    pub(super) fn then(&mut self, later: Self) {
+        for pair in later.removed {
+            if !self.added.remove(&pair) {
+                self.removed.insert(pair);
+            }
+        }
+        for pair in later.added {
+            if !self.removed.remove(&pair) {
+                self.added.insert(pair);
+            }
+        }
+    }
+}
 
 /// A rule by name: what a verdict's number stands for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,6 +77,8 @@ impl std::fmt::Display for RuleName {
 #[derive(Debug)]
 struct Version {
     number: u32,
+    /// Some peer of its egress rules is a DNS name.
+    by_name: bool,
     policy: Arc<Policy>,
     problems: Vec<Problem>,
 }
@@ -54,8 +89,12 @@ struct SetKey {
     direction: Direction,
     /// Numbers of policies; `None`: unknown pod, closed.
     policies: Option<Vec<u32>>,
+    /// What passes where no policy decides.
+    otherwise: Decision,
     /// The pod's own named ports that its ingress rules use.
     named: Vec<(String, Protocol, u16)>,
+    /// The pod's namespace, if some peer is a DNS name: what the pods of one namespace learn of names is not for those of others.
+    learners: String,
 }
 
 /// Objects that were resolved, to resolve only what changed.
@@ -71,6 +110,7 @@ struct Sources {
 #[derive(Debug, Default)]
 pub(super) struct Interned {
     source: Source,
+    unselected_pod: UnselectedPod,
     last: u32,
     sources: Sources,
     network: BTreeMap<PodName, Version>,
@@ -82,8 +122,9 @@ pub(super) struct Interned {
     sets: HashMap<SetKey, u32>,
     programs: HashMap<u32, Arc<Program>>,
     in_use: BTreeSet<u32>,
-    terms: HashMap<Arc<[Peer]>, u32>,
-    term_peers: HashMap<u32, Arc<[Peer]>>,
+    /// By peers, and whose DNS names count for them.
+    terms: HashMap<(Arc<[Peer]>, String), u32>,
+    term_peers: HashMap<u32, (Arc<[Peer]>, String)>,
     names: HashMap<String, u32>,
     signatures: HashMap<Arc<Signature>, u32>,
     identities: HashMap<u32, Arc<Signature>>,
@@ -93,6 +134,8 @@ pub(super) struct Interned {
     /// Pairs of set and identity that need entries, by set, for [`Self::paired`].
     pairs: BTreeMap<u32, BTreeSet<u32>>,
     paired: BTreeSet<u32>,
+    /// Entries of these pairs, by set; of a set that alone has too many, not all are counted.
+    sizes: BTreeMap<u32, usize>,
     empty: Signature,
 }
 
@@ -111,8 +154,8 @@ pub(super) struct Active {
 
 impl Interned {
     /// Empty, to be filled from one source.
-    pub(super) fn new(source: Source) -> Self {
-        Self { source, ..Self::default() }
+    pub(super) fn new(source: Source, unselected_pod: UnselectedPod) -> Self {
+        Self { source, unselected_pod, ..Self::default() }
     }
 
     fn next(&mut self) -> u32 {
@@ -187,9 +230,9 @@ impl Interned {
         match self.network.get_mut(&name) {
             Some(version) if *version.policy == policy => version.problems = problems,
             _ => {
-                let number = self.next();
+                let (number, by_name) = (self.next(), has_names(&policy));
                 self.by_namespace.entry(name.namespace.clone()).or_default().insert(name.clone());
-                self.network.insert(name, Version { number, policy: Arc::new(policy), problems });
+                self.network.insert(name, Version { number, by_name, policy: Arc::new(policy), problems });
             }
         }
     }
@@ -199,8 +242,8 @@ impl Interned {
         match policy {
             Some(_) if unchanged => {}
             Some(policy) => {
-                let number = self.next();
-                self.cluster.insert(name.clone(), Version { number, policy: Arc::new(policy), problems: Vec::new() });
+                let (number, by_name) = (self.next(), has_names(&policy));
+                self.cluster.insert(name.clone(), Version { number, by_name, policy: Arc::new(policy), problems: Vec::new() });
             }
             None => drop(self.cluster.remove(&name)),
         }
@@ -230,34 +273,39 @@ impl Interned {
         namespaced.chain(self.cluster.values())
     }
 
-    /// Whether some policy speaks of the pod.
-    pub(super) fn speaks_of_pod(&self, cluster: &ClusterState, pod: &Pod) -> bool {
-        self.near(pod).any(|version| world::selects(cluster, &version.policy, pod))
-    }
-
     /// The set of the policies that select the pod; `None`: the direction is not judged.
     pub(super) fn set_of(&mut self, cluster: &ClusterState, pod: &Pod, direction: Direction) -> Option<u32> {
+        let mut by_name = false;
         let versions: Vec<(u32, Arc<Policy>)> = self
             .near(pod)
             .filter(|version| version.policy.rules(direction).is_some() && world::selects(cluster, &version.policy, pod))
+            .inspect(|version| by_name |= version.by_name && direction == Direction::Egress)
             .map(|version| (version.number, Arc::clone(&version.policy)))
             .collect();
-        if versions.is_empty() {
+        let is_selected = |version: &Version| version.policy.tier == Tier::Namespace && world::selects(cluster, &version.policy, pod);
+        let otherwise = match self.unselected_pod {
+            // One NetworkPolicy that selects it, in whatever direction, and the pod is as Kubernetes says.
+            UnselectedPod::Closed if !self.near(pod).any(is_selected) => Decision::DENY,
+            _ => Decision::ALLOW,
+        };
+        if versions.is_empty() && otherwise.allow {
             return None;
         }
         let policies: Vec<&Policy> = versions.iter().map(|(_, policy)| &**policy).collect();
         let named = if direction == Direction::Ingress { own_ports(&policies, pod) } else { Vec::new() };
-        let key = SetKey { direction, policies: Some(versions.iter().map(|(number, _)| *number).collect()), named };
+        let numbers = versions.iter().map(|(number, _)| *number).collect();
+        let learners = if by_name { pod.metadata.namespace.clone() } else { String::new() };
+        let key = SetKey { direction, policies: Some(numbers), otherwise, named, learners };
         if let Some(id) = self.sets.get(&key) {
             return Some(*id);
         }
-        let program = self.compile(&policies, direction, &key.named);
+        let program = self.compile(&policies, &key);
         Some(self.add_set(key, program))
     }
 
     /// The set of pods of which nothing is known.
     pub(super) fn closed(&mut self, direction: Direction) -> u32 {
-        let key = SetKey { direction, policies: None, named: Vec::new() };
+        let key = SetKey { direction, policies: None, otherwise: Decision::DENY, named: Vec::new(), learners: String::new() };
         match self.sets.get(&key) {
             Some(id) => *id,
             None => self.add_set(key, Program::closed(direction)),
@@ -271,21 +319,23 @@ impl Interned {
         id
     }
 
-    fn compile(&mut self, policies: &[&Policy], direction: Direction, own: &[(String, Protocol, u16)]) -> Program {
+    fn compile(&mut self, policies: &[&Policy], key: &SetKey) -> Program {
+        let (direction, otherwise) = (key.direction, key.otherwise);
         let [admin, namespace, baseline] = [Tier::Admin, Tier::Namespace, Tier::Baseline].map(|tier| {
             let rules = ordered_rules(policies, tier, direction)?;
-            Some(rules.into_iter().map(|(policy, rule)| self.compile_rule(policy, rule, direction, own)).collect::<Vec<_>>())
+            Some(rules.into_iter().map(|(policy, rule)| self.compile_rule(policy, rule, key)).collect::<Vec<_>>())
         });
-        let mut program = Program::new(direction, admin.unwrap_or_default(), namespace, baseline.unwrap_or_default());
-        program.by_name = program.terms().iter().any(|term| is_by_name(&self.term_peers[term]));
+        let mut program = Program::new(direction, admin.unwrap_or_default(), namespace, baseline.unwrap_or_default(), otherwise);
+        program.by_name = program.terms().iter().any(|term| is_by_name(self.peers(*term)));
         program
     }
 
-    fn compile_rule(&mut self, policy: &Policy, rule: &Rule, direction: Direction, own: &[(String, Protocol, u16)]) -> ProgramRule {
+    fn compile_rule(&mut self, policy: &Policy, rule: &Rule, key: &SetKey) -> ProgramRule {
+        let (direction, own) = (key.direction, &key.named);
         let name = RuleName { policy: policy.name.clone(), direction, index: rule.index, name: rule.name.clone() };
         let term = match &rule.peers {
             Peers::Any => None,
-            Peers::List(peers) => Some(self.term(peers)),
+            Peers::List(peers) => Some(self.term(peers, &key.learners)),
         };
         let ports = match &rule.ports {
             Ports::Any => None,
@@ -307,13 +357,14 @@ impl Interned {
         ProgramRule { id: self.rule_id(name), action: rule.action, term, ports }
     }
 
-    fn term(&mut self, peers: &Arc<[Peer]>) -> u32 {
-        if let Some(id) = self.terms.get(peers) {
+    fn term(&mut self, peers: &Arc<[Peer]>, learners: &str) -> u32 {
+        let key = (Arc::clone(peers), if is_by_name(peers) { learners.to_owned() } else { String::new() });
+        if let Some(id) = self.terms.get(&key) {
             return *id;
         }
         let id = self.next();
-        self.terms.insert(Arc::clone(peers), id);
-        self.term_peers.insert(id, Arc::clone(peers));
+        self.terms.insert(key.clone(), id);
+        self.term_peers.insert(id, key);
         id
     }
 
@@ -369,7 +420,7 @@ impl Interned {
 
     /// Whether a rule of the set is about the DNS name.
     pub(super) fn speaks_of(&self, set: u32, name: &str) -> bool {
-        let peers = self.programs.get(&set).into_iter().flat_map(|program| program.terms()).flat_map(|term| self.term_peers[term].iter());
+        let peers = self.programs.get(&set).into_iter().flat_map(|program| program.terms()).flat_map(|term| self.peers(*term));
         peers.into_iter().any(|peer| matches!(peer, Peer::Domain(pattern) if pattern.matches(name)))
     }
 
@@ -379,17 +430,24 @@ impl Interned {
 
     /// Peer lists that sets in use ask about.
     pub(super) fn active_terms(&self) -> impl Iterator<Item = (u32, &[Peer])> {
-        self.active.terms.iter().map(|term| (*term, &*self.term_peers[term]))
+        self.active.terms.iter().map(|term| (*term, self.peers(*term)))
+    }
+
+    /// Whether the address has one of the names in the peer list, for the pods whose sets have that list.
+    pub(super) fn is_named(&self, term: u32, names: &Names, address: IpAddr) -> bool {
+        let Some((peers, learners)) = self.term_peers.get(&term) else { return false };
+        let holds = |peer: &Peer| matches!(peer, Peer::Domain(pattern) if names.of(address, learners).any(|name| pattern.matches(name)));
+        peers.iter().any(holds)
     }
 
     /// A peer list that a set in use asks about.
     pub(super) fn peers(&self, term: u32) -> &[Peer] {
-        self.term_peers.get(&term).map_or(&[], |peers| peers)
+        self.term_peers.get(&term).map_or(&[], |(peers, _)| peers)
     }
 
     /// Whether some of the peer lists have address blocks; so do those that are forgotten, as far as one knows.
     pub(super) fn has_blocks(&self, terms: &BTreeSet<u32>) -> bool {
-        let has = |peers: &Arc<[Peer]>| peers.iter().any(|peer| matches!(peer, Peer::Block { .. }));
+        let has = |(peers, _): &(Arc<[Peer]>, String)| peers.iter().any(|peer| matches!(peer, Peer::Block { .. }));
         terms.iter().any(|term| self.term_peers.get(term).is_none_or(has))
     }
 
@@ -441,6 +499,7 @@ impl Interned {
         self.paired = std::mem::take(&mut self.paired).into_iter().map(identity).collect();
         let pairs = std::mem::take(&mut self.pairs).into_iter();
         self.pairs = pairs.map(|(id, paired)| (set(id), paired.into_iter().map(identity).collect())).collect();
+        self.sizes = std::mem::take(&mut self.sizes).into_iter().map(|(id, size)| (set(id), size)).collect();
         self.sets.values_mut().for_each(|id| *id = set(*id));
         self.programs = std::mem::take(&mut self.programs).into_iter().map(|(id, program)| (set(id), program)).collect();
         self.in_use = std::mem::take(&mut self.in_use).into_iter().map(set).collect();
@@ -457,38 +516,85 @@ impl Interned {
         Some(program.decide(signature, &|id| self.signature(id)))
     }
 
-    /// Every pair of a set and an identity in use that needs entries: what is new and what is gone since the last call.
-    pub(super) fn update_pairs(&mut self, identities: BTreeSet<u32>) -> (Pairs, Pairs) {
-        let (mut added, mut removed) = (BTreeSet::new(), BTreeSet::new());
-        let sets: Vec<u32> = self.pairs.keys().copied().collect();
-        for set in sets.into_iter().filter(|set| !self.in_use.contains(set)) {
-            removed.extend(self.pairs.remove(&set).into_iter().flatten().map(|identity| (set, identity)));
+    /// Every pair of a set and an identity in use that needs entries: what is new and what is gone since the last call. No more of a set
+    /// than until [`Self::heaviest`] gives it.
+    pub(super) fn update_pairs(&mut self, identities: BTreeSet<u32>) -> PairChange {
+        let mut change = PairChange::default();
+        let (mut pairs, mut sizes) = (std::mem::take(&mut self.pairs), std::mem::take(&mut self.sizes));
+        let unused: Vec<u32> = pairs.keys().filter(|set| !self.in_use.contains(set)).copied().collect();
+        for set in unused {
+            sizes.remove(&set);
+            change.removed.extend(pairs.remove(&set).into_iter().flatten().map(|identity| (set, identity)));
         }
         let fresh: Vec<u32> = identities.difference(&self.paired).copied().collect();
         let gone: Vec<u32> = self.paired.difference(&identities).copied().collect();
+        let count = |set, identity| self.entries(set, identity).map_or(0, |entries| entries.len());
         for set in &self.in_use {
             let program = &self.programs[set];
-            let mut add = |present: &mut BTreeSet<u32>, identity: u32| {
+            let is_new = !pairs.contains_key(set);
+            let (present, size) = (pairs.entry(*set).or_default(), sizes.entry(*set).or_default());
+            if is_new {
+                present.insert(0);
+                change.added.insert((*set, 0));
+                *size = count(*set, 0);
+            }
+            for identity in gone.iter().filter(|identity| present.remove(identity)) {
+                *size = size.saturating_sub(count(*set, *identity));
+                change.removed.insert((*set, *identity));
+            }
+            let come: Vec<u32> = if is_new { identities.iter().copied().collect() } else { fresh.clone() };
+            for identity in come {
+                if *size > MOST_ENTRIES {
+                    break;
+                }
                 if self.identities.get(&identity).is_some_and(|signature| program.knows(signature)) {
+                    *size += count(*set, identity);
                     present.insert(identity);
-                    added.insert((*set, identity));
-                }
-            };
-            match self.pairs.get_mut(set) {
-                Some(present) => {
-                    removed.extend(gone.iter().filter(|identity| present.remove(identity)).map(|identity| (*set, *identity)));
-                    fresh.iter().for_each(|identity| add(present, *identity));
-                }
-                None => {
-                    let mut present = BTreeSet::from([0]);
-                    identities.iter().for_each(|identity| add(&mut present, *identity));
-                    added.insert((*set, 0));
-                    self.pairs.insert(*set, present);
+                    change.added.insert((*set, identity));
                 }
             }
         }
-        self.paired = identities;
-        (added, removed)
+        (self.pairs, self.sizes, self.paired) = (pairs, sizes, identities);
+        change
+    }
+
+    /// If the address blocks of all sets together make too many classes: the set with most of them.
+    pub(super) fn widest(&self) -> Option<u32> {
+        if !Classes::exceed(self.active_terms(), MOST_IN_CLASSES) {
+            return None;
+        }
+        let blocks = |term: &u32| self.peers(*term).iter().filter(|peer| matches!(peer, Peer::Block { .. })).count();
+        self.in_use.iter().copied().max_by_key(|set| self.programs[set].terms().iter().map(blocks).sum::<usize>())
+    }
+
+    /// If all sets together have too many entries: the one that makes most of them, by those it has and by the peer lists for which others
+    /// have them.
+    pub(super) fn heaviest(&self) -> Option<u32> {
+        if self.sizes.values().sum::<usize>() <= MOST_ENTRIES {
+            return None;
+        }
+        let weight = |set: &u32| self.sizes[set].saturating_mul(self.programs.get(set).map_or(0, |program| program.terms().len()) + 1);
+        self.sizes.keys().copied().max_by_key(weight)
+    }
+
+    /// What there is to be told of a set that is too large.
+    pub(super) fn too_large(&self, set: u32) -> Option<Problem> {
+        let (key, _) = self.sets.iter().find(|(_, id)| **id == set)?;
+        let numbers = key.policies.iter().flatten();
+        let versions = self.network.values().chain(self.cluster.values());
+        let policies: HashMap<u32, &Arc<Policy>> = versions.map(|version| (version.number, &version.policy)).collect();
+        let ports = |rule: &Rule| if let Ports::List(list) = &rule.ports { list.len() } else { 0 };
+        let size = |policy: &&Arc<Policy>| policy.rules(key.direction).into_iter().flatten().map(|rule| 1 + ports(rule)).sum::<usize>();
+        let policy = numbers.filter_map(|number| policies.get(number).copied()).max_by_key(size)?;
+        Some(Problem {
+            policy: policy.name.clone(),
+            field: format!("spec.{}", key.direction),
+            problem: format!(
+                "the policies of the node's pods come to more than {MOST_ENTRIES} verdicts or {MOST_IN_CLASSES} parts of address classes, mostly by this one"
+            ),
+            consequence: "the pods that it selects are closed in this direction",
+            remedy: "Write ranges of ports and fewer rules with ports of their own.",
+        })
     }
 
     /// The pairs as of the last update.
@@ -543,6 +649,11 @@ impl Meanings for Interned {
 
 fn is_by_name(peers: &[Peer]) -> bool {
     peers.iter().any(|peer| matches!(peer, Peer::Domain(_)))
+}
+
+fn has_names(policy: &Policy) -> bool {
+    let mut rules = policy.egress.iter().flatten();
+    rules.any(|rule| matches!(&rule.peers, Peers::List(peers) if is_by_name(peers)))
 }
 
 /// The pod's own ports that ingress rules name.

@@ -1,5 +1,7 @@
 //! Verdicts as functions of protocol and port, and their shortest form as prefix entries of the verdict trie.
 
+use std::collections::BTreeMap;
+
 use stanchion_ebpf_abi::{PROTOCOL_ANY, VERDICT_PREFIX_ANY, VERDICT_PREFIX_PROTOCOL, VerdictKey, VerdictValue, verdict};
 
 use crate::objects::Protocol;
@@ -7,19 +9,17 @@ use crate::objects::Protocol;
 /// Protocols that rules can name, in the order of [`PortFunction::transports`].
 pub const TRANSPORTS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
-/// How far evaluation of a protocol and port has come.
+/// What a rule does with what it matches and no rule before it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// No rule has matched yet.
-    Open,
-    /// A Pass rule matched: the rest of the tier does not apply.
+pub enum Outcome {
+    /// The rest of the tier does not apply.
     Passed,
     /// Decided.
     Done(Decision),
 }
 
 /// A verdict and the rule that gave it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Decision {
     /// Lets pass.
     pub allow: bool,
@@ -76,37 +76,27 @@ impl<T: Copy + PartialEq> PortFunction<T> {
         segments[segments.partition_point(|(start, _)| *start <= port) - 1].1
     }
 
-    /// Changes values everywhere.
-    pub fn update_all(&mut self, change: impl Fn(T) -> T) {
-        self.other = change(self.other);
-        for segments in &mut self.transports {
-            for (_, value) in segments.iter_mut() {
-                *value = change(*value);
-            }
-            segments.dedup_by_key(|(_, value)| *value);
-        }
-    }
-
     /// Changes values of a protocol from the first to the last port, both included.
     pub fn update(&mut self, protocol: Protocol, first: u16, last: u16, change: impl Fn(T) -> T) {
         let segments = &mut self.transports[index(protocol)];
-        let mut next = Vec::with_capacity(segments.len() + 2);
-        for (at, (start, value)) in segments.iter().copied().enumerate() {
-            let end = segments.get(at + 1).map_or(u16::MAX, |(s, _)| s - 1);
-            if end < first || start > last {
-                next.push((start, value));
-                continue;
-            }
+        // Those that the range touches, and the one on either side, which may be the same afterwards.
+        let from = segments.partition_point(|(start, _)| *start <= first) - 1;
+        let to = segments.partition_point(|(start, _)| *start <= last);
+        let (before, after) = (from.saturating_sub(1), segments.len().min(to + 1));
+        let mut next: Segments<T> = segments[before..from].to_vec();
+        for at in from..to {
+            let (start, value) = segments[at];
             if start < first {
                 next.push((start, value));
             }
             next.push((start.max(first), change(value)));
-            if end > last {
+            if at + 1 == to && last < segments.get(to).map_or(u16::MAX, |(start, _)| start - 1) {
                 next.push((last + 1, value));
             }
         }
+        next.extend_from_slice(&segments[to..after]);
         next.dedup_by_key(|(_, value)| *value);
-        *segments = next;
+        segments.splice(before..after, next);
     }
 
     /// Whether `holds` is true of the values of both at every protocol and port.
@@ -139,6 +129,83 @@ impl PortFunction<Decision> {
     /// Whether everything that `self` allows, `other` allows too.
     pub fn is_within(&self, other: &Self) -> bool {
         self.all_with(other, |mine, theirs| !mine.allow || theirs.allow)
+    }
+}
+
+/// A function in the making: rules are asked in their order, and what one has decided no later one changes.
+#[derive(Debug)]
+pub struct Draft {
+    other: Option<Outcome>,
+    /// What no rule has matched yet: by its first port, its last.
+    open: [BTreeMap<u16, u16>; 3],
+    passed: [Vec<(u16, u16)>; 3],
+    /// By the first port.
+    done: [Segments<Decision>; 3],
+}
+
+impl Default for Draft {
+    /// Nothing is decided.
+    fn default() -> Self {
+        let open = std::array::from_fn(|_| BTreeMap::from([(0, u16::MAX)]));
+        Self { other: None, open, passed: Default::default(), done: Default::default() }
+    }
+}
+
+impl Draft {
+    /// A rule for every protocol.
+    pub fn settle_all(&mut self, outcome: Outcome) {
+        self.other = self.other.or(Some(outcome));
+        for at in 0..TRANSPORTS.len() {
+            for (first, last) in std::mem::take(&mut self.open[at]) {
+                self.note(at, first, last, outcome);
+            }
+        }
+    }
+
+    /// A rule for ports of a protocol from the first to the last, both included.
+    pub fn settle(&mut self, protocol: Protocol, first: u16, last: u16, outcome: Outcome) {
+        let at = index(protocol);
+        if let Some((begin, end)) = self.open[at].range(..first).next_back().map(|(begin, end)| (*begin, *end))
+            && end >= first
+        {
+            self.open[at].insert(begin, first - 1);
+            self.open[at].insert(first, end);
+        }
+        while let Some((begin, end)) = self.open[at].range(first..=last).next().map(|(begin, end)| (*begin, *end)) {
+            self.open[at].remove(&begin);
+            if end > last {
+                self.open[at].insert(last + 1, end);
+            }
+            self.note(at, begin, end.min(last), outcome);
+        }
+    }
+
+    fn note(&mut self, at: usize, first: u16, last: u16, outcome: Outcome) {
+        match outcome {
+            Outcome::Done(decision) => self.done[at].push((first, decision)),
+            Outcome::Passed => self.passed[at].push((first, last)),
+        }
+    }
+
+    /// The next tier is asked about what was passed on to it, and about what no rule has matched.
+    pub fn next_tier(&mut self) {
+        self.other = self.other.filter(|outcome| *outcome != Outcome::Passed);
+        for (open, passed) in self.open.iter_mut().zip(&mut self.passed) {
+            open.extend(passed.drain(..));
+        }
+    }
+
+    /// `otherwise`: what is so far undecided.
+    pub fn finish(mut self, otherwise: Decision) -> PortFunction<Decision> {
+        self.next_tier();
+        let Self { other, open, done, .. } = self;
+        let mut transports = done;
+        for (segments, open) in transports.iter_mut().zip(open) {
+            segments.extend(open.into_keys().map(|first| (first, otherwise)));
+            segments.sort_unstable_by_key(|(first, _)| *first);
+            segments.dedup_by_key(|(_, decision)| *decision);
+        }
+        PortFunction { other: if let Some(Outcome::Done(decision)) = other { decision } else { otherwise }, transports }
     }
 }
 
@@ -304,6 +371,62 @@ mod tests {
             let wanted = (!left.other.allow || right.other.allow)
                 && TRANSPORTS.into_iter().enumerate().all(|(at, p)| edges(at).into_iter().all(|port| !left.at(p, port).allow || right.at(p, port).allow));
             prop_assert_eq!(left.is_within(&right), wanted);
+        }
+    }
+
+    /// What the rules say of one port: the first that matches, tier by tier.
+    fn first_match(rules: &[Vec<(usize, u16, u16, Option<Decision>)>], protocol: usize, port: u16, otherwise: Decision) -> Decision {
+        for tier in rules {
+            let matches = |rule: &&(usize, u16, u16, Option<Decision>)| match rule.0 {
+                3 => true,
+                of => of == protocol && (rule.1.min(rule.2)..=rule.1.max(rule.2)).contains(&port),
+            };
+            if let Some(decision) = tier.iter().find(matches).and_then(|rule| rule.3) {
+                return decision;
+            }
+        }
+        otherwise
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_rule_that_matches_decides(
+            tiers in proptest::collection::vec(
+                proptest::collection::vec((0usize..4, 0u16..40, prop_oneof![0u16..40, Just(u16::MAX)], proptest::option::of(decision())), 0..8), 0..3),
+            otherwise in decision(),
+        ) {
+            let mut draft = Draft::default();
+            for tier in &tiers {
+                for (protocol, a, b, decision) in tier {
+                    let outcome = decision.map_or(Outcome::Passed, Outcome::Done);
+                    match TRANSPORTS.get(*protocol) {
+                        Some(protocol) => draft.settle(*protocol, *a.min(b), *a.max(b), outcome),
+                        None => draft.settle_all(outcome),
+                    }
+                }
+                draft.next_tier();
+            }
+            let function = draft.finish(otherwise);
+            prop_assert_eq!(function.other, first_match(&tiers, 3, 0, otherwise));
+            for (at, protocol) in TRANSPORTS.into_iter().enumerate() {
+                prop_assert!(function.transports[at][0].0 == 0 && function.transports[at].windows(2).all(|two| two[0].0 < two[1].0));
+                for port in (0..45).chain([u16::MAX - 1, u16::MAX]) {
+                    prop_assert_eq!(function.at(protocol, port), first_match(&tiers, at, port, otherwise));
+                }
+            }
+        }
+
+        #[test]
+        fn an_update_changes_its_ports_and_no_others(before in function(), a in any::<u16>(), b in any::<u16>(), decision in decision()) {
+            let (first, last) = (a.min(b), a.max(b));
+            let mut after = before.clone();
+            after.update(Protocol::Udp, first, last, |_| decision);
+            let segments = &after.transports[1];
+            prop_assert!(segments[0].0 == 0 && segments.windows(2).all(|two| two[0].0 < two[1].0 && two[0].1 != two[1].1));
+            for port in [0, first.saturating_sub(1), first, last, last.saturating_add(1), u16::MAX] {
+                let wanted = if (first..=last).contains(&port) { decision } else { before.at(Protocol::Udp, port) };
+                prop_assert_eq!(after.at(Protocol::Udp, port), wanted);
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 use crate::objects::Protocol;
 
 use super::model::{Action, Direction};
-use super::ports::{Decision, Entry, PortFunction, State, entries};
+use super::ports::{Decision, Draft, Entry, Outcome, PortFunction, entries};
 
 /// What an address is to the policies of this node: the meaning of an identity. Addresses with equal signatures are
 /// treated alike by every policy.
@@ -32,6 +32,8 @@ pub(super) struct ServicePort {
     pub(super) protocol: Protocol,
     /// Its number.
     pub(super) port: u16,
+    /// The address is none that the cluster gave to the service.
+    pub(super) is_external: bool,
     /// Identities (or [`OWN_NODE`]) and target ports behind it, sorted, without duplicates.
     pub(super) backends: Vec<(u32, u16)>,
 }
@@ -72,6 +74,8 @@ pub(super) struct Program {
     pub(super) namespace: Option<Vec<ProgramRule>>,
     /// Rules of the Baseline tier.
     pub(super) baseline: Vec<ProgramRule>,
+    /// What passes where none of them decides.
+    otherwise: Decision,
     /// Peer lists that occur, sorted.
     terms: Vec<u32>,
     /// Port names to look up on peers, sorted.
@@ -89,6 +93,7 @@ impl Program {
         admin: Vec<ProgramRule>,
         namespace: Option<Vec<ProgramRule>>,
         baseline: Vec<ProgramRule>,
+        otherwise: Decision,
     ) -> Self {
         let mut terms = Vec::new();
         let mut names = Vec::new();
@@ -101,14 +106,14 @@ impl Program {
             list.dedup();
         }
         let wildcard = PortFunction::constant(Decision::DENY);
-        let mut program = Self { direction, admin, namespace, baseline, terms, names, by_name: false, wildcard };
+        let mut program = Self { direction, admin, namespace, baseline, otherwise, terms, names, by_name: false, wildcard };
         program.wildcard = program.decide_address(&[], &[]);
         program
     }
 
     /// The set of an endpoint whose policies are not known: nothing passes.
     pub(super) fn closed(direction: Direction) -> Self {
-        Self::new(direction, Vec::new(), Some(Vec::new()), Vec::new())
+        Self::new(direction, Vec::new(), None, Vec::new(), Decision::DENY)
     }
 
     /// Peer lists that occur.
@@ -136,7 +141,9 @@ impl Program {
         }
         for service in &signature.services {
             let decision = self.decide_backends(service, signature_of);
-            function.update(service.protocol, service.port, service.port, |_| decision);
+            // Whoever writes services names their external addresses: what a rule denies is not opened by that.
+            let is_denied = |address: Decision| service.is_external && !address.allow && address.rule != 0;
+            function.update(service.protocol, service.port, service.port, |address| if is_denied(address) { address } else { decision });
         }
         function
     }
@@ -156,32 +163,22 @@ impl Program {
     }
 
     fn decide_address(&self, terms: &[u32], named: &[(u32, Protocol, u16)]) -> PortFunction<Decision> {
-        let mut states = PortFunction::constant(State::Open);
-        let applies = |rule: &&ProgramRule| rule.term.is_none_or(|term| terms.binary_search(&term).is_ok());
-        let reopen = |state| if state == State::Passed { State::Open } else { state };
-        for rule in self.admin.iter().filter(applies) {
-            paint(&mut states, rule, named);
-        }
-        states.update_all(reopen);
-        if let Some(rules) = &self.namespace {
-            for rule in rules.iter().filter(applies) {
-                paint(&mut states, rule, named);
+        let mut draft = Draft::default();
+        let mut ask = |rules: &[ProgramRule]| {
+            for rule in rules.iter().filter(|rule| rule.term.is_none_or(|term| terms.binary_search(&term).is_ok())) {
+                settle(&mut draft, rule, named);
             }
-            states.update_all(|state| if state == State::Open { State::Done(Decision::DENY) } else { state });
+            draft.next_tier();
+        };
+        ask(&self.admin);
+        let otherwise = if let Some(rules) = &self.namespace {
+            ask(rules);
+            Decision::DENY
         } else {
-            for rule in self.baseline.iter().filter(applies) {
-                paint(&mut states, rule, named);
-            }
-        }
-        let decided = |state| if let State::Done(decision) = state { decision } else { Decision::ALLOW };
-        PortFunction {
-            other: decided(states.other),
-            transports: states.transports.map(|segments| {
-                let mut decided: Vec<_> = segments.into_iter().map(|(start, state)| (start, decided(state))).collect();
-                decided.dedup_by_key(|(_, decision)| *decision);
-                decided
-            }),
-        }
+            ask(&self.baseline);
+            self.otherwise
+        };
+        draft.finish(otherwise)
     }
 
     /// Entries of the wildcard identity: where it is not the maps' default.
@@ -196,23 +193,22 @@ impl Program {
 }
 
 /// Decides what the rule matches and nothing before it did.
-fn paint(states: &mut PortFunction<State>, rule: &ProgramRule, named: &[(u32, Protocol, u16)]) {
-    let result = match rule.action {
-        Action::Allow => State::Done(Decision { allow: true, rule: rule.id }),
-        Action::Deny => State::Done(Decision { allow: false, rule: rule.id }),
-        Action::Pass => State::Passed,
+fn settle(draft: &mut Draft, rule: &ProgramRule, named: &[(u32, Protocol, u16)]) {
+    let outcome = match rule.action {
+        Action::Allow => Outcome::Done(Decision { allow: true, rule: rule.id }),
+        Action::Deny => Outcome::Done(Decision { allow: false, rule: rule.id }),
+        Action::Pass => Outcome::Passed,
     };
-    let change = |state| if state == State::Open { result } else { state };
     let Some(ports) = &rule.ports else {
-        states.update_all(change);
+        draft.settle_all(outcome);
         return;
     };
     for (protocol, first, last) in &ports.ranges {
-        states.update(*protocol, *first, *last, change);
+        draft.settle(*protocol, *first, *last, outcome);
     }
     for (wanted, name) in &ports.names {
         for (_, protocol, number) in named.iter().filter(|(n, p, _)| n == name && wanted.is_none_or(|w| w == *p)) {
-            states.update(*protocol, *number, *number, change);
+            draft.settle(*protocol, *number, *number, outcome);
         }
     }
 }

@@ -32,15 +32,40 @@ const CLOSED: &str = "the rule denies everything in its direction";
 const IGNORED: &str = "the policy is not applied";
 const NOT_ITS_OWN: &str = "what goes to the pod's own node passes all the same";
 
+/// Problems of one object that are told one by one: its writer mends these and sees the next.
+const MOST_PROBLEMS: usize = 20;
+
 /// Collects problems of one object.
 pub(super) struct Report<'a> {
     pub(super) policy: &'a PolicyName,
-    pub(super) problems: &'a mut Vec<Problem>,
+    problems: &'a mut Vec<Problem>,
+    told: usize,
 }
 
-impl Report<'_> {
+impl<'a> Report<'a> {
+    /// Adds to `problems`.
+    pub(super) fn new(policy: &'a PolicyName, problems: &'a mut Vec<Problem>) -> Self {
+        Self { policy, problems, told: 0 }
+    }
+
     pub(super) fn tell(&mut self, field: String, problem: String, consequence: &'static str, remedy: &'static str) {
-        self.problems.push(Problem { policy: self.policy.clone(), field, problem, consequence, remedy });
+        self.told += 1;
+        let more = self.told.saturating_sub(MOST_PROBLEMS);
+        if more > 1 {
+            self.problems.pop();
+        }
+        let told = if more == 0 {
+            Problem { policy: self.policy.clone(), field, problem, consequence, remedy }
+        } else {
+            Problem {
+                policy: self.policy.clone(),
+                field: "spec".to_owned(),
+                problem: format!("{more} more fields like those are wrong"),
+                consequence: "each has the consequence of its kind",
+                remedy: "Mend those that are told first.",
+            }
+        };
+        self.problems.push(told);
     }
 }
 
@@ -49,7 +74,7 @@ pub fn network_policy(object: &NetworkPolicy, problems: &mut Vec<Problem>) -> Po
     let namespace = object.metadata.namespace.clone();
     let kind = if object.is_aws() { APPLICATION_NETWORK_POLICY } else { NETWORK_POLICY };
     let name = PolicyName { kind, namespace: namespace.clone(), name: object.metadata.name.clone() };
-    let mut report = Report { policy: &name, problems };
+    let mut report = Report::new(&name, problems);
     let spec = &object.spec;
     let has_egress = spec.egress.as_ref().is_some_and(|rules| !rules.is_empty());
     let (mut ingress_listed, mut egress_listed) = (true, has_egress);
@@ -210,7 +235,7 @@ fn namespaced_port(report: &mut Report<'_>, field: &str, port: &PolicyPort) -> O
 pub fn cluster_network_policy(object: &ClusterNetworkPolicy, problems: &mut Vec<Problem>) -> Option<Policy> {
     let kind = if object.is_aws() { AWS_CLUSTER_NETWORK_POLICY } else { CLUSTER_NETWORK_POLICY };
     let name = PolicyName { kind, namespace: String::new(), name: object.metadata.name.clone() };
-    let mut report = Report { policy: &name, problems };
+    let mut report = Report::new(&name, problems);
     let tier = tier(&mut report, &object.spec.tier)?;
     let subject = cluster_subject(&mut report, &object.spec.subject)?;
     let mut rules = |direction: Direction, rules: &[ClusterRule]| {
@@ -312,9 +337,13 @@ fn cluster_peer(
         report.tell(field.to_owned(), "not exactly one kind of peer".to_owned(), consequence, remedy);
         return false;
     }
-    if direction == Direction::Ingress && (peer.nodes.is_some() || peer.networks.is_some() || peer.domain_names.is_some()) {
+    // AWS's kind has networks in both directions.
+    let aws = report.policy.kind == AWS_CLUSTER_NETWORK_POLICY;
+    let only_egress = peer.nodes.is_some() || peer.domain_names.is_some() || (peer.networks.is_some() && !aws);
+    if direction == Direction::Ingress && only_egress {
         let problem = "a peer that only egress rules may have".to_owned();
-        report.tell(field.to_owned(), problem, consequence, "Use namespaces or pods in ingress rules.");
+        let remedy = if aws { "Use namespaces, pods or networks in ingress rules." } else { "Use namespaces or pods in ingress rules." };
+        report.tell(field.to_owned(), problem, consequence, remedy);
         return false;
     }
     if let Some(namespaces) = &peer.namespaces {
@@ -645,8 +674,8 @@ mod tests {
              {to: [{ipBlock: {cidr: 203.0.113.0/24}}], ports: [{port: 81}]}]",
         );
         let mut names = Names::default();
-        names.keep("www.example.com", "198.51.100.7".parse().unwrap(), 10).unwrap();
-        names.keep("api.cdn.net", "198.51.100.8".parse().unwrap(), 10).unwrap();
+        names.set("www.example.com", "198.51.100.7".parse().unwrap()).unwrap();
+        names.set("api.cdn.net", "198.51.100.8".parse().unwrap()).unwrap();
         let evaluator = Evaluator::new(&named.cluster, Source::Policies, names);
         let to = |address: &str, port| {
             evaluator.verdict(&"x/a".parse().unwrap(), &address.parse().unwrap(), 4, PacketProtocol::from_number(6), port).unwrap().allowed
@@ -674,6 +703,54 @@ mod tests {
              egress: [{ports: [{port: 81}]}]}}",
         );
         assert!(judged.egress(81) && !judged.egress(80) && !judged.ingress(80));
+    }
+
+    /// As AWS's controller would resolve it.
+    #[test]
+    fn rules_for_what_comes_in_may_name_networks_in_awss_kind_and_no_other() {
+        let then = "{action: Accept, from: [{namespaces: {}}], ports: [{portNumber: {port: 81}}]}";
+        let parts = |action: &str| {
+            format!(
+                "{PODS}{{apiVersion: networking.k8s.aws/v1alpha1, kind: ClusterPolicyEndpoint, metadata: {{name: c-1}}, spec: {{policyRef: {{name: c}}, tier: Admin, priority: 5, \
+                 podSelectorEndpoints: [{{name: a, namespace: x}}], ingress: [{{action: {action}, cidr: 192.168.1.2/32}}, \
+                 {{action: Accept, cidr: 192.168.1.2/32, ports: [{{port: 81}}]}}]}}}}\n---\n{ISOLATES}"
+            )
+        };
+        const ISOLATES: &str = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: p, namespace: x}, spec: {podSelector: {matchLabels: {app: a}}}}";
+        const ISOLATES_PART: &str = "{apiVersion: networking.k8s.aws/v1alpha1, kind: PolicyEndpoint, metadata: {name: p-1, namespace: x}, spec: {policyRef: {name: p}, \
+             podIsolation: [Ingress], podSelectorEndpoints: [{name: a, namespace: x}]}}";
+        for (action, allowed) in [("Accept", [true, true]), ("Deny", [false, false]), ("Pass", [false, true])] {
+            let rules = format!("ingress: [{{action: {action}, from: [{{networks: [192.168.1.2/32]}}]}}, {then}]");
+            let policy = |group| {
+                Judged::of(&format!(
+                    "{{apiVersion: {group}, kind: ClusterNetworkPolicy, metadata: {{name: c}}, spec: {{priority: 5, tier: Admin, {ONE}, {rules}}}}}\n---\n{ISOLATES}"
+                ))
+            };
+            let judged = policy(AWS);
+            assert!(judged.problems.is_empty(), "{action}: {:?}", judged.problems);
+            assert_eq!([judged.ingress(80), judged.ingress(81)], allowed, "{action}");
+            let text = parts(action).replace(ISOLATES, ISOLATES_PART);
+            let cluster = ClusterState::default().replaced_by(manifests::parse("test.yaml", &text).unwrap());
+            let resolved = Evaluator::new(&cluster, Source::Endpoints, Names::default());
+            let from_b = |port| {
+                let (from, to): (End, End) = ("x/b".parse().unwrap(), "x/a".parse().unwrap());
+                resolved.verdict(&from, &to, 4, PacketProtocol::from_number(6), port).unwrap().allowed
+            };
+            assert_eq!([from_b(80), from_b(81)], allowed, "{action}, resolved");
+            assert!(policy(KUBERNETES).problems[0].contains(": spec.ingress[0].from[0]: "), "{action}");
+        }
+    }
+
+    #[test]
+    fn of_many_problems_of_one_policy_some_are_told_and_the_rest_are_counted() {
+        let peers = "{ipBlock: {cidr: nonsense}}, ".repeat(40_000);
+        let policy = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: p, namespace: x}, spec: \
+             {podSelector: {}, ingress: [{from: [PEERS]}]}}";
+        let judged = Judged::of(&policy.replace("PEERS", &peers));
+        assert_eq!(judged.problems.len(), MOST_PROBLEMS + 1);
+        assert!(judged.problems[0].contains("spec.ingress[0].from[0].ipBlock.cidr"), "{}", judged.problems[0]);
+        assert!(judged.problems[MOST_PROBLEMS].contains("39980 more"), "{}", judged.problems[MOST_PROBLEMS]);
+        assert!(!judged.ingress(80));
     }
 
     #[test]

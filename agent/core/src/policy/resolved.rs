@@ -102,7 +102,7 @@ pub(super) fn unused(cluster: &ClusterState) -> Vec<Problem> {
 
 fn network_policy(name: &PodName, parts: &[(&PodName, &PolicyEndpoint)], problems: &mut Vec<Problem>) -> Policy {
     let policy = PolicyName { kind: NETWORK_POLICY, namespace: name.namespace.clone(), name: name.name.clone() };
-    let mut report = Report { policy: &policy, problems };
+    let mut report = Report::new(&policy, problems);
     let listed: BTreeSet<&str> = parts.iter().flat_map(|(_, part)| part.spec.pod_isolation.iter().map(String::as_str)).collect();
     for unknown in listed.iter().filter(|word| !matches!(**word, "Ingress" | "Egress")) {
         let problem = format!("{unknown:?} is no direction");
@@ -132,7 +132,7 @@ fn network_policy(name: &PodName, parts: &[(&PodName, &PolicyEndpoint)], problem
 
 fn cluster_policy(name: &str, parts: &[(&String, &ClusterPolicyEndpoint)], problems: &mut Vec<Problem>) -> Option<Policy> {
     let policy = PolicyName { kind: AWS_CLUSTER_NETWORK_POLICY, namespace: String::new(), name: name.to_owned() };
-    let mut report = Report { policy: &policy, problems };
+    let mut report = Report::new(&policy, problems);
     let (_, first) = parts.first()?;
     let tier = tier(&mut report, &first.spec.tier)?;
     let mut rules = |direction: Direction, rules_of: fn(&ClusterPolicyEndpoint) -> &[EndpointRule]| {
@@ -352,7 +352,7 @@ spec:
     #[test]
     fn a_name_is_a_peer_of_egress_rules_that_accept() {
         let mut names = Names::default();
-        names.keep("www.example.com", "203.0.113.9".parse().unwrap(), 10).unwrap();
+        names.set("www.example.com", "203.0.113.9".parse().unwrap()).unwrap();
         let part = "---\napiVersion: networking.k8s.aws/v1alpha1\nkind: PolicyEndpoint\nmetadata: {name: p-1, namespace: x}\nspec:\n  policyRef: {name: p}\n  \
                     podIsolation: [Egress]\n  podSelectorEndpoints: [{name: a, namespace: x}]\n  egress: [{domainName: \"*.example.com\", ports: [{port: 443}]}]\n";
         let state = cluster(&[PODS, part]);

@@ -4,14 +4,17 @@
 //! 1.31 on: so a port is never more open than the choice.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::IpAddr;
 
 use crate::cluster::ClusterState;
 use crate::ids::PodName;
-use crate::objects::{EndpointConditions, EndpointSlice, Hint, IntOrString, Protocol, Service, TrafficPolicy};
+use crate::objects::{EndpointConditions, EndpointSlice, Hint, IntOrString, Meta, Protocol, Service, TrafficPolicy};
 
 /// Label that names an EndpointSlice's service.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// Labels of services and slices that kube-proxy passes over: another proxy's, and those of headless services.
+const PASSED_OVER: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
 /// Label of a node with its zone, which hints speak of.
 pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
@@ -24,6 +27,8 @@ pub struct ServicePortBackends {
     pub protocol: Protocol,
     /// Its port.
     pub port: u16,
+    /// The address is none that the cluster gave to the service: who may write services chose it.
+    pub is_external: bool,
     /// Addresses and target ports, sorted; never empty.
     pub backends: Vec<(IpAddr, u16)>,
 }
@@ -32,20 +37,20 @@ pub struct ServicePortBackends {
 pub type Services = BTreeMap<IpAddr, Vec<ServicePortBackends>>;
 
 /// Every service address with its ports and the backends that a client on `node` may be sent to; of a client that is on no
-/// known node, those of any. While none takes connections, those that are listed count: open connections go on. Headless
-/// services have none; a port without backends is nothing that is translated, so its packets are judged by the address as it is.
+/// known node, those of any. While none takes connections, those that are listed count: open connections go on. What
+/// kube-proxy passes over has none; a port without backends is nothing that is translated, so its packets are judged by the address as it is.
 pub fn service_addresses(cluster: &ClusterState, node: Option<&str>) -> Services {
     let place = node.map(|node| {
         let zone = cluster.nodes.get(node).and_then(|node| node.metadata.labels.get(ZONE_LABEL));
         Place { node, zone: zone.map(String::as_str).filter(|zone| !zone.is_empty()) }
     });
     let mut slices: BTreeMap<PodName, Vec<&EndpointSlice>> = BTreeMap::new();
-    for (name, slice) in &cluster.endpoint_slices {
+    for (name, slice) in cluster.endpoint_slices.iter().filter(|(_, slice)| !is_passed_over(&slice.metadata)) {
         if let Some(service) = slice.metadata.labels.get(SERVICE_NAME_LABEL) {
             slices.entry(PodName::new(name.namespace.clone(), service.clone())).or_default().push(slice);
         }
     }
-    let mut all = Services::new();
+    let mut all: BTreeMap<IpAddr, BTreeMap<(Protocol, u16), ServicePortBackends>> = BTreeMap::new();
     for (name, service) in &cluster.services {
         let slices = slices.get(name).map(Vec::as_slice).unwrap_or_default();
         let addresses = virtual_addresses(service);
@@ -57,20 +62,27 @@ pub fn service_addresses(cluster: &ClusterState, node: Option<&str>) -> Services
                 if backends.is_empty() {
                     continue;
                 }
-                let ports = all.entry(address).or_default();
-                // Which of two services has the address is not said: what is behind either counts.
-                match ports.iter_mut().find(|there| (there.protocol, there.port) == (port.protocol, port.port)) {
-                    Some(there) => {
-                        there.backends.extend(backends);
-                        there.backends.sort_unstable();
-                        there.backends.dedup();
-                    }
-                    None => ports.push(ServicePortBackends { service: name.clone(), protocol: port.protocol, port: port.port, backends }),
+                let is_external = side == Side::Outer;
+                let new = ServicePortBackends { service: name.clone(), protocol: port.protocol, port: port.port, is_external, backends };
+                match all.entry(address).or_default().entry((port.protocol, port.port)) {
+                    Entry::Vacant(vacant) => drop(vacant.insert(new)),
+                    Entry::Occupied(mut there) => match (there.get().is_external, is_external) {
+                        // An address of the cluster is its service's, whoever else writes it down.
+                        (false, true) => {}
+                        (true, false) => drop(there.insert(new)),
+                        // Which of two services has the address is not said: what is behind either counts.
+                        _ => {
+                            let backends = &mut there.get_mut().backends;
+                            backends.extend(new.backends);
+                            backends.sort_unstable();
+                            backends.dedup();
+                        }
+                    },
                 }
             }
         }
     }
-    all
+    all.into_iter().map(|(address, ports)| (address, ports.into_values().collect())).collect()
 }
 
 /// Where a client is.
@@ -116,9 +128,16 @@ impl Reach {
     }
 }
 
-/// Addresses that kube-proxy translates to backends.
+fn is_passed_over(meta: &Meta) -> bool {
+    PASSED_OVER.iter().any(|label| meta.labels.contains_key(*label))
+}
+
+/// Addresses that kube-proxy translates to backends: none of a service without an address in the cluster, whatever else it has.
 fn virtual_addresses(service: &Service) -> Vec<(IpAddr, Side)> {
     let spec = &service.spec;
+    if matches!(spec.cluster_ip.as_str(), "" | "None") || spec.kind == "ExternalName" || is_passed_over(&service.metadata) {
+        return Vec::new();
+    }
     let inner = std::iter::once(&spec.cluster_ip).chain(&spec.cluster_ips).map(|text| (text, Side::Inner));
     let entrances = service.status.load_balancer.ingress.iter().filter(|entrance| entrance.ip_mode.as_deref() != Some("Proxy"));
     let outer = spec.external_ips.iter().chain(entrances.map(|entrance| &entrance.ip)).map(|text| (text, Side::Outer));
@@ -255,6 +274,44 @@ mod tests {
         assert_eq!(addresses, ["172.20.0.9", "198.51.100.1", "198.51.100.2", "198.51.100.3", "fd01::9"]);
     }
 
+    #[test]
+    fn what_kube_proxy_passes_over_is_reached_at_no_address() {
+        let of = |labels: &str, slice: &str, spec: &str| {
+            let all = format!(
+                r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"s","namespace":"x","labels":{{{labels}}}}},"spec":{{{spec},"externalIPs":["198.51.100.1"],"ports":[{{"port":80}}]}},
+                "status":{{"loadBalancer":{{"ingress":[{{"ip":"198.51.100.2"}}]}}}}}}
+{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"s-1","namespace":"x","labels":{{"kubernetes.io/service-name":"s"{slice}}}}},"endpoints":[{{"addresses":["10.0.0.1"]}}],"ports":[{{"port":80}}]}}"#
+            );
+            service_addresses(&cluster(&[&all]), Some("n1")).len()
+        };
+        let cluster_ip = r#""clusterIP":"172.20.0.9""#;
+        assert_eq!(of("", "", cluster_ip), 3);
+        assert_eq!(of("", "", r#""clusterIP":"None""#), 0, "headless");
+        assert_eq!(of("", "", r#""clusterIP":"172.20.0.9","type":"ExternalName""#), 0);
+        let (other, headless) = (r#""service.kubernetes.io/service-proxy-name":"other""#, r#""service.kubernetes.io/headless":"""#);
+        for label in [other, headless] {
+            assert_eq!(of(label, "", cluster_ip), 0, "{label}");
+            assert_eq!(of("", &format!(",{label}"), cluster_ip), 0, "its slice: {label}");
+        }
+    }
+
+    #[test]
+    fn an_address_of_the_cluster_is_its_services_whoever_else_has_it() {
+        let of = |name: &str, spec: &str, last: u8| {
+            format!(
+                r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"{name}","namespace":"x"}},"spec":{{{spec},"ports":[{{"port":80}}]}}}}
+{{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"{name}-1","namespace":"x","labels":{{"kubernetes.io/service-name":"{name}"}}}},"endpoints":[{{"addresses":["10.0.0.{last}"]}}],"ports":[{{"port":80}}]}}"#
+            )
+        };
+        for names in [["s", "t"], ["t", "s"]] {
+            let own = of(names[0], r#""clusterIP":"172.20.0.9""#, 1);
+            let other = of(names[1], r#""clusterIP":"172.20.0.8","externalIPs":["172.20.0.9"]"#, 2);
+            let all = service_addresses(&cluster(&[&own, &other]), Some("n1"));
+            let [port] = all[&IpAddr::from([172, 20, 0, 9])].as_slice() else { panic!("one port") };
+            assert_eq!((port.backends.as_slice(), port.is_external), ([(IpAddr::from([10, 0, 0, 1]), 80)].as_slice(), false), "{names:?}");
+        }
+    }
+
     const NODES: &str = r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"n1","labels":{"topology.kubernetes.io/zone":"a"}}}
 {"apiVersion":"v1","kind":"Node","metadata":{"name":"n2","labels":{"topology.kubernetes.io/zone":"b"}}}
 {"apiVersion":"v1","kind":"Node","metadata":{"name":"n3"}}"#;
@@ -353,7 +410,7 @@ mod tests {
     fn an_address_of_two_services_leads_to_either() {
         let of = |name: &str, last: u8| {
             format!(
-                r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"{name}","namespace":"x"}},"spec":{{"externalIPs":["198.51.100.1"],"ports":[{{"port":80}}]}}}}
+                r#"{{"apiVersion":"v1","kind":"Service","metadata":{{"name":"{name}","namespace":"x"}},"spec":{{"clusterIP":"172.20.0.{last}","externalIPs":["198.51.100.1"],"ports":[{{"port":80}}]}}}}
 {{"apiVersion":"discovery.k8s.io/v1","kind":"EndpointSlice","metadata":{{"name":"{name}-1","namespace":"x","labels":{{"kubernetes.io/service-name":"{name}"}}}},"endpoints":[{{"addresses":["10.0.0.{last}"]}}],"ports":[{{"port":80}}]}}"#
             )
         };

@@ -21,6 +21,7 @@ use super::services::{ServicePortBackends, Services, service_addresses};
 use super::world;
 
 /// What changed in the cluster.
+#[derive(Default)]
 pub(super) struct Stale {
     pub(super) namespaces: bool,
     pub(super) nodes: bool,
@@ -34,6 +35,8 @@ pub(super) struct Stale {
 pub(super) struct Subjects {
     /// What DNS answers said.
     pub(super) names: Names,
+    /// Pods' annotations count while their status has no address.
+    early: bool,
     own_node: Vec<IpAddr>,
     own_name: String,
     asked: Active,
@@ -59,6 +62,11 @@ pub(super) struct Subjects {
 }
 
 impl Subjects {
+    /// Of nobody. `early`: pods' annotations count while their status has no address.
+    pub(super) fn new(early: bool) -> Self {
+        Self { early, ..Self::default() }
+    }
+
     /// The own node's addresses, sorted.
     pub(super) fn own_node(&self) -> &[IpAddr] {
         &self.own_node
@@ -113,7 +121,7 @@ impl Subjects {
         for address in others.into_iter().chain(services) {
             let is_subject =
                 self.claims.contains_key(&address) || self.nodes.contains_key(&address) || self.services.contains_key(&address);
-            let is_subject = is_subject || (self.asked.by_name && self.names.of(address).next().is_some());
+            let is_subject = is_subject || (self.asked.by_name && self.names.has(address));
             // What is nobody's any more is what its block is.
             let signature = if is_subject { self.signature(cluster, interned, address) } else { Signature::default() };
             let identity = interned.identity(signature);
@@ -180,6 +188,9 @@ impl Subjects {
         let locals: Vec<&LocalPod> = local.values().filter(|pod| pod.name == *name).collect();
         if let Some(pod) = cluster.pods.get(name).filter(|pod| world::is_networked(pod)) {
             addresses = world::addresses(pod);
+            if self.early && locals.is_empty() {
+                addresses.extend(world::early_addresses(pod));
+            }
         }
         addresses.extend(locals.iter().flat_map(|pod| &pod.addresses));
         addresses.sort_unstable();
@@ -237,12 +248,33 @@ impl Subjects {
         if let Some(pod) = self.local.get(&address) {
             return pod.object(cluster);
         }
-        let claims = self.claims.get(&address)?.iter().filter_map(|name| cluster.pods.get(name));
-        claims.filter(|pod| world::is_networked(pod)).reduce(|best, pod| if world::claims_before(pod, best) { pod } else { best })
+        let claims = self.claims.get(&address)?;
+        let networked = claims.iter().filter_map(|name| cluster.pods.get(name)).filter(|pod| world::is_networked(pod));
+        let listed = networked.clone().filter(|pod| pod.addresses().any(|listed| listed == address));
+        let listed = listed.reduce(|best, pod| if world::claims_before(pod, best) { pod } else { best });
+        // By an annotation a pod has what nobody else has.
+        let is_free = claims.len() == 1 && !self.nodes.contains_key(&address) && !self.services.contains_key(&address);
+        listed.or_else(|| networked.filter(|_| is_free).last())
     }
 
     /// What an address is to the sets in use.
     fn signature(&mut self, cluster: &ClusterState, interned: &mut Interned, address: IpAddr) -> Signature {
+        let mut signature = self.own_signature(cluster, interned, address);
+        // A pod's address stays the pod's, whatever services say.
+        let is_pods = self.local.contains_key(&address) || self.owner(cluster, address).is_some();
+        if self.asked.egress
+            && !is_pods
+            && let Some(ports) = self.services.get(&address).cloned()
+        {
+            signature.services = ports.into_iter().map(|port| self.service_port(cluster, interned, port)).collect();
+            signature.services.sort_unstable();
+            signature.services.dedup_by(|later, first| (later.protocol, later.port) == (first.protocol, first.port));
+        }
+        signature
+    }
+
+    /// What an address is where no service has it.
+    fn own_signature(&mut self, cluster: &ClusterState, interned: &Interned, address: IpAddr) -> Signature {
         let mut signature = Signature { terms: self.classes.terms(address).to_vec(), ..Signature::default() };
         if let Some(pod) = self.owner(cluster, address) {
             let peers = self.peers_of(cluster, interned, &pod.metadata.namespace);
@@ -264,19 +296,8 @@ impl Subjects {
             }
         }
         if self.asked.by_name {
-            for (term, peers) in interned.active_terms() {
-                let holds = |peer: &Peer| matches!(peer, Peer::Domain(pattern) if self.names.of(address).any(|name| pattern.matches(name)));
-                if peers.iter().any(holds) {
-                    signature.terms.push(term);
-                }
-            }
-        }
-        if self.asked.egress
-            && let Some(ports) = self.services.get(&address).cloned()
-        {
-            signature.services = ports.into_iter().map(|port| self.service_port(interned, port)).collect();
-            signature.services.sort_unstable();
-            signature.services.dedup_by(|later, first| (later.protocol, later.port) == (first.protocol, first.port));
+            let named = self.asked.terms.iter().filter(|term| interned.is_named(**term, &self.names, address));
+            signature.terms.extend(named);
         }
         signature.terms.sort_unstable();
         signature.terms.dedup();
@@ -285,7 +306,7 @@ impl Subjects {
         signature
     }
 
-    fn service_port(&self, interned: &mut Interned, port: ServicePortBackends) -> ServicePort {
+    fn service_port(&mut self, cluster: &ClusterState, interned: &mut Interned, port: ServicePortBackends) -> ServicePort {
         let mut backends = Vec::with_capacity(port.backends.len());
         for (address, target) in port.backends {
             let identity = if self.own_node.contains(&address) {
@@ -293,13 +314,15 @@ impl Subjects {
             } else if let Some(identity) = self.exact.get(&address).filter(|_| !self.services.contains_key(&address)) {
                 *identity
             } else {
-                interned.identity(Signature { terms: self.classes.terms(address).to_vec(), ..Signature::default() })
+                // It may be another service's address too: the translation is made once.
+                let signature = self.own_signature(cluster, interned, address);
+                interned.identity(signature)
             };
             backends.push((identity, target));
         }
         backends.sort_unstable();
         backends.dedup();
-        ServicePort { protocol: port.protocol, port: port.port, backends }
+        ServicePort { protocol: port.protocol, port: port.port, is_external: port.is_external, backends }
     }
 
     /// The peers that can be pods of a namespace.

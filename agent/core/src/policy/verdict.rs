@@ -12,7 +12,7 @@ use crate::cluster::ClusterState;
 use crate::ids::PodName;
 use crate::objects::{Pod, Protocol};
 
-use super::engine::Source;
+use super::engine::{Source, UnselectedPod};
 use super::model::{
     Action, Direction, PacketProtocol, Peer, Peers, Policy, PortMatch, Ports, Problem, Rule, Tier, ordered_rules, protocol_name,
 };
@@ -143,6 +143,7 @@ pub struct Evaluator<'a> {
     selected: RefCell<HashMap<(PodName, Direction), Selected>>,
     /// Names of addresses, as DNS answers gave them.
     names: Names,
+    unselected_pod: UnselectedPod,
     /// What is wrong in the policies.
     pub problems: Vec<Problem>,
 }
@@ -171,7 +172,14 @@ impl<'a> Evaluator<'a> {
                 }
             }
         }
-        Self { cluster, policies, services: RefCell::default(), owners, selected: RefCell::default(), names, problems }
+        let (services, selected) = (RefCell::default(), RefCell::default());
+        Self { cluster, policies, services, owners, selected, names, unselected_pod: UnselectedPod::Open, problems }
+    }
+
+    /// Another answer for pods that no NetworkPolicy selects: they are open as Kubernetes says, unless the enforcing mode is strict.
+    #[must_use]
+    pub fn with_unselected_pod(self, unselected_pod: UnselectedPod) -> Self {
+        Self { unselected_pod, ..self }
     }
 
     /// The verdict on a new connection's first packet. `port` is 0 for protocols without ports.
@@ -181,7 +189,7 @@ impl<'a> Evaluator<'a> {
     pub fn verdict(&self, from: &End, to: &End, family: u8, protocol: PacketProtocol, port: u16) -> Result<Verdict, NoVerdict> {
         let (source, destination) = (self.party(from, family)?, self.party(to, family)?);
         let (egress, ingress) = match self.service_port(source.node, destination.address, protocol, port) {
-            Some(service) if destination.pod.is_none() => self.service(source, &service),
+            Some(service) if destination.pod.is_none() => self.service(source, destination, &service),
             _ => (
                 self.side(Direction::Egress, source, destination, protocol, port),
                 self.side(Direction::Ingress, destination, source, protocol, port),
@@ -237,10 +245,12 @@ impl<'a> Evaluator<'a> {
         ports.find(|service| PacketProtocol::Transport(service.protocol) == protocol && service.port == port).cloned()
     }
 
-    /// A service address: every backend must be open, as the choice falls after the check.
-    fn service(&self, source: Party<'a>, service: &ServicePortBackends) -> (SideVerdict, SideVerdict) {
+    /// A service address: every backend must be open, as the choice falls after the check. One that is external is not opened by its
+    /// service where a rule denies it.
+    fn service(&self, source: Party<'a>, destination: Party<'a>, service: &ServicePortBackends) -> (SideVerdict, SideVerdict) {
         let protocol = PacketProtocol::Transport(service.protocol);
-        let mut sides = [None, None];
+        let of_address = service.is_external.then(|| self.judge(Direction::Egress, source, destination, protocol, service.port));
+        let mut sides = [of_address.filter(|verdict| !verdict.allowed && verdict.decided.is_some()), None];
         for (address, target) in &service.backends {
             let backend = self.at(*address);
             let mut both = [
@@ -318,6 +328,10 @@ impl Question<'_, '_> {
         if let Some(verdict) = self.tier(policies, Tier::Baseline) {
             return verdict;
         }
+        let is_selected = |policy: &Policy| policy.tier == Tier::Namespace && world::selects(self.evaluator.cluster, policy, self.local);
+        if self.evaluator.unselected_pod == UnselectedPod::Closed && !self.evaluator.policies.iter().any(is_selected) {
+            return SideVerdict::plain(false, "no NetworkPolicy selects the pod, and the enforcing mode is strict");
+        }
         let which = if policies.is_empty() { "no policy selects the pod" } else { "no rule of the policies that select the pod matches" };
         SideVerdict::plain(true, format!("{which} for {}", self.direction))
     }
@@ -391,7 +405,7 @@ impl Question<'_, '_> {
             Peer::Nodes(selector) => {
                 cluster.nodes.values().any(|node| selector.matches(&node.metadata.labels) && node.ip_addresses().any(|a| a == address))
             }
-            Peer::Domain(pattern) => self.evaluator.names.of(address).any(|name| pattern.matches(name)),
+            Peer::Domain(pattern) => self.evaluator.names.of(address, &self.local.metadata.namespace).any(|name| pattern.matches(name)),
         }
     }
 

@@ -7,7 +7,7 @@ use crate::objects::{Labels, Pod, Protocol};
 
 use super::model::{PodMatch, Policy, Subject};
 
-/// Annotation in which the VPC CNI publishes a pod's addresses before its status has them.
+/// Annotation in which the VPC CNI publishes a pod's address before its status has it (`ANNOTATE_POD_IP`).
 pub const POD_IPS_ANNOTATION: &str = "vpc.amazonaws.com/pod-ips";
 
 static NO_LABELS: Labels = Labels::new();
@@ -18,16 +18,28 @@ pub fn is_networked(pod: &Pod) -> bool {
     !pod.spec.host_network && !pod.is_completed()
 }
 
-/// A pod's addresses, from status and annotation.
+/// A pod's addresses, from its status: what the kubelet says, and nobody else may write.
 pub fn addresses(pod: &Pod) -> Vec<IpAddr> {
-    let mut all: Vec<IpAddr> = pod.addresses().collect();
-    if let Some(text) = pod.metadata.annotations.get(POD_IPS_ANNOTATION) {
-        for address in text.split(',').filter_map(|part| part.trim().parse().ok()) {
-            if !all.contains(&address) {
-                all.push(address);
-            }
-        }
+    pod.addresses().collect()
+}
+
+/// The addresses, one a family, that the annotation of a pod says while its status has none. Whoever may write pods may write it, so it
+/// counts for no more than an address that nobody else has.
+pub fn early_addresses(pod: &Pod) -> Vec<IpAddr> {
+    let is_possible = |address: &IpAddr| {
+        let is_local = match address {
+            IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+            IpAddr::V6(address) => address.is_unicast_link_local(),
+        };
+        !(is_local || address.is_loopback() || address.is_multicast() || address.is_unspecified())
+    };
+    if pod.spec.node_name.is_empty() || pod.addresses().next().is_some() {
+        return Vec::new();
     }
+    let text = pod.metadata.annotations.get(POD_IPS_ANNOTATION).map(String::as_str).unwrap_or_default();
+    let mut all: Vec<IpAddr> = text.split(',').filter_map(|part| part.trim().parse().ok()).filter(is_possible).collect();
+    all.sort_by_key(IpAddr::is_ipv6);
+    all.dedup_by_key(|address| address.is_ipv6());
     all
 }
 

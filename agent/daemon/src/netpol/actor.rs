@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::ids::ContainerId;
 use stanchion_core::policy::RuleName;
-use stanchion_core::policy::engine::{Engine, Settings, Source, UnknownPod};
+use stanchion_core::policy::engine::{Engine, Settings, Source, UnknownPod, UnselectedPod};
 use stanchion_core::policy::frames::Messages;
 use stanchion_core::policy::image::{EndpointImage, MapError, PolicyMaps as _, Refusal, Slot};
 use stanchion_ebpf_abi::{Config, FlowEntry, flow_state, frame_kind};
@@ -63,8 +63,10 @@ pub struct NetpolParts {
     pub node_name: String,
     /// Which objects policies are read from.
     pub source: Source,
-    /// What happens to pods that start before the cluster's state is known.
+    /// What happens to pods that start before the cluster's state is known, and to those that no policy selects.
     pub mode: EnforcingMode,
+    /// Pods' annotations say their addresses until their status does (`ANNOTATE_POD_IP`).
+    pub annotated_pods: bool,
     /// How long such a pod waits for it, and how long one that policies may concern waits for its own object.
     pub sync_wait: Duration,
     /// Flows a pod may have at once; more are judged packet by packet.
@@ -106,8 +108,8 @@ pub enum SpawnError {
 /// # Errors
 /// See [`SpawnError`]; nothing was changed then.
 pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), SpawnError> {
-    let NetpolParts { mut loaded, attach, cluster, node_name, source, mode, sync_wait, pod_flows, flow_capacity, state_dir, shutdown } =
-        parts;
+    let NetpolParts { mut loaded, attach, cluster, node_name, source, mode, annotated_pods, sync_wait, .. } = parts;
+    let NetpolParts { pod_flows, flow_capacity, state_dir, shutdown, .. } = parts;
     let slots = Slots::open(&state_dir).map_err(|source| SpawnError::Slots { path: state_dir.join(ENDPOINTS), source })?;
     let maps = KernelMaps::new(&mut loaded)?;
     let flows = Flows::new(&mut loaded, Config { flags: 0, pod_flows })?;
@@ -121,12 +123,16 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
     let replaces = loaded.others().is_ok_and(|others| !others.is_empty());
     // An agent of another layout was here: its programs stay and enforce until ours know the policies.
     let unknown_pod = if replaces { UnknownPod::Open } else { unknown_pod(mode) };
-    let mut rules = Engine::new(Settings { source, node_name, unknown_pod });
+    let unselected_pod = match mode {
+        EnforcingMode::Standard => UnselectedPod::Open,
+        EnforcingMode::Strict => UnselectedPod::Closed,
+    };
+    let mut rules = Engine::new(Settings { source, node_name, unknown_pod, unselected_pod, annotated_pods });
     rules.rebase(kernel);
     rules.remember_policed(slots.policed());
     let name_clock = NameClock::start();
     match names::read(&state_dir, &name_clock) {
-        Ok(known) => rules.remember(known.iter().map(|(address, name, until)| (*address, name.as_str(), *until))),
+        Ok(known) => rules.remember(known),
         Err(cause) => {
             warn!(cause = %cause, "the DNS names of the agent before are not known: connections by name are denied until pods ask again");
         }

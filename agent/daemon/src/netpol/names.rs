@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use stanchion_core::boot::Boot;
 use stanchion_core::policy::image::Slot;
-use stanchion_core::policy::names::Names;
+use stanchion_core::policy::names::{KnownName, Names};
 use stanchion_ebpf_abi::map_name;
 use tokio::time::Instant;
 
@@ -21,8 +21,8 @@ use crate::boot::this_boot;
 /// Frames read in one go, so that a flood cannot keep the actor from its mailbox.
 const BATCH: usize = 128;
 
-/// Bumped when the file's meaning changes; another version is passed over.
-const VERSION: u32 = 1;
+/// Bumped when the file's meaning changes; a later version is passed over.
+const VERSION: u32 = 2;
 
 /// The ring's reader.
 pub(super) struct PodFrames(Ring);
@@ -85,35 +85,52 @@ struct File {
     /// In which this was written, by the same clock; missing in files of earlier releases and where the kernel does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     boot: Option<Boot>,
-    /// Address, name, and the second since 1970 until which it holds, by the same clock.
-    names: Vec<(IpAddr, String, u64)>,
+    names: Vec<Name>,
+}
+
+/// Address, name, the second since 1970 until which it holds, by the same clock, and the namespace for which it does.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Name {
+    OfNamespace(IpAddr, String, u64, String),
+    /// In files of version 1: for all.
+    OfAll(IpAddr, String, u64),
+}
+
+impl From<Name> for KnownName {
+    fn from(name: Name) -> Self {
+        match name {
+            Name::OfNamespace(address, name, until, namespace) => Self { address, name, namespace, until },
+            Name::OfAll(address, name, until) => Self { address, name, namespace: String::new(), until },
+        }
+    }
 }
 
 impl File {
     /// `boot` is the present one by the clock of `saved`.
-    fn of<'a>(names: impl Iterator<Item = (IpAddr, &'a str, u64)>, now: u64, saved: u64, boot: Option<Boot>) -> Self {
+    fn of(names: impl Iterator<Item = KnownName>, now: u64, saved: u64, boot: Option<Boot>) -> Self {
         let lives = |until: u64| saved.saturating_add(until.saturating_sub(now));
-        let names = names.map(|(address, name, until)| (address, name.to_owned(), lives(until))).collect();
+        let names = names.map(|known| Name::OfNamespace(known.address, known.name, lives(known.until), known.namespace)).collect();
         Self { version: VERSION, saved, boot, names }
     }
 
     /// By a clock that says `now`, and by which `boot` is the present one. None lives longer from now than when this was written: where the
     /// boot does not tell how far the clock was set since, it may have been set back.
-    fn known(self, now: u64, boot: Option<&Boot>) -> Vec<(IpAddr, String, u64)> {
-        if self.version != VERSION {
+    fn known(self, now: u64, boot: Option<&Boot>) -> Vec<KnownName> {
+        if self.version > VERSION {
             return Vec::new();
         }
         let (saved, boots) = (self.saved, boot.zip(self.boot.as_ref()));
         let reckoned =
             |until: u64| boots.and_then(|(boot, written)| boot.reckon(written, until.saturating_mul(1_000))).map(|ms| ms / 1_000);
         let ends = |until: u64| reckoned(until).unwrap_or(until).min(now.saturating_add(until.saturating_sub(saved)));
-        self.names.into_iter().map(|(address, name, until)| (address, name, ends(until))).collect()
+        self.names.into_iter().map(KnownName::from).map(|known| KnownName { until: ends(known.until), ..known }).collect()
     }
 }
 
 /// The names that an earlier agent knew. Without them the addresses they stand for are denied until a pod asks again, so
 /// a file that cannot be read is no reason not to start.
-pub(super) fn read(state_dir: &Path, clock: &NameClock) -> io::Result<Vec<(IpAddr, String, u64)>> {
+pub(super) fn read(state_dir: &Path, clock: &NameClock) -> io::Result<Vec<KnownName>> {
     match fs::read(path(state_dir)) {
         Ok(bytes) => Ok(serde_json::from_slice::<File>(&bytes)?.known(clock.now(), clock.boot.as_ref())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
@@ -142,7 +159,7 @@ mod tests {
     #[test]
     fn a_clock_that_is_set_makes_no_name_live_longer_or_shorter() {
         let address: IpAddr = "192.0.2.1".parse().expect("an address");
-        let known = [(address, "a.example", 1_060)];
+        let of = |until| KnownName { address, name: "a.example".to_owned(), namespace: "x".to_owned(), until };
         // The node has been up for 500 seconds when the file is written, and for 520 when the next agent starts.
         let boot = |id: &str, seconds: u64| Some(Boot { id: id.to_owned(), began_ms: seconds as i64 * 1_000 });
         for (saved, start, until, until_of_another_boot) in [
@@ -154,11 +171,11 @@ mod tests {
             (9_000, 1_020, 1_060, 1_080),
             (1_000, 9_020, 9_060, 1_060),
         ] {
-            let text = serde_json::to_vec(&File::of(known.into_iter(), 1_000, saved, boot("a", saved - 500))).expect("JSON");
+            let text = serde_json::to_vec(&File::of(std::iter::once(of(1_060)), 1_000, saved, boot("a", saved - 500))).expect("JSON");
             for (id, until) in [("a", until), ("b", until_of_another_boot)] {
                 let file: File = serde_json::from_slice(&text).expect("what was written");
                 let names = file.known(start, boot(id, start - 520).as_ref());
-                assert_eq!(names, [(address, "a.example".to_owned(), until)], "written at {saved}, read at {start} in {id}");
+                assert_eq!(names, [of(until)], "written at {saved}, read at {start} in {id}");
             }
         }
     }
@@ -166,8 +183,9 @@ mod tests {
     #[test]
     fn a_file_of_an_earlier_release_is_read() {
         let file: File = serde_json::from_str(r#"{"version":1,"names":[["192.0.2.1","a.example",1060]]}"#).expect("its form");
-        assert_eq!(file.known(1_000, None)[0].2, 1_060);
-        let file: File = serde_json::from_str(r#"{"version":2,"names":[["192.0.2.1","a.example",1060]]}"#).expect("its form");
+        let known = file.known(1_000, None);
+        assert_eq!((known[0].until, known[0].namespace.as_str()), (1_060, ""), "it counts for all, as it did");
+        let file: File = serde_json::from_str(r#"{"version":3,"names":[["192.0.2.1","a.example",1060]]}"#).expect("its form");
         assert!(file.known(1_000, None).is_empty(), "who knows what it means");
     }
 }

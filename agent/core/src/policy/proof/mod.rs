@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::dns::Answer;
-use super::engine::{Engine, Settings, Source};
+use super::engine::{Engine, Settings, Source, UnselectedPod};
 use super::image::{MapImage, MapOp, PolicyMaps as _, Slot};
 use super::maps::{ModelMaps, image_allows};
 use super::model::{Direction, PacketProtocol};
@@ -51,6 +51,7 @@ fn defined(evaluator: &Evaluator<'_>, pod: &PodName, direction: Direction, peer:
 /// The engine, the maps it has written, and the local pods by slot.
 struct Node {
     source: Source,
+    unselected_pod: UnselectedPod,
     engine: Engine,
     maps: ModelMaps,
     local: BTreeMap<Slot, PodName>,
@@ -58,12 +59,17 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        Self::of(Source::Policies)
+        Self::of(Source::Policies, UnselectedPod::Open)
     }
 
-    fn of(source: Source) -> Self {
-        let engine = Engine::new(Settings { node_name: "n1".to_owned(), source, ..Settings::default() });
-        Self { source, engine, maps: ModelMaps::default(), local: BTreeMap::new() }
+    fn of(source: Source, unselected_pod: UnselectedPod) -> Self {
+        let engine = Engine::new(Settings { node_name: "n1".to_owned(), source, unselected_pod, ..Settings::default() });
+        Self { source, unselected_pod, engine, maps: ModelMaps::default(), local: BTreeMap::new() }
+    }
+
+    /// Another node of the same kind.
+    fn afresh(&self) -> Self {
+        Self::of(self.source, self.unselected_pod)
     }
 
     /// Takes a cluster over: its pods are attached, and the maps are written.
@@ -121,7 +127,7 @@ impl Node {
     }
 
     fn agrees(&self, cluster: &ClusterState, peers: &[IpAddr], told: &str) {
-        let evaluator = Evaluator::new(cluster, self.source, self.engine.names().clone());
+        let evaluator = Evaluator::new(cluster, self.source, self.engine.names().clone()).with_unselected_pod(self.unselected_pod);
         let slots: Vec<Slot> = self.local.keys().copied().collect();
         for (slot, direction, peer, protocol, port) in questions(&slots, peers) {
             let pod = &self.local[&slot];
@@ -151,7 +157,7 @@ impl Scene {
         let mut rng = Rng::new(seed);
         let world = World::random(&mut rng);
         let cluster = Arc::new(world.cluster());
-        let mut node = Node::new();
+        let mut node = Node::of(Source::Policies, mode(seed));
         node.follow(&cluster);
         Self { rng, world, cluster, node }
     }
@@ -168,6 +174,11 @@ impl Scene {
         peers.dedup();
         peers
     }
+}
+
+/// Some worlds are strict.
+fn mode(seed: u64) -> UnselectedPod {
+    if seed % 3 == 2 { UnselectedPod::Closed } else { UnselectedPod::Open }
 }
 
 /// The number of random worlds: few in a quick run, many when asked by `POLICY_WORLDS`.
@@ -221,7 +232,7 @@ fn parts_of_resolved_policies_change_as_if_compiled_afresh() {
     for seed in 0..rounds(4) {
         let mut rng = Rng::new(6_000_000 + seed);
         let world = World::random(&mut rng);
-        let mut node = Node::of(Source::Endpoints);
+        let mut node = Node::of(Source::Endpoints, mode(seed));
         let mut cluster = Arc::new(world.cluster());
         let mut parts = BTreeMap::new();
         for step in 0..6 {
@@ -246,7 +257,8 @@ fn parts_of_resolved_policies_change_as_if_compiled_afresh() {
         }
         cluster = Arc::new(cluster.replaced_by(world.objects()));
         node.follow(&cluster);
-        assert!(node.maps.image.endpoints.values().all(|endpoint| (endpoint.ingress, endpoint.egress) == (None, None)), "seed {seed}");
+        let is_closed = node.unselected_pod == UnselectedPod::Closed;
+        assert!(node.maps.image.endpoints.values().all(|endpoint| endpoint.isolated() == [is_closed; 2]), "seed {seed}");
     }
 }
 
@@ -356,7 +368,7 @@ fn in_use(image: &MapImage, policy: u32) -> bool {
 }
 
 fn same_size_as_fresh(node: &Node, cluster: &Arc<ClusterState>, told: &str) {
-    let mut fresh = Node::new();
+    let mut fresh = node.afresh();
     fresh.engine.remember(node.engine.names().all());
     fresh.engine.set_cluster(cluster);
     fresh.attach(cluster);
@@ -398,7 +410,7 @@ fn a_revision_grows_when_something_is_revoked() {
 
 /// The next agent: it finds the maps as `node` left them, learns of its pods, then of the cluster.
 fn restarted(node: &Node, cluster: &Arc<ClusterState>) -> (Node, Vec<MapOp>) {
-    let mut next = Node { maps: node.maps.clone(), local: node.local.clone(), ..Node::new() };
+    let mut next = Node { maps: node.maps.clone(), local: node.local.clone(), ..node.afresh() };
     next.engine.remember(node.engine.names().all());
     let mut ops = next.engine.rebase(node.maps.read().expect("a model can be read"));
     for (slot, name) in &node.local {

@@ -58,6 +58,8 @@ const V4_BLOCKS: [&str; 11] = [
     "10.0.0.2/32",
 ];
 const V6_BLOCKS: [&str; 7] = ["::/0", "fd00::/8", "fd00:1::/32", "fd00:1::2/128", "fd00:2::/32", "fd00:3::/48", "2001:db8::/32"];
+/// A stranger's address, a pod's, a node's, a service's.
+const EXTERNAL: [&str; 4] = ["198.51.100.1", "192.168.1.2", "10.0.0.2", "172.20.0.10"];
 const TRANSPORTS: [&str; 3] = ["TCP", "UDP", "SCTP"];
 
 /// A cluster as manifests.
@@ -206,7 +208,7 @@ impl World {
         let policies = [rng.pick(&["Cluster", "Cluster", "Local"]), rng.pick(&["Cluster", "Local"])];
         vec![
             json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "y"},
-                "spec": {"clusterIP": format!("172.20.0.1{index}"), "externalIPs": rng.some(&["198.51.100.1"], 1),
+                "spec": {"clusterIP": format!("172.20.0.1{index}"), "externalIPs": rng.some(&EXTERNAL, 2),
                     "internalTrafficPolicy": policies[0], "externalTrafficPolicy": policies[1],
                     "ports": [{"name": "p", "port": 80, "targetPort": target}, {"name": "q", "port": 443, "protocol": "UDP"}]}}),
             json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
@@ -377,8 +379,12 @@ fn cluster_peer(rng: &mut Rng, egress: bool) -> Value {
         0 => json!({"namespaces": namespaces(rng)}),
         1 => json!({"pods": {"namespaceSelector": namespaces(rng), "podSelector": pods(rng)}}),
         2 => json!({"nodes": {"matchLabels": {"zone": rng.pick(&["a", "b"])}}}),
-        _ => json!({"networks": [rng.pick(&V4_BLOCKS), rng.pick(&V6_BLOCKS)]}),
+        _ => networks(rng),
     }
+}
+
+fn networks(rng: &mut Rng) -> Value {
+    json!({"networks": [rng.pick(&V4_BLOCKS), rng.pick(&V6_BLOCKS)]})
 }
 
 fn cluster_rules(rng: &mut Rng, egress: bool, ports: fn(&mut Rng) -> Value, ports_field: &str) -> Vec<Value> {
@@ -416,9 +422,13 @@ fn aws_cluster_policy(rng: &mut Rng, number: usize) -> Value {
         1 => json!({"namedPort": rng.pick(&NAMES)}),
         _ => json!({"portNumber": {"protocol": rng.pick(&TRANSPORTS), "port": rng.pick(&[80, 81])}}),
     };
+    let mut ingress = cluster_rules(rng, false, port, "ports");
+    if rng.chance(40) {
+        ingress.push(json!({"action": rng.pick(&["Accept", "Deny", "Pass"]), "from": [networks(rng)], "ports": [port(rng)]}));
+    }
     json!({"apiVersion": "networking.k8s.aws/v1alpha1", "kind": "ClusterNetworkPolicy", "metadata": {"name": format!("c{number}")},
         "spec": {"tier": rng.pick(&["Admin", "Baseline"]), "priority": rng.below(3), "subject": cluster_subject(rng),
-            "ingress": cluster_rules(rng, false, port, "ports"), "egress": cluster_rules(rng, true, port, "ports")}})
+            "ingress": ingress, "egress": cluster_rules(rng, true, port, "ports")}})
 }
 
 pub(super) fn objects<'a>(all: impl Iterator<Item = &'a Value>) -> Vec<Object> {
