@@ -10,10 +10,12 @@ use stanchion_core::network::egress::EgressFamily;
 use stanchion_core::network::host::DEFAULT_MTU;
 use stanchion_core::network::names::{MAIN_TABLE, STRICT_BRANCH_PREFIX, check_veth_prefix, host_veth_name, pod_if_name, veth_macs};
 use stanchion_core::network::{NetOp, PodPlan};
-use stanchion_netlink::veth::{VethEnd, VethIndices};
+use stanchion_netlink::veth::{LinkFacts, VethEnd, VethIndices};
 use stanchion_netlink::{Netlink, NetlinkError, Netns, sysctl};
 use stanchion_proto::frame::Method;
-use stanchion_proto::{ActivateEndpointReply, ActivateEndpointRequest, AddNetworkReply, AddNetworkRequest, Endpoint};
+use stanchion_proto::{
+    ActivateEndpointReply, ActivateEndpointRequest, AddNetworkReply, AddNetworkRequest, CheckNetworkReply, CheckNetworkRequest, Endpoint,
+};
 
 use crate::agent::{self, Agent};
 use crate::journal::Journal;
@@ -159,7 +161,7 @@ fn set_up(
     conf: &NetConf,
     journal: &mut Journal,
 ) -> Result<(), CniError> {
-    let indices = create(site, plans)?;
+    let indices = create(site, plans, |host_if, index| other_holder(agent, invocation, conf, host_if, index))?;
     journal.phase("veth");
     let policed = !reply.policy_mode.is_empty();
     if policed {
@@ -208,8 +210,20 @@ fn wait_until_running(pod: &mut Netlink, name: &str) -> Result<(), NetlinkError>
     Ok(())
 }
 
-/// Creates the veths, pod ends up, host ends down.
-fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<Vec<VethIndices>, CniError> {
+/// The other pod that has a host end, if the agent knows one.
+fn other_holder(agent: &mut Agent, invocation: &Invocation, conf: &NetConf, host_if: &str, index: u32) -> Result<Option<String>, CniError> {
+    let endpoint = Endpoint { host_if_name: host_if.to_owned(), host_if_index: index, ..Endpoint::default() };
+    let request = CheckNetworkRequest { sandbox: Some(agent::sandbox(invocation, conf)), endpoints: vec![endpoint] };
+    let reply: CheckNetworkReply = agent.call("ask whose interface has the pod's name", Method::CheckNetwork, &request)?;
+    Ok(Some(reply.held_by).filter(|pod| !pod.is_empty()))
+}
+
+/// Creates the veths, pod ends up, host ends down. `holder` tells the other pod of a host end that is there already.
+fn create(
+    site: &mut Site<'_>,
+    plans: &[PodPlan],
+    mut holder: impl FnMut(&str, u32) -> Result<Option<String>, CniError>,
+) -> Result<Vec<VethIndices>, CniError> {
     if plans.iter().any(|plan| plan.ipv6.is_some()) {
         // Some runtimes start sandboxes with IPv6 switched off; a kernel without it refuses the address later, with a better message.
         let switched = site.netns.run(|| {
@@ -218,19 +232,32 @@ fn create(site: &mut Site<'_>, plans: &[PodPlan]) -> Result<Vec<VethIndices>, Cn
         });
         switched.map_err(|error| sandbox::netns_error(&error))?;
     }
-    plans.iter().map(|plan| create_one(site, plan).map_err(|error| sandbox::kernel_error(&error))).collect()
+    plans.iter().map(|plan| create_one(site, plan, &mut holder)).collect()
 }
 
-fn create_one(site: &mut Site<'_>, plan: &PodPlan) -> Result<VethIndices, NetlinkError> {
+fn create_one(
+    site: &mut Site<'_>,
+    plan: &PodPlan,
+    mut holder: impl FnMut(&str, u32) -> Result<Option<String>, CniError>,
+) -> Result<VethIndices, CniError> {
     let own = VethEnd { name: plan.pod_if.clone(), mac: plan.pod_mac };
     let peer = VethEnd { name: plan.host_if.clone(), mac: plan.host_mac };
-    match site.pod.create_veth(&own, &peer, &site.host_netns, plan.mtu) {
-        // A StatefulSet's pod comes back under its old name while the old sandbox still dies. (Or the pod's name is taken.)
-        Err(error) if error.errno() == Some(libc::EEXIST) && site.host.delete_link(&plan.host_if)? => {
-            site.pod.create_veth(&own, &peer, &site.host_netns, plan.mtu)
-        }
-        created => created,
+    let error = match site.pod.create_veth(&own, &peer, &site.host_netns, plan.mtu) {
+        Err(error) if error.errno() == Some(libc::EEXIST) => error,
+        created => return created.map_err(|error| sandbox::kernel_error(&error)),
+    };
+    // The name in the pod is taken; or that on the host.
+    let Some(LinkFacts { link, .. }) = site.host.link(&plan.host_if).map_err(|error| sandbox::kernel_error(&error))? else {
+        return Err(sandbox::kernel_error(&error));
+    };
+    if let Some(other) = holder(&link.name, link.index)? {
+        let name = &link.name;
+        let text = format!("the host interface {name} is that of the pod {other}, which runs: both pods' names make this one");
+        return Err(CniError::new(ErrorCode::TryAgain, text));
     }
+    // A StatefulSet's pod comes back under its old name while the old sandbox still dies.
+    site.host.delete_link_by_index(link.index).map_err(|error| sandbox::kernel_error(&error))?;
+    site.pod.create_veth(&own, &peer, &site.host_netns, plan.mtu).map_err(|error| sandbox::kernel_error(&error))
 }
 
 /// Addresses, routes and neighbours in the pod, and what the host end must not hear.

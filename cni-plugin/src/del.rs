@@ -35,10 +35,10 @@ pub(crate) fn run(invocation: &Invocation, conf: &NetConf, journal: &mut Journal
         other => {
             let why = other.and_then(Result::err).filter(|error| error.code != ErrorCode::UnknownContainer);
             journal.note(why.as_ref().map_or("the namespace is gone", |error| &error.msg));
-            // The kernel dismantles a namespace when it gets round to it, seconds later under load.
-            sandbox::remove_host_ends(&mut host, invocation, &conf.veth_prefix)?;
         }
     }
+    // The kernel dismantles a namespace when it gets round to it, seconds later under load; and a pod may have renamed its ends.
+    sandbox::remove_host_ends(&mut host, invocation, &conf.veth_prefix)?;
     addresses.sort_unstable();
     addresses.dedup();
     let mut branches = branch::of_result(&prev, invocation);

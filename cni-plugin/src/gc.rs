@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use stanchion_core::cni::{CniError, ErrorCode, NetConf};
+use stanchion_core::cni::{CniError, NetConf};
 use stanchion_proto::frame::Method;
 use stanchion_proto::{CollectGarbageReply, CollectGarbageRequest, ValidAttachment};
 
@@ -12,9 +12,8 @@ use crate::egress;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(crate) fn run(conf: &NetConf) -> Result<(), CniError> {
-    let missing =
-        || CniError::new(ErrorCode::InvalidConfig, "GC without cni.dev/valid-attachments: what lives is not known, so nothing is released");
-    let living = conf.valid_attachments.as_deref().ok_or_else(missing)?;
+    // What lives is not known, as from `cnitool gc`: nothing is released, and the call is none that failed.
+    let Some(living) = conf.valid_attachments.as_deref() else { return Ok(()) };
     let valid = living.iter().map(|a| ValidAttachment { container_id: a.container_id.clone(), if_name: a.if_name.clone() }).collect();
     let request = CollectGarbageRequest { network_name: conf.name.clone(), valid };
     egress::collect(&conf.name, living)?;

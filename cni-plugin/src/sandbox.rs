@@ -69,7 +69,8 @@ pub(crate) fn remove_veths(netns: &Netns, if_name: &str) -> Result<Vec<IpAddr>, 
     Ok(removed)
 }
 
-/// Deletes the sandbox's veths from their host ends, for when the pod's namespace cannot be entered. The Ethernet address, which is made
+/// Deletes the sandbox's veths from their host ends, for when the pod's namespace cannot be entered, or does not show them under the names
+/// that they were given. The Ethernet address, which is made
 /// of the container's id, tells them from those of a newer sandbox of the same pod.
 pub(crate) fn remove_host_ends(host: &mut Netlink, invocation: &Invocation, prefix: &str) -> Result<(), CniError> {
     let failed = |error: NetlinkError| kernel_error(&error);

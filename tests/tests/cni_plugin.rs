@@ -181,6 +181,53 @@ async fn a_del_may_come_in_every_state() {
     assert_eq!((spooled.container_id, spooled.network_name.as_str(), spooled.if_name.as_str()), (pod.container.clone(), "aws-cni", "eth0"));
 }
 
+/// A pod may give its interfaces other names, and its namespace may live on in a process that was handed it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_del_takes_interfaces_that_the_pod_has_renamed() {
+    let site = Site::start().await;
+    site.script.lock().unwrap().egress = "v6if0".to_owned();
+    let before = site.picture();
+    for with_result in [true, false] {
+        let pod = site.pod("a");
+        let result = site.add(&pod).await;
+        for (name, other) in [("eth0", "mine"), ("v6if0", "mine6")] {
+            run(&pod.netns.0, &format!("ip link set {name} down"));
+            run(&pod.netns.0, &format!("ip link set {name} name {other}"));
+            run(&pod.netns.0, &format!("ip link set {other} up"));
+        }
+        let extra = if with_result { json!({"prevResult": result}) } else { json!({}) };
+        let del = site.call("DEL", &pod, extra).await;
+        assert!(del.ok, "{del:?}");
+        assert_eq!(site.picture(), before);
+        assert_eq!(ip(&pod.netns.0, &["link"]).as_array().unwrap().len(), 1, "only lo is left in the pod");
+    }
+}
+
+/// The second interface of a pod `db` is called as the first of a pod `db.1`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_interface_of_another_pod_is_not_taken_for_its_name() {
+    let site = Site::start().await;
+    let (first, second) = (site.pod("db.1"), site.pod("db"));
+    site.add(&first).await;
+    let before = site.picture();
+    let index = ip(&site.node.0, &["link", "show", &site.host_if(&first)])[0]["ifindex"].clone();
+    {
+        let mut script = site.script.lock().unwrap();
+        (script.at_a_time, script.held_by) = (2, "default/db.1".to_owned());
+    }
+    let refused = site.call("ADD", &second, json!({})).await;
+    let error: Value = serde_json::from_str(&refused.stdout).unwrap();
+    assert_eq!((refused.ok, &error["code"], error.get("details")), (false, &json!(11), None), "{error}");
+    assert!(error["msg"].as_str().unwrap().contains("is that of the pod default/db.1"), "{error}");
+    assert_eq!(site.picture(), before, "nothing of the one is left, and all of the other");
+    assert_eq!(ip(&site.node.0, &["link", "show", &site.host_if(&first)])[0]["ifindex"], index);
+    assert!(!site.script.lock().unwrap().held.contains_key(&second.container), "its addresses came back");
+    // The other ended, and its DEL was lost.
+    site.script.lock().unwrap().held_by.clear();
+    site.add(&second).await;
+    assert_ne!(ip(&site.node.0, &["link", "show", &site.host_if(&first)])[0]["ifindex"], index);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_add_that_fails_leaves_nothing() {
     let mut site = Site::start().await;

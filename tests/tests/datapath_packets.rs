@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use stanchion_core::policy::image::{EndpointImage, MapOp};
+use stanchion_core::policy::image::{EndpointImage, MapOp, Slot};
 use stanchion_daemon::netpol::{LoadOptions, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
     Config, FlowKey4, LAYOUT_VERSION, VERDICT_PREFIX_ANY, VERDICT_PREFIX_PORT, VERDICT_PREFIX_PROTOCOL, VerdictKey, VerdictValue,
@@ -554,6 +554,74 @@ fn neighbour_discovery_is_never_blocked() {
     check(&mut rig, IN, &Packet::icmp(casts()[1].stranger, casts()[1].pod, 128, &[0; 4]), false, "an echo is not discovery");
 }
 
+/// What is called neighbour discovery and comes from beyond the link is none.
+#[test]
+fn neighbour_discovery_from_beyond_the_link_is_judged_as_icmp() {
+    let mut rig = rig("from-beyond");
+    let cast = casts()[1];
+    for (image, passes) in [(isolated(), false), (image(None, None), true)] {
+        rig.pod(&image).unwrap();
+        for kind in 133..=137 {
+            for source in [cast.stranger, ip("fe80::1"), ip("::")] {
+                let near = Packet::icmp(source, cast.pod, kind, &[0; 20]);
+                check(&mut rig, IN, &near, true, "from the link, whoever it is");
+                for hops in [0, 1, 64, 254] {
+                    check(&mut rig, IN, &Packet { hops, ..near.clone() }, passes, "as any other packet to the pod");
+                }
+            }
+            let friends = Packet { hops: 64, ..Packet::icmp(cast.friend, cast.pod, kind, &[0; 20]) };
+            check(&mut rig, IN, &friends, true, "where a rule allows ICMP");
+        }
+        for kind in [130, 131, 132, 143] {
+            for near in ["fe80::1", "febf::1"] {
+                check(&mut rig, IN, &Packet::icmp(ip(near), ip("ff02::1"), kind, &[0; 20]), true, "from the link");
+            }
+            for beyond in [cast.stranger, ip("fec0::1"), ip("ff02::1"), ip("::")] {
+                check(&mut rig, IN, &Packet::icmp(beyond, cast.pod, kind, &[0; 20]), passes, "as any other packet to the pod");
+            }
+        }
+    }
+    let mut covered = Packet::icmp(cast.stranger, cast.pod, 135, &[0; 20]);
+    covered.extensions = vec![(0, vec![0, 0, 5, 2, 0, 0, 1, 0])];
+    rig.pod(&isolated()).unwrap();
+    check(&mut rig, IN, &covered, true, "behind a header, from the link");
+    check(&mut rig, IN, &Packet { hops: 254, ..covered }, false, "behind a header, from beyond");
+}
+
+/// Of two interfaces whose indices share a place, one has its record behind the others'.
+#[test]
+fn an_interface_whose_place_is_taken_is_found_behind_the_others_and_only_itself() {
+    let mut rig = rig("far");
+    // Behind the one that has the place is a pod without policy: who took its record would let everything in.
+    let neighbour = Slot(2);
+    rig.apply(&[MapOp::SetEndpoint(neighbour, image(None, None))]).unwrap();
+    rig.move_far(neighbour).unwrap();
+    for cast in casts() {
+        for (opener, client) in [(IN, 4_000), (OUT, 5_000)] {
+            let open = |peer, port| cast.packet(peer, opener, opener, (client, port), tcp(flags::SYN));
+            check(&mut rig, opener, &open(cast.friend, 80), true, "allowed");
+            check(
+                &mut rig,
+                opener ^ 1,
+                &cast.packet(cast.friend, opener, opener ^ 1, (client, 80), tcp(flags::SYN | flags::ACK)),
+                true,
+                "its reply",
+            );
+            check(&mut rig, opener, &open(cast.friend, 81), false, "denied");
+            check(&mut rig, opener, &open(cast.stranger, 80), false, "denied");
+        }
+        let forged = Packet::tcp((cast.stranger, 4_000), (cast.friend, 80), flags::SYN);
+        check(&mut rig, OUT, &forged, false, "a forged source");
+    }
+    rig.give_far_place_away(neighbour).unwrap();
+    for cast in casts() {
+        for way in [IN, OUT] {
+            let packet = cast.packet(cast.friend, way, way, (6_000, 80), tcp(flags::SYN));
+            check(&mut rig, way, &packet, false, "the place is another interface's");
+        }
+    }
+}
+
 /// What is called neighbour discovery and leaves the link is none.
 #[test]
 fn neighbour_discovery_that_would_leave_the_link_is_judged_as_icmp() {
@@ -733,6 +801,23 @@ fn audit_tells_and_lets_pass() {
     let verdicts: Vec<(u8, u8)> = take_events(&mut ring).iter().map(|event| (event.verdict, event.reason)).collect();
     let [audited, denied] = [event_verdict::AUDITED, event_verdict::DENIED].map(|verdict| (verdict, reason::POLICY));
     assert_eq!(verdicts, [audited, (event_verdict::DENIED, reason::SOURCE), denied]);
+}
+
+/// A datagram that audit lets pass arrives whole.
+#[test]
+fn audit_lets_every_fragment_of_a_datagram_pass() {
+    let mut rig = rig("audit-fragments");
+    rig.pod(&EndpointImage { audit: true, ..isolated() }).unwrap();
+    for cast in casts() {
+        for (way, id) in [(IN, 7), (OUT, 8)] {
+            let whole = cast.packet(cast.stranger, way, way, (4_000, 81), Packet::udp);
+            for (offset, more) in [(0, true), (3, true), (6, false)] {
+                let body = if offset == 0 { whole.body[..24].to_vec() } else { vec![0; if more { 24 } else { 6 }] };
+                let piece = Packet { body, fragment: Some(Fragment { id, offset, more }), ..whole.clone() };
+                check(&mut rig, way, &piece, true, "audited");
+            }
+        }
+    }
 }
 
 #[test]

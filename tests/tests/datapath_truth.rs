@@ -148,8 +148,11 @@ fn inner(rng: &mut StdRng, source: IpAddr, destination: IpAddr, six: bool) -> Pa
         2 => Packet::udp(ends.0, ends.1),
         3 => Packet::sctp(ends.0, ends.1),
         4 => {
-            let kind = if rng.random_bool(0.5) { *[0, 8, 128, 129, 133, 134, 135, 137].choose(rng).unwrap() } else { rng.random() };
-            Packet::icmp(source, destination, kind, &[0, 7, 0, 1, 9, 9, 9, 9])
+            let kind =
+                if rng.random_bool(0.5) { *[0, 8, 128, 129, 130, 132, 133, 134, 135, 137, 143].choose(rng).unwrap() } else { rng.random() };
+            let packet = Packet::icmp(source, destination, kind, &[0, 7, 0, 1, 9, 9, 9, 9]);
+            let hops = *[packet.hops, 64, 255, rng.random()].choose(rng).unwrap();
+            Packet { hops, ..packet }
         }
         _ => Packet::new(source, destination, *[47, 50, 89, 4].choose(rng).unwrap(), vec![7; 24]),
     };
@@ -252,9 +255,15 @@ fn question(frame: &[u8], way: u8) -> Option<Question> {
     }
     if protocol == icmp {
         let kind = frame[offset];
-        let is_discovery = match (way, destination) {
-            (direction::INGRESS, _) => matches!(kind, 130..=137 | 143),
-            (_, IpAddr::V6(to)) if to.is_unicast_link_local() || to.segments()[0] == 0xff02 => matches!(kind, 130..=133 | 135 | 136 | 143),
+        let is_discovery = match (way, source, destination) {
+            (direction::INGRESS, IpAddr::V6(from), _) => match kind {
+                133..=137 => frame[21] == 255,
+                130..=132 | 143 => from.is_unicast_link_local(),
+                _ => false,
+            },
+            (direction::EGRESS, _, IpAddr::V6(to)) if to.is_unicast_link_local() || to.segments()[0] == 0xff02 => {
+                matches!(kind, 130..=133 | 135 | 136 | 143)
+            }
             _ => false,
         };
         if six && is_discovery {

@@ -67,6 +67,18 @@ text_id!(
     ContainerId
 );
 
+impl ContainerId {
+    /// Stands for the sandbox of a pod that runs, of which nobody has told the id. No runtime's id has a space in it.
+    pub fn stand_in(pod: &PodName) -> Self {
+        Self::new(format!("of pod {pod}"))
+    }
+
+    /// Whether this only stands for a sandbox: no list of a runtime has it.
+    pub fn is_stand_in(&self) -> bool {
+        self.as_str().contains(' ')
+    }
+}
+
 /// An Ethernet address, written `02:00:0a:00:00:01`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Mac(pub [u8; 6]);

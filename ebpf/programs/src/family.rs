@@ -195,8 +195,13 @@ impl Address {
     /// An IPv6 address of link-local scope: fe80::/10, ff02::/16.
     #[inline(always)]
     pub fn is_on_link(self) -> bool {
-        let start = u16::from_be(self.0 as u16);
-        start & 0xffc0 == 0xfe80 || start == 0xff02
+        self.is_link_local() || u16::from_be(self.0 as u16) == 0xff02
+    }
+
+    /// One of fe80::/10.
+    #[inline(always)]
+    pub fn is_link_local(self) -> bool {
+        u16::from_be(self.0 as u16) & 0xffc0 == 0xfe80
     }
 
     #[inline(always)]

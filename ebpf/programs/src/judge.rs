@@ -466,6 +466,7 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
     if result == judged::DENIED {
         // Isolation names no rule. What does is a policy of the cluster, which an annotation of the namespace does not lift.
         if packet.pod.policy_flags & endpoint_flag::AUDIT != 0 && packet.rule == 0 {
+            remember_fragment(&packet);
             return outcome(event_verdict::AUDITED, reason::POLICY);
         }
         if packet.is_egress() && packet.is_opened_by_pod() && packet.pod.policy_flags & endpoint_flag::BY_NAME != 0 {

@@ -314,16 +314,23 @@ fn is_error<F: Family>(kind: u8) -> bool {
 }
 
 /// Router solicitation, neighbour solicitation and advertisement, multicast listener messages; what only routers send
-/// (router advertisement, redirect) is let in but not out of a pod. Out of a pod it must stay on the link: its next hop and the node
-/// that asks for it have link-local addresses.
+/// (router advertisement, redirect) is let in but not out of a pod. Into a pod it must come from the link: neighbour discovery has a hop
+/// limit that no router leaves (RFC 4861, 6.1 and 7.1), and who speaks of listeners a link-local address (RFC 2710, 3; RFC 3810, 5),
+/// from which no router forwards. Out of a pod it must stay on the link: its next hop and the node that asks for it have link-local
+/// addresses.
 #[inline(always)]
-fn is_discovery<F: Family>(direction: u8, kind: u8, destination: Address) -> bool {
-    F::NUMBER == 6
-        && if direction == direction::INGRESS {
-            matches!(kind, 130..=137 | 143)
-        } else {
-            matches!(kind, 130..=133 | 135 | 136 | 143) && destination.is_on_link()
-        }
+fn is_discovery<F: Family>(skb: *mut __sk_buff, direction: u8, kind: u8, [source, destination]: [Address; 2]) -> bool {
+    if F::NUMBER != 6 {
+        return false;
+    }
+    if direction != direction::INGRESS {
+        return matches!(kind, 130..=133 | 135 | 136 | 143) && destination.is_on_link();
+    }
+    match kind {
+        133..=137 => load::<u8>(skb, ETHERNET + offset_of!(Ipv6Header, hops)) == Ok(255),
+        130..=132 | 143 => source.is_link_local(),
+        _ => false,
+    }
 }
 
 /// Reads the transport header at `offset`. Of an ICMP error the flow is left to the caller.
@@ -357,7 +364,7 @@ fn transport<F: Family>(skb: *mut __sk_buff, offset: usize, packet: &mut Packet)
         } else {
             packet.kind = if is_error::<F>(header.kind) {
                 Kind::Related
-            } else if is_discovery::<F>(anew(&packet.pod.direction), header.kind, packet.ends[1]) {
+            } else if is_discovery::<F>(skb, anew(&packet.pod.direction), header.kind, packet.ends) {
                 Kind::Discovery
             } else {
                 Kind::Stateless
@@ -669,7 +676,7 @@ pub fn addresses6(skb: *mut __sk_buff, direction: u8) -> Option<(Address, bool)>
         return Some((Address::of(ip.source), false));
     }
     let kind = load::<u8>(skb, offset as usize).unwrap_or(0);
-    Some((Address::of(ip.source), is_discovery::<V6>(direction, kind, Address::of(ip.destination))))
+    Some((Address::of(ip.source), is_discovery::<V6>(skb, direction, kind, [Address::of(ip.source), Address::of(ip.destination)])))
 }
 
 /// Source and destination for an event, zero where they cannot be read.

@@ -16,7 +16,8 @@ use nix::unistd::Pid;
 use stanchion_core::policy::image::{EndpointImage, MapOp, PolicyMaps as _, Slot};
 use stanchion_daemon::netpol::{KernelMaps, LoadOptions, Loaded, POD_EGRESS, POD_INGRESS, load};
 use stanchion_ebpf_abi::{
-    Config, Event, FlowEntry, FlowKey4, Interface, LAYOUT_VERSION, config_flag, direction, flow_head, ipv4_word, ipv6_words, map_name,
+    Config, Event, FlowEntry, FlowKey4, INTERFACE_PLACES, Interface, LAYOUT_VERSION, config_flag, direction, flow_head, ipv4_word,
+    ipv6_words, map_name,
 };
 
 use crate::stray::Maker;
@@ -118,10 +119,35 @@ impl Rig {
             }),
             ..Interface::default()
         };
-        let mut map: Array<MapData, [u8; 40]> = Map::Array(self.pin(map_name::INTERFACES)?).try_into()?;
-        // SAFETY: an ABI type without padding, of this size.
-        map.set(IF_INDEX, unsafe { std::mem::transmute::<Interface, [u8; 40]>(interface) }, 0)?;
+        self.interfaces()?.set(IF_INDEX, interface_bytes(interface), 0)?;
         self.apply(&[MapOp::SetEndpoint(SLOT, image.clone())])
+    }
+
+    /// Moves the pod's record to a place behind the others', as the agent does where an interface of another pod has its own.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn move_far(&mut self, other: Slot) -> anyhow::Result<()> {
+        let mut places = self.interfaces()?;
+        let record = places.get(&IF_INDEX, 0)?;
+        places.set(INTERFACE_PLACES, record, 0)?;
+        let mut far: HashMap<MapData, u32, u32> = Map::HashMap(self.pin(map_name::INTERFACES_FAR)?).try_into()?;
+        far.insert(IF_INDEX, INTERFACE_PLACES, 0)?;
+        let neighbour = Interface { if_index: IF_INDEX + INTERFACE_PLACES, slot: other.0, ..Interface::default() };
+        Ok(places.set(IF_INDEX, interface_bytes(neighbour), 0)?)
+    }
+
+    /// What a program finds that looked the far place up just before the agent gave it away.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn give_far_place_away(&mut self, other: Slot) -> anyhow::Result<()> {
+        let next = Interface { if_index: IF_INDEX + 2 * INTERFACE_PLACES, slot: other.0, ..Interface::default() };
+        Ok(self.interfaces()?.set(INTERFACE_PLACES, interface_bytes(next), 0)?)
+    }
+
+    fn interfaces(&self) -> anyhow::Result<Array<MapData, [u8; 40]>> {
+        Ok(Map::Array(self.pin(map_name::INTERFACES)?).try_into()?)
     }
 
     /// Applies operations.
@@ -282,6 +308,11 @@ pub fn take_events(ring: &mut RingBuf<MapData>) -> Vec<Event> {
         events.push(unsafe { std::ptr::read_unaligned(item.as_ptr().cast::<Event>()) });
     }
     events
+}
+
+fn interface_bytes(interface: Interface) -> [u8; 40] {
+    // SAFETY: an ABI type without padding, of this size.
+    unsafe { std::mem::transmute(interface) }
 }
 
 /// An entry of the flow table from its bytes.

@@ -53,12 +53,14 @@ pub struct Packet {
     pub extensions: Vec<(u8, Vec<u8>)>,
     /// Set for a fragment.
     pub fragment: Option<Fragment>,
+    /// The hop limit, or the time to live.
+    pub hops: u8,
 }
 
 impl Packet {
     /// Any protocol.
     pub fn new(source: IpAddr, destination: IpAddr, protocol: u8, body: Vec<u8>) -> Self {
-        Self { source, destination, protocol, body, options: Vec::new(), extensions: Vec::new(), fragment: None }
+        Self { source, destination, protocol, body, options: Vec::new(), extensions: Vec::new(), fragment: None, hops: 64 }
     }
 
     /// TCP with 10 bytes of data, so that an IPv4 frame has 64 bytes.
@@ -90,12 +92,13 @@ impl Packet {
         Self::new(source, destination, SCTP, body)
     }
 
-    /// ICMP or ICMPv6 by the addresses' family; `rest` begins at the fifth byte.
+    /// ICMP or ICMPv6 by the addresses' family; `rest` begins at the fifth byte. Neighbour discovery has the hop limit that it must have.
     pub fn icmp(source: IpAddr, destination: IpAddr, kind: u8, rest: &[u8]) -> Self {
         let protocol = if source.is_ipv4() { ICMP } else { ICMPV6 };
         let mut body = vec![kind, 0, 0, 0];
         body.extend_from_slice(rest);
-        Self::new(source, destination, protocol, body)
+        let hops = if protocol == ICMPV6 && matches!(kind, 133..=137) { 255 } else { 64 };
+        Self { hops, ..Self::new(source, destination, protocol, body) }
     }
 
     /// An ICMP error of this type about a packet, of which it quotes the header and eight bytes more.
@@ -121,7 +124,7 @@ impl Packet {
                 let Fragment { id, offset, more } = self.fragment.unwrap_or(Fragment { id: 0, offset: 0, more: false });
                 frame.extend_from_slice(&u16::try_from(id).expect("IPv4 has 16 bits").to_be_bytes());
                 frame.extend_from_slice(&(offset | u16::from(more) << 13).to_be_bytes());
-                frame.extend_from_slice(&[64, self.protocol, 0, 0]);
+                frame.extend_from_slice(&[self.hops, self.protocol, 0, 0]);
                 frame.extend_from_slice(&source.octets());
                 frame.extend_from_slice(&destination.octets());
                 frame.extend_from_slice(&self.options);
@@ -138,7 +141,7 @@ impl Packet {
                 let numbers: Vec<u8> = chain.iter().map(|(number, _)| *number).chain([self.protocol]).collect();
                 let payload = chain.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() + self.body.len();
                 frame.extend_from_slice(&u16::try_from(payload).expect("bodies are short").to_be_bytes());
-                frame.extend_from_slice(&[numbers[0], 64]);
+                frame.extend_from_slice(&[numbers[0], self.hops]);
                 frame.extend_from_slice(&source.octets());
                 frame.extend_from_slice(&destination.octets());
                 for ((_, bytes), next) in chain.iter_mut().zip(&numbers[1..]) {

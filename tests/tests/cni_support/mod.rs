@@ -73,6 +73,8 @@ pub(crate) struct Script {
     pub(crate) released: Vec<(String, String)>,
     pub(crate) collected: Vec<wire::CollectGarbageRequest>,
     pub(crate) differences: Vec<String>,
+    /// Another pod, of which the interface is that is asked about.
+    pub(crate) held_by: String,
     pub(crate) not_ready: Option<String>,
     pub(crate) no_policy: bool,
     /// `v4if0` or `v6if0`; empty: no egress.
@@ -150,7 +152,8 @@ impl Cni for Agent {
     }
 
     async fn check_network(&self, _: Request<wire::CheckNetworkRequest>) -> Result<Response<wire::CheckNetworkReply>, Status> {
-        Ok(Response::new(wire::CheckNetworkReply { differences: self.script.lock().unwrap().differences.clone() }))
+        let script = self.script.lock().unwrap();
+        Ok(Response::new(wire::CheckNetworkReply { differences: script.differences.clone(), held_by: script.held_by.clone() }))
     }
 
     async fn collect_garbage(&self, request: Request<wire::CollectGarbageRequest>) -> Result<Response<wire::CollectGarbageReply>, Status> {

@@ -207,7 +207,7 @@ impl World {
         text += policies;
         let objects = manifests::parse("test.yaml", &text).unwrap();
         self.cluster.send_replace(Arc::new(ClusterState::default().replaced_by(objects)));
-        // The actor looks at the cluster before its mailbox: an answer means that it was applied. Its ready flag says so once.
+        // The actor looks at the cluster before it answers: an answer means that it was applied. Its ready flag says so once.
         let handle = self.agent().clone();
         self.runtime.block_on(async {
             let mut ready = handle.ready();
@@ -217,7 +217,7 @@ impl World {
         });
     }
 
-    fn request(&self, name: &str) -> ActivateRequest {
+    pub(crate) fn request(&self, name: &str) -> ActivateRequest {
         let Pod { name, host_if, .. } = self.pod(name);
         ActivateRequest {
             pod: name.clone(),

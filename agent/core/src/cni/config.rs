@@ -41,7 +41,8 @@ pub struct NetConf {
     pub shares_ingress: bool,
     /// What an earlier ADD returned, unread: a DEL must not fail on it.
     pub prev_result: Option<serde_json::Value>,
-    /// GC: the attachments that live; `None`: the runtime did not say, which does not mean that none does.
+    /// GC: the attachments that live; `None`: the runtime did not say, which does not mean that none does. `null` is how libcni writes an
+    /// empty list.
     pub valid_attachments: Option<Vec<ValidAttachment>>,
     /// `pluginLogFile`: a file, or `stderr`; `None`: no log.
     pub log_file: Option<PathBuf>,
@@ -87,10 +88,10 @@ struct Wire {
     #[serde(default)]
     runtime_config: RuntimeConfig,
     prev_result: Option<serde_json::Value>,
-    #[serde(rename = "cni.dev/valid-attachments")]
+    #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "said")]
     valid_attachments: Option<Vec<ValidAttachment>>,
     /// The key's name in the first draft, which libcni still sends too.
-    #[serde(rename = "cni.dev/attachments")]
+    #[serde(default, rename = "cni.dev/attachments", deserialize_with = "said")]
     attachments: Option<Vec<ValidAttachment>>,
 }
 
@@ -98,6 +99,11 @@ struct Wire {
 struct RuntimeConfig {
     #[serde(default, rename = "io.kubernetes.cri.pod-annotations")]
     annotations: Option<BTreeMap<String, String>>,
+}
+
+/// A list that was said, if only as `null`.
+fn said<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<ValidAttachment>>, D::Error> {
+    Option::deserialize(deserializer).map(|list| Some(list.unwrap_or_default()))
 }
 
 /// aws-node renders its MTU as a string.
@@ -266,6 +272,8 @@ mod tests {
         assert_eq!(conf.valid_attachments, Some(vec![ValidAttachment { container_id: "a".into(), if_name: "eth0".into() }]));
         let conf = parse(r#"{"cniVersion":"1.1.0","name":"x","cni.dev/attachments":[]}"#).unwrap();
         assert_eq!(conf.valid_attachments, Some(vec![]));
+        let conf = parse(r#"{"cniVersion":"1.1.0","name":"x","cni.dev/valid-attachments":null,"cni.dev/attachments":null}"#).unwrap();
+        assert_eq!(conf.valid_attachments, Some(vec![]), "as Go writes an empty list");
         assert_eq!(parse(r#"{"cniVersion":"1.1.0","name":"x"}"#).unwrap().valid_attachments, None);
     }
 }

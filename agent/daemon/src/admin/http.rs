@@ -6,15 +6,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::net::TcpListener;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::listen::Bounded;
 use super::views::Views;
 use stanchion_core::metrics::exposition::Format;
 
@@ -38,14 +43,57 @@ impl std::str::FromStr for Bind {
     }
 }
 
+/// How long the text of the metrics is told again to those who ask: any pod may, and making it costs calls of the kernel.
+const TOLD_AGAIN: Duration = Duration::from_secs(1);
+
 /// Serves `/metrics`.
 pub async fn serve_metrics(address: SocketAddr, views: Arc<Views>, shutdown: CancellationToken) {
-    let metrics = |State(views): State<Arc<Views>>, headers: HeaderMap| async move {
+    let recent = Recent::new(move |format| {
+        let views = Arc::clone(&views);
+        async move { views.metrics_text(format).await }
+    });
+    let metrics = |State(recent): State<Recent>, headers: HeaderMap| async move {
         let format = Format::accepted(headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()));
-        ([(header::CONTENT_TYPE, format.content_type())], views.metrics_text(format).await).into_response()
+        match recent.text(format).await {
+            Some(text) => ([(header::CONTENT_TYPE, format.content_type())], text).into_response(),
+            None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        }
     };
-    let router = Router::new().route("/metrics", get(metrics)).with_state(views);
+    let router = Router::new().route("/metrics", get(metrics)).with_state(recent);
     serve(&Bind::Tcp(address), router, shutdown).await;
+}
+
+/// A text, when it was made, and in which format.
+type Made = Vec<(Format, Instant, Bytes)>;
+
+/// The texts as they were made last.
+#[derive(Clone)]
+struct Recent {
+    make: Arc<dyn Fn(Format) -> BoxFuture<'static, String> + Send + Sync>,
+    made: Arc<Mutex<Made>>,
+}
+
+impl Recent {
+    fn new<F: Future<Output = String> + Send + 'static>(make: impl Fn(Format) -> F + Send + Sync + 'static) -> Self {
+        Self { make: Arc::new(move |format| Box::pin(make(format))), made: Arc::default() }
+    }
+
+    /// The text of a format, made now unless it was lately; `None` if it cannot be made. Whoever asks and leaves leaves it to the next one.
+    async fn text(&self, format: Format) -> Option<Bytes> {
+        let Self { make, made } = self.clone();
+        let making = tokio::spawn(async move {
+            // Held meanwhile: one makes it for all.
+            let mut made = made.lock().await;
+            if let Some((.., text)) = made.iter().find(|(of, at, _)| *of == format && at.elapsed() < TOLD_AGAIN) {
+                return text.clone();
+            }
+            let text = Bytes::from(make(format).await);
+            made.retain(|(of, ..)| *of != format);
+            made.push((format, Instant::now(), text.clone()));
+            text
+        });
+        making.await.ok()
+    }
 }
 
 /// Serves aws-node's introspection paths and the status page.
@@ -147,14 +195,20 @@ async fn serve(bind: &Bind, router: Router, shutdown: CancellationToken) {
                 Ok(listener) => {
                     info!(%address, "HTTP listens");
                     let ended = shutdown.clone();
-                    axum::serve(listener, router.clone()).with_graceful_shutdown(async move { ended.cancelled().await }).await.err()
+                    axum::serve(Bounded::new(listener), router.clone())
+                        .with_graceful_shutdown(async move { ended.cancelled().await })
+                        .await
+                        .err()
                 }
                 Err(error) => Some(error),
             },
             Bind::Unix(path) => match super::socket::bind(path) {
                 Ok(listener) => {
                     let ended = shutdown.clone();
-                    axum::serve(listener, router.clone()).with_graceful_shutdown(async move { ended.cancelled().await }).await.err()
+                    axum::serve(Bounded::new(listener), router.clone())
+                        .with_graceful_shutdown(async move { ended.cancelled().await })
+                        .await
+                        .err()
                 }
                 Err(error) => Some(std::io::Error::other(error)),
             },
@@ -184,6 +238,29 @@ mod tests {
             assert!(!page.contains(way), "{way} would make more than text of a name");
         }
         assert!(page.contains("textContent"));
+    }
+
+    /// However many ask, and leave before they are told.
+    #[tokio::test(start_paused = true)]
+    async fn a_text_is_made_once_a_second() {
+        let count = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let made = Arc::clone(&count);
+        let recent = Recent::new(move |format| {
+            let number = made.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            async move {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                format!("{format:?} {number}")
+            }
+        });
+        for second in 0..3 {
+            for _ in 0..100 {
+                let _left = tokio::time::timeout(Duration::from_micros(1), recent.text(Format::Prometheus)).await;
+            }
+            assert_eq!(recent.text(Format::Prometheus).await.unwrap(), format!("Prometheus {second}"));
+            tokio::time::sleep(TOLD_AGAIN).await;
+        }
+        assert_eq!(recent.text(Format::OpenMetrics).await.unwrap(), "OpenMetrics 3");
+        assert_eq!(count.load(std::sync::atomic::Ordering::Relaxed), 4);
     }
 
     #[tokio::test]

@@ -4,5 +4,6 @@ pub mod debug;
 pub mod health;
 pub mod http;
 mod introspection;
+mod listen;
 pub mod socket;
 pub mod views;

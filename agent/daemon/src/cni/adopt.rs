@@ -3,7 +3,7 @@
 //! Who they are is known from the cluster and from the addresses that are held; which host veths are theirs from the names, as aws-node
 //! makes them; and which addresses are behind a veth from the routes to it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -139,8 +139,11 @@ fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], r
         })
     };
     let (mut running, mut without_route) = (Vec::new(), Vec::new());
+    let first: HashSet<String> = people.keys().map(|pod| host_veth_name(prefix, pod, 0)).collect();
     for (pod, person) in people {
-        let attached = (0..).map_while(|number| interface(host_veth_name(prefix, pod, number)));
+        // The second veth of a pod `x` is called as the first of a pod `x.1`.
+        let names = (0..).map(|number| (number, host_veth_name(prefix, pod, number)));
+        let attached = names.map_while(|(number, name)| if number > 0 && first.contains(&name) { None } else { interface(name) });
         let mut endpoints: Vec<ActivateIf> = attached.collect();
         if endpoints.is_empty() {
             endpoints.extend(interface(host_veth_name(STRICT_BRANCH_PREFIX, pod, 0)));
@@ -160,7 +163,7 @@ fn running(people: &BTreeMap<PodName, Person>, prefix: &str, links: &[NodeIf], r
         running.push(ActivateRequest {
             pod: pod.clone(),
             // A pod on a branch ENI holds no address of the pool: its end is seen by its veth's.
-            container_id: container.unwrap_or_else(|| ContainerId::new(format!("of pod {pod}"))),
+            container_id: container.unwrap_or_else(|| ContainerId::stand_in(pod)),
             pod_uid: uid,
             endpoints,
             shares_ingress: false,
@@ -192,6 +195,8 @@ mod tests {
             (c.clone(), of_api("uid-c", "10.0.0.7")),
             (gone, of_api("uid-gone", "10.0.0.8")),
             (ends.clone(), of_api("uid-ends", "10.0.0.9")),
+            // Its only veth is not the second of `b`.
+            (PodName::new("x", "b.1"), of_api("uid-b.1", "10.0.0.10")),
         ]
         .into();
         people.get_mut(&a).expect("there").holds.insert(address("10.0.0.5"), ContainerId::new("sandbox-a"));
@@ -204,6 +209,7 @@ mod tests {
             link(20, host_veth_name("eni", &b, 0)),
             link(30, host_veth_name("vlan", &c, 0)),
             link(40, host_veth_name("eni", &ends, 0)),
+            link(50, host_veth_name("eni", &b, 1)),
         ];
         let routes = [
             route("0.0.0.0/0", 1, 254),
@@ -213,6 +219,7 @@ mod tests {
             route("fd00::ac:3/128", 12, 254),
             route("10.0.0.6/32", 20, 254),
             route("10.0.0.7/32", 30, 101),
+            route("10.0.0.10/32", 50, 254),
         ];
         let (found, without_route) = running(&people, "eni", &links, &routes);
         assert_eq!(without_route, [ends]);
@@ -234,6 +241,7 @@ mod tests {
                     vec![(10, v4("10.0.0.5"), None), (11, v4("10.0.1.5"), None), (12, None, Some("fd00::ac:3".parse().expect("IPv6")))]
                 ),
                 ("b", "", "sandbox-b", vec![(20, v4("10.0.0.6"), None)]),
+                ("b.1", "uid-b.1", "of pod x/b.1", vec![(50, v4("10.0.0.10"), None)]),
                 ("c", "uid-c", "of pod x/c", vec![(30, v4("10.0.0.7"), None)]),
             ]
         );

@@ -1,11 +1,12 @@
 //! The service `Cni` of `stanchion.proto`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use stanchion_core::ids::ContainerId;
+use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_core::network::egress::{EgressFamily, is_egress_address};
+use stanchion_core::network::host_veth_name;
 use stanchion_proto as wire;
 use stanchion_proto::cni_server::Cni;
 use tokio::time::Instant;
@@ -201,6 +202,7 @@ impl Cni for CniService {
             }
         };
         let mut differences = address_differences(&held, &seen);
+        let mut held_by = others_interface(&self.ipam.snapshot().addresses, &self.settings.veth_prefix, &caller.pod, &seen);
         if let Some(netpol) = &self.netpol {
             let snapshot = netpol.snapshot().await;
             let active = snapshot.endpoints.iter().find(|endpoint| endpoint.pod == caller.pod);
@@ -209,8 +211,14 @@ impl Cni for CniService {
                     differences.push(format!("no network policy is in force on {}", veth.host_if_name));
                 }
             }
+            let others = snapshot.endpoints.iter().filter(|endpoint| endpoint.pod != caller.pod);
+            let mut holders = others.filter(|endpoint| {
+                endpoint.interfaces.iter().any(|interface| seen.iter().any(|veth| veth.host_if_index == interface.index))
+            });
+            held_by = holders.next().map(|endpoint| endpoint.pod.clone()).or(held_by);
         }
-        Ok(Response::new(wire::CheckNetworkReply { differences }))
+        let held_by = held_by.map(|pod| pod.to_string()).unwrap_or_default();
+        Ok(Response::new(wire::CheckNetworkReply { differences, held_by }))
     }
 
     async fn collect_garbage(&self, request: Request<wire::CollectGarbageRequest>) -> Result<Response<wire::CollectGarbageReply>, Status> {
@@ -224,7 +232,8 @@ impl Cni for CniService {
             let policed = netpol.snapshot().await;
             let others = held_elsewhere(&self.ipam.snapshot().addresses, &network_name);
             for container in policed.endpoints.iter().map(|endpoint| &endpoint.container_id) {
-                if !living.contains(container) && !others.contains(container) {
+                // Of a sandbox that nobody can name the end is seen by its veth's.
+                if !living.contains(container) && !others.contains(container) && !container.is_stand_in() {
                     netpol.deactivate(container.clone()).await;
                 }
             }
@@ -254,6 +263,20 @@ impl Cni for CniService {
 fn held_elsewhere(addresses: &[AddressView], network_name: &str) -> BTreeSet<ContainerId> {
     let keys = addresses.iter().filter_map(|address| address.key.as_ref());
     keys.filter(|key| key.network_name != network_name).map(|key| key.container_id.clone()).collect()
+}
+
+/// Another pod that holds addresses and of which one of these veths has the name.
+fn others_interface(addresses: &[AddressView], prefix: &str, own: &PodName, seen: &[ActivateIf]) -> Option<PodName> {
+    let mut attachments: BTreeMap<&PodName, usize> = BTreeMap::new();
+    for pod in addresses.iter().filter_map(|address| address.pod.as_ref()).filter(|pod| *pod != own) {
+        *attachments.entry(pod).or_default() += 1;
+    }
+    let has = |name: &str| seen.iter().any(|veth| veth.host_if_name == name);
+    let names = |pod: &PodName, count: usize| {
+        let egress = EgressFamily::ALL.into_iter().map(|family| family.host_if(prefix, pod));
+        (0..count).map(|number| host_veth_name(prefix, pod, number)).chain(egress).any(|name| has(&name))
+    };
+    attachments.into_iter().find(|(pod, count)| names(pod, *count)).map(|(pod, _)| pod.clone())
 }
 
 /// What the books hold against what the plugin saw on the veths.
@@ -303,6 +326,29 @@ mod tests {
         assert_eq!(held("aws-cni"), ["a", "b"]);
         assert_eq!(held("renamed"), ["a"]);
         assert_eq!(held("third"), ["a", "b"]);
+    }
+
+    #[test]
+    fn a_veth_of_another_pod_is_known_by_its_name() {
+        let view = |pod: &str, address: &str| AddressView {
+            address: address.parse().unwrap(),
+            eni: "eni-1".into(),
+            state: "assigned",
+            pod: Some(PodName::new("x", pod)),
+            key: Some(key("aws-cni".to_owned(), pod, "eth0".to_owned())),
+            time: stanchion_core::ipam::Time::default(),
+        };
+        let addresses = [view("db.1", "10.0.0.9"), view("web", "10.0.0.10"), view("web", "10.0.1.10")];
+        let asked = |own: &str, number: usize, of: &str| {
+            let name = host_veth_name("eni", &PodName::new("x", of), number);
+            let seen = [ActivateIf { host_if_name: name, ..veth("10.0.0.11") }];
+            others_interface(&addresses, "eni", &PodName::new("x", own), &seen).map(|pod| pod.name)
+        };
+        assert_eq!(asked("db", 1, "db").as_deref(), Some("db.1"));
+        assert_eq!(asked("db.1", 0, "db.1"), None, "its own, of an earlier sandbox");
+        assert_eq!(asked("web.1", 0, "web.1").as_deref(), Some("web"));
+        assert_eq!(asked("web.2", 0, "web.2"), None, "it has two");
+        assert_eq!(asked("gone", 0, "gone"), None);
     }
 
     #[test]

@@ -36,7 +36,7 @@ use super::files::ENDPOINTS;
 use super::flows::{FlowKey, Flows, state_name};
 use super::follow::Listeners;
 use super::handle::{
-    ActivateError, ActivateReport, ActivateRequest, EndpointView, EnforcingMode, FLOW_BACKLOG, FlowRecord, FlowView, InterfaceView,
+    ActivateError, ActivateReport, ActivateRequest, EndpointView, EnforcingMode, FLOW_BACKLOG, FlowRecord, FlowView, InterfaceView, LOOKS,
     MAILBOX, Message, NetpolHandle, NetpolSnapshot,
 };
 use super::interfaces::{Interfaces, exists, node_addresses};
@@ -44,11 +44,17 @@ use super::maps::KernelMaps;
 use super::names::{self, NameClock, PodFrames};
 use super::object::{LoadError, Loaded};
 use super::raw::Resender;
-use super::slots::{Sandbox, Slots};
+use super::slots::{HostInterface, Sandbox, Slots};
 use crate::cluster::ClusterHandle;
 
 /// How often idle flows are collected and reality is compared with the records.
 const SWEEP: Duration = Duration::from_secs(10);
+
+/// Requests answered in one turn.
+const MESSAGES: usize = 32;
+
+/// Who asks for a picture of the actor.
+type Looks = mpsc::Receiver<oneshot::Sender<Arc<NetpolSnapshot>>>;
 
 /// What the actor is made of.
 #[derive(Debug)]
@@ -138,6 +144,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         }
     }
     let (mailbox, inbox) = mpsc::channel(MAILBOX);
+    let (asks, looks) = mpsc::channel(LOOKS);
     let (records, _) = broadcast::channel(FLOW_BACKLOG);
     let (ready, is_ready) = watch::channel(false);
     let (listeners, listening) = watch::channel(Listeners::default());
@@ -179,8 +186,8 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         records: records.clone(),
     };
     actor.take_over();
-    let handle = NetpolHandle { mailbox, flows: records, listeners: Arc::new(listeners), ready: is_ready };
-    Ok((handle, tokio::spawn(actor.run(inbox, frames, shutdown))))
+    let handle = NetpolHandle { mailbox, looks: asks, flows: records, listeners: Arc::new(listeners), ready: is_ready };
+    Ok((handle, tokio::spawn(actor.run((inbox, looks), frames, shutdown))))
 }
 
 /// What a pod that is not known may do.
@@ -230,7 +237,7 @@ struct Actor {
     waiting: Vec<Waiting>,
     /// By interface index.
     orphans: BTreeMap<u32, Orphan>,
-    /// Sandboxes whose interfaces were gone at the last sweep.
+    /// Sandboxes of which no interface was left at the last sweep.
     gone: BTreeSet<ContainerId>,
     /// By index, interfaces from which aws-network-policy-agent's programs were not taken yet, if they are there.
     inherited: BTreeMap<u32, String>,
@@ -252,25 +259,34 @@ struct Actor {
 }
 
 impl Actor {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Message>, mut frames: PodFrames, shutdown: CancellationToken) {
+    async fn run(mut self, (mut inbox, mut looks): (mpsc::Receiver<Message>, Looks), mut frames: PodFrames, shutdown: CancellationToken) {
         let mut sweep = interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.follow();
+        let (mut messages, mut askers): (_, Vec<oneshot::Sender<_>>) = (Vec::new(), Vec::new());
         loop {
             let due = self.due();
+            // By lot among what is ready: nothing keeps anything else from its turn.
             tokio::select! {
-                biased;
                 () = shutdown.cancelled() => return,
-                // Before the mailbox: a request is answered from the newest state.
                 changed = self.cluster.changed() => match changed {
                     Ok(()) => self.follow(),
                     // The source of the cluster's state is gone with the rest of the agent; policies stay as they are.
                     Err(_) => return,
                 },
-                message = inbox.recv() => match message {
-                    Some(message) => self.answer(message),
-                    None => return,
-                },
+                count = inbox.recv_many(&mut messages, MESSAGES) => {
+                    if count == 0 {
+                        return;
+                    }
+                    self.catch_up();
+                    messages.drain(..).for_each(|message| self.answer(message));
+                }
+                // One picture for all who wait, made after each asked.
+                _ = looks.recv_many(&mut askers, LOOKS) => {
+                    self.catch_up();
+                    let picture = Arc::new(self.snapshot());
+                    askers.drain(..).for_each(|asker| drop(asker.send(Arc::clone(&picture))));
+                }
                 () = frames.wait() => frames.take(|slot, kind, frame| match kind {
                     frame_kind::EARLY => self.send_again(slot, frame),
                     _ => self.learn(slot, frame),
@@ -294,20 +310,20 @@ impl Actor {
         waiting.chain(self.names_due).chain(self.behind.as_ref().map(|behind| behind.mend)).min()
     }
 
-    /// Start: sandboxes whose veths live are attached anew, which replaces an older agent's programs; the others go. Before a slot is
+    /// Start: sandboxes of which a veth lives are attached anew, which replaces an older agent's programs; the others go. Before a slot is
     /// given away, so do the flows of those that were freed just before the agent's end.
     fn take_over(&mut self) {
         self.collect();
         self.refresh_node_addresses();
         let known: Vec<Sandbox> = self.slots.iter().cloned().collect();
         for sandbox in known {
-            if !sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
+            if !is_there(&sandbox) {
                 self.release(&sandbox);
                 continue;
             }
             let ops = self.rules.add_endpoint(sandbox.slot(), &sandbox.pod, &sandbox.pod_uid, &sandbox.addresses());
             self.apply(ops);
-            if let Err(cause) = self.put(&sandbox, self.attach) {
+            if let Err(cause) = self.put_again(&sandbox) {
                 self.fail("cannot attach again", &cause);
             }
             self.inherit(&sandbox);
@@ -325,7 +341,6 @@ impl Actor {
             Message::Activate(request, reply) => drop(reply.send(self.activate(request, Instant::now()))),
             Message::Adopt(running, reply) => drop(reply.send(self.adopt(running))),
             Message::Deactivate(container, reply) => drop(reply.send(self.deactivate(&container))),
-            Message::Snapshot(reply) => drop(reply.send(Arc::new(self.snapshot()))),
             Message::Flows(reply) => drop(reply.send(self.conntrack())),
             Message::Listen(reply) => {
                 self.listen();
@@ -342,23 +357,29 @@ impl Actor {
         }
     }
 
+    /// Whoever asks is answered from the newest state.
+    fn catch_up(&mut self) {
+        if self.cluster.has_changed().unwrap_or(false) {
+            self.follow();
+        }
+    }
+
     /// Takes the newest state of the cluster.
     fn follow(&mut self) {
-        self.state = Arc::clone(&self.cluster.borrow_and_update());
-        if !self.state.synced {
+        let state = Arc::clone(&self.cluster.borrow_and_update());
+        if !state.synced {
             return;
         }
+        let before = std::mem::replace(&mut self.state, state);
         let start = Instant::now();
         self.rules.set_unknown_pod(unknown_pod(self.mode));
         let ops = self.rules.set_cluster(&self.state);
         let count = ops.len();
         self.apply(ops);
         debug!(operations = count, micros = start.elapsed().as_micros() as u64, "cluster state applied");
-        let problems: Vec<String> = self.rules.problems().iter().map(ToString::to_string).collect();
-        for problem in problems.iter().filter(|problem| !self.problems.contains(problem)) {
-            warn!(problem, "a policy cannot be enforced as written");
+        if !self.synced || !same_policies(&before, &self.state) {
+            self.look_for_problems();
         }
-        self.problems = problems;
         if !self.synced {
             self.synced = true;
             if self.note_exactly_policed() {
@@ -378,6 +399,16 @@ impl Actor {
         for Waiting { request, reply, since } in judged {
             drop(reply.send(self.activate(request, since)));
         }
+    }
+
+    /// Tells what is newly wrong in the policies.
+    fn look_for_problems(&mut self) {
+        let problems: Vec<String> = self.rules.problems().iter().map(ToString::to_string).collect();
+        let told: HashSet<&String> = self.problems.iter().collect();
+        for problem in problems.iter().filter(|problem| !told.contains(problem)) {
+            warn!(problem, "a policy cannot be enforced as written");
+        }
+        self.problems = problems;
     }
 
     fn expire_waiting(&mut self) {
@@ -431,9 +462,23 @@ impl Actor {
 
     /// Interface records, then programs: never a program without a record.
     fn put(&mut self, sandbox: &Sandbox, mode: AttachMode) -> Result<(), ActivateError> {
-        self.interfaces.set(sandbox).map_err(ActivateError::Maps)?;
+        self.interfaces.set(sandbox, |_| true).map_err(ActivateError::Maps)?;
         for interface in &sandbox.interfaces {
             attach(&mut self.loaded, mode, &interface.name, interface.index).map_err(ActivateError::Attach)?;
+        }
+        Ok(())
+    }
+
+    /// Puts what a sandbox has in place again. A pod may delete one of its interfaces: the others stay policed.
+    fn put_again(&mut self, sandbox: &Sandbox) -> Result<(), ActivateError> {
+        let (present, gone): (Vec<_>, Vec<_>) = sandbox.interfaces.iter().partition(|interface| exists(&interface.name, interface.index));
+        for HostInterface { name, index, .. } in gone {
+            self.interfaces.remove(*index).map_err(ActivateError::Maps)?;
+            detach(&self.loaded, name, *index).map_err(ActivateError::Attach)?;
+        }
+        self.interfaces.set(sandbox, |interface| present.contains(&interface)).map_err(ActivateError::Maps)?;
+        for HostInterface { name, index, .. } in present {
+            attach(&mut self.loaded, self.attach, name, *index).map_err(ActivateError::Attach)?;
         }
         Ok(())
     }
@@ -504,8 +549,8 @@ impl Actor {
         let mut gone = BTreeSet::new();
         let mut released = false;
         for sandbox in &known {
-            if sandbox.interfaces.iter().all(|interface| exists(&interface.name, interface.index)) {
-                if let Err(cause) = self.put(sandbox, self.attach) {
+            if is_there(sandbox) {
+                if let Err(cause) = self.put_again(sandbox) {
                     self.fail("cannot attach again", &cause);
                 }
             } else if self.gone.contains(&sandbox.container_id) {
@@ -659,6 +704,19 @@ impl Actor {
         };
         self.flows.all().into_iter().map(view).collect()
     }
+}
+
+/// Whether two states have the same objects that policies are read from.
+fn same_policies(a: &ClusterState, b: &ClusterState) -> bool {
+    a.network_policies.same(&b.network_policies)
+        && a.cluster_network_policies.same(&b.cluster_network_policies)
+        && a.policy_endpoints.same(&b.policy_endpoints)
+        && a.cluster_policy_endpoints.same(&b.cluster_policy_endpoints)
+}
+
+/// Whether an interface of a sandbox is left. A pod may delete some of them itself, which is no reason to let go of the others.
+fn is_there(sandbox: &Sandbox) -> bool {
+    sandbox.interfaces.iter().any(|interface| exists(&interface.name, interface.index))
 }
 
 /// A rule within its policy: `ingress[2]`, with its own name if it has one.

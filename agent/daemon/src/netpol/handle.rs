@@ -16,6 +16,10 @@ use super::follow::{FlowRecords, Listeners};
 /// Requests that may wait in the mailbox: one ADD or DEL for each of a few hundred pods. Full means that the actor hangs.
 pub(super) const MAILBOX: usize = 512;
 
+/// Those who may wait for a picture beside the mailbox, so that nobody who looks takes the place of a pod; more wait until these have
+/// theirs.
+pub(super) const LOOKS: usize = 64;
+
 /// Flow records kept for a slow subscriber; older ones are lost to it, and it is told how many.
 pub(super) const FLOW_BACKLOG: usize = 4_096;
 
@@ -341,7 +345,6 @@ pub(super) enum Message {
     Activate(ActivateRequest, oneshot::Sender<Result<ActivateReport, ActivateError>>),
     Adopt(Vec<ActivateRequest>, oneshot::Sender<Result<usize, ActivateError>>),
     Deactivate(ContainerId, oneshot::Sender<bool>),
-    Snapshot(oneshot::Sender<Arc<NetpolSnapshot>>),
     Flows(oneshot::Sender<Vec<FlowView>>),
     /// Someone listens who did not before; answered when the programs know.
     Listen(oneshot::Sender<()>),
@@ -351,12 +354,21 @@ pub(super) enum Message {
 #[derive(Clone, Debug)]
 pub struct NetpolHandle {
     pub(super) mailbox: mpsc::Sender<Message>,
+    pub(super) looks: mpsc::Sender<oneshot::Sender<Arc<NetpolSnapshot>>>,
     pub(super) flows: broadcast::Sender<Arc<FlowRecord>>,
     pub(super) listeners: Arc<watch::Sender<Listeners>>,
     pub(super) ready: watch::Receiver<bool>,
 }
 
 impl NetpolHandle {
+    /// Of an actor that is gone.
+    #[cfg(test)]
+    pub(crate) fn of_nobody() -> Self {
+        let (mailbox, looks, flows, listeners) =
+            (mpsc::channel(1).0, mpsc::channel(1).0, broadcast::channel(1).0, watch::channel(Listeners::default()).0);
+        Self { mailbox, looks, flows, listeners: Arc::new(listeners), ready: watch::channel(false).1 }
+    }
+
     async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
         let (reply, answer) = oneshot::channel();
         self.mailbox.try_send(message(reply)).ok()?;
@@ -389,11 +401,20 @@ impl NetpolHandle {
         self.ask(|reply| Message::Deactivate(container_id, reply)).await.unwrap_or(false)
     }
 
-    /// The present state; a default one (not ready) if the actor is busy or gone.
+    /// The present state; a default one (not ready) if the actor is gone. Those who wait at one time share it.
     pub async fn snapshot(&self) -> Arc<NetpolSnapshot> {
-        self.ask(Message::Snapshot).await.unwrap_or_else(|| {
-            Arc::new(NetpolSnapshot { reason: "network policy is busy or stopping".to_owned(), ..NetpolSnapshot::default() })
-        })
+        let (asker, picture) = oneshot::channel();
+        let gone = || Arc::new(NetpolSnapshot { reason: "network policy is stopping".to_owned(), ..NetpolSnapshot::default() });
+        // What was not taken is dropped here, and the asker in it.
+        if self.looks.send(asker).await.is_err() {
+            return gone();
+        }
+        picture.await.unwrap_or_else(|_| gone())
+    }
+
+    /// The actor is gone.
+    pub fn has_ended(&self) -> bool {
+        self.mailbox.is_closed()
     }
 
     /// Every entry of the flow tables, by pod, peer and ports: who looks again finds them in the same places.

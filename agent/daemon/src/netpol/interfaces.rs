@@ -10,7 +10,7 @@ use stanchion_netlink::{Netlink, NetlinkError};
 
 use super::maps::refused;
 use super::object::{LoadError, Loaded, Raw};
-use super::slots::Sandbox;
+use super::slots::{HostInterface, Sandbox};
 
 /// The interface records.
 pub(super) struct Interfaces {
@@ -24,8 +24,8 @@ impl Interfaces {
         Ok(Self { places: loaded.map(map_name::INTERFACES)?, far: loaded.map(map_name::INTERFACES_FAR)? })
     }
 
-    /// Writes the records of a sandbox's host veths.
-    pub(super) fn set(&mut self, sandbox: &Sandbox) -> Result<(), MapError> {
+    /// Writes the records of those of a sandbox's host veths that are there.
+    pub(super) fn set(&mut self, sandbox: &Sandbox, is_there: impl Fn(&HostInterface) -> bool) -> Result<(), MapError> {
         let mut position = 0u8;
         let mut next = || {
             position += 1;
@@ -35,6 +35,9 @@ impl Interfaces {
         for interface in &sandbox.interfaces {
             let local4 = interface.ipv4.map_or(0, |_| next());
             let local6 = interface.ipv6.map_or(0, |_| next());
+            if !is_there(interface) {
+                continue;
+            }
             self.set_one(Interface {
                 if_index: interface.index,
                 slot: sandbox.slot,

@@ -1,7 +1,7 @@
 //! Network policy in the kernel.
 //!
 //! One task, the actor, owns all of it. Input: requests of the CNI server, the cluster's state, a timer. Output: map
-//! writes, attached programs, flow records. If it panics, what is in the kernel stays in force; handles answer `Busy`.
+//! writes, attached programs, flow records. If it panics, what is in the kernel stays in force; handles answer `Busy`, and the process ends.
 //!
 //! | file | what is there |
 //! |---|---|
