@@ -2,14 +2,17 @@
 //! (`tests/fuzz`) and the smoke test (`tests/tests/fuzz_smoke.rs`) call the same ones. A target panics when something
 //! does not hold; an error of the parser is a good answer.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use stanchion_core::branch;
 use stanchion_core::cni::args::Invocation;
 use stanchion_core::cni::config::NetConf;
 use stanchion_core::cni::result::PrevResult;
 use stanchion_core::cni::spool::Spooled;
 use stanchion_core::config::{Config, aws_node};
+use stanchion_core::conflist::{self, Chained, Conflist, Owner};
 use stanchion_core::ids::PodName;
 use stanchion_core::ipam::{Checkpoint, CoolingFile};
 use stanchion_core::logs::batch::MAX_MESSAGE_BYTES;
@@ -25,7 +28,7 @@ use stanchion_core::logs::parser;
 use stanchion_core::logs::positions::{FINGERPRINT_BYTES, Fingerprint, Positions};
 use stanchion_core::logs::record::{Layout, Merge, RecordOptions, RecordWriter};
 use stanchion_core::logs::route::{Place, Template};
-use stanchion_core::logs::settings::LogSettings;
+use stanchion_core::logs::settings::{LogSettings, Redaction};
 use stanchion_core::manifests;
 use stanchion_core::metrics::statsd::Statsd;
 use stanchion_core::metrics::{cgroup, kubelet, proc, scrape};
@@ -40,12 +43,14 @@ use stanchion_proto::frame::{self, HEADER, MAX_FRAME, Method};
 pub type Target = fn(&[u8]);
 
 /// The targets by name; each has a directory of that name in `tests/fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 23] = [
+pub const TARGETS: [(&str, Target); 27] = [
     ("aws_node", aws_node_daemon_set),
+    ("branch", branch_annotation),
     ("checkpoint", checkpoint),
     ("cni_environment", cni_environment),
     ("cni_frames", cni_frames),
     ("cni_stdin", cni_stdin),
+    ("conflist", network_configuration),
     ("container_log", container_log),
     ("dns", dns_message),
     ("environment", environment),
@@ -54,6 +59,7 @@ pub const TARGETS: [(&str, Target); 23] = [
     ("journal", journal),
     ("kernel_text", kernel_text),
     ("kubelet", kubelet_summary),
+    ("legacy_tables", legacy_tables),
     ("line_parsers", line_parsers),
     ("log_names", log_names),
     ("log_settings", log_settings),
@@ -61,6 +67,7 @@ pub const TARGETS: [(&str, Target); 23] = [
     ("nft_listing", nft_listing),
     ("pod_frames", pod_frames),
     ("positions", positions),
+    ("redaction", redaction),
     ("scrape", scrape_text),
     ("spool", spool),
     ("statsd", statsd_packets),
@@ -214,11 +221,14 @@ pub fn environment(bytes: &[u8]) {
 pub fn container_log(bytes: &[u8]) {
     for rules in [&[][..], &["cri", "java", "go", "python", "ruby"][..]] {
         let rules: Arc<[Rule]> = rules.iter().filter_map(|name| Rule::built_in(name).ok()).collect();
+        let is_plain = rules.is_empty();
         let mut joiner = Joiner::new(rules, Bounds { bytes: 4096, ..Bounds::default() });
         let (mut offset, mut read, mut events) = (0, 0, Vec::new());
+        let [mut came, mut went] = [(); 2].map(|()| [Vec::new(), Vec::new()]);
         let mut emit = |event: Event<'_>| {
             assert!(!event.marks.is_empty(), "an event comes from nowhere");
             events.push((event.content.len(), event.marks[0]));
+            went[event.output as usize].extend_from_slice(event.content);
             write_record(&event);
         };
         for text in bytes.split(|byte| *byte == b'\n') {
@@ -227,6 +237,7 @@ pub fn container_log(bytes: &[u8]) {
                 assert_eq!(&*line.content, text, "a line without a header is all content");
             }
             read += line.content.len() + 1;
+            came[line.output as usize].extend_from_slice(&line.content);
             joiner.line(&line, Mark { generation: 1, offset }, 1_700_000_000_000, &mut emit);
             offset += text.len() as u64 + 1;
             assert!(joiner.resume(1, offset) <= offset, "reading would begin again after what was read");
@@ -235,7 +246,52 @@ pub fn container_log(bytes: &[u8]) {
         assert!(!joiner.is_open(), "something is open after the flush");
         let shipped: usize = events.iter().map(|(len, _)| len).sum();
         assert!(shipped <= read, "more content ({shipped}) than was read ({read})");
+        assert!(!is_plain || came == went, "without rules what comes out of each output is what went in");
         assert!(events.iter().all(|(_, mark)| mark.offset <= offset), "an event begins after the end");
+    }
+}
+
+/// Masks what the agent masks.
+fn masked(settings: &LogSettings, content: &[u8]) -> String {
+    let text = String::from_utf8_lossy(content).into_owned();
+    settings.redactions.iter().fold(text, |text, rule| rule.pattern.replace_all(&text, rule.replacement.as_str()).into_owned())
+}
+
+/// A line that is longer than an event may be, in the parts in which its runtime wrote it: nothing that is to be masked can be read from
+/// the events in a row.
+pub fn redaction(bytes: &[u8]) {
+    static RULES: OnceLock<[Arc<[Redaction]>; 2]> = OnceLock::new();
+    let rules = RULES.get_or_init(|| {
+        ["secret-[a-z]{4,40}", "[0-9]{12,19}"].map(|pattern| {
+            let file = LogFile::parse(&format!("redact: [{{pattern: '{pattern}', replace: '#'}}]")).expect("a settings file");
+            file.apply(LogSettings::new(Layout::Compact)).expect("settings").redactions
+        })
+    });
+    if bytes.is_empty() {
+        return;
+    }
+    let rules = &rules[bytes.len() % 2];
+    // A little longer than what is held back of a line that is cut: one cut.
+    let mut joiner = Joiner::new([].into(), Bounds { bytes: 4_200, ..Bounds::default() }).sparing(Arc::clone(rules));
+    let mut told = String::new();
+    let mut emit = |event: Event<'_>| {
+        let text = String::from_utf8_lossy(event.content).into_owned();
+        told += &rules.iter().fold(text, |text, rule| rule.pattern.replace_all(&text, rule.replacement.as_str()).into_owned());
+    };
+    let (mut length, mut offset) = (0, 0);
+    for part in bytes.split(|byte| *byte == b'\n').cycle() {
+        let part = &part[..part.len().min(600)];
+        let last = length > 4_300 || offset > 200;
+        let text = [if last { &b"2026-11-21T10:00:00Z stdout F "[..] } else { b"2026-11-21T10:00:00Z stdout P " }, part].concat();
+        joiner.line(&Line::parse(&text), Mark { generation: 1, offset }, 1_700_000_000_000, &mut emit);
+        (length, offset) = (length + part.len(), offset + 1);
+        if last {
+            break;
+        }
+    }
+    joiner.flush(1_700_000_000_000, &mut emit);
+    for rule in rules.iter() {
+        assert_eq!(rule.pattern.find(&told).map(|found| found.as_str()), None, "can be read from the events in a row");
     }
 }
 
@@ -337,6 +393,70 @@ pub fn nft_listing(bytes: &[u8]) {
             "a take-over only removes"
         );
     }
+}
+
+/// The annotation by which AWS's controller tells of a pod's branch ENI.
+pub fn branch_annotation(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let Ok(read) = branch::parse(text) else { return };
+    assert!((1..=4094).contains(&read.vlan_id), "{read:?}");
+    assert!(read.addresses(false).chain(read.addresses(true)).count() > 0, "a pod without an address: {read:?}");
+    assert!(read.ipv4.is_none_or(|address| read.subnet.is_some_and(|subnet| subnet.contains(&address))), "{read:?}");
+    let written = serde_json::json!([{
+        "eniId": read.eni.to_string(),
+        "ifAddress": read.mac.to_string(),
+        "vlanId": read.vlan_id,
+        "privateIp": read.ipv4,
+        "ipv6Addr": read.ipv6,
+        "subnetCidr": read.subnet.map(|subnet| subnet.to_string()),
+    }]);
+    assert_eq!(branch::parse(&written.to_string()), Ok(read));
+}
+
+/// A network configuration that somebody else may have written to: what is made of it has all that others chained into it, is ours, and
+/// stays as it is.
+pub fn network_configuration(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let owner = conflist::owner(text);
+    let Ok(present) = serde_json::from_str::<serde_json::Value>(text) else {
+        assert_eq!(owner, Owner::Other, "no JSON is nobody's");
+        return;
+    };
+    for chained in [&[][..], &[Chained::Portmap, Chained::Bandwidth, Chained::NoIpv6]] {
+        let conflist = Conflist { version: "1.1.0", socket: Path::new("/run/a.sock"), log_file: "stderr", log_level: "DEBUG", chained };
+        let rendered = conflist.render(&present);
+        assert_eq!(conflist::owner(&rendered), Owner::Stanchion, "{rendered}");
+        let document = serde_json::from_str(&rendered).expect("a configuration is JSON");
+        let sorted = |configuration| {
+            let mut others: Vec<String> = conflist::others(configuration).map(ToString::to_string).collect();
+            others.sort_unstable();
+            others
+        };
+        assert_eq!(sorted(&document), sorted(&present), "{rendered}");
+        assert_eq!(conflist.render(&document), rendered);
+    }
+}
+
+/// What `iptables-legacy-save` prints: when what is removed is gone, nothing of aws-node's is there, and all else is.
+pub fn legacy_tables(bytes: &[u8]) {
+    let Ok(saved) = std::str::from_utf8(bytes) else { return };
+    let Some(removal) = takeover::legacy_removal(saved) else { return };
+    let lines: Vec<&str> = removal.split_terminator('\n').collect();
+    let [table, commands @ .., "COMMIT"] = &lines[..] else { panic!("no document: {removal}") };
+    assert!(table.starts_with('*') && !commands.is_empty(), "{removal}");
+    let of = |option: &str| commands.iter().filter_map(|command| command.strip_prefix(option)).collect::<BTreeSet<_>>();
+    let (rules, chains) = (of("-D "), of("-X "));
+    assert_eq!(of("-F "), chains);
+    assert!(commands.iter().all(|command| ["-D ", "-F ", "-X "].iter().any(|option| command.starts_with(option))), "{removal}");
+    assert!(chains.iter().all(|chain| chain.starts_with("AWS-SNAT-CHAIN-") || chain.starts_with("AWS-CONNMARK-CHAIN-")), "{removal}");
+    let first = |text: &str| text.split(' ').next().unwrap_or_default().to_owned();
+    let goes = |line: &str| match (line.strip_prefix("-A "), line.strip_prefix(':')) {
+        (Some(rule), _) => rules.contains(rule) || chains.contains(first(rule).as_str()),
+        (_, Some(chain)) => chains.contains(first(chain).as_str()),
+        _ => false,
+    };
+    let left: Vec<&str> = saved.lines().filter(|line| !goes(line)).collect();
+    assert_eq!(takeover::legacy_removal(&left.join("\n")), None, "what is left");
 }
 
 /// /proc and cgroup files.

@@ -1,12 +1,17 @@
 //! What a node still has of its pods.
 
 use std::fs;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
+use anyhow::Context;
+use aya::maps::{MapData, MapInfo, MapType};
+use serde_json::Value;
+use stanchion_ebpf_abi::{LAYOUT_VERSION, map_name};
+
+use crate::datapath::raw;
 use crate::netns::ip_json;
 use crate::node::Node;
-use anyhow::Context;
-use serde_json::Value;
 
 /// Everything on the node that belongs to some pod, one sentence each.
 pub fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
@@ -36,14 +41,31 @@ pub fn of_pods(node: &Node) -> anyhow::Result<Vec<String>> {
         found.push(format!("{}: {allocations} allocations in the checkpoint", node.name()));
     }
     files_in(&node.spool(), &mut |path| found.push(format!("{}: the file {}", node.name(), path.display())));
-    // Programs and maps are the node's; a link pinned for a pod's interface is the pod's.
-    files_in(node.bpf_dir(), &mut |path| {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if name.contains("eni") || name.contains("vlan") {
-            found.push(format!("{}: the pin {}", node.name(), path.display()));
+    // Programs and maps are the node's; a link is pinned for a pod's interface.
+    let pins = node.bpf_dir().join(format!("v{LAYOUT_VERSION}"));
+    files_in(&pins.join("links"), &mut |path| found.push(format!("{}: the pin {}", node.name(), path.display())));
+    for map in OF_PODS {
+        let left = entries(&pins.join(map)).with_context(|| format!("read the map {map} of {}", node.name()))?;
+        if left > 0 {
+            found.push(format!("{}: {left} entries of {map}", node.name()));
         }
-    });
+    }
     Ok(found)
+}
+
+/// Maps that have something only while there are pods: which veths they are behind, which addresses are theirs, what they may.
+pub(crate) const OF_PODS: [&str; 4] = [map_name::INTERFACES, map_name::INTERFACES_FAR, map_name::OWN, map_name::VERDICTS];
+
+/// Entries of a pinned map, of an array those that are not zero; none where no agent has made it.
+pub(crate) fn entries(pin: &Path) -> anyhow::Result<usize> {
+    if !pin.exists() {
+        return Ok(0);
+    }
+    let info = MapInfo::from_pin(pin)?;
+    let array = info.map_type()? == MapType::Array;
+    let map = MapData::from_pin(pin)?;
+    let entries = raw::entries(map.fd().as_fd(), info.key_size(), info.value_size())?;
+    Ok(entries.iter().filter(|(_, value)| !array || value.iter().any(|byte| *byte != 0)).count())
 }
 
 /// Allocations in the node's checkpoint file.

@@ -1,6 +1,6 @@
 //! Real sockets inside namespaces: servers that say who they see, probes, and a long conversation that notices gaps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 
@@ -272,4 +273,73 @@ fn talk(mut stream: TcpStream, stop: &AtomicBool, so_far: &AtomicU64) -> Talk {
         std::thread::park_timeout(Duration::from_millis(5));
     }
     talk
+}
+
+/// Numbered datagrams from one namespace to another, one every few milliseconds until they are stopped: nothing sends again what is lost.
+#[derive(Debug)]
+pub struct Datagrams {
+    stop: Arc<AtomicBool>,
+    sender: std::thread::JoinHandle<io::Result<u64>>,
+    receiver: std::thread::JoinHandle<io::Result<Vec<u64>>>,
+}
+
+/// What became of [`Datagrams`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stream {
+    /// How many were sent.
+    pub sent: u64,
+    /// The numbers of those that did not arrive.
+    pub lost: Vec<u64>,
+}
+
+/// Room of the receiver's socket: for more than a minute of them, however long its thread is kept waiting.
+const RECEIVE_BUFFER: usize = 16 << 20;
+
+impl Datagrams {
+    /// `to` is an address of `at`, with a port that nobody has.
+    ///
+    /// # Errors
+    /// The sockets cannot be made.
+    pub fn start(from: &Netns, at: &Netns, to: SocketAddr) -> anyhow::Result<Self> {
+        let receiver = at.run(|| UdpSocket::bind(to))?.with_context(|| format!("listen on {to}"))?;
+        setsockopt(&receiver, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
+        // Longer than a datagram is on its way.
+        receiver.set_read_timeout(Some(Duration::from_secs(1)))?;
+        let sender = from.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.connect(to).map(|()| socket)))??;
+        let stop = Arc::new(AtomicBool::new(false));
+        let (until, ended) = (Arc::clone(&stop), Arc::clone(&stop));
+        let sender = std::thread::spawn(move || {
+            let mut sent = 0_u64;
+            while !until.load(Ordering::Relaxed) {
+                sender.send(&sent.to_be_bytes())?;
+                sent += 1;
+                std::thread::park_timeout(Duration::from_millis(4));
+            }
+            Ok(sent)
+        });
+        let receiver = std::thread::spawn(move || {
+            let (mut arrived, mut number) = (Vec::new(), [0; 8]);
+            loop {
+                match receiver.recv(&mut number) {
+                    Ok(_) => arrived.push(u64::from_be_bytes(number)),
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                    Err(_) if ended.load(Ordering::Relaxed) => return Ok(arrived),
+                    Err(_) => {}
+                }
+            }
+        });
+        Ok(Self { stop, sender, receiver })
+    }
+
+    /// Ends them, and waits for those on their way.
+    ///
+    /// # Errors
+    /// A socket failed.
+    pub fn stop(self) -> io::Result<Stream> {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let arrived = self.receiver.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let arrived: BTreeSet<u64> = arrived.into_iter().collect();
+        Ok(Stream { sent, lost: (0..sent).filter(|number| !arrived.contains(number)).collect() })
+    }
 }

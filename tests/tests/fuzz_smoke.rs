@@ -10,6 +10,7 @@ mod targets;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
@@ -51,12 +52,14 @@ fn no_target_fails_on_what_its_corpus_breeds() {
         let corpus = corpus(name);
         assert!(!corpus.is_empty(), "{name} has no corpus");
         let mut random = StdRng::seed_from_u64(seed);
+        let began = Instant::now();
         for input in &corpus {
             run(name, seed, input, target);
         }
         for _ in 0..inputs {
             run(name, seed, &bred(&corpus, &mut random), target);
         }
+        println!("{name}: {:.1?}", began.elapsed());
     }
 }
 

@@ -348,6 +348,35 @@ async fn an_unwritable_checkpoint_takes_the_assignment_back() {
     world.stop().await;
 }
 
+/// The process ends with only one of the two files written, or neither, whichever cannot be: the address is its pod's or rests.
+#[tokio::test(start_paused = true)]
+async fn a_release_of_which_one_file_cannot_be_written_gives_nobody_the_address_at_once() {
+    for (file, the_pod_lives) in ["ipam.json", "stanchion-cooling.json"].into_iter().flat_map(|file| [(file, true), (file, false)]) {
+        let mut world = World::start(WorldSpec::new("t3.small", &[("WARM_ENI_TARGET", "0")]));
+        let held = world.add("first", SECOND * 30).await.expect("served");
+        world.settle(SECOND * 60).await;
+        let temporary = world.checkpoint().with_file_name(format!("{file}.tmp"));
+        std::fs::create_dir(&temporary).expect("directory");
+        let veths = world.veths.clone();
+        assert!(world.delete("first").await.is_err(), "{file}: a release that is not durable did not happen");
+        assert_eq!(world.handle.lookup(key("first")).await, Ok(Some(held.clone())), "{file}");
+        world.kill();
+        std::fs::remove_dir(&temporary).expect("directory");
+        if the_pod_lives {
+            world.veths = veths;
+        }
+        world.restart();
+        world.handle.ready().await.expect("ready");
+        assert_eq!(world.handle.lookup(key("first")).await, Ok(the_pod_lives.then(|| held.clone())), "{file}");
+        // All that the ENI has.
+        for pod in 1..3 {
+            let next = world.add(&format!("next-{pod}"), SECOND * 10).await.expect("served");
+            assert_ne!(next.attachments[0].ipv4, held.attachments[0].ipv4, "{file}, the pod lives: {the_pod_lives}");
+        }
+        world.stop().await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_went_away_keeps_nothing() {
     let mut world = World::start(WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]));

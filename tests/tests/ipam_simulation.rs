@@ -9,18 +9,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use stanchion_core::cloud::Ec2Api as _;
+use stanchion_core::cloud::{AddressRequest, Ec2Api as _};
+use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
 use stanchion_core::ids::{EniId, PodName};
+use stanchion_core::manifests;
 use stanchion_core::network::host_veth_name;
-use stanchion_lab::fake_aws::{Bucket, Chaos, DirectEc2, Effect, Fault, Timing};
+use stanchion_daemon::ipamd::{AssignError, Assignment};
+use stanchion_lab::fake_aws::{Bucket, Chaos, DirectEc2, Effect, Fault, SubnetSpec, Timing};
 use stanchion_lab::ipam_world::{MUTATING, World, WorldSpec, request};
 use stanchion_lab::wall;
+use tokio::task::JoinHandle;
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Operations of one world's life.
@@ -32,14 +37,38 @@ const STEPS_UNASKED: u64 = 5_000;
 const ONCE_FAILED: [u64; 3] = [41, 69, 763];
 
 const TYPES: [&str; 3] = ["m5.large", "t3.small", "m5.xlarge"];
-const SETTINGS: [&[(&str, &str)]; 6] = [
+const SETTINGS: [&[(&str, &str)]; 9] = [
     &[],
     &[("WARM_IP_TARGET", "2"), ("MINIMUM_IP_TARGET", "4")],
     &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")],
     &[("WARM_ENI_TARGET", "0"), ("IP_COOLDOWN_PERIOD", "5")],
     &[("MINIMUM_IP_TARGET", "11"), ("MAX_ENI", "2")],
     &[("WARM_IP_TARGET", "1"), ("CLUSTER_NAME", "lab")],
+    CUSTOM_NETWORKING,
+    &[
+        ("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true"),
+        ("ENI_CONFIG_LABEL_DEF", "zone"),
+        ("ENABLE_PREFIX_DELEGATION", "true"),
+        ("WARM_PREFIX_TARGET", "1"),
+    ],
+    IMDS_ONLY,
 ];
+const CUSTOM_NETWORKING: &[(&str, &str)] =
+    &[("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "true"), ("ENI_CONFIG_LABEL_DEF", "zone"), ("WARM_IP_TARGET", "2")];
+/// Somebody else gives the node its addresses.
+const IMDS_ONLY: &[(&str, &str)] = &[("ENABLE_IMDS_ONLY_MODE", "true")];
+/// Where custom networking has the pods' ENIs.
+const POD_SUBNET: &str = "subnet-pods";
+const OBJECTS: &str = "
+apiVersion: v1
+kind: Node
+metadata: {name: node-1, labels: {zone: eu-west-1a}}
+---
+apiVersion: crd.k8s.amazonaws.com/v1alpha1
+kind: ENIConfig
+metadata: {name: eu-west-1a}
+spec: {subnet: subnet-pods}
+";
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -103,7 +132,7 @@ fn no_seed_gives_an_address_twice_or_leaks_one() {
     }
     assert_eq!(sum.steps, taken * STEPS_A_RUN);
     assert!(
-        sum.served > 0 && sum.crashes > 0 && sum.set > 0 && sum.detached > 0 && sum.storms > 0 && sum.exhausted > 0,
+        sum.served > 0 && sum.crashes > 0 && sum.survived > 0 && sum.set > 0 && sum.detached > 0 && sum.storms > 0 && sum.exhausted > 0,
         "every fault has its turn: {sum}"
     );
 }
@@ -114,6 +143,7 @@ struct Told {
     steps: u64,
     served: u64,
     crashes: u64,
+    survived: u64,
     set: u64,
     detached: u64,
     storms: u64,
@@ -125,6 +155,7 @@ impl std::ops::AddAssign for Told {
         self.steps += rhs.steps;
         self.served += rhs.served;
         self.crashes += rhs.crashes;
+        self.survived += rhs.survived;
         self.set += rhs.set;
         self.detached += rhs.detached;
         self.storms += rhs.storms;
@@ -134,8 +165,8 @@ impl std::ops::AddAssign for Told {
 
 impl std::fmt::Display for Told {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { steps, served, crashes, set, detached, storms, exhausted } = self;
-        write!(f, "{steps} steps: {served} pods served, {crashes} crashes ({set} with the clock set), ")?;
+        let Self { steps, served, crashes, survived, set, detached, storms, exhausted } = self;
+        write!(f, "{steps} steps: {served} pods served, {crashes} crashes ({set} with the clock set) survived by {survived} new pods, ")?;
         write!(f, "{detached} ENIs detached by hand, ")?;
         write!(f, "{storms} throttling storms, {exhausted} exhausted subnets")
     }
@@ -161,6 +192,7 @@ struct Life {
     /// Addresses that somebody else holds for a while.
     occupied: Vec<Ipv4Addr>,
     small: bool,
+    imds_only: bool,
     /// Minutes that the node's clock is before EC2's.
     off: i64,
     next: u32,
@@ -179,8 +211,17 @@ impl Life {
             spec.subnet = "10.0.16.0/26".parse().expect("CIDR");
         }
         let config = Config::read(&|name| spec.env.get(name).cloned()).expect("valid settings");
-        let cooldown = config.pool.ip_cooldown;
-        let world = World::start(spec);
+        let (cooldown, imds_only) = (config.pool.ip_cooldown, config.pool.imds_only);
+        let world = World::start_with(spec, |cloud, _| {
+            cloud.add_subnet(SubnetSpec::new(POD_SUBNET, "eu-west-1a", "10.0.64.0/25".parse().expect("CIDR")));
+        });
+        let objects = manifests::parse("nodes.yaml", OBJECTS).expect("manifests");
+        world.cluster.send_replace(Arc::new(ClusterState::default().replaced_by(objects)));
+        if imds_only {
+            let primary = world.cloud.enis_of(&world.instance)[0].id.clone();
+            let by_hand = DirectEc2::new(&world.cloud, Duration::ZERO);
+            by_hand.assign(&primary, AddressRequest::Ipv4(3)).await.expect("provided");
+        }
         let (pods, stranded) = (BTreeMap::new(), BTreeMap::new());
         Self {
             seed,
@@ -193,6 +234,7 @@ impl Life {
             cooldown,
             occupied: Vec::new(),
             small,
+            imds_only,
             off: 0,
             next: 0,
             told: Told::default(),
@@ -237,17 +279,28 @@ impl Life {
             _ => {
                 // A crash in the middle of whatever is under way.
                 let (handle, name) = (self.world.handle.clone(), format!("crash-{step}"));
-                let asked = tokio::spawn(async move { handle.assign(request(&name, SECOND)).await });
+                let asked = (name.clone(), tokio::spawn(async move { handle.assign(request(&name, SECOND)).await }));
                 tokio::time::sleep(Duration::from_millis(self.random.random_range(0..400))).await;
-                self.crash();
-                drop(asked.await);
+                self.crash(step, vec![asked]).await;
             }
         }
     }
 
-    /// Now and then the node's clock has been set back or forward when the next process starts.
-    fn crash(&mut self) {
+    /// Of the pods that asked some were answered before the end: each of these lives, or dies with the process. Now and then the node's clock
+    /// has been set back or forward when the next one starts.
+    async fn crash(&mut self, step: u64, asked: Vec<(String, JoinHandle<Result<Assignment, AssignError>>)>) {
         self.told.crashes += 1;
+        self.world.kill();
+        let ended = tokio::time::Instant::now();
+        for (name, asked) in asked {
+            let answer = asked.await.expect("no panic");
+            if let Ok(assignment) = answer
+                && self.random.random_bool(0.7)
+            {
+                self.told.survived += 1;
+                self.starts(step, name, &assignment, ended);
+            }
+        }
         if self.random.random_bool(0.1) {
             self.off += self.random.random_range(-120..120);
             self.told.set += 1;
@@ -278,25 +331,31 @@ impl Life {
             .collect();
         for wait in waits {
             let (result, given, name) = wait.await.expect("no panic");
-            let Ok(assignment) = result else { continue };
-            self.told.served += 1;
-            let address = assignment.attachments[0].ipv4.expect("IPv4");
-            let twice = self.pods.iter().chain(&self.stranded).find(|(_, other)| **other == address);
-            assert!(twice.is_none(), "seed {} step {step}: {address} for {name} and {twice:?}", self.seed);
-            let rested = self.ended.get(&address).map(|ended| given - *ended);
-            // Each start reads the clocks to the millisecond.
-            let cool = rested.is_none_or(|rested| rested + SECOND / 10 > self.cooldown);
-            assert!(cool, "seed {} step {step}: {address} for {name} after {rested:?}\n{}", self.seed, self.story());
-            self.world.veths.insert(host_veth_name("eni", &PodName::new("default", name.clone()), 0));
-            if self.by_hand.contains(&assignment.attachments[0].eni) {
-                self.stranded.insert(name, address);
-                continue;
+            if let Ok(assignment) = result {
+                self.starts(step, name, &assignment, given);
             }
-            let owner = self.world.cloud.owner_of(address.into());
-            let told = &assignment.attachments[0].eni;
-            assert_eq!(owner.as_ref(), Some(told), "seed {} step {step}: {name} got {address}\n{}", self.seed, self.story());
-            self.pods.insert(name, address);
         }
+    }
+
+    /// A pod that was given an address.
+    fn starts(&mut self, step: u64, name: String, assignment: &Assignment, given: tokio::time::Instant) {
+        self.told.served += 1;
+        let address = assignment.attachments[0].ipv4.expect("IPv4");
+        let twice = self.pods.iter().chain(&self.stranded).find(|(_, other)| **other == address);
+        assert!(twice.is_none(), "seed {} step {step}: {address} for {name} and {twice:?}", self.seed);
+        let rested = self.ended.get(&address).map(|ended| given - *ended);
+        // Each start reads the clocks to the millisecond.
+        let cool = rested.is_none_or(|rested| rested + SECOND / 10 > self.cooldown);
+        assert!(cool, "seed {} step {step}: {address} for {name} after {rested:?}\n{}", self.seed, self.story());
+        self.world.veths.insert(host_veth_name("eni", &PodName::new("default", name.clone()), 0));
+        if self.by_hand.contains(&assignment.attachments[0].eni) {
+            self.stranded.insert(name, address);
+            return;
+        }
+        let owner = self.world.cloud.owner_of(address.into());
+        let told = &assignment.attachments[0].eni;
+        assert_eq!(owner.as_ref(), Some(told), "seed {} step {step}: {name} got {address}\n{}", self.seed, self.story());
+        self.pods.insert(name, address);
     }
 
     async fn end_some(&mut self) {
@@ -358,7 +417,7 @@ impl Life {
         let asked: Vec<_> = (0..12)
             .map(|n| {
                 let (handle, name) = (self.world.handle.clone(), format!("effect-{step}-{n}"));
-                tokio::spawn(async move { handle.assign(request(&name, SECOND * 20)).await })
+                (name.clone(), tokio::spawn(async move { handle.assign(request(&name, SECOND * 20)).await }))
             })
             .collect();
         for _ in 0..2_000 {
@@ -369,10 +428,7 @@ impl Life {
         }
         let after = [0, 60, 101, 110, 250][self.random.random_range(0..5)];
         tokio::time::sleep(Duration::from_millis(after)).await;
-        self.crash();
-        for asked in asked {
-            drop(asked.await);
-        }
+        self.crash(step, asked).await;
     }
 
     /// What led to a failure: EC2's last calls, and what the agent holds.
@@ -433,6 +489,11 @@ impl Life {
         tokio::time::sleep(SECOND * 3_700).await;
         let left: Vec<_> = self.world.cloud.enis().into_iter().filter(|eni| eni.attachment.is_none()).map(|eni| eni.id).collect();
         assert!(left.is_empty(), "seed {seed}: left behind {left:?}");
+        if self.imds_only {
+            // That of the others.
+            let changes: usize = MUTATING.iter().map(|action| self.world.cloud.count(action)).sum();
+            assert_eq!(changes, 1, "seed {seed}: only IMDS is to be read");
+        }
         assert!(attached.len() <= snapshot.max_enis as usize, "seed {seed}: {} ENIs", attached.len());
         let known: u64 = snapshot.pools.iter().map(|pool| pool.total).sum();
         let there: usize = attached.iter().map(|eni| eni.secondary_ipv4.len() + 16 * eni.prefixes_v4.len()).sum();

@@ -14,6 +14,8 @@ async fn storms_break_no_promise() {
         chaos::run(seed.into(), Until::Storms(storms), |line| println!("{line}")).await.unwrap_or_else(|error| panic!("{error:#}"));
     println!("{report:#?}");
     assert_eq!(report.storms, storms);
-    assert!(report.faults.values().sum::<u32>() >= storms, "{report:?}");
-    assert!(report.pods[0] >= storms && report.exchanges > 0 && report.intrusions > 0 && report.lines > 0, "{report:?}");
+    assert!(report.faults.values().map(|drawn| drawn.times).sum::<u32>() >= storms, "{report:?}");
+    assert!(report.faults.get("agent killed").is_some_and(|drawn| drawn.hit > 0), "{report:?}");
+    assert!(report.pods[0] >= storms && report.probes.iter().all(|probes| *probes > 0) && report.denied > 0, "{report:?}");
+    assert!(report.exchanges > 0 && report.intrusions > 0 && report.lines > 0, "{report:?}");
 }

@@ -1,5 +1,5 @@
 //! The agent is replaced by one of another version, and that one by the first again, while pods talk, are refused and write
-//! logs: no flow breaks, nothing gets past a policy, no address changes, no line is lost.
+//! logs: no flow breaks or loses a packet, nothing gets past a policy, no address changes, no line is lost.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -16,7 +16,7 @@ use stanchion_lab::cluster::{Cluster, SOON};
 use stanchion_lab::container_log::Output;
 use stanchion_lab::datapath::layout;
 use stanchion_lab::pod::PodSpec;
-use stanchion_lab::probe::{Conversation, Protocol, probe};
+use stanchion_lab::probe::{Conversation, Datagrams, Protocol, probe};
 use stanchion_lab::wait::wait_for;
 
 const ONLY_B: &str = "\
@@ -86,6 +86,11 @@ async fn there_and_back(other: Other) {
         let to = SocketAddr::new(before[to], 80);
         (from, to, Conversation::start(cluster.pod(from).netns(), to).expect("connected"))
     });
+    // Where a connection sends again what was lost, these tell of it.
+    let streams = [("x/b-0", "x/a-0"), ("x/c-0", "x/t-0"), ("x/c-1", "x/t-0")].map(|(from, to)| {
+        let at = SocketAddr::new(before[to], if from == "x/c-1" { 4_001 } else { 4_000 });
+        (from, to, Datagrams::start(cluster.pod(from).netns(), cluster.pod(to).netns(), at).expect("sockets"))
+    });
     let stop = Arc::new(AtomicBool::new(false));
     let intruders = ["x/c-0", "x/c-1"].map(|from| (from, intrude(&cluster, from, "x/a-0", &stop)));
     let mut written = Vec::new();
@@ -127,6 +132,10 @@ async fn there_and_back(other: Other) {
         let open = endpoints["endpoints"].as_array().expect("a list").iter().find(|endpoint| endpoint["pod"]["name"] == "t-0");
         let denied = open.map(|endpoint| endpoint["counters"]["ingress_denied"]["packets"].clone());
         assert_eq!(denied, Some(0.into()), "{way}: {endpoints}");
+        let metrics = node.metrics().expect("the agent answers");
+        for alarm in ["stanchion_policy_no_endpoint_packets_total 0", "stanchion_policy_events_lost_total 0"] {
+            assert!(metrics.lines().any(|line| line == alarm), "{way}: {alarm} is not in\n{metrics}");
+        }
         assert_eq!(addresses(&cluster), before, "{way}");
     }
 
@@ -139,6 +148,10 @@ async fn there_and_back(other: Other) {
         let talk = talk.stop();
         assert_eq!(talk.broken, None, "{from} to {to}: {talk:?}");
         assert!(talk.exchanges > 100 && talk.longest < Duration::from_secs(3), "{from} to {to}: {talk:?}");
+    }
+    for (from, to, stream) in streams {
+        let stream = stream.stop().expect("sockets");
+        assert!(stream.sent > 100 && stream.lost.is_empty(), "{from} to {to}: {stream:?}");
     }
     wait_for("every line", SOON, || async { Delivered::read(cluster.vpc().cloud()).exactly_once(written.iter().cloned()) })
         .await

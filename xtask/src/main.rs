@@ -97,7 +97,7 @@ enum Task {
         /// Directory for bench.md, bench.json and plots of cost against scale; target/bench when all are run
         #[arg(long)]
         report: Option<PathBuf>,
-        /// bench.json of an earlier run: fails where a figure by its floor became worse
+        /// bench.json of an earlier run: fails where a figure by its floor became worse, crossed its bound or is gone
         #[arg(long)]
         compare: Option<PathBuf>,
         /// How many times the earlier figure is still fine

@@ -169,6 +169,7 @@ mod tests {
     fn the_burst_beats_the_loop_and_ec2_alone_bounds_it() {
         let rows = run(true).expect("every pod is served");
         for pair in rows.chunks(2) {
+            assert_eq!(pair[0].holds(), Some(true), "{}: {} s, EC2 alone {:?}", pair[0].name, pair[0].value, pair[0].floor);
             assert!(pair[0].value < pair[1].value, "{} {} s, {} s by the loop", pair[0].name, pair[0].value, pair[1].value);
             assert!(pair[0].value >= pair[0].floor.expect("a floor") * 0.99, "{} is quicker than EC2", pair[0].name);
         }

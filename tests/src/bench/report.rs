@@ -61,24 +61,32 @@ fn markdown(benches: &Benches, plots: &[&str]) -> String {
 }
 
 /// What became worse than `tolerance` times what it was in an earlier run: a figure by the floor of its own run, because without one it
-/// tells of the machine as much as of us. Figures without a floor are not compared.
+/// tells of the machine as much as of us. A figure without a floor is only held against its bound, which it may not cross. One that is
+/// there no more is worse than any, unless this run is a `quick` one, which has fewer.
 ///
 /// # Errors
 /// When the earlier run is no such JSON, or has no figure of this run that has a floor.
-pub fn worse(before: &Value, benches: &Benches, tolerance: f64) -> anyhow::Result<Vec<String>> {
+pub fn worse(before: &Value, benches: &Benches, tolerance: f64, quick: bool) -> anyhow::Result<Vec<String>> {
     let mut worse = Vec::new();
     let mut compared = 0;
     for (bench, rows) in benches {
         let old = before[bench.as_str()].as_array().into_iter().flatten();
-        let ratio = |row: &Value| Some(row["value"].as_f64()? / row["floor"].as_f64().filter(|floor| *floor > 0.0)?);
-        let old: BTreeMap<&str, f64> = old.filter_map(|row| Some((row["name"].as_str()?, ratio(row)?))).collect();
+        let old: BTreeMap<&str, &Value> = old.filter_map(|row| Some((row["name"].as_str()?, row))).collect();
         for row in rows {
-            let Some((now, then)) = row.of_floor().zip(old.get(row.name.as_str())) else { continue };
-            compared += 1;
-            if now > then * tolerance {
-                worse.push(format!("{bench}: {}: {now:.2} x its floor, was {then:.2} x", row.name.trim()));
+            let Some(then) = old.get(row.name.as_str()) else { continue };
+            let held = |bounded: &str| Some(then[bounded].as_f64()? <= then["target"].as_f64()?);
+            let ratio = || Some(then["value"].as_f64()? / then["floor"].as_f64().filter(|floor| *floor > 0.0)?);
+            if let Some((now, then)) = row.of_floor().zip(ratio()) {
+                compared += 1;
+                if now > then * tolerance {
+                    worse.push(format!("{bench}: {}: {now:.2} x its floor, was {then:.2} x", row.name.trim()));
+                }
+            } else if row.holds() == Some(false) && held(if then["ratio"].is_null() { "value" } else { "ratio" }) == Some(true) {
+                worse.push(format!("{bench}: {}: {:.2} {} is past its bound, and was not", row.name.trim(), row.value, row.unit));
             }
         }
+        let gone = old.keys().filter(|name| !quick && !rows.iter().any(|row| row.name == **name));
+        worse.extend(gone.map(|name| format!("{bench}: {}: not measured any more", name.trim())));
     }
     anyhow::ensure!(compared > 0, "the earlier run has no figure with a floor that this run has too");
     Ok(worse)
@@ -101,9 +109,21 @@ mod tests {
     #[test]
     fn a_figure_is_compared_by_its_floor_and_only_beyond_the_tolerance() {
         let before = json(&run(1.0));
-        assert_eq!(worse(&before, &run(1.15), 1.2).unwrap(), Vec::<String>::new());
-        let told = worse(&before, &run(1.25), 1.2).unwrap();
+        assert_eq!(worse(&before, &run(1.15), 1.2, false).unwrap(), Vec::<String>::new());
+        let told = worse(&before, &run(1.25), 1.2, false).unwrap();
         assert_eq!(told, ["datapath: A | B: 1.25 x its floor, was 1.00 x", "datapath: bounded itself: 2.50 x its floor, was 2.00 x"]);
+    }
+
+    #[test]
+    fn a_figure_that_vanished_and_one_past_its_bound_are_worse() {
+        let mut now = run(1.0);
+        let rows = &mut now[0].1;
+        rows[1].value = 8.5;
+        rows.truncate(2);
+        let told = ["datapath: alone: 8.50 ms is past its bound, and was not", "datapath: bounded itself: not measured any more"];
+        assert_eq!(worse(&json(&run(1.0)), &now, 1.2, false).unwrap(), told);
+        assert_eq!(worse(&json(&run(1.0)), &now, 1.2, true).unwrap(), told[..1], "a quick run has fewer");
+        assert_eq!(worse(&json(&now), &now, 1.2, false).unwrap(), [""; 0], "it was past its bound before");
     }
 
     #[test]
@@ -111,7 +131,7 @@ mod tests {
         for before in
             [serde_json::json!({"cni": []}), serde_json::json!([1]), serde_json::json!({"datapath": [{"name": "A | B", "value": 1.0}]})]
         {
-            assert!(worse(&before, &run(1.0), 1.2).is_err(), "{before}");
+            assert!(worse(&before, &run(1.0), 1.2, false).is_err(), "{before}");
         }
     }
 
@@ -137,6 +157,6 @@ mod tests {
         names.sort_unstable();
         assert_eq!(names, ["bench.json", "bench.md", "packet-cost.svg"]);
         let read: Value = serde_json::from_str(&std::fs::read_to_string(place.join("bench.json")).unwrap()).unwrap();
-        assert_eq!(worse(&read, &run(2.0), 1.2).unwrap().len(), 2);
+        assert_eq!(worse(&read, &run(2.0), 1.2, false).unwrap().len(), 2);
     }
 }

@@ -25,7 +25,7 @@ struct Args {
     /// Directory for bench.md, bench.json and plots of cost against scale
     #[arg(long)]
     report: Option<PathBuf>,
-    /// bench.json of an earlier run: fails where a figure by its floor became worse
+    /// bench.json of an earlier run: fails where a figure by its floor became worse, crossed its bound or is gone
     #[arg(long)]
     compare: Option<PathBuf>,
     /// How many times the earlier figure is still fine
@@ -74,6 +74,11 @@ fn main() -> ExitCode {
     if args.output == "json" {
         println!("{}", report::json(&done));
     }
+    // Some are known not to be (SPECIFICATION.md): what was held and is no more is told by a comparison.
+    let missed = done.iter().flat_map(|(_, rows)| rows).filter(|row| row.holds() == Some(false)).count();
+    if missed > 0 {
+        eprintln!("{missed} bounds are not reached");
+    }
     if let Err(error) = conclude(&args, &done) {
         eprintln!("bench: {error:#}");
         failed = true;
@@ -95,7 +100,7 @@ fn conclude(args: &Args, done: &report::Benches) -> anyhow::Result<()> {
         eprintln!("tables and plots are in {}", directory.display());
     }
     let Some((path, before)) = before? else { return Ok(()) };
-    let worse = report::worse(&before, done, args.tolerance).with_context(|| format!("compare with {}", path.display()))?;
+    let worse = report::worse(&before, done, args.tolerance, args.quick).with_context(|| format!("compare with {}", path.display()))?;
     anyhow::ensure!(worse.is_empty(), "worse than {} x what {} has:\n  {}", args.tolerance, path.display(), worse.join("\n  "));
     eprintln!("no figure is worse than {} x what {} has", args.tolerance, path.display());
     Ok(())

@@ -89,10 +89,16 @@ fn print_report(report: &Report) {
     let [connected, refused, killed] = report.pods;
     let [before, after] = report.held;
     println!("\n{} storms, every promise held", report.storms);
-    for (name, count) in &report.faults {
-        println!("  {count:>6}  {name}");
+    println!("  drawn   hit");
+    for (name, drawn) in &report.faults {
+        println!("  {:>5} {:>5}  {name}", drawn.times, drawn.hit);
     }
     println!("pods            {connected} connected, {refused} refused while things were broken, {killed} with a killed plugin");
+    let [let_through, stopped] = report.probes;
+    println!(
+        "  after storms  {let_through} probes that had to get through, {stopped} that had to be stopped ({} packets denied)",
+        report.denied
+    );
     println!("open connection {} messages, the longest took {:.2?}", report.exchanges, report.longest);
     println!("intruder        {} attempts, none got through", report.intrusions);
     println!("log lines       {}, none lost", report.lines);

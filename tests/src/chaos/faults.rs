@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
@@ -28,7 +28,7 @@ pub(super) enum Fault {
     KillPlugin(Duration),
     /// EC2 and the metadata service throttle, fail, lose replies, and are late.
     Ec2 { seed: u64, lasts: Duration },
-    /// The metadata service does not answer.
+    /// The metadata service does not answer while an agent starts that follows one that was killed: later it is asked twice a minute.
     Imds(Duration),
     /// CloudWatch Logs does not answer.
     Logs(Duration),
@@ -53,8 +53,22 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    /// One by chance.
-    pub(super) fn draw(rng: &mut StdRng) -> Self {
+    /// One by chance; of those that end the agent only if they may.
+    pub(super) fn draw(rng: &mut StdRng, may_end_the_agent: bool) -> Self {
+        loop {
+            let fault = Self::draw_any(rng);
+            if may_end_the_agent || !matches!(fault, Self::Kill(_) | Self::Terminate(_) | Self::Imds(_)) {
+                return fault;
+            }
+        }
+    }
+
+    /// The agent is killed, for so long by chance.
+    pub(super) fn kill(rng: &mut StdRng) -> Self {
+        Self::Kill(Duration::from_millis(rng.random_range(0..1_000)))
+    }
+
+    fn draw_any(rng: &mut StdRng) -> Self {
         let mut lasts = |most: u64| Duration::from_millis(rng.random_range(0..most));
         let (short, long) = (lasts(1_000), lasts(3_000));
         match rng.random_range(0..16) {
@@ -113,33 +127,43 @@ impl fmt::Display for Fault {
 }
 
 impl World {
-    /// Does it, and undoes what lasts; damage to the kernel's state is the agent's to mend.
-    pub(super) async fn strike(&mut self, fault: Fault) -> anyhow::Result<()> {
+    /// Does it, and undoes what lasts; damage to the kernel's state is the agent's to mend. Says whether it hit anything: a call that
+    /// failed, an entry that was there.
+    pub(super) async fn strike(&mut self, fault: Fault) -> anyhow::Result<bool> {
         let node = self.cluster.node(NODE).clone();
         let cloud = self.cluster.vpc().cloud().clone();
-        match fault {
+        let ended = self.cluster.agent(NODE)?.ended()?;
+        ensure!(ended.is_none(), "the agent ended by itself: {ended:?}");
+        Ok(match fault {
             Fault::Kill(away) => {
                 self.cluster.agent(NODE)?.kill()?;
                 sleep(away).await;
-                self.cluster.start_agent(NODE).await?;
+                self.start_agent().await?;
+                true
             }
             Fault::Terminate(away) => {
                 let status = self.cluster.agent(NODE)?.stop(SOON).await?;
                 ensure!(status.success(), "the agent ended with {status}");
                 sleep(away).await;
-                self.cluster.start_agent(NODE).await?;
+                self.start_agent().await?;
+                true
             }
             Fault::Freeze(lasts) => {
+                let pid = self.cluster.agent(NODE)?.pid();
                 self.cluster.agent(NODE)?.signal(Signal::SIGSTOP)?;
                 sleep(lasts).await;
+                let is_frozen = std::fs::read_to_string(format!("/proc/{pid}/stat"))?.contains(") T ");
                 self.cluster.agent(NODE)?.signal(Signal::SIGCONT)?;
+                is_frozen
             }
             Fault::KillPlugin(after) => {
                 let spec = self.spec();
-                node.add_pod_killed(spec, after).await?;
+                let had_ended = node.add_pod_killed(spec, after).await?;
                 self.report.pods[2] += 1;
+                !had_ended
             }
             Fault::Ec2 { seed, lasts } => {
+                let failed = cloud.failed();
                 cloud.set_chaos(Chaos {
                     seed,
                     throttle: 200,
@@ -151,68 +175,94 @@ impl World {
                 });
                 sleep(lasts).await;
                 cloud.clear_faults();
+                cloud.failed() > failed
             }
             Fault::Imds(lasts) => {
+                let failed = cloud.failed();
                 cloud.inject(Scripted::always("imds:*", Effect::DropRequest));
-                sleep(lasts).await;
-                cloud.clear_faults();
+                self.cluster.agent(NODE)?.kill()?;
+                let comes_back = async {
+                    sleep(lasts).await;
+                    cloud.clear_faults();
+                };
+                let (started, ()) = tokio::join!(self.start_agent(), comes_back);
+                started?;
+                cloud.failed() > failed
             }
             Fault::Logs(lasts) => {
+                let failed = cloud.failed();
                 cloud.inject(Scripted::always("PutLogEvents", Effect::DropRequest));
                 sleep(lasts).await;
                 cloud.clear_faults();
+                cloud.failed() > failed
             }
             Fault::RulesGone(pause) => {
                 let address = self.cluster.pod(GUARDED).address();
                 // An earlier storm may have deleted it, and the agent not yet put it back.
-                let _ = ip_batch(node.netns().name(), &format!("rule del priority 512 to {address}\n"));
+                let was_there = ip_batch(node.netns().name(), &format!("rule del priority 512 to {address}\n")).is_ok();
                 sleep(pause).await;
+                was_there
             }
             Fault::RouteGone(pause) => {
                 let address = self.cluster.pod(GUARDED).address();
-                let _ = ip_batch(node.netns().name(), &format!("route del {address}/32\n"));
+                let was_there = ip_batch(node.netns().name(), &format!("route del {address}/32\n")).is_ok();
                 sleep(pause).await;
+                was_there
             }
             Fault::TablesGone(pause) => {
+                let mut was_there = false;
                 for family in ["ip", "ip6"] {
                     // Absent where it has nothing to say.
-                    node.netns().output(Command::new("nft").args(["delete", "table", family, "stanchion"])).context("run nft")?;
+                    let delete = node.netns().output(Command::new("nft").args(["delete", "table", family, "stanchion"]));
+                    was_there |= delete.context("run nft")?.status.success();
                 }
                 sleep(pause).await;
+                was_there
             }
             Fault::DiskFull(lasts) => {
+                let told = self.told_of(libc::ENOSPC)?;
                 self.disk.fill()?;
                 sleep(lasts).await;
                 self.disk.empty()?;
+                self.told_of(libc::ENOSPC)? > told
             }
             Fault::NoFiles(lasts) => {
                 let pid = self.cluster.agent(NODE)?.pid();
                 let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
                 let before = limit_files(pid, None)?;
+                let told = self.told_of(libc::EMFILE)?;
                 limit_files(pid, Some(&open.to_string()))?;
                 sleep(lasts).await;
                 limit_files(pid, Some(&before))?;
+                self.told_of(libc::EMFILE)? > told
             }
             Fault::NoEntries { errno, lasts } => {
                 node.refusals().refuse_map_updates(0, errno);
                 self.churn().await?;
                 sleep(lasts).await;
-                node.refusals().lift();
+                node.refusals().lift() > 0
             }
             Fault::MapFull(lasts) => {
                 let ports: Vec<String> = (0..VERDICTS + 50).map(|n| format!("{{port: {}}}", 1_001 + 2 * n)).collect();
                 let more = format!("ingress: [{{ports: [{}]}}, {{from:", ports.join(", "));
                 let text = ONLY_FRIEND.replace("name: only-b", "name: full").replace("ingress: [{from:", &more);
                 self.cluster.vpc().manifests().apply("full.yaml", &text)?;
-                sleep(lasts).await;
+                let until = Instant::now() + lasts;
+                let mut is_told = false;
+                while Instant::now() < until {
+                    is_told |= node.cli_json(&["status"]).is_ok_and(|status| status["policy"]["ready"] == false);
+                    sleep(Duration::from_millis(50)).await;
+                }
                 self.cluster.vpc().manifests().delete("full.yaml")?;
+                is_told
             }
             Fault::Netlink(lasts) => {
                 node.refusals().refuse_netlink(libc::ENOBUFS);
                 sleep(lasts).await;
-                node.refusals().lift();
+                node.refusals().lift() > 0
             }
             Fault::Api { outage, lasts } => {
+                let asked = self.api.requests().len();
                 if outage {
                     self.api.outage(Some(503));
                     self.api.disconnect();
@@ -222,11 +272,19 @@ impl World {
                 }
                 self.churn().await?;
                 sleep(lasts).await;
+                // Each was refused, or is a watch that takes the place of one that was cut.
+                let was_asked = self.api.requests().len() > asked;
                 self.api.outage(None);
                 self.api.cut_watches(false);
+                was_asked
             }
-        }
-        Ok(())
+        })
+    }
+
+    /// How often the node's agents have told of an error of this number.
+    fn told_of(&self, errno: i32) -> anyhow::Result<usize> {
+        let output = std::fs::read(self.cluster.node(NODE).agent_output())?;
+        Ok(String::from_utf8_lossy(&output).matches(&format!("(os error {errno})")).count())
     }
 }
 

@@ -11,12 +11,14 @@ mod faults;
 mod witness;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use futures_util::future::try_join_all;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use serde_json::Value;
 use stanchion_ebpf_abi::map_name;
 use tokio::task::JoinSet;
 
@@ -49,6 +51,12 @@ const VERDICTS: u32 = 200;
 const LINES: u32 = 120;
 /// Churning pods at the same time, at most.
 const PODS: usize = 8;
+/// Storms of a phase. One begins with a kill of the agent, and in the next no fault ends it: what it may collect shows.
+const PHASE: u32 = 3;
+/// A fault that was drawn so often and never hit anything is none: each hits one time in three at least.
+const OFTEN: u32 = 20;
+/// How much the agent's memory may grow: allocators keep what storms needed at once.
+const GROWTH: u64 = 32 << 20;
 
 /// When to end.
 #[derive(Clone, Copy, Debug)]
@@ -65,10 +73,14 @@ pub struct Report {
     /// Storms.
     pub storms: u32,
     /// Faults by name.
-    pub faults: BTreeMap<String, u32>,
+    pub faults: BTreeMap<String, Drawn>,
     /// Pods that were connected, whose ADD failed, and whose plugin was killed.
     pub pods: [u32; 3],
-    /// Messages of the open connection that came back, and the longest time that one took.
+    /// Probes of these pods after storms that had to get through, and that a policy had to stop.
+    pub probes: [u32; 2],
+    /// Packets to them that the programs counted as denied.
+    pub denied: u64,
+    /// Messages of the open connection that came back.
     pub exchanges: u64,
     /// The longest time that one of them took.
     pub longest: Duration,
@@ -78,6 +90,17 @@ pub struct Report {
     pub lines: u32,
     /// Open files and threads of the node's agent before the first storm and after the last one.
     pub held: [Held; 2],
+    /// Storms that the last agent lived through.
+    pub lived: u32,
+}
+
+/// A kind of fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drawn {
+    /// How often it was its turn.
+    pub times: u32,
+    /// How often it hit something: a call that failed, a rule that was there.
+    pub hit: u32,
 }
 
 /// What a process holds.
@@ -123,6 +146,10 @@ struct World {
     cluster: Cluster,
     rng: StdRng,
     churned: Vec<Pod>,
+    /// Policies that let only the friend through to them.
+    guards: BTreeSet<String>,
+    /// The storm before which the agent started that runs.
+    started: u32,
     /// Starts that the runtime still waits for.
     starting: JoinSet<anyhow::Result<Pod>>,
     named: u32,
@@ -151,20 +178,31 @@ impl World {
         let mut report = Report::default();
         report.held[0] = Held::of(cluster.agent(NODE)?.pid())?;
         let rng = StdRng::seed_from_u64(seed);
-        Ok(Self { disk, api, intruder, talk, cluster, rng, churned: Vec::new(), starting: JoinSet::new(), named: 0, report })
+        let (churned, guards, starting) = (Vec::new(), BTreeSet::new(), JoinSet::new());
+        Ok(Self { disk, api, intruder, talk, cluster, rng, churned, guards, started: 0, starting, named: 0, report })
+    }
+
+    async fn start_agent(&mut self) -> anyhow::Result<()> {
+        self.started = self.report.storms;
+        self.cluster.start_agent(NODE).await
     }
 
     /// A few faults in a row, pods coming and going, lines being written. Says what was done.
     async fn storm(&mut self) -> anyhow::Result<String> {
+        let may_end_the_agent = (self.report.storms / PHASE).is_multiple_of(2);
+        let mut begins = may_end_the_agent && self.report.storms.is_multiple_of(PHASE);
         self.report.storms += 1;
         let mut done = Vec::new();
         for _ in 0..self.rng.random_range(1..=3) {
             self.churn().await?;
             self.write(LINES / 3)?;
-            let fault = Fault::draw(&mut self.rng);
-            *self.report.faults.entry(fault.name().to_owned()).or_default() += 1;
-            done.push(fault.to_string());
-            self.strike(fault).await?;
+            let fault =
+                if std::mem::take(&mut begins) { Fault::kill(&mut self.rng) } else { Fault::draw(&mut self.rng, may_end_the_agent) };
+            let hit = self.strike(fault).await?;
+            let drawn = self.report.faults.entry(fault.name().to_owned()).or_default();
+            drawn.times += 1;
+            drawn.hit += u32::from(hit);
+            done.push(format!("{fault}{}", if hit { "" } else { ", which hit nothing" }));
         }
         self.write(LINES / 3)?;
         Ok(done.join(", "))
@@ -188,20 +226,66 @@ impl World {
                 self.starting.spawn(async move { node.add_pod(spec).await });
             }
         }
-        let policy = format!("churn-{}.yaml", self.rng.random_range(0..4));
+        let policy = format!("churn-{}", self.rng.random_range(0..3));
         if self.rng.random_bool(0.5) {
-            let text = ONLY_FRIEND.replace("only-b", &policy.replace(".yaml", "")).replace("app: a", "app: churn");
-            self.cluster.vpc().manifests().apply(&policy, &text)?;
-        } else {
-            // It may not be there.
-            let _ = self.cluster.vpc().manifests().delete(&policy);
+            self.guard(policy)?;
+        } else if self.guards.remove(&policy) {
+            self.cluster.vpc().manifests().delete(&format!("{policy}.yaml"))?;
         }
         Ok(())
     }
 
+    /// A policy that lets only the friend through to churning pods.
+    fn guard(&mut self, policy: String) -> anyhow::Result<()> {
+        let text = ONLY_FRIEND.replace("only-b", &policy).replace("app: a", "app: churn");
+        self.cluster.vpc().manifests().apply(&format!("{policy}.yaml"), &text)?;
+        self.guards.insert(policy);
+        Ok(())
+    }
+
+    /// Every churned pod is reached by whom the policies let through, and by nobody else.
+    async fn guards_hold(&mut self) -> anyhow::Result<()> {
+        let ends = [FRIEND, STRANGER].map(|name| self.cluster.pod(name));
+        let guarded = !self.guards.is_empty();
+        wait_for("churned pods to be guarded", SOON, || async {
+            let probes = self.churned.iter().flat_map(|pod| {
+                ends.map(|from| async move {
+                    let reached = from.probe(Protocol::Tcp, pod.address(), 80).await?.reached();
+                    let may = !guarded || from.name() == FRIEND;
+                    ensure!(
+                        reached == may,
+                        "{} {} {}",
+                        from.name(),
+                        if reached { "gets through to" } else { "does not reach" },
+                        pod.name()
+                    );
+                    Ok(())
+                })
+            });
+            try_join_all(probes).await
+        })
+        .await?;
+        let pods = u32::try_from(self.churned.len())?;
+        self.report.probes[0] += if guarded { pods } else { 2 * pods };
+        self.report.probes[1] += if guarded { pods } else { 0 };
+        Ok(())
+    }
+
+    /// Packets to pods at these addresses that were denied.
+    fn denied(&self, pods: &BTreeSet<IpAddr>) -> anyhow::Result<u64> {
+        let shown = self.cluster.node(NODE).cli_json(&["endpoints"])?;
+        let endpoints = shown["endpoints"].as_array().context("a list of endpoints")?;
+        let of = |endpoint: &Value| {
+            let address = endpoint.pointer("/interfaces/0/addresses/0")?.as_str()?.parse().ok()?;
+            let ours = pods.contains(&address);
+            endpoint.pointer("/counters/ingress_denied/packets").and_then(Value::as_u64).filter(|_| ours)
+        };
+        Ok(endpoints.iter().filter_map(of).sum())
+    }
+
     fn spec(&mut self) -> PodSpec {
         self.named += 1;
-        PodSpec::new("y", &format!("churn-{}", self.named))
+        PodSpec::new("x", &format!("churn-{}", self.named))
     }
 
     /// Takes the pods whose start has ended, or all of them.
@@ -269,7 +353,7 @@ impl World {
         let pod = node.add_pod(spec).await.context("a pod after the storm")?;
         self.report.pods[0] += 1;
         self.churned.push(pod);
-        Ok(())
+        self.guards_hold().await
     }
 
     fn addresses_have_one_owner(&self) -> anyhow::Result<()> {
@@ -296,16 +380,25 @@ impl World {
 
     /// Ends every pod and looks for what is left.
     async fn end(mut self) -> anyhow::Result<Report> {
+        for (name, drawn) in &self.report.faults {
+            ensure!(drawn.hit > 0 || drawn.times < OFTEN, "{name}: drawn {} times, and hit nothing", drawn.times);
+        }
+        self.guard("churn-0".to_owned())?;
+        self.guards_hold().await?;
+        self.report.denied = self.denied(&self.churned.iter().map(Pod::address).collect())?;
+        ensure!(self.report.denied > 0, "nothing that was sent to the churned pods was counted as denied");
         let node = self.cluster.node(NODE).clone();
         for pod in self.churned.drain(..) {
             node.delete_pod(pod).await?;
         }
+        self.report.lived = self.report.storms - self.started;
         let pid = self.cluster.agent(NODE)?.pid();
         let before = self.report.held[0];
         self.report.held[1] = wait_for("the agent to hold no more than before", SOON, || async {
             let held = Held::of(pid)?;
             // A connection to EC2 or CloudWatch may be open or not.
             ensure!(held.files <= before.files + 8 && held.threads <= before.threads + 2, "{before:?} before, now {held:?}");
+            ensure!(held.rss_bytes <= before.rss_bytes + GROWTH, "{before:?} before, now {held:?}");
             Ok(held)
         })
         .await?;

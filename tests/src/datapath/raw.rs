@@ -40,6 +40,16 @@ struct Update {
     flags: u64,
 }
 
+/// `bpf_attr` of BPF_MAP_LOOKUP_ELEM and, its value the next key, of BPF_MAP_GET_NEXT_KEY.
+#[repr(C)]
+struct Element {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
 /// `bpf_attr` of BPF_PROG_TEST_RUN.
 #[derive(Default)]
 #[repr(C)]
@@ -126,6 +136,38 @@ pub fn create_map(kind: u32, key_size: u32, value_size: u32, max_entries: u32, f
     let fd = bpf(MAP_CREATE, &mut Create { kind, key_size, value_size, max_entries, flags })?;
     // SAFETY: the call gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Every key of a map, which has one value for all CPUs, with its value.
+///
+/// # Errors
+/// The kernel's.
+pub fn entries(map: BorrowedFd<'_>, key_size: u32, value_size: u32) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    const LOOKUP: libc::c_int = 1;
+    const NEXT_KEY: libc::c_int = 4;
+    let ask = |command, key: Option<&[u8]>, answer: &mut [u8]| {
+        let key = key.map_or(0, |key| key.as_ptr().addr() as u64);
+        bpf(command, &mut Element { map: number(map), pad: 0, key, value: answer.as_mut_ptr().addr() as u64, flags: 0 })
+    };
+    let is_end = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
+    let (mut found, mut last) = (Vec::new(), None::<Vec<u8>>);
+    loop {
+        let mut key = vec![0; key_size as usize];
+        match ask(NEXT_KEY, last.as_deref(), &mut key) {
+            Err(error) if is_end(&error) => return Ok(found),
+            result => result?,
+        };
+        let mut value = vec![0; value_size as usize];
+        match ask(LOOKUP, Some(&key), &mut value) {
+            // It went meanwhile.
+            Err(error) if is_end(&error) => {}
+            result => {
+                result?;
+                found.push((key.clone(), value));
+            }
+        }
+        last = Some(key);
+    }
 }
 
 /// A program of our own instructions, with the map that it uses.

@@ -88,6 +88,11 @@ impl Cloud {
         self.lock().calls.clone()
     }
 
+    /// How many calls failed so far, or had no reply.
+    pub fn failed(&self) -> usize {
+        self.lock().calls.iter().filter(|call| call.lost || call.error.is_some()).count()
+    }
+
     /// How often an action was called.
     pub fn count(&self, action: &str) -> usize {
         self.lock().calls.iter().filter(|call| call.action == action).count()

@@ -306,6 +306,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
                 && let Err(error) = self.files.write_cooling(&self.store, now)
             {
                 self.error("write cool-downs", &error);
+                return self.take_back(prepared, &error);
             }
             if let Err(error) = self.files.write_checkpoint(&self.store) {
                 self.error("write checkpoint", &error);

@@ -538,6 +538,39 @@ mod tests {
     }
 
     #[test]
+    fn the_programs_forget_before_each_change_of_another_kind() {
+        let pins = Pins::new("order");
+        let mut maps = pins.maps();
+        let key = VerdictKey { policy: 7, identity: 3, direction: direction::INGRESS, protocol: 6, port: 80u16.to_be_bytes() };
+        let allow = VerdictValue { rule: 9, verdict: verdict::ALLOW, reserved: [0; 3] };
+        let generation = |maps: &KernelMaps| maps.generation.get(&0, 0).unwrap();
+        let started = generation(&maps);
+        let ops = [
+            (MapOp::SetAddress(ip("10.0.0.1"), 3), 0),
+            (MapOp::SetCidr(net("10.1.0.0/16"), 4), 0),
+            (MapOp::SetVerdict(key, VERDICT_PREFIX_PORT, allow), 1),
+            (MapOp::SetEndpoint(Slot(5), EndpointImage { ingress: Some(7), ..EndpointImage::default() }), 2),
+            // Of an endpoint the programs remember nothing.
+            (MapOp::SetAddress(ip("10.0.0.2"), 3), 2),
+            (MapOp::RemoveVerdict(key, VERDICT_PREFIX_PORT), 3),
+        ];
+        for (op, forgotten) in &ops {
+            maps.in_order(op).unwrap();
+            assert_eq!(generation(&maps) - started, *forgotten, "{op:?}");
+        }
+        maps.settle().unwrap();
+        assert_eq!(generation(&maps) - started, 4, "and after the last");
+        maps.apply(&ops.map(|(op, _)| op)[..4]).unwrap();
+        assert_eq!(generation(&maps) - started, 6, "nothing is left to be forgotten after an endpoint");
+        maps.apply(&[MapOp::SetEndpoint(Slot(6), EndpointImage::default()), MapOp::SetEndpoint(Slot(600), EndpointImage::default())])
+            .unwrap();
+        assert_eq!(generation(&maps) - started, 6);
+        let fails = MapOp::SetEndpoint(Slot(60_000), EndpointImage::default());
+        assert!(maps.apply(&[MapOp::SetAddress(ip("10.0.0.3"), 3), fails]).is_err());
+        assert_eq!(generation(&maps) - started, 7, "what was written before a refusal holds");
+    }
+
+    #[test]
     fn a_slot_out_of_range_is_refused_by_name() {
         let pins = Pins::new("range");
         let mut maps = pins.maps();
