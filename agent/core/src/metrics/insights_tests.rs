@@ -109,7 +109,7 @@ impl Machine {
         let mut cgroups = vec![cgroup("not-known", None, 1)];
         for pod in self.table.pods() {
             cgroups.push(cgroup(&pod.uid, None, 1));
-            cgroups.push(cgroup(&pod.uid, Some(&pod.containers[0].id), 1));
+            cgroups.extend(pod.containers.iter().map(|container| cgroup(&pod.uid, Some(&container.id), 1)));
             cgroups.push(cgroup(&pod.uid, Some("the sandbox"), 1));
         }
         let size = FilesystemSize { capacity: 100, available: 55, usage: 40, inodes: 10, inodes_free: 9 };
@@ -460,6 +460,52 @@ fn gpus_that_pods_ask_for() {
         let (pod, node) = told_of_resources(&serde_json::json!({}), without);
         assert_eq!((figures(&pod, "pod"), figures(&node, "node")), ([None; 4], [None; 4]));
     }
+}
+
+/// An init container that stays is told by itself; upstream counts `containerStatuses` alone, and conditions, not the phase, tell what is
+/// not known.
+#[test]
+fn a_sidecar_is_told_and_not_counted() {
+    let mut machine = Machine::new(Figures::Correct);
+    let key = cluster().pods.keys().find(|name| name.name.ends_with("8zpz5")).unwrap().clone();
+    let mut told = Vec::new();
+    for restarts in [0, 4] {
+        let mut state = cluster();
+        let mut pod = (*state.pods[&key]).clone();
+        pod.spec.init_containers = serde_json::from_value(serde_json::json!([{"name": "proxy", "restartPolicy": "Always"}])).unwrap();
+        pod.status.init_container_statuses = serde_json::from_value(serde_json::json!([{
+            "name": "proxy", "restartCount": restarts, "containerID": "containerd://feed", "state": {"running": {}},
+            "lastState": {"terminated": {"reason": "OOMKilled"}},
+        }]))
+        .unwrap();
+        pod.status.conditions.iter_mut().filter(|condition| condition.kind == "Ready").for_each(|ready| ready.status = "Unknown".into());
+        state.pods.insert(key.clone(), Arc::new(pod));
+        machine.table = machine.table.refreshed(&state, "node1", &VethNames::default());
+        let snapshot = machine.pass(100 + restarts);
+        let mut encoder = Encoder::new(identity(), Selection { preset: Preset::Enhanced, ..Selection::default() });
+        told = encoder.documents(&snapshot).iter().map(|text| serde_json::from_str::<Value>(text).unwrap()).collect();
+    }
+    let of_pod = |doc| of_type(&told, doc).into_iter().filter(|document| document["FullPodName"] == *key.name).collect::<Vec<_>>();
+    let [pod] = of_pod(DocType::Pod)[..] else { panic!("one pod") };
+    for (figure, value) in [
+        ("number_of_containers", 1),
+        ("number_of_running_containers", 1),
+        ("container_status_running", 1),
+        ("number_of_container_restarts", 0),
+        ("cpu_limit", 200),
+        ("status_unknown", 1),
+        ("status_ready", 0),
+        ("status_running", 1),
+    ] {
+        assert_eq!(pod[format!("pod_{figure}")], value, "{figure}");
+    }
+    assert_eq!(pod.get("pod_container_status_terminated_reason_oom_killed"), None);
+    assert_eq!(of_type(&told, DocType::Node)[0]["node_number_of_running_containers"], 3);
+    let containers: Vec<_> = of_pod(DocType::Container)
+        .iter()
+        .map(|container| (&container["ContainerName"], &container["number_of_container_restarts"]))
+        .collect();
+    assert_eq!(containers, [(&"c".into(), &0.into()), (&"proxy".into(), &4.into())]);
 }
 
 #[test]

@@ -56,10 +56,17 @@ fn template(migration: &mut Migration, output: &Section, key: &str, tag: &str, c
     while let Some((before, after)) = rest.split_once('$') {
         out.push_str(before);
         let end = accessor_end(after);
-        match field(&after[..end], tag, containers) {
-            Some(field) => out.push_str(&field),
-            None => {
-                migration.miss(format!("[OUTPUT] {key} {text}"), format!("${} is not known here; the fixed name is used", &after[..end]));
+        let found = field(&after[..end], tag, containers);
+        // Without them in the record Fluent Bit takes the fixed name for every pod.
+        let off = |field: &String| {
+            field.starts_with("{label:") && migration.file.labels == Some(false)
+                || field.starts_with("{annotation:") && migration.file.annotations == Some(false)
+        };
+        match found {
+            Some(field) if !off(&field) => out.push_str(&field),
+            found => {
+                let why = if found.is_some() { "is not in the records" } else { "is not known here" };
+                migration.miss(format!("[OUTPUT] {key} {text}"), format!("${} {why}; the fixed name is used", &after[..end]));
                 return None;
             }
         }

@@ -211,6 +211,21 @@ fn templates_keys_and_what_is_not_known() {
     assert_eq!((migration.file.stream.as_deref(), migration.file.stream_else.as_deref()), (Some("{fullid}"), Some("fixed")));
 }
 
+/// There every pod goes to the fixed name, whatever its labels.
+#[test]
+fn a_template_of_labels_that_no_record_has() {
+    for (labels, group) in [("On", "/eks/{label:app}"), ("Off", "fixed")] {
+        let migration = migrated(&format!(
+            "[INPUT]\n  Name tail\n  Tag a.*\n  Path /var/log/containers/*.log\n\
+             [FILTER]\n  Name kubernetes\n  Match a.*\n  Labels {labels}\n\
+             [OUTPUT]\n  Name cloudwatch_logs\n  Match a.*\n  region r\n  log_group_name fixed\n  log_stream_prefix p-\n  \
+             log_group_template /eks/$kubernetes['labels']['app']\n"
+        ));
+        assert_eq!(migration.file.group.as_deref(), Some(group));
+        assert_eq!(migration.missing.iter().any(|(_, why)| why.contains("not in the records")), labels == "Off");
+    }
+}
+
 /// What Fluent Bit's filter does not do unless it says so, the agent would do.
 #[test]
 fn what_is_off_there_is_off_here() {
