@@ -13,11 +13,10 @@ use stanchion_aws::{AwsClients, Overrides, SdkImds};
 use stanchion_core::branch::VethNames;
 use stanchion_core::cloud::{Imds as _, InstanceIdentity, LogGroupSpec};
 use stanchion_core::cluster::ClusterState;
-use stanchion_core::config::{BranchMode, Config, FlowLogs, PolicyMode, RecordLayout, TelemetryConfig};
+use stanchion_core::config::{BranchMode, Config, FlowLogs, PolicyMode, TelemetryConfig};
 use stanchion_core::conflist::{Chained, FILE_NAME, Owner, PLUGIN};
 use stanchion_core::logs::record::Layout;
-use stanchion_core::logs::route::Template;
-use stanchion_core::logs::settings::{FLUENT_BIT_STATE, LogSettings};
+use stanchion_core::logs::settings::LogSettings;
 use stanchion_core::metrics::catalog::{DocType, Preset};
 use stanchion_core::metrics::insights::NodeIdentity;
 use stanchion_core::metrics::scrape::Rules;
@@ -306,24 +305,15 @@ fn start_telemetry(
     let cluster_name = config.telemetry.cluster_name.clone();
     let settings = &config.telemetry;
     let logs = if settings.logs {
-        let mut log_settings = LogSettings::new(match settings.record {
-            RecordLayout::FluentBit => Layout::FluentBit,
-            RecordLayout::Compact => Layout::Compact,
-            RecordLayout::Raw => Layout::Raw,
-        });
-        log_settings.group =
-            Template::parse(&settings.log_group).with_context(|| format!("STANCHION_LOG_GROUP={:?}", settings.log_group))?;
-        log_settings.flush = settings.log_flush;
-        log_settings.group_spec.retention_days = settings.log_retention_days;
-        log_settings.routes = LogSettings::container_insights_routes();
-        log_settings.fluent_bit_state = FLUENT_BIT_STATE.into();
+        let mut log_settings = LogSettings::of_agent(settings).with_context(|| format!("STANCHION_LOG_GROUP={:?}", settings.log_group))?;
         if !settings.log_config.is_empty() {
             let path = settings.log_config.as_ref();
             log_settings = ship::with_file(log_settings, path).context("STANCHION_LOG_CONFIG")?;
         }
+        let node = [("az", &identity.availability_zone), ("ec2_instance_id", &identity.instance.to_string())];
+        log_settings.node = node.map(|(name, value)| (name.to_owned(), value.clone())).into();
         if let Some(journal) = &mut log_settings.journal {
-            let node = [("az", &identity.availability_zone), ("ec2_instance_id", &identity.instance.to_string())];
-            journal.node = node.map(|(name, value)| (name.to_owned(), value.clone())).into();
+            journal.node.clone_from(&log_settings.node);
         }
         if let Some(instance) = &mut log_settings.entity {
             *instance = identity.instance.to_string();

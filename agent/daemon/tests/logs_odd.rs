@@ -143,6 +143,38 @@ async fn lines_of_many_megabytes_and_files_without_any() {
     assert!(events.contains(&"end".to_owned()));
 }
 
+/// Runtimes write a long line in parts of 16 KiB.
+#[tokio::test]
+async fn objects_of_many_parts_are_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = fs::File::create(dir.path().join(name("web"))).unwrap();
+    let sizes = [40_000, 45_000, 100_000, 500_000, 1_048_600];
+    let lines = sizes.map(|bytes| format!(r#"{{"bytes":{bytes},"text":"{}"}}"#, "x".repeat(bytes - 30)));
+    for line in &lines {
+        for at in (0..line.len()).step_by(16 << 10) {
+            let end = line.len().min(at + (16 << 10));
+            writeln!(file, "2026-11-20T10:00:00Z stdout {} {}", if end == line.len() { "F" } else { "P" }, &line[at..end]).unwrap();
+        }
+    }
+    for merge in [Merge::Under("m".into()), Merge::Top] {
+        for keep_log in [true, false] {
+            let record = RecordOptions { merge: merge.clone(), keep_log, ..RecordOptions::default() };
+            let records = texts(dir.path(), LogSettings { record, ..raw() }).await;
+            let records: Vec<serde_json::Value> = records.iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+            for (record, line) in records.iter().zip(&lines[..4]) {
+                let object: serde_json::Value = serde_json::from_str(line).unwrap();
+                let found = if merge == Merge::Top { record } else { &record["m"] };
+                assert_eq!((&found["bytes"], &found["text"]), (&object["bytes"], &object["text"]), "{merge:?} {keep_log}");
+                assert_eq!(record.get("log").and_then(|log| log.as_str()), keep_log.then_some(line.as_str()));
+            }
+            // What no event has room for is split, as text.
+            assert!(records.len() > 5 && records[4..].iter().all(|record| record.get("m").is_none() && record.get("bytes").is_none()));
+            let rest: String = records[4..].iter().map(|record| record["log"].as_str().unwrap()).collect();
+            assert_eq!(rest, lines[4]);
+        }
+    }
+}
+
 #[tokio::test]
 async fn nothing_that_is_to_be_masked_leaves_the_node() {
     let dir = tempfile::tempdir().unwrap();
@@ -194,6 +226,8 @@ async fn routes_and_files_of_the_node() {
             files: vec!["kube-proxy-*".into()],
             group: "dataplane".to_owned().try_into().unwrap(),
             stream: "dp.{pod}".to_owned().try_into().unwrap(),
+            kubernetes: true,
+            node: false,
         }],
         ..raw()
     };
@@ -204,6 +238,19 @@ async fn routes_and_files_of_the_node() {
     assert_eq!(streams["dp.kube-proxy-1"], ["proxy"]);
     assert_eq!(streams[&format!("n-application.var.log.containers.{}", name("web"))], ["web"]);
     assert_eq!(streams.len(), 3);
+}
+
+/// No filter of Container Insights merges them.
+#[tokio::test]
+async fn a_json_line_of_the_nodes_files_stays_text() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("audit"), "{\"a\":1}\n\r\n\n").unwrap();
+    let [group, stream] = ["host", "{file}"].map(|text| text.to_owned().try_into().unwrap());
+    let host_files = vec![HostFiles { path: dir.path().join("audit").display().to_string(), group, stream }];
+    let settings = LogSettings { host_files, age: None, stream_puts: 1, ..LogSettings::container_insights(Layout::FluentBit) };
+    let containers = tempfile::tempdir().unwrap();
+    // A line of nothing but a carriage return is one, as with Fluent Bit.
+    assert_eq!(texts(containers.path(), settings).await, [r#"{"log":"{\"a\":1}"}"#, r#"{"log":"\r"}"#]);
 }
 
 #[tokio::test]

@@ -100,6 +100,9 @@ pub(crate) struct ShipArgs {
     /// Leave out pods with the annotation fluentbit.io/exclude
     #[arg(long)]
     honour_exclude: bool,
+    /// Read lines by the parser that the pod's annotation fluentbit.io/parser names, where JSON lines are merged
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true")]
+    honour_parser: bool,
     /// Join stack traces: java, go, python, ruby
     #[arg(long, value_delimiter = ',')]
     multiline: Vec<String>,
@@ -138,7 +141,8 @@ impl ShipArgs {
                 "--merge-log, --merge-log-key, --keep-log, --labels and --annotations fill Fluent Bit's record; the others have no place for them"
             );
         }
-        let mut settings = LogSettings { record, honour_exclude: self.honour_exclude, ..LogSettings::new(layout) };
+        let mut settings =
+            LogSettings { record, honour_exclude: self.honour_exclude, honour_parser: self.honour_parser, ..LogSettings::new(layout) };
         settings.rules = self.multiline.iter().map(|name| Rule::built_in(name)).collect::<Result<_, _>>()?;
         if let Some(group) = &self.log_group {
             settings.group = Template::parse(group)?;
@@ -204,4 +208,24 @@ fn report(shipped: &ShipReport) -> ExitCode {
     }
     let whole = shipped.failed.is_empty() && counters.file_errors == 0 && !lost.iter().any(|(_, count, counts)| *counts && *count > 0);
     if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Ship {
+        #[command(flatten)]
+        args: ShipArgs,
+    }
+
+    #[test]
+    fn annotations_that_name_parsers_are_followed_unless_the_flag_says_otherwise() {
+        let honoured = |more: &[&str]| Ship::parse_from(["ship", "--once"].iter().chain(more)).args.settings().unwrap().honour_parser;
+        assert!(honoured(&[]) && honoured(&["--honour-parser"]) && honoured(&["--honour-parser=true"]));
+        assert!(!honoured(&["--honour-parser=false"]));
+    }
 }

@@ -46,9 +46,15 @@ pub struct LogFile {
     /// Template of the group.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// Template of the group where a value of `group` is not there; without it such a value is `none`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group_else: Option<String>,
     /// Template of the stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stream: Option<String>,
+    /// Template of the stream where a value of `stream` is not there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stream_else: Option<String>,
     /// Days that a group made here keeps its events; 0 is for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retention_days: Option<u32>,
@@ -209,6 +215,18 @@ pub struct RouteEntry {
     pub group: String,
     /// Template of the stream.
     pub stream: String,
+    /// Template of the group where a value of `group` is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_else: Option<String>,
+    /// Template of the stream where a value of `stream` is not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_else: Option<String>,
+    /// False: without the pod's metadata, and without merging.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kubernetes: Option<bool>,
+    /// With the node's zone and instance, as Fluent Bit's filter `aws` has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<bool>,
 }
 
 /// Files of the node.
@@ -337,8 +355,9 @@ impl LogFile {
                 group_spec: settings.group_spec,
                 flush: settings.flush,
                 routes: settings.routes,
+                node: settings.node,
                 fluent_bit_state: settings.fluent_bit_state,
-                ..LogSettings::new(layout)
+                ..LogSettings::container_insights(layout)
             },
             _ => settings,
         };
@@ -359,6 +378,8 @@ impl LogFile {
         set(&mut settings.compress, self.gzip);
         set(&mut settings.group, template("group", self.group.as_deref())?);
         set(&mut settings.stream, template("stream", self.stream.as_deref())?);
+        settings.group = or_else(settings.group, "group-else", self.group_else.as_deref())?;
+        settings.stream = or_else(settings.stream, "stream-else", self.stream_else.as_deref())?;
         if let Some(days) = self.retention_days {
             settings.group_spec.retention_days = (days > 0).then_some(days);
         }
@@ -442,8 +463,10 @@ impl LogFile {
     fn apply_places(&self, settings: &mut LogSettings) -> Result<(), LogFileError> {
         if let Some(routes) = &self.routes {
             let read = routes.iter().map(|entry| {
-                let (group, stream) = (place("routes", &entry.group)?, place("routes", &entry.stream)?);
-                Ok(Route { files: entry.files.clone(), group, stream })
+                let group = or_else(place("routes", &entry.group)?, "routes", entry.group_else.as_deref())?;
+                let stream = or_else(place("routes", &entry.stream)?, "routes", entry.stream_else.as_deref())?;
+                let (kubernetes, node) = (entry.kubernetes.unwrap_or(true), entry.node.unwrap_or(false));
+                Ok(Route { files: entry.files.clone(), group, stream, kubernetes, node })
             });
             settings.routes = read.collect::<Result<_, LogFileError>>()?;
         }
@@ -506,6 +529,13 @@ fn place(place: &'static str, text: &str) -> Result<Template, LogFileError> {
     Template::parse(text).map_err(|source| LogFileError::Template { place, source })
 }
 
+fn or_else(first: Template, name: &'static str, text: Option<&str>) -> Result<Template, LogFileError> {
+    Ok(match template(name, text)? {
+        Some(otherwise) => first.or_else(otherwise),
+        None => first,
+    })
+}
+
 fn template(name: &'static str, text: Option<&str>) -> Result<Option<Template>, LogFileError> {
     text.map(|text| place(name, text)).transpose()
 }
@@ -545,7 +575,7 @@ multiline-flush-seconds: 1
 parsers: [{name: mine, format: regex, regex: '(?<n>\d+)', types: {n: integer}}]
 redact: [{pattern: 'password=\S+'}, {pattern: 'x(y)', replace: '$1'}]
 quotas: [{namespace: "dev-*", bytes-per-second: 1000, lines-per-second: 10}]
-routes: [{files: ["kube-*"], group: g, stream: s}]
+routes: [{files: ["kube-*"], group: g, stream: s}, {files: [b], group: g, stream: s, kubernetes: false, node: true}]
 host-files: [{path: /var/log/*.log}]
 oversize: truncate
 gzip: false
@@ -569,8 +599,9 @@ held-mib: 5
         assert!(settings.parsers.iter().any(|parser| parser.name == "mine" && parser.object(b"7").unwrap() == r#"{"n":7}"#));
         assert_eq!(
             (settings.routes.len(), settings.host_files.len(), settings.oversize, settings.held_bytes),
-            (1, 1, Oversize::Truncate, 5 << 20)
+            (2, 1, Oversize::Truncate, 5 << 20)
         );
+        assert_eq!(settings.routes.iter().map(|route| (route.kubernetes, route.node)).collect::<Vec<_>>(), [(true, false), (false, true)]);
         let fluent_bit = LogSettings { fluent_bit_state: "/state".into(), ..LogSettings::new(Layout::FluentBit) };
         let compact = LogFile::parse("record: compact").unwrap().apply(fluent_bit).unwrap();
         assert_eq!(compact.fluent_bit_state, std::path::Path::new("/state"), "of no layout");
@@ -579,6 +610,22 @@ held-mib: 5
             (Layout::Compact, super::super::route::COMPACT_STREAM.to_owned())
         );
         assert_eq!(applied("{}").unwrap().rules.len(), 0);
+    }
+
+    /// What the file does not say is the agent's default of the layout that counts.
+    #[test]
+    fn the_layouts_own_defaults() {
+        let of = |variable: Layout, text: &str| {
+            let settings = LogFile::parse(text).unwrap().apply(LogSettings::container_insights(variable)).unwrap();
+            (settings.record.merge, settings.honour_exclude, settings.honour_parser)
+        };
+        let container_insights = (Merge::Under("log_processed".into()), false, true);
+        assert_eq!(of(Layout::FluentBit, "flush-seconds: 2"), container_insights);
+        assert_eq!(of(Layout::Compact, "record: fluent-bit"), container_insights);
+        assert_eq!(of(Layout::FluentBit, "merge: off\nhonour-exclude: true"), (Merge::Off, true, true));
+        for layout in ["compact", "raw"] {
+            assert_eq!(of(Layout::FluentBit, &format!("record: {layout}")), (Merge::Off, true, true), "{layout}");
+        }
     }
 
     #[test]
@@ -590,6 +637,7 @@ held-mib: 5
             ("redact: [{pattern: '('}]", "redact"),
             ("redact: [{pattern: 'x*'}]", "everywhere"),
             ("group: '{pot}'", "group"),
+            ("stream-else: '{pot}'", "stream-else"),
             ("flush-seconds: 0", "flush-seconds"),
             ("quotas: [{namespace: a, bytes-per-second: 0}]", "quotas"),
             ("host-files: [{path: /var/*/x}]", "host-files"),

@@ -9,6 +9,8 @@ use std::borrow::Cow;
 use memchr::memchr;
 use serde::{Deserialize, Serialize};
 
+use super::merge;
+
 /// Which of the container's outputs a line is from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -42,8 +44,10 @@ pub enum Header<'a> {
     },
     /// A docker json-file line.
     Docker {
-        /// As written.
+        /// As written; empty where there is none.
         time: &'a [u8],
+        /// Labels and variables that the daemon's log options name, as `"attrs":{...}`; empty where there are none.
+        attrs: &'a str,
     },
     /// Neither: the whole line is content.
     None,
@@ -70,10 +74,10 @@ impl<'a> Line<'a> {
         cri(line).or_else(|| docker(line)).or_else(|| loose_cri(line)).unwrap_or_else(|| Self::plain(line))
     }
 
-    /// What of a file's line is a line: without the carriage return before its newline, and without the zeros that a truncated or sparse
-    /// file begins with. `None` where nothing is left: there is no line.
+    /// What of a file's line is a line: without the carriage return before its newline, unless that is all of it, and without the zeros that
+    /// a truncated or sparse file begins with. `None` where nothing is left: there is no line.
     pub fn trim(line: &'a [u8]) -> Option<&'a [u8]> {
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let line = line.strip_suffix(b"\r").filter(|rest| !rest.is_empty()).unwrap_or(line);
         let zeros = line.iter().take_while(|&&byte| byte == 0).count();
         Some(&line[zeros..]).filter(|line| !line.is_empty())
     }
@@ -83,6 +87,11 @@ impl<'a> Line<'a> {
         Self { header: Header::None, output: Output::Stdout, timestamp_ms: None, partial: false, content: Cow::Borrowed(line) }
     }
 }
+
+/// Longest time that records repeat: they have to have room for it.
+const MAX_TIME: usize = 1024;
+/// Longest text of docker's options, for the same reason.
+const MAX_ATTRS: usize = 64 << 10;
 
 /// Splits at the first space.
 fn word(text: &[u8]) -> Option<(&[u8], &[u8])> {
@@ -99,7 +108,7 @@ fn cri(line: &[u8]) -> Option<Line<'_>> {
     };
     // An empty content may come without its separator when something trimmed the line.
     let (tag, content) = word(rest).unwrap_or((rest, b""));
-    if time.is_empty() {
+    if !(1..=MAX_TIME).contains(&time.len()) {
         return None;
     }
     let partial = match tag.split(|&byte| byte == b':').next() {
@@ -112,7 +121,7 @@ fn cri(line: &[u8]) -> Option<Line<'_>> {
 
 /// A line whose time is written with spaces, or is none: Fluent Bit's pattern takes anything for it.
 fn loose_cri(line: &[u8]) -> Option<Line<'_>> {
-    memchr::memmem::find_iter(line, b" std").filter(|at| *at > 0).find_map(|at| {
+    memchr::memmem::find_iter(line, b" std").take_while(|at| *at <= MAX_TIME).filter(|at| *at > 0).find_map(|at| {
         let rest = &line[at + 1..];
         let output = match rest.get(..7)? {
             b"stdout " => Output::Stdout,
@@ -146,12 +155,25 @@ fn docker(line: &[u8]) -> Option<Line<'_>> {
         Cow::Owned(text) => Cow::Owned(text.into_bytes()),
     };
     Some(Line {
-        header: Header::Docker { time },
+        header: Header::Docker { time, attrs: attrs(line).unwrap_or_default() },
         output: if parsed.stream == "stderr" { Output::Stderr } else { Output::Stdout },
         timestamp_ms: timestamp_ms(time),
         partial: !content.ends_with(b"\n"),
         content,
     })
+}
+
+/// The member as it stands, if there is one that needs no change to be JSON that everybody reads.
+fn attrs(line: &[u8]) -> Option<&str> {
+    memchr::memmem::find(line, b"\"attrs\"")?;
+    let text = std::str::from_utf8(line).ok()?;
+    let object = merge::object(text)?;
+    let member = object.members.iter().find(|member| &text[member.key.clone()] == "\"attrs\"")?;
+    let place = member.key.start..member.value.end;
+    if place.len() > MAX_ATTRS {
+        return None;
+    }
+    object.edits.iter().all(|(edit, _)| !place.contains(&edit.start)).then(|| &text[place])
 }
 
 /// Milliseconds since 1970 of an RFC 3339 time, fraction cut; `None` if it is not one.
@@ -294,6 +316,14 @@ mod tests {
     }
 
     #[test]
+    fn a_time_that_leaves_a_record_no_room_is_none() {
+        for time in ["t".repeat(MAX_TIME + 1), "t ".repeat(MAX_TIME)] {
+            let line = format!("{time} stdout F x");
+            assert_eq!(Line::parse(line.as_bytes()), Line::plain(line.as_bytes()));
+        }
+    }
+
+    #[test]
     fn offsets_with_and_without_their_colon() {
         for offset in ["+05:30", "+0530"] {
             assert_eq!(timestamp_ms(format!("2026-11-20T15:30:13.5{offset}").as_bytes()), Some(1_795_168_813_500), "{offset}");
@@ -308,7 +338,7 @@ mod tests {
     fn what_is_left_of_a_files_line() {
         assert_eq!(Line::trim(b"text\r"), Some(&b"text"[..]));
         assert_eq!(Line::trim(b"\0\0\0text\r\r"), Some(&b"text\r"[..]));
-        assert_eq!((Line::trim(b""), Line::trim(b"\r"), Line::trim(b"\0\0")), (None, None, None));
+        assert_eq!((Line::trim(b""), Line::trim(b"\0\0"), Line::trim(b"\r")), (None, None, Some(&b"\r"[..])));
     }
 
     #[test]
@@ -321,8 +351,11 @@ mod tests {
         let line = br#"{"log":"b\n","stream":"stdout","attrs":{"env":"x","tag":"{\"a\":1}"},"time":"2026-11-20T10:00:01Z"}"#;
         assert_eq!(
             (&*Line::parse(line).content, Line::parse(line).header),
-            (&b"b\n"[..], Header::Docker { time: b"2026-11-20T10:00:01Z" })
+            (&b"b\n"[..], Header::Docker { time: b"2026-11-20T10:00:01Z", attrs: r#""attrs":{"env":"x","tag":"{\"a\":1}"}"# })
         );
+        for no_json in [r#"{"log":"b\n","attrs":{"a":"\ud800"}}"#, r#"{"log":"b \"attrs\" \n"}"#] {
+            assert_eq!(Line::parse(no_json.as_bytes()).header, Header::Docker { time: b"", attrs: "" }, "{no_json}");
+        }
         assert_eq!(Line::parse(br#"{"msg":"not docker's"}"#).header, Header::None);
     }
 }

@@ -97,6 +97,7 @@ struct Open {
     kind: Kind,
     time: Vec<u8>,
     tag: Vec<u8>,
+    attrs: String,
     timestamp_ms: i64,
     content: Vec<u8>,
     touched_ms: i64,
@@ -130,14 +131,16 @@ impl Open {
         }
         self.time.clear();
         self.tag.clear();
+        self.attrs.clear();
         self.kind = match event.header {
             Header::Cri { time, tag } => {
                 self.time.extend_from_slice(time);
                 self.tag.extend_from_slice(tag);
                 Kind::Cri
             }
-            Header::Docker { time } => {
+            Header::Docker { time, attrs } => {
                 self.time.extend_from_slice(time);
+                self.attrs.push_str(attrs);
                 Kind::Docker
             }
             Header::None => Kind::None,
@@ -172,7 +175,7 @@ impl Open {
     fn event(&self, output: Output) -> Event<'_> {
         let header = match self.kind {
             Kind::Cri => Header::Cri { time: &self.time, tag: &self.tag },
-            Kind::Docker => Header::Docker { time: &self.time },
+            Kind::Docker => Header::Docker { time: &self.time, attrs: &self.attrs },
             Kind::None => Header::None,
         };
         Event { header, output, timestamp_ms: self.timestamp_ms, content: &self.content, marks: &self.marks }

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::batch::MAX_MESSAGE_BYTES;
 use super::cri::Header;
@@ -102,7 +103,14 @@ struct Text<'a> {
     first: bool,
 }
 
-impl Text<'_> {
+impl<'a> Text<'a> {
+    /// A record's opening brace.
+    fn begin(out: &'a mut Vec<u8>) -> Self {
+        let mut text = Self { out, len: 0, first: true };
+        text.ready("{", 1);
+        text
+    }
+
     /// Text that needs no escape in a record, but may in the body.
     fn json(&mut self, text: &str) {
         json::escape_text(self.out, text);
@@ -137,10 +145,18 @@ impl Text<'_> {
 impl RecordWriter {
     /// For a container of this identity.
     pub fn new(options: &RecordOptions, identity: Option<&Identity>) -> Self {
+        Self::with_members(options, identity, &[])
+    }
+
+    /// With these members, names and texts, behind all others.
+    pub fn with_members(options: &RecordOptions, identity: Option<&Identity>, members: &[(String, String)]) -> Self {
         let mut record = String::new();
         if let Some(identity) = identity {
             record.push_str(",\"kubernetes\":");
             record.push_str(&identity.to_json(options.labels, options.annotations));
+        }
+        for (name, value) in members {
+            record.push_str(&format!(",{}:{}", Value::from(name.as_str()), Value::from(value.as_str())));
         }
         record.push('}');
         let mut tail = Vec::new();
@@ -188,30 +204,34 @@ impl RecordWriter {
             }
             return Written { message, content: fit, ..Written::default() };
         }
+        let merges = from == 0 && self.merge != Merge::Off;
+        let source = if merges { self.source(event, content) } else { None };
+        let unparsed = merges && source.is_none();
+        let start = out.len();
+        let object = source.as_deref().and_then(|source| Some((source, merge::object(source)?)));
+        // How long a record becomes is known once it is written: one that is too long is taken back.
+        let merged = object.and_then(|(source, object)| self.merged(event, content, source, &object, &mut Text::begin(out)));
+        if let Some(message) = merged {
+            return Written { message, content: content.len(), truncated: false, unparsed };
+        }
+        out.truncate(start);
         let mark = if self.oversize == Oversize::Truncate { TRUNCATED.len() } else { 0 };
         let room = MAX_MESSAGE_BYTES - self.tail_len - fixed_len(&event.header) - 16 - mark;
         let fit = fitting(content, room, worst_escaped);
-        let whole = from == 0 && fit == content.len();
-        let truncated = !whole && fit < content.len() && self.oversize == Oversize::Truncate;
-        let merges = whole && self.merge != Merge::Off;
-        let source = if merges { self.source(event, content) } else { None };
-        let unparsed = merges && source.is_none();
-        let object = source.as_deref().and_then(|source| Some((source, merge::object(source)?)));
-        let mut text = Text { out, len: 0, first: true };
-        text.json("{");
-        match object {
-            Some((source, object)) => self.merged(event, content, source, &object, &mut text),
-            None => {
-                self.header(event, &mut text, &|_| false);
-                self.log(&content[..fit], if truncated { TRUNCATED } else { "" }, &mut text);
-            }
-        }
-        let before_tail = text.len;
+        let truncated = fit < content.len() && self.oversize == Oversize::Truncate;
+        let mut text = Text::begin(out);
+        self.header(event, &mut text, &|_| false);
+        self.log(&content[..fit], if truncated { TRUNCATED } else { "" }, &mut text);
+        let message = self.finish(&mut text);
+        Written { message, content: if truncated { content.len() } else { fit }, truncated, unparsed }
+    }
+
+    /// What is the same for all records, and the end; the record's length.
+    fn finish(&self, text: &mut Text<'_>) -> usize {
         // Only a body that has nothing but `kubernetes` leaves the record empty before it.
-        let tail = if before_tail == 1 && self.has_kubernetes { &self.tail[1..] } else { &self.tail[..] };
+        let tail = if text.len == 1 && self.tail_len > 1 { &self.tail[1..] } else { &self.tail[..] };
         text.out.extend_from_slice(tail);
-        text.len += self.tail_len - (self.tail.len() - tail.len());
-        Written { message: text.len, content: if truncated { content.len() } else { fit }, truncated, unparsed }
+        text.len + self.tail_len - (self.tail.len() - tail.len())
     }
 
     /// The text whose members are merged: the line, or what the pod's parser made of it. Of a line whose output is not known no parser is.
@@ -225,10 +245,10 @@ impl RecordWriter {
     }
 
     fn header(&self, event: &Event<'_>, text: &mut Text<'_>, replaced: &dyn Fn(&[u8]) -> bool) {
-        let (time, tag) = match event.header {
-            Header::Cri { time, tag } => (Some(time), Some(tag)),
-            Header::Docker { time } => (Some(time), None),
-            Header::None => (None, None),
+        let (time, tag, attrs) = match event.header {
+            Header::Cri { time, tag } => (Some(time), Some(tag), ""),
+            Header::Docker { time, attrs } => (Some(time).filter(|time| !time.is_empty()), None, attrs),
+            Header::None => (None, None, ""),
         };
         let mut member = |name: &str, escaped_name: &str, value: &[u8]| {
             if !replaced(name.as_bytes()) {
@@ -245,10 +265,16 @@ impl RecordWriter {
         };
         if let Some(time) = time {
             member("time", "\\\"time\\\":\\\"", time);
+        }
+        if !matches!(event.header, Header::None) {
             member("stream", "\\\"stream\\\":\\\"", event.output.name().as_bytes());
         }
         if let Some(tag) = tag {
             member("_p", "\\\"_p\\\":\\\"", tag);
+        }
+        if !attrs.is_empty() && !replaced(b"attrs") {
+            text.comma();
+            text.json(attrs);
         }
     }
 
@@ -260,18 +286,16 @@ impl RecordWriter {
         text.quote();
     }
 
-    /// `object` is of `source`.
-    fn merged(&self, event: &Event<'_>, content: &[u8], source: &str, object: &merge::Object, text: &mut Text<'_>) {
-        let fits = |text: &Text<'_>| object.text.len() * 2 + text.len + self.tail_len + 256 < MAX_MESSAGE_BYTES;
+    /// The record with the members of `object`, which is of `source`; its length. `None` if it is longer than an event may be.
+    fn merged(&self, event: &Event<'_>, content: &[u8], source: &str, object: &merge::Object, text: &mut Text<'_>) -> Option<usize> {
         match &self.merge {
             Merge::Under(key) => {
                 self.header(event, text, &|_| false);
-                let fits = (content.len() + source.len()) * 6 + key.len() * 6 < MAX_MESSAGE_BYTES / 2 && fits(text);
-                if self.keep_log || !fits {
+                if self.keep_log {
                     self.log(content, "", text);
                 }
                 // An object without members is merged by leaving no trace of it.
-                if fits && !object.members.is_empty() {
+                if !object.members.is_empty() {
                     text.comma();
                     text.quote();
                     text.string(key.as_bytes());
@@ -283,10 +307,6 @@ impl RecordWriter {
                 let kubernetes = |member: &merge::Member| self.has_kubernetes && *merge::key_text(source, &member.key) == *"kubernetes";
                 let names: Vec<_> = object.members.iter().map(|member| merge::key_text(source, &member.key)).collect();
                 let replaced = |name: &[u8]| names.iter().any(|key| key.as_bytes() == name);
-                if (content.len() + source.len()) * 6 >= MAX_MESSAGE_BYTES / 2 {
-                    self.header(event, text, &|_| false);
-                    return self.log(content, "", text);
-                }
                 self.header(event, text, &replaced);
                 if self.keep_log && !replaced(b"log") {
                     self.log(content, "", text);
@@ -299,6 +319,7 @@ impl RecordWriter {
                 }
             }
         }
+        Some(self.finish(text)).filter(|message| *message <= MAX_MESSAGE_BYTES)
     }
 
     fn object(&self, source: &str, object: &merge::Object, text: &mut Text<'_>) {
@@ -322,7 +343,7 @@ impl RecordWriter {
 fn fixed_len(header: &Header<'_>) -> usize {
     let values = match header {
         Header::Cri { time, tag } => time.len() + tag.len(),
-        Header::Docker { time } => time.len(),
+        Header::Docker { time, attrs } => time.len() + attrs.len(),
         Header::None => 0,
     };
     values * 6 + 64
@@ -430,6 +451,74 @@ mod tests {
         ] {
             assert_eq!(written(&RecordWriter::new(&options(merge, false), None), b"{\"a\":\"x\xffy\"} \xfe"), [expected]);
         }
+    }
+
+    /// A line that is an object of that many bytes, with something to escape in it.
+    fn object_of(bytes: usize) -> String {
+        let mut line = String::from(r#"{"level":"info","quoted":"a\"b\\\\n","n":7,"text":""#);
+        line.push_str(&"x".repeat(bytes - line.len() - 2));
+        line.push_str("\"}");
+        line
+    }
+
+    #[test]
+    fn an_object_of_any_size_is_merged_as_long_as_its_record_fits() {
+        let identity = Identity::default();
+        for merge in [Merge::Under("m".into()), Merge::Top] {
+            for keep_log in [true, false] {
+                let writer = RecordWriter::new(&options(merge.clone(), keep_log), Some(&identity));
+                for bytes in [200, 40_000, 45_000, 100_000, 175_000, 500_000] {
+                    let line = object_of(bytes);
+                    let record: Value = serde_json::from_str(&written(&writer, line.as_bytes())[0]).unwrap();
+                    let object: Value = serde_json::from_str(&line).unwrap();
+                    let found = if merge == Merge::Top { &record["text"] } else { &record["m"]["text"] };
+                    assert_eq!(*found, object["text"], "{merge:?} {keep_log} {bytes}");
+                    assert_eq!(record.get("log").and_then(Value::as_str), keep_log.then_some(line.as_str()), "{merge:?} {bytes}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_object_whose_record_is_over_the_limit_stays_text() {
+        let whole = |writer: &RecordWriter, bytes: usize| {
+            let messages = written(writer, object_of(bytes).as_bytes());
+            assert!(messages.iter().all(|message| message.len() <= MAX_MESSAGE_BYTES));
+            let records = messages.iter().map(|message| serde_json::from_str::<Value>(message).unwrap());
+            records.map(|record| record.get("log").and_then(Value::as_str).unwrap_or_default().to_owned()).collect::<Vec<_>>()
+        };
+        for merge in [Merge::Under("m".into()), Merge::Top] {
+            // The line twice, then once.
+            for (keep_log, fits) in [(true, MAX_MESSAGE_BYTES / 2 - 300), (false, MAX_MESSAGE_BYTES - 300)] {
+                let writer = RecordWriter::new(&options(merge.clone(), keep_log), None);
+                let kept = if keep_log { object_of(fits) } else { String::new() };
+                assert_eq!(whole(&writer, fits), [kept], "{merge:?} {keep_log}");
+                let over = whole(&writer, fits + 600);
+                assert_eq!(over.concat(), object_of(fits + 600), "{merge:?} {keep_log}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_dockers_options_add_is_in_the_record() {
+        let line = br#"{"log":"{\"b\":1}\n","stream":"stderr","attrs":{"tag":"x\"y"}}"#;
+        let line = super::super::cri::Line::parse(line);
+        let event = Event { header: line.header, output: line.output, timestamp_ms: 0, content: &line.content, marks: &[] };
+        let mut out = Vec::new();
+        let writer = RecordWriter::new(&options(Merge::Top, false), None);
+        let written = writer.write(&event, 0, &mut out);
+        let message: String = serde_json::from_str(&format!("\"{}\"", String::from_utf8(out).unwrap())).unwrap();
+        assert_eq!((message.as_str(), written.message), (r#"{"stream":"stderr","attrs":{"tag":"x\"y"},"b":1}"#, message.len()));
+    }
+
+    #[test]
+    fn members_of_the_node_come_last() {
+        let node = [("az".to_owned(), "eu-west-1a".to_owned()), ("q\"".to_owned(), "\\".to_owned())];
+        let writer = RecordWriter::with_members(&RecordOptions::default(), None, &node);
+        assert_eq!(
+            written(&writer, b"{}"),
+            [r#"{"time":"2026-11-20T10:00:01Z","stream":"stdout","_p":"F","log":"{}","az":"eu-west-1a","q\"":"\\"}"#]
+        );
     }
 
     #[test]

@@ -20,6 +20,8 @@ const MAX_NAME: usize = 512;
 #[serde(try_from = "String", into = "String")]
 pub struct Template {
     parts: Vec<Part>,
+    /// Where one of its values is not there.
+    otherwise: Option<Box<Template>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +39,7 @@ enum Field {
     Uid,
     Container,
     Id,
+    FullId,
     Output,
     File,
     Label(String),
@@ -54,7 +57,7 @@ pub enum TemplateError {
     Unclosed(String),
     /// An unknown name in braces.
     #[error(
-        "the template names {{{0}}}; known are cluster, node, namespace, pod, uid, container, id, output, file, label:KEY, annotation:KEY"
+        "the template names {{{0}}}; known are cluster, node, namespace, pod, uid, container, id, fullid, output, file, label:KEY, annotation:KEY"
     )]
     UnknownField(String),
 }
@@ -92,30 +95,44 @@ impl Template {
         if !rest.is_empty() {
             parts.push(Part::Text(rest.to_owned()));
         }
-        Ok(Self { parts })
+        Ok(Self { parts, otherwise: None })
     }
 
-    fn render(&self, place: Place<'_>, identity: Option<&Identity>, output: Output, legal: impl Fn(char) -> bool) -> String {
+    /// The other template counts where a value of this one is not there.
+    #[must_use]
+    pub fn or_else(self, otherwise: Self) -> Self {
+        Self { otherwise: Some(Box::new(otherwise)), ..self }
+    }
+
+    fn render(&self, place: Place<'_>, identity: Option<&Identity>, output: Output, legal: fn(char) -> bool) -> String {
         let names = identity.map(|identity| &identity.names);
         let pod = identity.and_then(|identity| identity.pod.as_ref());
+        let value = |part: &Part| match part {
+            Part::Text(text) => text.clone(),
+            Part::Field(field) => match field {
+                Field::Cluster => place.cluster,
+                Field::Node => place.node,
+                Field::File => place.file,
+                Field::Output => output.name(),
+                Field::Namespace => names.map_or("", |names| &names.namespace),
+                Field::Pod => names.map_or("", |names| &names.pod),
+                Field::Uid => names.map_or("", |names| &names.uid),
+                Field::Container => names.map_or("", |names| &names.container),
+                Field::Id => names.map_or("", |names| names.id.get(..12).unwrap_or(&names.id)),
+                Field::FullId => names.map_or("", |names| &names.id),
+                Field::Label(key) => pod.and_then(|pod| pod.labels.get(key)).map_or("", String::as_str),
+                Field::Annotation(key) => pod.and_then(|pod| pod.annotations.get(key)).map_or("", String::as_str),
+            }
+            .to_owned(),
+        };
+        let values: Vec<String> = self.parts.iter().map(value).collect();
+        if let Some(otherwise) = &self.otherwise
+            && values.iter().any(String::is_empty)
+        {
+            return otherwise.render(place, identity, output, legal);
+        }
         let mut out = String::new();
-        for part in &self.parts {
-            let value = match part {
-                Part::Text(text) => text,
-                Part::Field(field) => match field {
-                    Field::Cluster => place.cluster,
-                    Field::Node => place.node,
-                    Field::File => place.file,
-                    Field::Output => output.name(),
-                    Field::Namespace => names.map_or("", |names| &names.namespace),
-                    Field::Pod => names.map_or("", |names| &names.pod),
-                    Field::Uid => names.map_or("", |names| &names.uid),
-                    Field::Container => names.map_or("", |names| &names.container),
-                    Field::Id => names.map_or("", |names| names.id.get(..12).unwrap_or(&names.id)),
-                    Field::Label(key) => pod.and_then(|pod| pod.labels.get(key)).map_or("", String::as_str),
-                    Field::Annotation(key) => pod.and_then(|pod| pod.annotations.get(key)).map_or("", String::as_str),
-                },
-            };
+        for value in &values {
             // An absent value must not make two slashes, nor an empty name.
             let value = if value.is_empty() { "none" } else { value };
             out.extend(value.chars().map(|c| if legal(c) { c } else { '_' }));
@@ -144,6 +161,7 @@ fn field(name: &str) -> Result<Field, TemplateError> {
         "uid" => Field::Uid,
         "container" => Field::Container,
         "id" => Field::Id,
+        "fullid" => Field::FullId,
         "output" => Field::Output,
         "file" => Field::File,
         _ => match name.split_once(':') {
@@ -207,6 +225,18 @@ mod tests {
     }
 
     #[test]
+    fn another_template_counts_where_a_value_is_not_there() {
+        let template = |text: &str, otherwise: &str| Template::parse(text).unwrap().or_else(Template::parse(otherwise).unwrap());
+        let by_team = template("/team/{label:team}", "/team/{namespace}/{label:team}");
+        assert_eq!(by_team.group(PLACE, Some(&identity()), Output::Stdout), "/team/a_b_c");
+        assert_eq!(by_team.group(PLACE, None, Output::Stdout), "/team/none/none", "that one has no other");
+        let by_owner = template("{label:owner}.{fullid}", "fixed-{file}");
+        assert_eq!(by_owner.stream(PLACE, Some(&identity()), Output::Stdout), "fixed-web_shop_app-x.log");
+        let full = Template::parse("{fullid}").unwrap().stream(PLACE, Some(&identity()), Output::Stdout);
+        assert_eq!(full, identity().names.id);
+    }
+
+    #[test]
     fn what_the_service_refuses_is_replaced() {
         let by_team = Template::parse("/team/{label:team}/{label:absent}/{uid}").unwrap();
         assert_eq!(by_team.stream(PLACE, Some(&identity()), Output::Stdout), "/team/a_b_c/none/none");
@@ -217,7 +247,7 @@ mod tests {
 
     #[test]
     fn templates_print_as_they_were_written_and_errors_name_the_place() {
-        for text in [FLUENT_BIT_STREAM, COMPACT_STREAM, "{label:a}{annotation:b/c}x{uid}"] {
+        for text in [FLUENT_BIT_STREAM, COMPACT_STREAM, "{label:a}{annotation:b/c}x{uid}{fullid}"] {
             assert_eq!(String::from(Template::parse(text).unwrap()), text);
         }
         assert_eq!(Template::parse("{pot}"), Err(TemplateError::UnknownField("pot".into())));

@@ -11,9 +11,10 @@ use super::journal::JournalSettings;
 use super::multiline::Rule;
 use super::parser::{Parser, built_in};
 use super::quota::Quota;
-use super::record::{Layout, RecordOptions};
-use super::route::{COMPACT_STREAM, FLUENT_BIT_GROUP, FLUENT_BIT_STREAM, Template};
+use super::record::{Layout, Merge, RecordOptions};
+use super::route::{COMPACT_STREAM, FLUENT_BIT_GROUP, FLUENT_BIT_STREAM, Template, TemplateError};
 use crate::cloud::LogGroupSpec;
+use crate::config::{RecordLayout, TelemetryConfig};
 
 /// Where reading of a file without position begins, if the file was there before the agent ever was.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,6 +72,10 @@ pub struct Route {
     pub group: Template,
     /// Stream of what matches.
     pub stream: Template,
+    /// Fluent Bit's records have the pod's metadata, and what follows from it: JSON lines are merged, annotations are followed.
+    pub kubernetes: bool,
+    /// They have the members of [`LogSettings::node`].
+    pub node: bool,
 }
 
 /// Log files of the node itself: each line is an event, with the time of its reading.
@@ -107,6 +112,8 @@ pub struct LogSettings {
     pub quotas: Vec<Quota>,
     /// Files that go elsewhere; the first that matches counts.
     pub routes: Vec<Route>,
+    /// Members that say which node it is, in the records of routes that ask for them.
+    pub node: Vec<(String, String)>,
     /// Files of the node.
     pub host_files: Vec<HostFiles>,
     /// The node's journal; `None` leaves it unread.
@@ -170,6 +177,7 @@ impl LogSettings {
             honour_parser: true,
             quotas: Vec::new(),
             routes: Vec::new(),
+            node: Vec::new(),
             host_files: Vec::new(),
             journal: None,
             oversize: Oversize::Split,
@@ -199,13 +207,42 @@ impl LogSettings {
         Self { age: None, stream_puts: 1, compress: false, ..self }
     }
 
-    /// Container Insights' other group: what the node's own parts write is its dataplane.
-    pub fn container_insights_routes() -> Vec<Route> {
+    /// The agent's defaults for a layout: in Fluent Bit's record, all that Container Insights' Fluent Bit is set to.
+    pub fn container_insights(layout: Layout) -> Self {
+        let mut settings =
+            Self { routes: Self::container_insights_routes(), fluent_bit_state: FLUENT_BIT_STATE.into(), ..Self::new(layout) };
+        if layout == Layout::FluentBit {
+            settings.record.merge = Merge::Under("log_processed".to_owned());
+            settings.honour_exclude = false;
+        }
+        settings
+    }
+
+    /// What the agent's variables say.
+    ///
+    /// # Errors
+    /// A template of the log group that cannot be read.
+    pub fn of_agent(config: &TelemetryConfig) -> Result<Self, TemplateError> {
+        let mut settings = Self::container_insights(match config.record {
+            RecordLayout::FluentBit => Layout::FluentBit,
+            RecordLayout::Compact => Layout::Compact,
+            RecordLayout::Raw => Layout::Raw,
+        });
+        settings.group = Template::parse(&config.log_group)?;
+        settings.flush = config.log_flush;
+        settings.group_spec.retention_days = config.log_retention_days;
+        Ok(settings)
+    }
+
+    /// Container Insights' other group: what the node's own parts write is its dataplane. Its Fluent Bit adds the node there, not the pod.
+    fn container_insights_routes() -> Vec<Route> {
         let template = |text| Template::parse(text).expect("a built-in template is well-formed");
         vec![Route {
             files: ["aws-node-*", "kube-proxy-*", "stanchion-*"].map(str::to_owned).into(),
             group: template("/aws/containerinsights/{cluster}/dataplane"),
             stream: template("{node}-dataplane.tail.var.log.containers.{file}"),
+            kubernetes: false,
+            node: true,
         }]
     }
 }

@@ -163,6 +163,10 @@ fields! {
     GpuPowerDraw "gpu_power_draw" Plain,
     GpuTemperature "gpu_temperature" Plain,
     GpuTensorCoreUtilization "gpu_tensor_core_utilization" Percent,
+    GpuRequest "gpu_request" Count,
+    GpuLimit "gpu_limit" Count,
+    GpuUsageTotal "gpu_usage_total" Count,
+    GpuReservedCapacity "gpu_reserved_capacity" Percent,
     EbsReadOps "diskio_ebs_total_read_ops" Count,
     EbsWriteOps "diskio_ebs_total_write_ops" Count,
     EbsReadBytes "diskio_ebs_total_read_bytes" Bytes,
@@ -542,6 +546,7 @@ const ENHANCED: &[Directive] = &[
         ]),
         dimensions: &[NODE, CLUSTER],
     },
+    Directive { doc: DocType::Node, fields: GPU_SHARE.minus(Fields::of(&[Field::GpuRequest])), dimensions: &[NODE, CLUSTER] },
     Directive {
         doc: DocType::NodeNet,
         fields: Fields::of(&[Field::NetworkRxDropped, Field::NetworkTxDropped]),
@@ -591,6 +596,7 @@ const ENHANCED: &[Directive] = &[
         ]),
         dimensions: &[WORKLOAD, CLUSTER, POD, SERVICE],
     },
+    Directive { doc: DocType::Pod, fields: GPU_SHARE, dimensions: &[WORKLOAD, CLUSTER, POD, SERVICE] },
     Directive {
         doc: DocType::PodNet,
         fields: Fields::of(&[Field::NetworkRxDropped, Field::NetworkTxDropped]),
@@ -630,6 +636,7 @@ pub const fn fields_of(doc: DocType) -> Fields {
             CPU.0
                 | MEMORY.0
                 | NET.0
+                | GPU_SHARE.0
                 | Fields::of(NODE_BASE).0
                 | Fields::of(NODE_SIZES).0
                 | Fields::of(&[
@@ -664,6 +671,7 @@ pub const fn fields_of(doc: DocType) -> Fields {
             CPU.0
                 | MEMORY.0
                 | NET.0
+                | GPU_SHARE.0
                 | POD_OWN.0
                 | Fields::of(&[
                     Field::CpuOverPodLimit,
@@ -735,6 +743,8 @@ const GPU: Fields = Fields::of(&[
     Field::GpuTemperature,
     Field::GpuTensorCoreUtilization,
 ]);
+/// GPUs as a node has and its pods ask for them; only where there are any.
+pub const GPU_SHARE: Fields = Fields::of(&[Field::GpuRequest, Field::GpuLimit, Field::GpuUsageTotal, Field::GpuReservedCapacity]);
 const EBS: Fields = Fields::of(&[
     Field::EbsReadOps,
     Field::EbsWriteOps,
@@ -816,5 +826,6 @@ mod tests {
         assert_eq!(name(DocType::NodeEBS, Field::EbsVolumeExceededThroughput), "node_diskio_ebs_volume_performance_exceeded_tp");
         assert_eq!(name(DocType::NodeEFA, Field::EfaRdmaWriteRecvBytes), "node_efa_rdma_write_recv_bytes");
         assert_eq!(name(DocType::ContainerGPU, Field::GpuMemoryUsed), "container_gpu_memory_used");
+        assert_eq!(name(DocType::Node, Field::GpuReservedCapacity), "node_gpu_reserved_capacity");
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::catalog::{DocType, Preset, Tag, fields_of};
+use super::catalog::{Directive, DocType, GPU_SHARE, Preset, Tag, fields_of};
 use super::devices::{DeviceSample, GpuOwner, GpuSample};
 use super::insights::{Encoder, NodeIdentity, Selection};
 use super::model::{
@@ -78,7 +78,8 @@ pub struct Bill {
 
 impl ClusterSize {
     /// How many values a dimension set has on documents of a type in such a cluster.
-    fn cardinality(&self, doc: DocType, set: &[Tag]) -> u64 {
+    fn cardinality(&self, directive: &Directive, set: &[Tag]) -> u64 {
+        let doc = directive.doc;
         let has = |tag| set.contains(&tag);
         let values = if has(Tag::GpuDevice) || has(Tag::VolumeId) {
             self.documents(doc)
@@ -98,8 +99,15 @@ impl ClusterSize {
         match doc {
             // Not more pods have GPUs than there are GPUs.
             DocType::PodGPU | DocType::ContainerGPU => values.min(self.documents(doc)),
+            _ if is_of_gpus(directive) => values.min(self.told_by(directive)),
             _ => values,
         }
+    }
+
+    /// Documents that have a directive's figures in one tick.
+    fn told_by(&self, directive: &Directive) -> u64 {
+        let documents = self.documents(directive.doc);
+        if is_of_gpus(directive) { documents.min(self.nodes * self.gpus_per_node) } else { documents }
     }
 
     /// Documents of a type in one tick of the whole cluster.
@@ -116,15 +124,20 @@ impl ClusterSize {
     }
 }
 
+/// Told only where there are GPUs.
+fn is_of_gpus(directive: &Directive) -> bool {
+    !directive.fields.intersection(GPU_SHARE).is_empty()
+}
+
 /// What a selection costs.
 pub fn bill(selection: &Selection, size: &ClusterSize) -> Bill {
     let preset = selection.preset;
-    let there = || preset.directives().iter().filter(|directive| size.documents(directive.doc) > 0);
+    let there = || preset.directives().iter().filter(|directive| size.told_by(directive) > 0);
     let told = || there().map(|directive| (selection.told(directive.doc, directive.fields).len() as u64, directive));
     let metrics: u64 = told()
-        .map(|(fields, directive)| fields * directive.dimensions.iter().map(|set| size.cardinality(directive.doc, set)).sum::<u64>())
+        .map(|(fields, directive)| fields * directive.dimensions.iter().map(|set| size.cardinality(directive, set)).sum::<u64>())
         .sum();
-    let figures: u64 = told().map(|(fields, directive)| fields * size.documents(directive.doc)).sum();
+    let figures: u64 = told().map(|(fields, directive)| fields * size.told_by(directive)).sum();
     let ticks = (HOURS * 3600.0 / size.interval_seconds.max(1) as f64).round();
     let sizes = document_sizes(selection);
     let bytes: u64 = DocType::ALL.iter().map(|doc| size.documents(*doc) * sizes.get(doc).map_or(0, |bytes| *bytes as u64)).sum();
@@ -333,7 +346,9 @@ mod tests {
         let (efa, ebs) = (6 * (1 + 3), 11 * (1 + 3 + 12));
         // Six GPUs, so at most six pods, services and namespaces that have one.
         let (nodes, pods, containers) = (7 * (1 + 3 + 6), 7 * (1 + 5 + 6 + 6 + 6 + 6), 7 * (1 + 6 + 6 + 6));
-        assert_eq!(surplus, efa + ebs + nodes + pods + containers);
+        // What they have and ask for: three figures of nodes, four of pods.
+        let share = 3 * (3 + 1) + 4 * (6 + 1 + 6 + 6);
+        assert_eq!(surplus, efa + ebs + nodes + pods + containers + share);
         assert_eq!(bill(&of(Preset::Standard), &with).metrics, bill(&of(Preset::Standard), &SMALL).metrics);
     }
 

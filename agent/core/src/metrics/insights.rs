@@ -11,6 +11,7 @@ use super::catalog::{DocType, Field, Fields, NAMESPACE, Preset, Tag, Tags, field
 use super::devices::{DeviceSample, GpuOwner};
 use super::model::{ContainerSample, Cpu, FilesystemSample, FilesystemSize, Memory, NodeSample, PodSample, Snapshot, Traffic};
 use super::pods::{Amounts, ContainerMeta, ContainerState};
+use super::track::bounded;
 
 /// Directive texts remembered; objects come in a few shapes.
 const MAX_SHAPES: usize = 128;
@@ -452,6 +453,12 @@ fn node_fields(document: &mut Document, node: &NodeSample) {
         document.number(Field::StatusConditionUnknown, flag(status.unknown));
         document.maybe(Field::StatusCapacityPods, status.capacity_pods);
         document.maybe(Field::StatusAllocatablePods, status.allocatable_pods);
+        if let Some(gpus) = status.capacity_gpus {
+            document.number(Field::GpuRequest, node.gpu_request);
+            document.number(Field::GpuLimit, gpus);
+            document.number(Field::GpuUsageTotal, node.gpu_usage);
+            document.maybe(Field::GpuReservedCapacity, percent(node.gpu_request, gpus));
+        }
     }
 }
 
@@ -459,29 +466,38 @@ fn pod_fields(document: &mut Document, pod: &PodSample, node: &NodeSample) {
     let meta = &pod.meta;
     cpu_fields(document, pod.cpu, node);
     memory_fields(document, pod.memory.as_ref(), node);
-    request_fields(document, meta.requests, meta.limits);
-    // Who has ended reserves nothing.
-    let reserved = if meta.is_active() { meta.requests } else { Amounts::default() };
-    document.maybe(Field::CpuReservedCapacity, reserved.cpu.and_then(|cpu| percent(cpu, node.cpu_limit)));
     let memory_limit = node.memory_limit as f64;
+    let on_node = |of: Amounts| Amounts { cpu: bounded(of.cpu, node.cpu_limit), memory: bounded(of.memory, memory_limit) };
+    let (requests, limits) = (on_node(meta.requests), on_node(meta.limits));
+    request_fields(document, requests, limits);
+    // Who has ended reserves nothing.
+    let reserved = if meta.is_active() { requests } else { Amounts::default() };
+    document.maybe(Field::CpuReservedCapacity, reserved.cpu.and_then(|cpu| percent(cpu, node.cpu_limit)));
     document.maybe(Field::MemoryReservedCapacity, reserved.memory.and_then(|memory| percent(memory, memory_limit)));
-    document.maybe(Field::CpuOverPodLimit, over_limit(pod.cpu.map(|cpu| cpu.total), meta.limits.cpu));
-    document.maybe(Field::MemoryOverPodLimit, over_limit(pod.memory.map(|memory| memory.working_set as f64), meta.limits.memory));
+    document.maybe(Field::CpuOverPodLimit, over_limit(pod.cpu.map(|cpu| cpu.total), limits.cpu));
+    document.maybe(Field::MemoryOverPodLimit, over_limit(pod.memory.map(|memory| memory.working_set as f64), limits.memory));
+    if let Some(gpus) = meta.gpus.filter(|_| meta.is_active()) {
+        document.number(Field::GpuRequest, gpus.request);
+        document.number(Field::GpuLimit, gpus.limit);
+        document.number(Field::GpuUsageTotal, if meta.phase == "Running" { gpus.limit } else { 0.0 });
+        let capacity = node.status.and_then(|status| status.capacity_gpus);
+        document.maybe(Field::GpuReservedCapacity, capacity.and_then(|capacity| percent(gpus.limit, capacity)));
+    }
     if let Some(traffic) = &pod.net {
         traffic_fields(document, traffic);
     }
     document.number(Field::NumberOfContainerRestarts, pod.restarts as f64);
-    let count = |wanted: &dyn Fn(&ContainerMeta) -> bool| meta.containers.iter().filter(|container| wanted(container)).count() as f64;
+    let count = |wanted: &dyn Fn(&ContainerMeta) -> bool| meta.own_containers().filter(|container| wanted(container)).count() as f64;
     let running = count(&|c| c.state == ContainerState::Running);
-    document.number(Field::NumberOfContainers, meta.containers.len() as f64);
+    document.number(Field::NumberOfContainers, count(&|_| true));
     document.number(Field::NumberOfRunningContainers, running);
     document.number(Field::StatusReady, flag(meta.ready));
     document.number(Field::StatusScheduled, flag(meta.scheduled));
+    document.number(Field::StatusUnknown, flag(meta.unknown));
     for (field, phase) in [
         (Field::StatusRunning, "Running"),
         (Field::StatusPending, "Pending"),
         (Field::StatusFailed, "Failed"),
-        (Field::StatusUnknown, "Unknown"),
         (Field::StatusSucceeded, "Succeeded"),
     ] {
         document.number(field, flag(meta.phase == phase));
@@ -499,10 +515,8 @@ fn pod_fields(document: &mut Document, pod: &PodSample, node: &NodeSample) {
     document.maybe(Field::WaitingStartError, waiting(&["StartError"]));
     document.maybe(Field::WaitingCreateError, waiting(&["CreateContainerError"]));
     document.maybe(Field::WaitingCreateConfigError, waiting(&["CreateContainerConfigError"]));
-    let killed = count(&|c| {
-        let now = matches!(&c.state, ContainerState::Terminated { reason } if reason == "OOMKilled");
-        now || c.last_termination.as_deref() == Some("OOMKilled")
-    });
+    // Of the time before the present one: a container that is down now and does not come back is not counted, as upstream.
+    let killed = count(&|c| c.last_termination.as_deref().is_some_and(|reason| reason.contains("OOMKilled")));
     document.maybe(Field::TerminatedOomKilled, (killed > 0.0).then_some(killed));
 }
 

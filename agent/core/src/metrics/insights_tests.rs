@@ -109,7 +109,7 @@ impl Machine {
         let mut cgroups = vec![cgroup("not-known", None, 1)];
         for pod in self.table.pods() {
             cgroups.push(cgroup(&pod.uid, None, 1));
-            cgroups.push(cgroup(&pod.uid, Some(&pod.containers[0].id), 1));
+            cgroups.extend(pod.containers.iter().map(|container| cgroup(&pod.uid, Some(&container.id), 1)));
             cgroups.push(cgroup(&pod.uid, Some("the sandbox"), 1));
         }
         let size = FilesystemSize { capacity: 100, available: 55, usage: 40, inodes: 10, inodes_free: 9 };
@@ -382,6 +382,156 @@ fn a_pod_that_ended_is_told_as_long_as_its_cgroup_is_there_and_reserves_nothing(
     let told = told_of_an_ended_pod("Pending", false);
     let [pod] = of_type(&told, DocType::Pod)[..] else { panic!("who is to run is told: {told:?}") };
     assert_eq!((&pod["pod_status_pending"], &pod["pod_cpu_reserved_capacity"]), (&1.into(), &10.into()));
+}
+
+/// The documents of the recording's web pod with other resources, on the machine of 2,000 millicores and 1,000 MiB with 4 GPUs or none,
+/// and the node's own.
+fn told_of_resources(resources: &Value, gpus: Option<&str>) -> (Value, Value) {
+    let mut machine = Machine::new(Figures::Correct);
+    let mut state = cluster();
+    let key = state.pods.keys().find(|name| name.name.ends_with("8zpz5")).unwrap().clone();
+    let mut pod = (*state.pods[&key]).clone();
+    pod.spec.containers[0].resources = serde_json::from_value(resources.clone()).unwrap();
+    state.pods.insert(key.clone(), Arc::new(pod));
+    if let Some(gpus) = gpus {
+        let capacity = serde_json::json!({ "pods": "110", "nvidia.com/gpu": gpus });
+        let node = serde_json::json!({ "metadata": { "name": "node1" }, "status": { "capacity": capacity } });
+        state.nodes.insert("node1".into(), Arc::new(serde_json::from_value(node).unwrap()));
+    }
+    machine.table = machine.table.refreshed(&state, "node1", &VethNames::default());
+    machine.pass(100);
+    let snapshot = machine.pass(160);
+    let mut encoder = Encoder::new(identity(), Selection { preset: Preset::Enhanced, ..Selection::default() });
+    let documents: Vec<Value> = encoder.documents(&snapshot).iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+    documents.iter().for_each(|document| check(document, Preset::Enhanced));
+    let pod = of_type(&documents, DocType::Pod).into_iter().find(|document| document["FullPodName"] == *key.name).unwrap().clone();
+    (pod, of_type(&documents, DocType::Node)[0].clone())
+}
+
+/// As upstream's `getResourceSettingForPod`.
+#[test]
+fn a_pod_asks_for_no_more_than_the_node_has() {
+    let resources = serde_json::json!({"limits": {"cpu": "8", "memory": "4000Mi"}, "requests": {"cpu": "3", "memory": "2000Mi"}});
+    let (pod, node) = told_of_resources(&resources, None);
+    assert_eq!((&pod["pod_cpu_limit"], &pod["pod_cpu_request"]), (&2000.into(), &2000.into()));
+    assert_eq!((&pod["pod_cpu_reserved_capacity"], &pod["pod_cpu_utilization_over_pod_limit"]), (&100.into(), &5.into()));
+    let memory: Value = (1000 * MIB).into();
+    assert_eq!((&pod["pod_memory_limit"], &pod["pod_memory_request"]), (&memory, &memory));
+    assert_eq!(pod["pod_memory_reserved_capacity"], 100);
+    // Another pod of the recording asks for 200 millicores and 64 MiB.
+    assert_eq!((&node["node_cpu_request"], &node["node_memory_request"]), (&2200.into(), &(1064 * MIB).into()));
+    let nothing = serde_json::json!({"limits": {"cpu": "0", "memory": "0"}, "requests": {"cpu": "0", "memory": "0"}});
+    let (pod, _) = told_of_resources(&nothing, None);
+    for absent in ["limit", "request", "reserved_capacity", "utilization_over_pod_limit"] {
+        assert_eq!((pod.get(format!("pod_cpu_{absent}")), pod.get(format!("pod_memory_{absent}"))), (None, None), "{absent}");
+    }
+}
+
+/// Without any exporter, as upstream's `decorateGPU`.
+#[test]
+fn gpus_that_pods_ask_for() {
+    let two = serde_json::json!({"limits": {"nvidia.com/gpu": "2"}, "requests": {"nvidia.com/gpu": "2"}});
+    let (pod, node) = told_of_resources(&two, Some("4"));
+    let figures = |document: &Value, prefix: &str| {
+        ["request", "limit", "usage_total", "reserved_capacity"].map(|name| document[format!("{prefix}_gpu_{name}")].as_f64())
+    };
+    assert_eq!(figures(&pod, "pod"), [Some(2.0), Some(2.0), Some(2.0), Some(50.0)]);
+    assert_eq!(figures(&node, "node"), [Some(2.0), Some(4.0), Some(2.0), Some(50.0)]);
+    let dimensions = |document: &Value, metric: &str| -> Vec<Value> {
+        let directives = document["CloudWatchMetrics"].as_array().unwrap().iter();
+        let naming = directives.filter(|directive| directive["Metrics"].as_array().unwrap().iter().any(|told| told["Name"] == metric));
+        naming.flat_map(|directive| directive["Dimensions"].as_array().unwrap().clone()).collect()
+    };
+    let sets = dimensions(&pod, "pod_gpu_usage_total");
+    for set in [
+        &["PodName", "Namespace", "ClusterName"][..],
+        &["ClusterName"],
+        &["FullPodName", "PodName", "Namespace", "ClusterName"],
+        &["Service", "Namespace", "ClusterName"],
+    ] {
+        assert!(sets.contains(&set.into()), "{set:?} in {sets:?}");
+    }
+    assert_eq!(sets.len(), 4);
+    assert_eq!(dimensions(&node, "node_gpu_limit").len(), 2);
+    assert_eq!(dimensions(&node, "node_gpu_request"), [] as [Value; 0], "a figure without a metric");
+    let (pod, node) = told_of_resources(&serde_json::json!({}), Some("4"));
+    assert_eq!((figures(&pod, "pod"), figures(&node, "node")), ([None; 4], [Some(0.0), Some(4.0), Some(0.0), Some(0.0)]));
+    for without in [None, Some("0")] {
+        let (pod, node) = told_of_resources(&serde_json::json!({}), without);
+        assert_eq!((figures(&pod, "pod"), figures(&node, "node")), ([None; 4], [None; 4]));
+    }
+}
+
+/// An init container that stays is told by itself; upstream counts `containerStatuses` alone, and conditions, not the phase, tell what is
+/// not known.
+#[test]
+fn a_sidecar_is_told_and_not_counted() {
+    let mut machine = Machine::new(Figures::Correct);
+    let key = cluster().pods.keys().find(|name| name.name.ends_with("8zpz5")).unwrap().clone();
+    let mut told = Vec::new();
+    for restarts in [0, 4] {
+        let mut state = cluster();
+        let mut pod = (*state.pods[&key]).clone();
+        pod.spec.init_containers = serde_json::from_value(serde_json::json!([{"name": "proxy", "restartPolicy": "Always"}])).unwrap();
+        pod.status.init_container_statuses = serde_json::from_value(serde_json::json!([{
+            "name": "proxy", "restartCount": restarts, "containerID": "containerd://feed", "state": {"running": {}},
+            "lastState": {"terminated": {"reason": "OOMKilled"}},
+        }]))
+        .unwrap();
+        pod.status.conditions.iter_mut().filter(|condition| condition.kind == "Ready").for_each(|ready| ready.status = "Unknown".into());
+        state.pods.insert(key.clone(), Arc::new(pod));
+        machine.table = machine.table.refreshed(&state, "node1", &VethNames::default());
+        let snapshot = machine.pass(100 + restarts);
+        let mut encoder = Encoder::new(identity(), Selection { preset: Preset::Enhanced, ..Selection::default() });
+        told = encoder.documents(&snapshot).iter().map(|text| serde_json::from_str::<Value>(text).unwrap()).collect();
+    }
+    let of_pod = |doc| of_type(&told, doc).into_iter().filter(|document| document["FullPodName"] == *key.name).collect::<Vec<_>>();
+    let [pod] = of_pod(DocType::Pod)[..] else { panic!("one pod") };
+    for (figure, value) in [
+        ("number_of_containers", 1),
+        ("number_of_running_containers", 1),
+        ("container_status_running", 1),
+        ("number_of_container_restarts", 0),
+        ("cpu_limit", 200),
+        ("status_unknown", 1),
+        ("status_ready", 0),
+        ("status_running", 1),
+    ] {
+        assert_eq!(pod[format!("pod_{figure}")], value, "{figure}");
+    }
+    assert_eq!(pod.get("pod_container_status_terminated_reason_oom_killed"), None);
+    assert_eq!(of_type(&told, DocType::Node)[0]["node_number_of_running_containers"], 3);
+    let containers: Vec<_> = of_pod(DocType::Container)
+        .iter()
+        .map(|container| (&container["ContainerName"], &container["number_of_container_restarts"]))
+        .collect();
+    assert_eq!(containers, [(&"c".into(), &0.into()), (&"proxy".into(), &4.into())]);
+}
+
+#[test]
+fn a_container_that_ended_for_want_of_memory_counts_once_it_is_back() {
+    let mut machine = Machine::new(Figures::Correct);
+    let ended = serde_json::json!({"terminated": {"reason": "OOMKilled"}});
+    for (now, last, counted) in [(Some(&ended), None, None), (None, Some(&ended), Some(1.0)), (Some(&ended), Some(&ended), Some(1.0))] {
+        let mut state = cluster();
+        let key = state.pods.keys().find(|name| name.name.ends_with("8zpz5")).unwrap().clone();
+        let mut pod = (*state.pods[&key]).clone();
+        let status = &mut pod.status.container_statuses[0];
+        if let Some(now) = now {
+            status.state = serde_json::from_value(now.clone()).unwrap();
+        }
+        if let Some(last) = last {
+            status.last_state = serde_json::from_value(last.clone()).unwrap();
+        }
+        state.pods.insert(key.clone(), Arc::new(pod));
+        machine.table = machine.table.refreshed(&state, "node1", &VethNames::default());
+        let snapshot = machine.pass(160);
+        let mut encoder = Encoder::new(identity(), Selection { preset: Preset::Enhanced, ..Selection::default() });
+        let documents: Vec<Value> = encoder.documents(&snapshot).iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+        let pod = of_type(&documents, DocType::Pod).into_iter().find(|document| document["FullPodName"] == *key.name).unwrap();
+        let found = pod.get("pod_container_status_terminated_reason_oom_killed").and_then(Value::as_f64);
+        assert_eq!(found, counted);
+    }
 }
 
 #[test]

@@ -193,6 +193,10 @@ pub struct NodeSample {
     pub memory_limit: u64,
     /// Sum of the requests of its pods, bytes.
     pub memory_request: f64,
+    /// Sum of the GPUs that its pods ask for.
+    pub gpu_request: f64,
+    /// Sum of those that its running pods have.
+    pub gpu_usage: f64,
     /// Sum over its interfaces.
     pub net: Option<Traffic>,
     /// Load averages over 1, 5 and 15 minutes.
@@ -226,6 +230,8 @@ pub struct NodeStatus {
     pub capacity_pods: Option<f64>,
     /// Pods the scheduler may put there.
     pub allocatable_pods: Option<f64>,
+    /// GPUs, if it has any.
+    pub capacity_gpus: Option<f64>,
 }
 
 /// A file system.

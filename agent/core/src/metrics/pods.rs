@@ -10,10 +10,15 @@ use super::insights::json;
 use super::model::NodeStatus;
 use crate::branch::VethNames;
 use crate::cluster::ClusterState;
-use crate::objects::{CONFIG_HASH, Container, ContainerStatus, LabelSelector, Node, Pod, Quantity, Service};
+use crate::objects::{CONFIG_HASH, Container, ContainerStatus, LabelSelector, Node, OwnerReference, Pod, Quantity, Service};
 
 /// The letters of the suffixes that ReplicaSets get (`k8s.io/apimachinery/pkg/util/rand`).
 const SAFE_ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+
+/// Kubernetes' own.
+const WORKLOADS: [&str; 7] = ["Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob", "ReplicationController"];
+/// NVIDIA's GPUs among a container's resources and a node's.
+const GPU: &str = "nvidia.com/gpu";
 
 /// What is known of a pod, fixed until its object changes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -40,11 +45,15 @@ pub struct PodMeta {
     pub ready: bool,
     /// Condition `PodScheduled` is True.
     pub scheduled: bool,
-    /// What the scheduler counts.
+    /// One of the two is Unknown: the node was lost.
+    pub unknown: bool,
+    /// Sum over its containers, of those that have one.
     pub requests: Amounts,
     /// Sum over its containers, where each has one.
     pub limits: Amounts,
-    /// Its containers, sidecars among them.
+    /// GPUs, where it asks for any.
+    pub gpus: Option<Gpus>,
+    /// Its containers, then its sidecars.
     pub containers: Vec<ContainerMeta>,
     /// The host end of its veth under aws-node's naming.
     #[serde(skip)]
@@ -63,11 +72,22 @@ pub struct Amounts {
     pub memory: Option<f64>,
 }
 
+/// GPUs of NVIDIA, over all containers of a pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Gpus {
+    /// Asked.
+    pub request: f64,
+    /// Upper bound: what it has.
+    pub limit: f64,
+}
+
 /// What is known of a container.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ContainerMeta {
     /// Name in the pod.
     pub name: String,
+    /// An init container that runs as long as the pod: it is told by itself, but no figure of the pod counts it, as upstream.
+    pub sidecar: bool,
     /// `containerd`, `cri-o`, `docker`; empty before it exists.
     pub runtime: String,
     /// The runtime's id; empty before it exists.
@@ -127,6 +147,11 @@ impl ContainerState {
 }
 
 impl PodMeta {
+    /// Its containers without sidecars.
+    pub fn own_containers(&self) -> impl Iterator<Item = &ContainerMeta> {
+        self.containers.iter().filter(|container| !container.sidecar)
+    }
+
     /// Takes part in what the node has promised: not ended.
     pub fn is_active(&self) -> bool {
         !matches!(self.phase.as_str(), "Succeeded" | "Failed")
@@ -183,11 +208,14 @@ impl PodTable {
 
 fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veths: &VethNames) -> PodMeta {
     let meta = &pod.metadata;
-    let condition = |kind: &str| pod.status.conditions.iter().any(|c| c.kind == kind && c.status == "True");
+    let condition = |kind: &str, is: &str| pod.status.conditions.iter().any(|c| c.kind == kind && c.status == is);
     let sidecars = pod.spec.init_containers.iter().filter(|c| c.restart_policy.as_deref() == Some("Always"));
     let statuses = || pod.status.container_statuses.iter().chain(&pod.status.init_container_statuses);
-    let containers: Vec<_> =
-        pod.spec.containers.iter().chain(sidecars).map(|c| container_meta(c, statuses().find(|status| status.name == c.name))).collect();
+    let status = |container: &Container| statuses().find(|status| status.name == container.name);
+    let mut containers: Vec<_> = pod.spec.containers.iter().map(|c| container_meta(c, status(c))).collect();
+    let requests = Amounts { cpu: sum_of_set(&containers, |c| c.requests.cpu), memory: sum_of_set(&containers, |c| c.requests.memory) };
+    let limits = Amounts { cpu: sum_of_all(&containers, |c| c.limits.cpu), memory: sum_of_all(&containers, |c| c.limits.memory) };
+    containers.extend(sidecars.map(|c| ContainerMeta { sidecar: true, ..container_meta(c, status(c)) }));
     let owner = owner(pod);
     let service = services
         .iter()
@@ -198,24 +226,22 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veths: &VethNames)
                 && LabelSelector { match_labels: wanted.clone(), ..Default::default() }.matches(&meta.labels)
         })
         .map(|service| service.metadata.name.clone());
-    let workload = match &owner {
-        Some(("Job", name)) => job_prefix(name).to_owned(),
-        _ => workload(pod),
-    };
     let mut out = PodMeta {
         namespace: meta.namespace.clone(),
         name: meta.name.clone(),
         uid: meta.annotations.get(CONFIG_HASH).unwrap_or(&meta.uid).clone(),
-        workload,
+        workload: pod_name(pod),
         owner,
         service,
         host_network: pod.spec.host_network,
         phase: if pod.status.phase.is_empty() { "Unknown".to_owned() } else { pod.status.phase.clone() },
         started_ms: pod.status.start_time.as_deref().and_then(milliseconds),
-        ready: condition("Ready"),
-        scheduled: condition("PodScheduled"),
-        requests: Amounts { cpu: sum_of_set(&containers, |c| c.requests.cpu), memory: sum_of_set(&containers, |c| c.requests.memory) },
-        limits: Amounts { cpu: sum_of_all(&containers, |c| c.limits.cpu), memory: sum_of_all(&containers, |c| c.limits.memory) },
+        ready: condition("Ready", "True"),
+        scheduled: condition("PodScheduled", "True"),
+        unknown: condition("Ready", "Unknown") || condition("PodScheduled", "Unknown"),
+        requests,
+        limits,
+        gpus: gpus(pod),
         containers,
         host_interface: veths.of(pod),
         kubernetes: String::new(),
@@ -227,12 +253,21 @@ fn pod_meta(pod: &Pod, node: &str, services: &[Arc<Service>], veths: &VethNames)
 /// The `kubernetes` object of a pod's documents, open at its end so that a container's adds its own members.
 fn kubernetes_object(meta: &PodMeta, pod: &Pod, node: &str) -> String {
     let mut out = format!("{{\"host\":{}", json(node));
-    let labels = serde_json::to_string(&pod.metadata.labels).unwrap_or_else(|_| "{}".to_owned());
     // Writing to a String cannot fail.
-    let _ = write!(out, ",\"labels\":{labels},\"namespace_name\":{}", json(&meta.namespace));
+    if !pod.metadata.labels.is_empty() {
+        let labels = serde_json::to_string(&pod.metadata.labels).unwrap_or_else(|_| "{}".to_owned());
+        let _ = write!(out, ",\"labels\":{labels}");
+    }
+    let _ = write!(out, ",\"namespace_name\":{}", json(&meta.namespace));
     let _ = write!(out, ",\"pod_id\":{},\"pod_name\":{}", json(&pod.metadata.uid), json(&meta.name));
-    if let Some((kind, _)) = &meta.owner {
-        let _ = write!(out, ",\"pod_owners\":[{{\"owner_kind\":\"{kind}\",\"owner_name\":{}}}]", json(&meta.workload));
+    let owners: Vec<_> = owners(pod)
+        .map(|(kind, name)| {
+            let name = if kind == "Job" { job_prefix(name) } else { name };
+            format!("{{\"owner_kind\":{},\"owner_name\":{}}}", json(kind), json(name))
+        })
+        .collect();
+    if !owners.is_empty() {
+        let _ = write!(out, ",\"pod_owners\":[{}]", owners.join(","));
     }
     if let Some(service) = &meta.service {
         let _ = write!(out, ",\"service_name\":{}", json(service));
@@ -288,35 +323,60 @@ fn sum_of_all(containers: &[ContainerMeta], of: impl Fn(&ContainerMeta) -> Optio
     containers.iter().map(of).reduce(|a, b| Some(a? + b?)).flatten()
 }
 
-/// Name of the workload that made a pod; the pod's own where none did.
-pub fn workload(pod: &Pod) -> String {
-    let meta = &pod.metadata;
-    match owner(pod) {
-        Some((_, name)) => name,
-        None if meta.namespace == "kube-system" && meta.name.starts_with("kube-proxy-") => "kube-proxy".to_owned(),
-        None => meta.name.clone(),
-    }
+/// Sums over the containers that ask: the others have none, whatever upstream makes of them.
+fn gpus(pod: &Pod) -> Option<Gpus> {
+    let sum = |of: fn(&Container) -> &BTreeMap<String, Quantity>| {
+        pod.spec.containers.iter().filter_map(|container| of(container).get(GPU)?.value()).reduce(|a, b| a + b)
+    };
+    let limit = sum(|container| &container.resources.limits).filter(|limit| *limit > 0.0)?;
+    Some(Gpus { request: sum(|container| &container.resources.requests).unwrap_or(limit), limit })
 }
 
-/// Kind and name of the workload that made a pod.
+/// Name of what made a pod, whatever its kind; the pod's own where nothing did.
+pub fn workload(pod: &Pod) -> String {
+    let found = first_owner(pod).map_or(pod.metadata.name.as_str(), |(_, name)| name);
+    found.to_owned()
+}
+
+/// The dimension `PodName`, by upstream's rules. A pod of a StatefulSet is an individual, and so is one of whatever is no workload of
+/// Kubernetes' own: a static pod's mirror is owned by its Node, an operator's pod by a resource of the operator's.
+fn pod_name(pod: &Pod) -> String {
+    let name = &pod.metadata.name;
+    let found = owners(pod).find_map(|(kind, owner)| match kind {
+        "StatefulSet" => Some(name.as_str()),
+        "Job" => Some(job_prefix(owner)),
+        "Deployment" | "ReplicaSet" | "CronJob" | "DaemonSet" | "ReplicationController" => Some(owner),
+        _ => None,
+    });
+    found.unwrap_or(if name.starts_with("kube-proxy") { "kube-proxy" } else { name }).to_owned()
+}
+
+/// Kind and name of the workload that made a pod, if it is one of Kubernetes' own.
 fn owner(pod: &Pod) -> Option<(&'static str, String)> {
-    let owners = &pod.metadata.owner_references;
-    let owner = owners.iter().find(|owner| owner.controller == Some(true)).or(owners.first())?;
-    Some(match owner.kind.as_str() {
-        "ReplicaSet" => match deployment_of(&owner.name) {
-            Some(deployment) => ("Deployment", deployment.to_owned()),
-            None => ("ReplicaSet", owner.name.clone()),
-        },
-        "Job" => match cron_job_of(&owner.name) {
-            Some(cron_job) => ("CronJob", cron_job.to_owned()),
-            None => ("Job", owner.name.clone()),
-        },
-        "DaemonSet" => ("DaemonSet", owner.name.clone()),
-        // Each of its pods is an individual, and upstream names it so.
-        "StatefulSet" => ("StatefulSet", pod.metadata.name.clone()),
-        "ReplicationController" => ("ReplicationController", owner.name.clone()),
-        // A static pod's mirror is owned by its Node, an operator's pod by a resource of its own kind.
-        _ => return None,
+    let (kind, name) = first_owner(pod)?;
+    Some((WORKLOADS.into_iter().find(|known| *known == kind)?, name.to_owned()))
+}
+
+/// The owner that manages the pod, or else the first.
+fn first_owner(pod: &Pod) -> Option<(&str, &str)> {
+    let manages = pod.metadata.owner_references.iter().position(|owner| owner.controller == Some(true)).unwrap_or(0);
+    owner_of(pod.metadata.owner_references.get(manages)?)
+}
+
+fn owners(pod: &Pod) -> impl Iterator<Item = (&str, &str)> {
+    pod.metadata.owner_references.iter().filter_map(owner_of)
+}
+
+/// Kind and name, of what stands behind a ReplicaSet or a Job where its name tells.
+fn owner_of(owner: &OwnerReference) -> Option<(&str, &str)> {
+    let (kind, name) = (owner.kind.as_str(), owner.name.as_str());
+    if kind.is_empty() || name.is_empty() {
+        return None;
+    }
+    Some(match kind {
+        "ReplicaSet" => deployment_of(name).map_or((kind, name), |deployment| ("Deployment", deployment)),
+        "Job" => cron_job_of(name).map_or((kind, name), |cron_job| ("CronJob", cron_job)),
+        _ => (kind, name),
     })
 }
 
@@ -339,7 +399,7 @@ fn job_prefix(job: &str) -> &str {
 
 fn node_status(node: &Node) -> NodeStatus {
     let is = |kind: &str| node.status.conditions.iter().any(|c| c.kind == kind && c.status == "True");
-    let pods = |of: &BTreeMap<String, Quantity>| of.get("pods").and_then(Quantity::value);
+    let amount = |of: &BTreeMap<String, Quantity>, what: &str| of.get(what).and_then(Quantity::value);
     NodeStatus {
         ready: is("Ready"),
         disk_pressure: is("DiskPressure"),
@@ -347,8 +407,9 @@ fn node_status(node: &Node) -> NodeStatus {
         pid_pressure: is("PIDPressure"),
         network_unavailable: is("NetworkUnavailable"),
         unknown: node.status.conditions.iter().any(|c| c.status == "Unknown"),
-        capacity_pods: pods(&node.status.capacity),
-        allocatable_pods: pods(&node.status.allocatable),
+        capacity_pods: amount(&node.status.capacity, "pods"),
+        allocatable_pods: amount(&node.status.allocatable, "pods"),
+        capacity_gpus: amount(&node.status.capacity, GPU).filter(|gpus| *gpus > 0.0),
     }
 }
 
@@ -356,7 +417,19 @@ fn node_status(node: &Node) -> NodeStatus {
 mod tests {
     use super::super::insights_tests::cluster;
     use super::*;
-    use crate::objects::OwnerReference;
+
+    fn owned_by(name: &str, owners: &[(&str, &str)]) -> Pod {
+        let mut pod = Pod::default();
+        pod.metadata.name = name.into();
+        let controller = Some(true);
+        let reference = |(kind, name): &(&str, &str)| OwnerReference { kind: (*kind).into(), name: (*name).into(), controller };
+        pod.metadata.owner_references = owners.iter().map(reference).collect();
+        pod
+    }
+
+    fn object(meta: &PodMeta) -> serde_json::Value {
+        serde_json::from_str(&format!("{}}}", meta.kubernetes)).unwrap()
+    }
 
     #[test]
     fn a_recorded_kubelet_gives_workload_service_limits_states() {
@@ -374,7 +447,7 @@ mod tests {
         assert_eq!((bare.workload.as_str(), &bare.owner, &bare.service), ("cli", &None, &None));
         assert_eq!(bare.requests, Amounts::default());
         assert_eq!(table.position(&web.uid).map(|at| table.pods().nth(at).unwrap().name.as_str()), Some("web-6b9c4cb4dc-8zpz5"));
-        let object: serde_json::Value = serde_json::from_str(&format!("{}}}", web.kubernetes)).unwrap();
+        let object = object(web);
         assert_eq!(object["pod_owners"][0]["owner_kind"], "Deployment");
         assert_eq!(object["labels"]["app"], "web");
     }
@@ -396,19 +469,65 @@ mod tests {
 
     #[test]
     fn workloads() {
-        let named = |kind: &str, name: &str| {
-            let mut pod = Pod::default();
-            pod.metadata.name = "p-0".into();
-            pod.metadata.owner_references = vec![OwnerReference { kind: kind.into(), name: name.into(), controller: Some(true) }];
-            owner(&pod)
-        };
+        let named = |kind: &str, name: &str| owner(&owned_by("p-0", &[(kind, name)]));
         assert_eq!(named("ReplicaSet", "web-6b9c4cb4dc"), Some(("Deployment", "web".into())));
         assert_eq!(named("ReplicaSet", "web-aeiou"), Some(("ReplicaSet", "web-aeiou".into())), "no vowels in a suffix");
         assert_eq!(named("ReplicaSet", "web-bc"), Some(("ReplicaSet", "web-bc".into())));
         assert_eq!(named("Job", "backup-28012345"), Some(("CronJob", "backup".into())));
         assert_eq!(named("Job", "backup-123"), Some(("Job", "backup-123".into())));
-        assert_eq!(named("StatefulSet", "db"), Some(("StatefulSet", "p-0".into())));
+        assert_eq!(named("StatefulSet", "db"), Some(("StatefulSet", "db".into())));
         assert_eq!(named("Node", "node1"), None);
+    }
+
+    /// As upstream's `addPodOwnersAndPodName`, and the workload of a log stream's entity as Fluent Bit's kubernetes filter has it.
+    #[test]
+    fn every_owner_is_told_and_some_name_the_pod() {
+        type Owners<'a> = &'a [(&'a str, &'a str)];
+        let told: [(&str, Owners<'_>, &str, Owners<'_>, &str); 9] = [
+            ("db-0", &[("StatefulSet", "db")], "db-0", &[("StatefulSet", "db")], "db"),
+            ("etcd-node1", &[("Node", "node1")], "etcd-node1", &[("Node", "node1")], "node1"),
+            ("train-1-x", &[("Workflow", "train-1")], "train-1-x", &[("Workflow", "train-1")], "train-1"),
+            ("ds-x", &[("Elasticsearch", "es"), ("DaemonSet", "ds")], "ds", &[("Elasticsearch", "es"), ("DaemonSet", "ds")], "es"),
+            (
+                "web-6b9c4cb4dc-x",
+                &[("ReplicaSet", "web-6b9c4cb4dc"), ("Job", "etl-1")],
+                "web",
+                &[("Deployment", "web"), ("Job", "etl")],
+                "web",
+            ),
+            ("half", &[("", "x"), ("Node", "")], "half", &[], "half"),
+            ("rc-x", &[("ReplicationController", "rc")], "rc", &[("ReplicationController", "rc")], "rc"),
+            ("kube-proxy-x", &[], "kube-proxy", &[], "kube-proxy-x"),
+            ("cli", &[], "cli", &[], "cli"),
+        ];
+        for (name, owners, pod_name, told, entity) in told {
+            let pod = owned_by(name, owners);
+            let meta = pod_meta(&pod, "node1", &[], &VethNames::default());
+            assert_eq!(meta.workload, pod_name);
+            let told: Vec<_> = told.iter().map(|(kind, name)| serde_json::json!({"owner_kind": kind, "owner_name": name})).collect();
+            let object = object(&meta);
+            assert_eq!(object.get("pod_owners").cloned(), (!told.is_empty()).then(|| told.into()), "{name}");
+            assert_eq!(object.get("labels"), None, "{name}: it has none");
+            assert_eq!(workload(&pod), entity);
+        }
+    }
+
+    #[test]
+    fn sidecars_are_no_containers_of_the_pod() {
+        let pod: Pod = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {
+                "containers": [{"name": "app", "resources": {"limits": {"cpu": "1", "memory": "64Mi"}}}],
+                "initContainers": [{"name": "proxy", "restartPolicy": "Always", "resources": {"requests": {"cpu": "2"}}}, {"name": "once"}],
+            },
+            "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "Unknown"}, {"type": "PodScheduled", "status": "True"}]},
+        }))
+        .unwrap();
+        let meta = pod_meta(&pod, "node1", &[], &VethNames::default());
+        let asked = Amounts { cpu: Some(1000.0), memory: Some(67_108_864.0) };
+        assert_eq!((meta.requests, meta.limits), (asked, asked));
+        assert_eq!(meta.containers.iter().map(|c| (c.name.as_str(), c.sidecar)).collect::<Vec<_>>(), [("app", false), ("proxy", true)]);
+        assert!(meta.unknown && meta.scheduled && !meta.ready);
     }
 
     /// The names of Jobs that a pipeline makes differ each time: upstream's `PodName` ends at the first `-` or `.`, and so do dashboards.
@@ -420,12 +539,10 @@ mod tests {
             ("etl", "etl", "Job"),
             ("nightly-backup-28012345", "nightly-backup", "CronJob"),
         ] {
-            let mut pod = Pod::default();
-            pod.metadata.name = format!("{job}-abcde");
-            pod.metadata.owner_references = vec![OwnerReference { kind: "Job".into(), name: job.into(), controller: Some(true) }];
+            let pod = owned_by(&format!("{job}-abcde"), &[("Job", job)]);
             let meta = pod_meta(&pod, "node1", &[], &VethNames::default());
             assert_eq!(meta.workload, pod_name);
-            let object: serde_json::Value = serde_json::from_str(&format!("{}}}", meta.kubernetes)).unwrap();
+            let object = object(&meta);
             assert_eq!((&object["pod_owners"][0]["owner_kind"], &object["pod_owners"][0]["owner_name"]), (&kind.into(), &pod_name.into()));
             // Elsewhere a Job has its whole name.
             assert_eq!(workload(&pod), if kind == "Job" { job } else { pod_name });

@@ -1,8 +1,9 @@
 //! Statsd packets, aggregated over a tick, as CloudWatch documents.
 //!
-//! Names and dimensions are the CloudWatch agent's: namespace `CWAgent`, the dimension `metric_type` and the packet's tags. The agent puts
-//! metrics directly; here they are documents of the embedded metric format, from which CloudWatch makes the same metrics.
-//! Types: `c` with sampling rate, `g` with signed steps, `ms` and `h`, `s`. Tags in Datadog's form (`|#key:value,other`).
+//! Names and dimensions are the CloudWatch agent's: namespace `CWAgent`, `_` for the dots of a name, the dimension `metric_type` and the
+//! packet's tags. The agent puts metrics directly; here they are documents of the embedded metric format, from which CloudWatch makes the
+//! same metrics. Types: `c` with sampling rate, `g` with signed steps, which begin anew with each tick as there, `ms`, `h`, `s`. Tags
+//! behind the name (`name,key=value:1|c`) and in Datadog's form (`|#key:value,other`).
 //! <https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/CloudWatch-Agent-custom-metrics-statsd.html>
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,7 @@ enum Kind {
     Counter,
     Gauge,
     Timing,
+    Histogram,
     Set,
 }
 
@@ -35,6 +37,7 @@ impl Kind {
             Self::Counter => "counter",
             Self::Gauge => "gauge",
             Self::Timing => "timing",
+            Self::Histogram => "histogram",
             Self::Set => "set",
         }
     }
@@ -51,11 +54,10 @@ enum Aggregate {
     Members(BTreeSet<String>),
 }
 
-/// Counts since the last tick. Gauges are remembered beyond, for signed steps.
+/// Counts since the last tick.
 #[derive(Debug, Default)]
 pub struct Statsd {
     series: BTreeMap<Key, Aggregate>,
-    gauges: BTreeMap<Key, f64>,
     /// Lines that could not be read.
     pub malformed: u64,
     /// Values left out for want of room.
@@ -74,16 +76,24 @@ impl Statsd {
 
     /// `name:value|type|@rate|#tags`, with several `value|type|@rate` after one name; `None` if it is of another form.
     fn line(&mut self, line: &str) -> Option<()> {
-        let (line, tags) = match line.split_once("|#") {
+        let (line, mut tags) = match line.split_once("|#") {
             Some((line, tags)) => (line, parse_tags(tags)),
             None => (line, BTreeMap::new()),
         };
-        let (name, values) = line.split_once(':')?;
+        let (bucket, values) = line.split_once(':')?;
+        let mut parts = bucket.split(',');
+        let name = parts.next()?;
+        for (key, value) in parts.filter_map(|tag| tag.split_once('=').filter(|(_, value)| !value.contains('='))) {
+            // What is said at the line's end counts.
+            if is_tag(key, value) {
+                tags.entry(key.to_owned()).or_insert_with(|| value.to_owned());
+            }
+        }
         if name.is_empty() || name.len() > 255 || tags.len() >= MAX_DIMENSIONS {
             return None;
         }
         let name: String =
-            name.chars().map(|letter| if letter.is_ascii_alphanumeric() || "._-/#".contains(letter) { letter } else { '_' }).collect();
+            name.chars().map(|letter| if letter.is_ascii_alphanumeric() || "_-/#".contains(letter) { letter } else { '_' }).collect();
         // All or nothing: the type may stand only after the last value ("1:2|ms").
         let mut pending = Vec::new();
         let mut taken = Vec::new();
@@ -118,13 +128,10 @@ impl Statsd {
                 Aggregate::Sum(sum) => *sum += count,
                 _ => unreachable!("the key has the kind"),
             },
-            Reading::Level { value, step } => {
-                let before = if step { self.gauges.get(&key).copied().unwrap_or(0.0) } else { 0.0 };
-                if self.gauges.len() < MAX_SERIES || self.gauges.contains_key(&key) {
-                    self.gauges.insert(key.clone(), before + value);
-                }
-                self.series.insert(key, Aggregate::Last(before + value));
-            }
+            Reading::Level { value, step } => match self.series.entry(key).or_insert(Aggregate::Last(0.0)) {
+                Aggregate::Last(level) => *level = value + if step { *level } else { 0.0 },
+                _ => unreachable!("the key has the kind"),
+            },
             Reading::Time { value, weight } => {
                 let Aggregate::Values(values) = self.series.entry(key).or_insert_with(|| Aggregate::Values(BTreeMap::new())) else {
                     unreachable!("the key has the kind")
@@ -201,20 +208,23 @@ fn reading(value: &str, kind: &str, rate: f64) -> Option<(Kind, Reading)> {
     Some(match kind {
         "c" => (Kind::Counter, Reading::Count(number()? / rate)),
         "g" => (Kind::Gauge, Reading::Level { value: number()?, step: value.starts_with(['+', '-']) }),
-        "ms" | "h" => (Kind::Timing, Reading::Time { value: number()?, weight: 1.0 / rate }),
+        "ms" => (Kind::Timing, Reading::Time { value: number()?, weight: 1.0 / rate }),
+        "h" => (Kind::Histogram, Reading::Time { value: number()?, weight: 1.0 / rate }),
         "s" => (Kind::Set, Reading::Member(value.to_owned())),
         _ => return None,
     })
 }
 
-/// `key:value,flag`: a tag without value has the value `true`; an empty one is left out, as CloudWatch has no empty dimensions.
+/// CloudWatch has no empty dimensions, and no longer ones.
+fn is_tag(key: &str, value: &str) -> bool {
+    !key.is_empty() && (1..=1024).contains(&value.len())
+}
+
+/// `key:value,flag`: a tag without value has the value `<empty>`.
 fn parse_tags(text: &str) -> BTreeMap<String, String> {
     let text = text.split('|').next().unwrap_or_default();
-    let pairs = text.split(',').map(|tag| tag.split_once(':').unwrap_or((tag, "true")));
-    pairs
-        .filter(|(key, value)| !key.is_empty() && !value.is_empty() && value.len() <= 1024)
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .collect()
+    let pairs = text.split(',').map(|tag| tag.split_once(':').unwrap_or((tag, "<empty>")));
+    pairs.filter(|(key, value)| is_tag(key, value)).map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
 }
 
 #[cfg(test)]
@@ -238,7 +248,7 @@ mod tests {
     fn every_type_of_the_protocol() {
         let mut statsd = Statsd::default();
         statsd.packet(b"hits:1|c\nhits:2|c|@0.5\nqueue:7|g\nqueue:+3|g\nusers:ann|s\nusers:bob|s\nusers:ann|s\n");
-        statsd.packet(b"took:10|ms\ntook:10|ms\ntook:30:50|h|@0.5\nboth:1|c:5|g\nshop.cart sum:4|c|#region:eu,beta");
+        statsd.packet(b"took:10|ms\ntook:10|ms\ntook:30:50|ms|@0.5\nsize:7|h\nboth:1|c:5|g\nshop.cart sum:4|c|#region:eu,beta");
         let told = documents(&mut statsd);
         assert_eq!(value(&told, "hits"), 5);
         assert_eq!(value(&told, "queue"), 10);
@@ -247,17 +257,30 @@ mod tests {
             value(&told, "took"),
             json!({"Values": [10, 30, 50], "Counts": [2, 2, 2], "Min": 10, "Max": 50, "Sum": 180, "Count": 6})
         );
+        let size = told.iter().find(|document| document.get("size").is_some()).unwrap();
+        assert_eq!((&size["metric_type"], &size["size"]["Sum"]), (&json!("histogram"), &json!(7)));
         assert_eq!(told.iter().filter(|document| document.get("both").is_some()).count(), 2, "a counter and a gauge");
-        let tagged = told.iter().find(|document| document.get("shop.cart_sum").is_some()).unwrap();
-        assert_eq!((&tagged["region"], &tagged["beta"], &tagged["metric_type"]), (&json!("eu"), &json!("true"), &json!("counter")));
+        let tagged = told.iter().find(|document| document.get("shop_cart_sum").is_some()).unwrap();
+        assert_eq!((&tagged["region"], &tagged["beta"], &tagged["metric_type"]), (&json!("eu"), &json!("<empty>"), &json!("counter")));
         assert_eq!(
             tagged["CloudWatchMetrics"],
-            json!([{"Namespace": "CWAgent", "Dimensions": [["beta", "region", "metric_type"]], "Metrics": [{"Name": "shop.cart_sum"}]}])
+            json!([{"Namespace": "CWAgent", "Dimensions": [["beta", "region", "metric_type"]], "Metrics": [{"Name": "shop_cart_sum"}]}])
         );
         assert_eq!((&tagged["NodeName"], &tagged["Version"], statsd.malformed), (&json!("node1"), &json!("0"), 0));
         assert!(documents(&mut statsd).is_empty(), "a tick begins anew");
         statsd.packet(b"queue:-4|g");
-        assert_eq!(value(&documents(&mut statsd), "queue"), 6);
+        assert_eq!(value(&documents(&mut statsd), "queue"), -4, "nobody said what it was");
+    }
+
+    #[test]
+    fn tags_behind_the_name() {
+        let mut statsd = Statsd::default();
+        statsd.packet(b"hits,env=prod,,flag,a=b=c,none=,zone=a:1|c|#zone:b\nhits:2|c\nhits,env=prod,zone=b:3|c");
+        let told = documents(&mut statsd);
+        let of = |env: Option<&str>| told.iter().find(|document| document.get("env").and_then(Value::as_str) == env).unwrap();
+        assert_eq!((told.len(), &of(None)["hits"], &of(Some("prod"))["hits"]), (2, &json!(2), &json!(4)));
+        assert_eq!(of(Some("prod"))["CloudWatchMetrics"][0]["Dimensions"], json!([["env", "zone", "metric_type"]]));
+        assert_eq!((&of(Some("prod"))["zone"], statsd.malformed), (&json!("b"), 0));
     }
 
     #[test]

@@ -183,7 +183,7 @@ impl Tracker {
             let meta = Arc::clone(&pod.meta);
             let state = self.pod_state(&meta.uid);
             let deltas: Vec<u64> = meta.containers.iter().map(|container| state.restarted(&container.name, container.restarts)).collect();
-            pod.restarts = deltas.iter().sum();
+            pod.restarts = deltas.iter().zip(&meta.containers).filter(|(_, container)| !container.sidecar).map(|(delta, _)| delta).sum();
             for container in &mut pod.containers {
                 container.restarts = deltas.get(container.index).copied().unwrap_or(0);
             }
@@ -298,18 +298,21 @@ impl Tracker {
         let memory = node_memory(&readings.meminfo, readings.root_memory);
         let faults = readings.root_memory.and_then(|root| faults(&mut self.root_faults, readings.at, &root));
         let active = || table.pods().filter(|pod| pod.is_active());
+        let (cpu_limit, memory_limit) = (f64::from(readings.stat.online) * 1000.0, readings.meminfo.total);
         NodeSample {
             cpu,
-            cpu_limit: f64::from(readings.stat.online) * 1000.0,
-            cpu_request: active().filter_map(|pod| pod.requests.cpu).sum(),
+            cpu_limit,
+            cpu_request: active().filter_map(|pod| bounded(pod.requests.cpu, cpu_limit)).sum(),
             memory: Memory::new(&memory, faults),
-            memory_limit: readings.meminfo.total,
-            memory_request: active().filter_map(|pod| pod.requests.memory).sum(),
+            memory_limit,
+            memory_request: active().filter_map(|pod| bounded(pod.requests.memory, memory_limit as f64)).sum(),
+            gpu_request: active().filter_map(|pod| pod.gpus).map(|gpus| gpus.request).sum(),
+            gpu_usage: active().filter(|pod| pod.phase == "Running").filter_map(|pod| pod.gpus).map(|gpus| gpus.limit).sum(),
             net: interfaces.iter().map(|interface| interface.traffic).reduce(Traffic::plus),
             load: readings.load,
             boot_ms: i64::try_from(readings.stat.boot_time.saturating_mul(1000)).unwrap_or(0),
             running_pods: table.pods().filter(|pod| pod.phase == "Running").count(),
-            running_containers: table.pods().flat_map(|pod| &pod.containers).filter(|c| c.state == ContainerState::Running).count(),
+            running_containers: table.pods().flat_map(|pod| pod.own_containers()).filter(|c| c.state == ContainerState::Running).count(),
             status: table.node,
         }
     }
@@ -382,6 +385,11 @@ impl PodState {
         });
         self.restarts[at].1.update(restarts)
     }
+}
+
+/// What a pod asks for, or may have at most, is told as no more than the node has; nothing asked is not told.
+pub fn bounded(amount: Option<f64>, node: f64) -> Option<f64> {
+    amount.filter(|amount| *amount > 0.0).map(|amount| if node > 0.0 { amount.min(node) } else { amount })
 }
 
 /// The counters of what the snapshot tells.

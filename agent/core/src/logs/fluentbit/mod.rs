@@ -82,14 +82,19 @@ pub fn migrate(sections: &[Section]) -> Migration {
     of("service").iter().for_each(|service| self::service(&mut migration, service));
     of("parser").iter().for_each(|parser| self::parser(&mut migration, parser));
     let rules = of("multiline_parser");
-    for filter in of("filter") {
-        self::filter(&mut migration, &filter, &rules);
+    let filters = of("filter");
+    for filter in &filters {
+        self::filter(&mut migration, filter, &rules);
     }
     let mut main = false;
     let inputs = of("input");
     for input in &inputs {
         let others: Vec<&str> = inputs.iter().filter(|other| *other != input).filter_map(|other| other.get("path")).collect();
-        self::input(&mut migration, input, &others, &outputs, &rules, &mut main);
+        let around = Around { others: &others, filters: &filters, outputs: &outputs, rules: &rules };
+        self::input(&mut migration, input, &around, &mut main);
+    }
+    if main {
+        defaults(&mut migration.file);
     }
     for output in &outputs {
         if !is_cloudwatch(output) {
@@ -97,6 +102,15 @@ pub fn migrate(sections: &[Section]) -> Migration {
         }
     }
     migration
+}
+
+/// What the filter does not do unless it says so, and the agent does.
+fn defaults(file: &mut LogFile) {
+    file.honour_exclude.get_or_insert(false);
+    file.honour_parser.get_or_insert(false);
+    if file.record != Some(Layout::Raw) {
+        file.merge.get_or_insert(Merge::Off);
+    }
 }
 
 fn is_cloudwatch(output: &Section) -> bool {
@@ -228,7 +242,8 @@ fn filter(migration: &mut Migration, section: &Section, rules: &[Section]) {
             }
         }
         "throttle" => migration.miss("[FILTER] throttle", "use quotas: they delay, they do not drop"),
-        "aws" => migration.miss("[FILTER] aws", "az and ec2_instance_id are not added; the stream's name has the node"),
+        // Inputs say whether they have it.
+        "aws" => {}
         other => migration.miss(format!("[FILTER] {other}"), "no such filter; redact masks text, include and exclude choose files"),
     }
 }
@@ -301,7 +316,27 @@ fn journal(migration: &mut Migration, section: &Section) {
     }
 }
 
-fn input(migration: &mut Migration, section: &Section, others: &[&str], outputs: &[Section], rules: &[Section], main: &mut bool) {
+/// The rest of the configuration, as an input sees it.
+struct Around<'a> {
+    /// Paths of other inputs.
+    others: &'a [&'a str],
+    filters: &'a [Section],
+    outputs: &'a [Section],
+    /// Multiline parsers.
+    rules: &'a [Section],
+}
+
+impl Around<'_> {
+    /// A filter of that name takes records with the tag.
+    fn filters(&self, name: &str, tag: &str) -> bool {
+        let takes =
+            |filter: &Section| filter.get("match_regex").is_some() || filter.get("match").is_none_or(|match_| tag_matches(match_, tag));
+        self.filters.iter().any(|filter| filter.name() == name && takes(filter))
+    }
+}
+
+fn input(migration: &mut Migration, section: &Section, around: &Around<'_>, main: &mut bool) {
+    let Around { others, outputs, rules, .. } = *around;
     match section.name() {
         "tail" => {}
         "systemd" => return journal(migration, section),
@@ -322,6 +357,13 @@ fn input(migration: &mut Migration, section: &Section, others: &[&str], outputs:
         multiline(migration, names, rules);
     }
     let names = Names::of(migration, output, tag, containers);
+    let (kubernetes, node) = (around.filters("kubernetes", tag), around.filters("aws", tag));
+    if node && !(containers && *main) {
+        migration.miss(
+            format!("[FILTER] aws, {tag}"),
+            "az and ec2_instance_id are added in routes (node: true) and in the journal; the stream's name has the node",
+        );
+    }
     let globs = |list: &str| {
         list.split(',')
             .map(|path| path.trim().rsplit('/').next().unwrap_or_default().to_owned())
@@ -333,8 +375,15 @@ fn input(migration: &mut Migration, section: &Section, others: &[&str], outputs:
             migration.file.host_files.push(HostEntry { path: path.to_owned(), group: names.group.clone(), stream: names.stream.clone() });
         }
     } else if *main {
-        let route = RouteEntry { files: globs(path), group: names.group, stream: names.stream };
-        migration.file.routes.get_or_insert_default().push(route);
+        migration.file.routes.get_or_insert_default().push(RouteEntry {
+            files: globs(path),
+            group: names.group,
+            stream: names.stream,
+            group_else: names.group_else,
+            stream_else: names.stream_else,
+            kubernetes: (!kubernetes).then_some(false),
+            node: node.then_some(true),
+        });
     } else {
         *main = true;
         let include = globs(path);
@@ -342,7 +391,14 @@ fn input(migration: &mut Migration, section: &Section, others: &[&str], outputs:
             migration.file.include = include;
         }
         (migration.file.group, migration.file.stream) = (Some(names.group), Some(names.stream));
+        (migration.file.group_else, migration.file.stream_else) = (names.group_else, names.stream_else);
         self::output(migration, output);
+        if !kubernetes && migration.file.record != Some(Layout::Raw) {
+            migration.miss(
+                format!("[INPUT] tail {path}"),
+                "no filter adds the pod's metadata; records have it here, but for routes (kubernetes: false)",
+            );
+        }
     }
     for (key, value) in &section.properties {
         match key.as_str() {

@@ -5,7 +5,9 @@ use super::{Migration, Section};
 /// Our templates for one input and its output.
 pub(super) struct Names {
     pub(super) group: String,
+    pub(super) group_else: Option<String>,
     pub(super) stream: String,
+    pub(super) stream_else: Option<String>,
 }
 
 impl Names {
@@ -17,14 +19,20 @@ impl Names {
             (None, _) => tag,
         };
         let name = |key: &str| output.get(key).map(variables);
-        let group = template(migration, output, "log_group_template", &tag)
-            .or(name("log_group_name"))
-            .unwrap_or_else(|| super::super::route::FLUENT_BIT_GROUP.to_owned());
-        let stream = template(migration, output, "log_stream_template", &tag)
-            .or(name("log_stream_name"))
-            .or_else(|| name("log_stream_prefix").map(|prefix| format!("{prefix}{tag}")))
-            .unwrap_or_else(|| super::super::route::FLUENT_BIT_STREAM.to_owned());
-        Self { group, stream }
+        // A record that lacks what a template names goes to the fixed name.
+        let group = template(migration, output, "log_group_template", &tag, containers);
+        let (group, group_else) = or_fixed(group, name("log_group_name"), super::super::route::FLUENT_BIT_GROUP);
+        let stream = template(migration, output, "log_stream_template", &tag, containers);
+        let fixed = name("log_stream_name").or_else(|| name("log_stream_prefix").map(|prefix| format!("{prefix}{tag}")));
+        let (stream, stream_else) = or_fixed(stream, fixed, super::super::route::FLUENT_BIT_STREAM);
+        Self { group, group_else, stream, stream_else }
+    }
+}
+
+fn or_fixed(template: Option<String>, fixed: Option<String>, default: &str) -> (String, Option<String>) {
+    match template {
+        Some(template) => (template, fixed),
+        None => (fixed.unwrap_or_else(|| default.to_owned()), None),
     }
 }
 
@@ -41,17 +49,24 @@ fn variables(text: &str) -> String {
 }
 
 /// `None` where the output has no such key, or names what is not known, which is told.
-fn template(migration: &mut Migration, output: &Section, key: &str, tag: &str) -> Option<String> {
+fn template(migration: &mut Migration, output: &Section, key: &str, tag: &str, containers: bool) -> Option<String> {
     let text = variables(output.get(key)?);
     let mut out = String::new();
     let mut rest = text.as_str();
     while let Some((before, after)) = rest.split_once('$') {
         out.push_str(before);
         let end = accessor_end(after);
-        match field(&after[..end], tag) {
-            Some(field) => out.push_str(&field),
-            None => {
-                migration.miss(format!("[OUTPUT] {key} {text}"), format!("${} is not known here; the fixed name is used", &after[..end]));
+        let found = field(&after[..end], tag, containers);
+        // Without them in the record Fluent Bit takes the fixed name for every pod.
+        let off = |field: &String| {
+            field.starts_with("{label:") && migration.file.labels == Some(false)
+                || field.starts_with("{annotation:") && migration.file.annotations == Some(false)
+        };
+        match found {
+            Some(field) if !off(&field) => out.push_str(&field),
+            found => {
+                let why = if found.is_some() { "is not in the records" } else { "is not known here" };
+                migration.miss(format!("[OUTPUT] {key} {text}"), format!("${} {why}; the fixed name is used", &after[..end]));
                 return None;
             }
         }
@@ -75,9 +90,13 @@ fn accessor_end(text: &str) -> usize {
     text.len()
 }
 
-fn field(accessor: &str, tag: &str) -> Option<String> {
+/// Lines of the node's files have no members of containers.
+fn field(accessor: &str, tag: &str, containers: bool) -> Option<String> {
     if accessor == "tag" {
         return Some(tag.to_owned());
+    }
+    if !containers {
+        return None;
     }
     if accessor == "stream" {
         return Some("{output}".to_owned());
@@ -88,7 +107,7 @@ fn field(accessor: &str, tag: &str) -> Option<String> {
         ["kubernetes", "pod_name"] => "{pod}".to_owned(),
         ["kubernetes", "pod_id"] => "{uid}".to_owned(),
         ["kubernetes", "container_name"] => "{container}".to_owned(),
-        ["kubernetes", "docker_id"] => "{id}".to_owned(),
+        ["kubernetes", "docker_id"] => "{fullid}".to_owned(),
         ["kubernetes", "host"] => "{node}".to_owned(),
         ["kubernetes", "labels", label] => format!("{{label:{label}}}"),
         ["kubernetes", "annotations", annotation] => format!("{{annotation:{annotation}}}"),

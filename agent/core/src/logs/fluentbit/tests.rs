@@ -60,6 +60,9 @@ const CLASSIC: &str = r#"
     Annotations         Off
     Use_Kubelet         On
 [FILTER]
+    Name                aws
+    Match               dataplane.*
+[FILTER]
     Name                multiline
     Match               *
     multiline.key_content log
@@ -124,6 +127,7 @@ fn container_insights_own_configuration() {
     let route = &file.routes.as_ref().unwrap()[0];
     assert_eq!(route.files, ["aws-node*", "kube-proxy*"]);
     assert_eq!(route.stream, "{node}-dataplane.tail.var.log.containers.{file}");
+    assert_eq!((route.kubernetes, route.node), (Some(false), Some(true)), "the filters for application.* do not see it");
     assert_eq!((file.host_files[0].path.as_str(), file.host_files[0].stream.as_str()), ("/var/log/messages", "{node}.host.messages"));
     assert_eq!(file.multiline, ["java"]);
     let rule = RuleEntry { name: "mine".into(), start: r"^\d{4}-\d{2}".into(), next: Some(r"^\s+at.*".into()) };
@@ -196,12 +200,51 @@ fn templates_keys_and_what_is_not_known() {
     assert_eq!(file.group.as_deref(), Some("/eks/{namespace}.{label:app}"));
     assert_eq!(file.stream.as_deref(), Some("{pod}.kube.var.log.containers.{file}"));
     assert_eq!((file.record, file.emf, file.class), (Some(Layout::Raw), Some(true), Some(GroupClass::InfrequentAccess)));
+    assert_eq!((file.group_else.as_deref(), file.stream_else.as_deref()), (Some("fallback"), Some("fixed")));
     assert_eq!(file.include, ["*_shop_*.log"]);
     assert_eq!(migration.environment["AWS_REGION"], "eu-west-1");
     assert!(migration.missing.iter().any(|(what, _)| what.contains("role_arn")));
     let migration = output("log_group_template /x/$unknown['a']");
-    assert_eq!(migration.file.group.as_deref(), Some("fallback"));
+    assert_eq!((migration.file.group.as_deref(), migration.file.group_else), (Some("fallback"), None));
     assert!(migration.missing.iter().any(|(_, why)| why.contains("unknown")));
+    let migration = output("log_stream_template $kubernetes['docker_id']");
+    assert_eq!((migration.file.stream.as_deref(), migration.file.stream_else.as_deref()), (Some("{fullid}"), Some("fixed")));
+}
+
+/// There every pod goes to the fixed name, whatever its labels.
+#[test]
+fn a_template_of_labels_that_no_record_has() {
+    for (labels, group) in [("On", "/eks/{label:app}"), ("Off", "fixed")] {
+        let migration = migrated(&format!(
+            "[INPUT]\n  Name tail\n  Tag a.*\n  Path /var/log/containers/*.log\n\
+             [FILTER]\n  Name kubernetes\n  Match a.*\n  Labels {labels}\n\
+             [OUTPUT]\n  Name cloudwatch_logs\n  Match a.*\n  region r\n  log_group_name fixed\n  log_stream_prefix p-\n  \
+             log_group_template /eks/$kubernetes['labels']['app']\n"
+        ));
+        assert_eq!(migration.file.group.as_deref(), Some(group));
+        assert_eq!(migration.missing.iter().any(|(_, why)| why.contains("not in the records")), labels == "Off");
+    }
+}
+
+/// What Fluent Bit's filter does not do unless it says so, the agent would do.
+#[test]
+fn what_is_off_there_is_off_here() {
+    let migrated = |filter: &str| {
+        migrated(&format!(
+            "[INPUT]\n  Name tail\n  Tag a.*\n  Path /var/log/containers/*.log\n{filter}\
+             [OUTPUT]\n  Name cloudwatch_logs\n  Match a.*\n  region r\n  log_group_name g\n  log_stream_prefix p-\n"
+        ))
+    };
+    for (filter, without) in
+        [("", true), ("[FILTER]\n  Name kubernetes\n  Match a.*\n", false), ("[FILTER]\n  Name kubernetes\n  Match b.*\n", true)]
+    {
+        let migration = migrated(filter);
+        let settings = migration.file.apply(LogSettings::container_insights(Layout::FluentBit)).unwrap();
+        assert_eq!((settings.record.merge, settings.honour_exclude, settings.honour_parser), (Merge::Off, false, false), "{filter}");
+        assert_eq!(migration.missing.iter().any(|(_, why)| why.contains("metadata")), without, "{filter}");
+    }
+    let migration = migrated("[FILTER]\n  Name aws\n  Match *\n");
+    assert!(migration.missing.iter().any(|(what, _)| what.contains("aws")), "the main input has no such members here");
 }
 
 #[test]

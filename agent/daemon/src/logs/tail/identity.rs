@@ -9,7 +9,7 @@ use stanchion_core::logs::enrich::Identity;
 use stanchion_core::logs::entity;
 use stanchion_core::logs::names::glob;
 use stanchion_core::logs::parser::Parser;
-use stanchion_core::logs::record::{Merge, RecordWriter};
+use stanchion_core::logs::record::{Layout, Merge, RecordOptions, RecordWriter};
 use stanchion_core::logs::route::Place;
 use stanchion_core::objects::Pod;
 use tracing::warn;
@@ -58,21 +58,23 @@ impl Tailer {
             Identity::new(names, pod.map(|pod| &**pod))
         });
         let place = Place { cluster: &self.parts.cluster_name, node: &self.parts.node, file: &container.file_name };
-        let (group, stream) = match container.host {
-            Some(host) => (&settings.host_files[host].group, &settings.host_files[host].stream),
-            None => {
-                let any = |globs: &[String]| globs.iter().any(|pattern| glob(pattern, &container.file_name));
-                let route = settings.routes.iter().find(|route| any(&route.files));
-                route.map_or((&settings.group, &settings.stream), |route| (&route.group, &route.stream))
-            }
+        let any = |globs: &[String]| globs.iter().any(|pattern| glob(pattern, &container.file_name));
+        let route = settings.routes.iter().find(|route| container.host.is_none() && any(&route.files));
+        let (group, stream) = match (container.host, route) {
+            (Some(host), _) => (&settings.host_files[host].group, &settings.host_files[host].stream),
+            (None, Some(route)) => (&route.group, &route.stream),
+            (None, None) => (&settings.group, &settings.stream),
         };
+        // What Fluent Bit's kubernetes filter does is not for the node's files. Of the other layouts no record says more or less.
+        let filtered = container.host.is_none() && route.is_none_or(|route| route.kubernetes);
+        let kubernetes = filtered || settings.record.layout != Layout::FluentBit;
         let instance = settings.entity.as_deref().filter(|_| container.host.is_none());
         let entity = instance
             .zip(identity.as_ref())
             .and_then(|(instance, identity)| entity::of(identity, entity::Place { cluster: place.cluster, node: place.node, instance }));
         let before = container.streams;
         container.streams = [Output::Stdout, Output::Stderr].map(|output| {
-            let excluded = settings.honour_exclude && identity.as_ref().is_some_and(|identity| identity.is_excluded(output));
+            let excluded = kubernetes && settings.honour_exclude && identity.as_ref().is_some_and(|identity| identity.is_excluded(output));
             (!excluded).then(|| {
                 let group = group.group(place, identity.as_ref(), output);
                 let stream = stream.stream(place, identity.as_ref(), output);
@@ -80,8 +82,15 @@ impl Tailer {
             })
         });
         before.into_iter().flatten().for_each(|stream| self.streams.leave(stream));
-        let parsers = [Output::Stdout, Output::Stderr].map(|output| self.parser(identity.as_ref(), output));
-        container.writer = RecordWriter::new(&settings.record, identity.as_ref()).oversize(settings.oversize).parsing(parsers);
+        let node = if route.is_some_and(|route| route.node) { &settings.node[..] } else { &[] };
+        let writer = if kubernetes {
+            let parsers = [Output::Stdout, Output::Stderr].map(|output| self.parser(identity.as_ref(), output));
+            RecordWriter::with_members(&settings.record, identity.as_ref(), node).parsing(parsers)
+        } else {
+            let record = RecordOptions { merge: Merge::Off, ..settings.record.clone() };
+            RecordWriter::with_members(&record, None, node)
+        };
+        container.writer = writer.oversize(settings.oversize);
         container.identity = identity;
     }
 
