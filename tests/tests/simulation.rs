@@ -5,7 +5,7 @@
 //! cargo xtask soak --simulate --minutes 60                                # seed after seed
 //! ```
 
-use stanchion_lab::simulation::{STEPS, Told, again, run};
+use stanchion_lab::simulation::{EVENTS, STEPS, Told, again, run};
 
 /// What CI runs.
 const SEEDS: u64 = 4;
@@ -29,5 +29,11 @@ fn no_seed_breaks_a_promise() {
     }
     println!("{sum:#?}");
     assert_eq!(sum.steps, count * STEPS);
+    if count == SEEDS {
+        let unseen: Vec<_> = EVENTS.into_iter().filter(|event| !sum.events.contains_key(event)).collect();
+        assert!(unseen.is_empty(), "{unseen:?} never happened");
+        assert!(sum.refused > 0, "{sum:?}");
+    }
+    assert!(sum.healthy >= 3 * count, "{sum:?}");
     assert!(sum.pods > 0 && sum.lines > 0 && sum.verdicts > 1_000 && sum.seconds > 3_600, "{sum:?}");
 }

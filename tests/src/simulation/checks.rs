@@ -18,11 +18,13 @@ use stanchion_core::policy::model::{Direction, PacketProtocol};
 use stanchion_core::policy::names::Names;
 use stanchion_core::policy::verdict::{End, Evaluator};
 use stanchion_daemon::logs::POSITIONS_FILE;
+use stanchion_ebpf_abi::LAYOUT_VERSION;
 use tokio::time::{Instant, sleep};
 
 use super::files::LINE;
-use super::{HOUR, MINUTE, SECOND, World, objects, open_files, plugin};
+use super::{HEALTHY_FOR, HOUR, MINUTE, ROOM, SECOND, World, objects, open_files, plugin};
 use crate::ipam_world::{MUTATING, NODE};
+use crate::leftovers;
 
 /// Questions about each pod after each step; the space of all has a few hundred.
 const QUESTIONS: usize = 30;
@@ -216,6 +218,7 @@ impl World {
         sleep(HOUR * 2).await;
         self.check().await?;
         self.is_quiet().await?;
+        self.serves().await?;
         let ended: Vec<PodName> = self.pods.keys().cloned().collect();
         let plugin = self.plugin();
         for name in ended {
@@ -259,11 +262,31 @@ impl World {
         self.check().await
     }
 
+    /// With nothing broken pods are connected, as many as there is room for.
+    async fn serves(&mut self) -> anyhow::Result<()> {
+        const MORE: usize = 3;
+        while self.pods.len() > ROOM - MORE {
+            self.end_pods().await;
+        }
+        sleep(HEALTHY_FOR).await;
+        let before = self.told.healthy;
+        self.start_so_many(MORE, None).await?;
+        ensure!(self.told.healthy == before + MORE as u64, "{} pods were to be served for sure", self.told.healthy - before);
+        self.check().await
+    }
+
     /// Nothing of any pod is left.
     async fn is_empty(&mut self) -> anyhow::Result<()> {
         self.check().await?;
         let image = self.maps.read()?;
         ensure!(image.endpoints.is_empty(), "endpoints are left: {:?}", image.endpoints);
+        ensure!(image.verdicts.is_empty(), "verdicts are left: {:?}", image.verdicts);
+        ensure!(image.addresses.is_empty(), "addresses are left: {:?}", image.addresses);
+        ensure!(image.cidrs.is_empty(), "CIDRs are left: {:?}", image.cidrs);
+        for map in leftovers::OF_PODS {
+            let left = leftovers::entries(&self.ground.pins.join(format!("v{LAYOUT_VERSION}")).join(map))?;
+            ensure!(left == 0, "{left} entries of {map} are left");
+        }
         let links: Vec<String> = plugin::links()?.into_iter().filter(|name| name.starts_with("eni")).collect();
         ensure!(links.is_empty(), "links are left: {links:?}");
         let spooled = std::fs::read_dir(self.ground.dir("spool"))?.count();

@@ -20,6 +20,7 @@
 mod agent;
 mod checks;
 mod files;
+mod garbage;
 mod objects;
 mod plugin;
 
@@ -70,6 +71,37 @@ const SETTINGS: [&[(&str, &str)]; 4] = [
     &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")],
     &[("WARM_IP_TARGET", "1"), ("IP_COOLDOWN_PERIOD", "5")],
 ];
+/// How long nothing has to have been broken for a pod to be connected for sure: longer than IMDS and EC2 lag.
+const HEALTHY_FOR: Duration = Duration::from_secs(180);
+/// What a pod waits then.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Addresses that pods can have on the smallest instance.
+const ROOM: usize = 9;
+/// Everything that can happen in a step.
+pub const EVENTS: [&str; 22] = [
+    "AWS recovered",
+    "AWS went bad",
+    "CloudWatch fell silent",
+    "EC2 throttled",
+    "IMDS fell silent",
+    "a crash among starting pods",
+    "a crash at rest",
+    "a restart in good order",
+    "an upgrade",
+    "another agent's turn",
+    "garbage collected",
+    "log lines",
+    "pods ended",
+    "pods started",
+    "policies or labels changed",
+    "the API server came back",
+    "the API server went away",
+    "the agent stayed away",
+    "the subnet ran out",
+    "the time of day jumped",
+    "time jumped",
+    "time passed",
+];
 /// What a storm of throttling is about.
 const THROTTLED: [&str; 5] = [
     "CreateNetworkInterface",
@@ -88,6 +120,8 @@ pub struct Told {
     pub seconds: u64,
     /// Pods that were connected.
     pub pods: u64,
+    /// Of these, pods that had to be: nothing was broken, and there was room.
+    pub healthy: u64,
     /// Pods that could not be, while things were broken.
     pub refused: u64,
     /// Why the last of them could not.
@@ -105,6 +139,7 @@ impl AddAssign for Told {
         self.steps += other.steps;
         self.seconds += other.seconds;
         self.pods += other.pods;
+        self.healthy += other.healthy;
         self.refused += other.refused;
         self.last_refusal = other.last_refusal;
         self.lines += other.lines;
@@ -203,6 +238,8 @@ struct World {
     maps: KernelMaps,
     policy: checks::Policy,
     occupied: Vec<Ipv4Addr>,
+    /// When something was last broken, or the agent began anew; `None` while something is.
+    sound_since: Option<Instant>,
     open_files: BTreeMap<String, usize>,
     next: u32,
     told: Told,
@@ -250,6 +287,7 @@ impl World {
             maps,
             policy: checks::Policy::default(),
             occupied: Vec::new(),
+            sound_since: Some(Instant::now()),
             open_files: BTreeMap::new(),
             next: 0,
             told: Told::default(),
@@ -283,7 +321,7 @@ impl World {
 
     async fn step(&mut self) -> anyhow::Result<&'static str> {
         let millis = |range: std::ops::Range<u64>, random: &mut StdRng| Duration::from_millis(random.random_range(range));
-        Ok(match self.random.random_range(0..100) {
+        Ok(match self.random.random_range(0..101) {
             0..25 => {
                 self.start_pods(None).await?;
                 "pods started"
@@ -292,7 +330,11 @@ impl World {
                 self.end_pods().await;
                 "pods ended"
             }
-            42..52 => {
+            42..44 => {
+                self.collect_garbage().await?;
+                "garbage collected"
+            }
+            44..52 => {
                 self.objects.change(&mut self.random);
                 self.publish();
                 "policies or labels changed"
@@ -309,16 +351,19 @@ impl World {
             74 => {
                 // As after a suspended machine: every timer is late at once.
                 tokio::time::advance(millis(600_000..7_200_000, &mut self.random)).await;
+                self.disturbed();
                 "time jumped"
             }
             75..78 => {
                 let minutes = self.random.random_range(-90..90);
                 wall::set(&self.ground.cloud, minutes);
+                self.disturbed();
                 "the time of day jumped"
             }
             78..81 => {
                 self.away = !self.away;
                 self.publish();
+                self.disturbed();
                 if self.away { "the API server went away" } else { "the API server came back" }
             }
             81..84 => {
@@ -331,9 +376,11 @@ impl World {
             }
             87 => {
                 self.ground.cloud.inject(Fault::times("imds:*", 60, Effect::DropRequest));
+                self.sound_since = None;
                 "IMDS fell silent"
             }
             88 => {
+                self.sound_since = None;
                 for action in THROTTLED {
                     self.ground.cloud.set_bucket(action, Bucket { size: 1.0, per_second: self.random.random_range(0.02..0.5) });
                 }
@@ -381,6 +428,18 @@ impl World {
         })
     }
 
+    /// Something was amiss until now.
+    fn disturbed(&mut self) {
+        self.sound_since = self.sound_since.map(|_| Instant::now());
+    }
+
+    /// A pod that asks now has to be connected: all has been well for a while, and pods, with those that ended lately, have room.
+    fn has_to_serve(&self, pods: usize) -> bool {
+        let well = self.sound_since.is_some_and(|since| since.elapsed() >= HEALTHY_FOR);
+        let resting = self.ended.values().filter(|ended| ended.elapsed() <= self.ground.config.pool.ip_cooldown + SECOND).count();
+        well && self.agent.is_some() && !self.away && self.pods.len() + resting + pods <= ROOM
+    }
+
     /// Tells the agent what the objects are, if there is an API server.
     fn publish(&mut self) {
         if !self.away {
@@ -396,16 +455,19 @@ impl World {
 
     /// Some pods at once. With a crash: after so many turns of the scheduler and so much time.
     async fn start_pods(&mut self, crash: Option<(u32, Duration)>) -> anyhow::Result<()> {
+        let count = usize::min(self.random.random_range(1..4), PODS.saturating_sub(self.pods.len()));
+        self.start_so_many(count, crash).await
+    }
+
+    async fn start_so_many(&mut self, count: usize, crash: Option<(u32, Duration)>) -> anyhow::Result<()> {
+        let has_to_serve = crash.is_none() && self.has_to_serve(count);
         let mut starts = Vec::new();
-        for _ in 0..self.random.random_range(1..4) {
-            if self.pods.len() + starts.len() >= PODS {
-                break;
-            }
+        for _ in 0..count {
             self.next += 1;
             let name = self.objects.bind(&mut self.random, self.next);
             let sandbox = Sandbox::new(&name, self.next);
             let wait = Duration::from_millis(self.random.random_range(10..15_000));
-            starts.push((sandbox, wait));
+            starts.push((sandbox, if has_to_serve { PATIENCE } else { wait }));
         }
         self.publish();
         let plugin = self.plugin();
@@ -432,6 +494,7 @@ impl World {
             match added {
                 Ok(address) => {
                     self.told.pods += 1;
+                    self.told.healthy += u64::from(has_to_serve);
                     let twice = self.pods.values().find(|pod| pod.address == address);
                     ensure!(twice.is_none(), "{address} of {name} is also that of {}", twice.map_or(&name, |pod| &pod.sandbox.pod));
                     let rested = self.ended.get(&address).map(|ended| given - *ended);
@@ -444,6 +507,7 @@ impl World {
                     self.files.open(&name)?;
                     self.pods.insert(name, Pod { sandbox, address });
                 }
+                Err(error) if has_to_serve => return Err(error.context(format!("{name} was refused while nothing was broken"))),
                 Err(error) => {
                     self.told.refused += 1;
                     self.told.last_refusal = format!("{error:#}");
@@ -484,6 +548,7 @@ impl World {
     }
 
     fn chaos(&mut self) {
+        self.sound_since = None;
         self.ground.cloud.set_chaos(Chaos {
             seed: self.random.next_u64(),
             throttle: self.random.random_range(0..200),
@@ -497,6 +562,7 @@ impl World {
 
     /// Every fault of AWS ends.
     fn calm(&mut self) {
+        self.sound_since = Some(Instant::now());
         self.ground.cloud.clear_faults();
         for action in THROTTLED {
             self.ground.cloud.set_bucket(action, Bucket { size: 1e9, per_second: 1e9 });
@@ -506,6 +572,7 @@ impl World {
 
     /// Others take every free address of the subnet.
     fn exhaust(&mut self) {
+        self.sound_since = None;
         for last in 4..63 {
             let address = Ipv4Addr::new(10, 0, 16, last);
             if self.ground.cloud.occupy(&self.subnet, [address]) {
@@ -531,6 +598,7 @@ impl World {
 
     async fn restart(&mut self) -> anyhow::Result<()> {
         self.crash().await?;
+        self.disturbed();
         self.agent = Some(Agent::start(&self.ground)?);
         Ok(())
     }

@@ -89,6 +89,14 @@ impl Plugin {
         Ok(address)
     }
 
+    /// GC: the runtime names the sandboxes that live. How many attachments were released.
+    pub(super) async fn collect_garbage<'a>(&self, living: impl Iterator<Item = &'a Sandbox>) -> anyhow::Result<u32> {
+        let service = self.service.as_ref().context("the agent does not answer")?;
+        let attachment = |sandbox: &Sandbox| wire::ValidAttachment { container_id: sandbox.container.clone(), if_name: "eth0".to_owned() };
+        let request = wire::CollectGarbageRequest { network_name: NETWORK.to_owned(), valid: living.map(attachment).collect() };
+        Ok(service.collect_garbage(Request::new(request)).await?.into_inner().released)
+    }
+
     /// DEL; never fails because the agent is away: what it was not told is left in the spool.
     pub(super) async fn del(&self, sandbox: &Sandbox, reason: &str) {
         remove_link(&sandbox.link);
