@@ -803,6 +803,38 @@ fn audit_tells_and_lets_pass() {
     assert_eq!(verdicts, [audited, (event_verdict::DENIED, reason::SOURCE), denied]);
 }
 
+/// What audit lets pass goes on as a flow: nothing else is asked about its replies and later packets.
+#[test]
+fn audit_breaks_no_connection() {
+    for (opens, answers) in [(OUT, IN), (IN, OUT)] {
+        let mut rig = rig("audit-flows");
+        let mut ring = rig.events().unwrap();
+        // The other direction is not isolated; a policy of the cluster denies what a peer begins there.
+        let image = if opens == OUT { image(Some(SET + 1), Some(SET)) } else { image(Some(SET), Some(SET + 1)) };
+        rig.pod(&EndpointImage { audit: true, ..image }).unwrap();
+        let denies = VerdictValue { rule: RULE, verdict: verdict::DENY, reserved: [0; 3] };
+        let key = VerdictKey { policy: SET + 1, identity: 0, direction: answers, protocol: 0, port: [0; 2] };
+        rig.apply(&[MapOp::SetVerdict(key, VERDICT_PREFIX_ANY, denies)]).unwrap();
+        let cast = casts()[0];
+        let packet = |way, flags| cast.packet(cast.stranger, opens, way, (4_000, 80), tcp(flags));
+        check(&mut rig, answers, &packet(answers, flags::SYN | flags::ACK), false, "no answer to anything");
+        check(&mut rig, opens, &packet(opens, flags::SYN), true, "audited");
+        check(&mut rig, answers, &packet(answers, flags::SYN | flags::ACK), true, "its answer");
+        check(&mut rig, opens, &packet(opens, flags::ACK), true, "what follows");
+        rig.grow_old(10).unwrap();
+        check(&mut rig, answers, &packet(answers, flags::ACK), true, "and later");
+        check(
+            &mut rig,
+            answers,
+            &cast.packet(cast.stranger, answers, answers, (4_001, 80), tcp(flags::SYN)),
+            false,
+            "what the peer begins",
+        );
+        let audited = take_events(&mut ring).iter().filter(|event| event.verdict == event_verdict::AUDITED).count();
+        assert_eq!(audited, 1, "each flow is told once");
+    }
+}
+
 /// A datagram that audit lets pass arrives whole.
 #[test]
 fn audit_lets_every_fragment_of_a_datagram_pass() {

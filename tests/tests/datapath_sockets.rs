@@ -627,6 +627,38 @@ const BY_NAME: &str = "---\napiVersion: policy.networking.k8s.io/v1beta1\nkind: 
      - {action: Accept, to: [{domainNames: [\"*.example.com\"]}]}\n  \
      - {action: Deny, to: [{networks: [0.0.0.0/0]}]}\n";
 
+/// The answer's time is over, and what is open is known only when the kernel has been asked.
+#[test]
+fn a_connection_by_name_outlives_its_answer_and_another_layout() {
+    for mode in modes() {
+        let mut world = World::new(mode);
+        world.apply(BY_NAME);
+        world.activate_all();
+        serve_dns(&world.pod("y/a").netns, vec![world.pod("y/b").address]);
+        resolve(world.pod("x/a"), SocketAddr::from((world.pod("y/a").address, 53)), "www.example.com");
+        let mut open = world.works("x/a", "y/b", 80);
+        let file = world.state.path().join("names.json");
+        let start = Instant::now();
+        while !file.exists() {
+            assert!(start.elapsed() < WORKS, "names are not written");
+            std::thread::yield_now();
+        }
+        world.stop();
+        let mut names: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        names["names"].as_array_mut().unwrap().iter_mut().for_each(|name| name[2] = 1.into());
+        std::fs::write(&file, names.to_string()).unwrap();
+        make_another_layout(&world, u16::try_from(LAYOUT_VERSION).unwrap() - 1);
+        world.start();
+        assert!(echoes(&mut open, WORKS), "{mode:?}: while the next agent learns");
+        let policies = world.policies.clone();
+        world.apply(&policies);
+        for _ in 0..3 {
+            assert!(echoes(&mut open, WORKS), "{mode:?}: and afterwards");
+        }
+        world.works("x/a", "y/b", 80);
+    }
+}
+
 /// The address stands behind so many others that it comes in the second fragment.
 #[test]
 fn a_dns_answer_in_fragments_is_learnt() {

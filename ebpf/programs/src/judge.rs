@@ -39,6 +39,8 @@ mod judged {
     pub const ALLOWED: i32 = 1;
     /// Allowed without a look at policy: the node or the pod itself. Such traffic needs no flow entry, but for DNS.
     pub const EXEMPT: i32 = 2;
+    /// Denied by isolation, and let pass all the same: told, and a flow like any other.
+    pub const AUDITED: i32 = 3;
 }
 
 /// What a policy set says of opening the packet's flow with `peer`; the rule and the identity are put to the packet.
@@ -461,14 +463,13 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
             result = judged::EXEMPT;
         }
     }
+    // Isolation names no rule. What does is a policy of the cluster, which an annotation of the namespace does not lift.
+    if result == judged::DENIED && packet.rule == 0 && packet.pod.policy_flags & endpoint_flag::AUDIT != 0 {
+        result = judged::AUDITED;
+    }
     packet.outcome = result as u32;
     let result = anew(&packet.outcome) as i32;
     if result == judged::DENIED {
-        // Isolation names no rule. What does is a policy of the cluster, which an annotation of the namespace does not lift.
-        if packet.pod.policy_flags & endpoint_flag::AUDIT != 0 && packet.rule == 0 {
-            remember_fragment(&packet);
-            return outcome(event_verdict::AUDITED, reason::POLICY);
-        }
         if packet.is_egress() && packet.is_opened_by_pod() && packet.pod.policy_flags & endpoint_flag::BY_NAME != 0 {
             crate::copy_frame(skb, u32::from(packet.pod.slot), u32::from(frame_kind::EARLY));
         }
@@ -486,6 +487,9 @@ fn decide(skb: *mut __sk_buff, mut packet: InHand) -> u32 {
         }
     }
     remember_fragment(&packet);
+    if anew(&packet.outcome) == judged::AUDITED as u32 {
+        return outcome(event_verdict::AUDITED, reason::POLICY);
+    }
     if packet.has(found::KNOWN) {
         return UNTOLD;
     }

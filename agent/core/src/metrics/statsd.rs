@@ -18,6 +18,10 @@ pub const NAMESPACE: &str = "CWAgent";
 const MAX_SERIES: usize = 10_000;
 /// Distinct values of a timing or members of a set in a tick.
 const MAX_VALUES: usize = 5_000;
+/// Bytes that a tick keeps in all, about: one pod's packets are not to take the memory that log shipping needs.
+const MAX_BYTES: usize = 16 << 20;
+/// What a series, a value or a member takes beside its text.
+const OVERHEAD: usize = 96;
 /// Values in one array of a document: <https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/CloudWatch_Embedded_Metric_Format_Specification.html>
 const MAX_ARRAY: usize = 100;
 
@@ -58,6 +62,7 @@ enum Aggregate {
 #[derive(Debug, Default)]
 pub struct Statsd {
     series: BTreeMap<Key, Aggregate>,
+    bytes: usize,
     /// Lines that could not be read.
     pub malformed: u64,
     /// Values left out for want of room.
@@ -119,45 +124,49 @@ impl Statsd {
     }
 
     fn add(&mut self, key: Key, reading: Reading) {
-        if self.series.len() >= MAX_SERIES && !self.series.contains_key(&key) {
+        let Some(more) = self.bytes_more(&key, &reading).filter(|more| self.bytes + more <= MAX_BYTES) else {
             self.dropped += 1;
             return;
+        };
+        self.bytes += more;
+        let aggregate = self.series.entry(key).or_insert_with(|| match reading {
+            Reading::Count(_) => Aggregate::Sum(0.0),
+            Reading::Level { .. } => Aggregate::Last(0.0),
+            Reading::Time { .. } => Aggregate::Values(BTreeMap::new()),
+            Reading::Member(_) => Aggregate::Members(BTreeSet::new()),
+        });
+        match (aggregate, reading) {
+            (Aggregate::Sum(sum), Reading::Count(count)) => *sum += count,
+            (Aggregate::Last(level), Reading::Level { value, step }) => *level = value + if step { *level } else { 0.0 },
+            (Aggregate::Values(values), Reading::Time { value, weight }) => *values.entry(value.to_bits()).or_default() += weight,
+            (Aggregate::Members(members), Reading::Member(member)) => drop(members.insert(member)),
+            _ => unreachable!("the key has the kind"),
         }
-        match reading {
-            Reading::Count(count) => match self.series.entry(key).or_insert(Aggregate::Sum(0.0)) {
-                Aggregate::Sum(sum) => *sum += count,
-                _ => unreachable!("the key has the kind"),
-            },
-            Reading::Level { value, step } => match self.series.entry(key).or_insert(Aggregate::Last(0.0)) {
-                Aggregate::Last(level) => *level = value + if step { *level } else { 0.0 },
-                _ => unreachable!("the key has the kind"),
-            },
-            Reading::Time { value, weight } => {
-                let Aggregate::Values(values) = self.series.entry(key).or_insert_with(|| Aggregate::Values(BTreeMap::new())) else {
-                    unreachable!("the key has the kind")
-                };
-                if values.len() < MAX_VALUES || values.contains_key(&value.to_bits()) {
-                    *values.entry(value.to_bits()).or_default() += weight;
-                } else {
-                    self.dropped += 1;
-                }
+    }
+
+    /// What a reading takes that is not there yet; `None` where its series, or one more series, has no room.
+    fn bytes_more(&self, key: &Key, reading: &Reading) -> Option<usize> {
+        let Some(aggregate) = self.series.get(key) else {
+            let (_, name, tags) = key;
+            let texts = name.len() + tags.iter().map(|(key, value)| OVERHEAD + key.len() + value.len()).sum::<usize>();
+            let member = if let Reading::Member(member) = reading { member.len() } else { 0 };
+            return (self.series.len() < MAX_SERIES).then_some(2 * OVERHEAD + texts + member);
+        };
+        match (aggregate, reading) {
+            (Aggregate::Values(values), Reading::Time { value, .. }) if !values.contains_key(&value.to_bits()) => {
+                (values.len() < MAX_VALUES).then_some(OVERHEAD)
             }
-            Reading::Member(member) => {
-                let Aggregate::Members(members) = self.series.entry(key).or_insert_with(|| Aggregate::Members(BTreeSet::new())) else {
-                    unreachable!("the key has the kind")
-                };
-                if members.len() < MAX_VALUES {
-                    members.insert(member);
-                } else if !members.contains(&member) {
-                    self.dropped += 1;
-                }
+            (Aggregate::Members(members), Reading::Member(member)) if !members.contains(member) => {
+                (members.len() < MAX_VALUES).then_some(OVERHEAD + member.len())
             }
+            _ => Some(0),
         }
     }
 
     /// The documents of a tick; counting begins anew. `labels` are members of each document (node, cluster) that are no dimensions.
     pub fn documents(&mut self, wall_ms: i64, labels: &[(&str, &str)]) -> Vec<String> {
         let mut out = Vec::new();
+        self.bytes = 0;
         for ((kind, name, tags), aggregate) in std::mem::take(&mut self.series) {
             let values: Vec<Value> = match aggregate {
                 Aggregate::Sum(value) | Aggregate::Last(value) => emf::number(value).into_iter().collect(),
@@ -217,7 +226,7 @@ fn reading(value: &str, kind: &str, rate: f64) -> Option<(Kind, Reading)> {
 
 /// CloudWatch has no empty dimensions, and no longer ones.
 fn is_tag(key: &str, value: &str) -> bool {
-    !key.is_empty() && (1..=1024).contains(&value.len())
+    (1..=255).contains(&key.len()) && (1..=1024).contains(&value.len())
 }
 
 /// `key:value,flag`: a tag without value has the value `<empty>`.
@@ -242,6 +251,20 @@ mod tests {
         let found: Vec<_> = documents.iter().filter_map(|document| document.get(name)).collect();
         assert_eq!(found.len(), 1, "{name} in {documents:?}");
         found[0].clone()
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_in_bytes() {
+        let mut statsd = Statsd::default();
+        let long = "v".repeat(1_000);
+        for number in 0..9_000 {
+            statsd.packet(format!("m{number}:1|c|#a:{long},b:{long},c:{long}\nusers:{number}{long}{long}|s").as_bytes());
+        }
+        assert!(statsd.dropped > 0 && statsd.bytes <= MAX_BYTES);
+        let told = documents(&mut statsd);
+        assert!((3_000..9_000).contains(&told.len()), "{}", told.len());
+        statsd.packet(b"after:1|c");
+        assert_eq!(value(&documents(&mut statsd), "after"), 1, "a tick later there is room");
     }
 
     #[test]

@@ -609,7 +609,10 @@ impl Engine {
                 by_name: binding.egress.is_some_and(|set| self.interned.is_by_name(set)),
             };
             if let Some(old) = old {
-                let mut revokes = |before, after| *known.entry((before, after)).or_insert_with(|| self.revokes(before, after, moved));
+                // What audit let pass has flows too: whatever is decided otherwise may revoke them.
+                let audit = old.audit;
+                let mut revokes =
+                    |before, after| *known.entry((before, after, audit)).or_insert_with(|| self.revokes((before, after), audit, moved));
                 let revoked = [(old.ingress, binding.ingress), (old.egress, binding.egress)];
                 if revoked.into_iter().any(|(before, after)| revokes(before, after)) || (old.audit && !endpoint.audit) {
                     endpoint.revision = old.revision.wrapping_add(1);
@@ -623,8 +626,9 @@ impl Engine {
         changed
     }
 
-    /// Whether something that was allowed is not any more, for an endpoint whose set was `before` and becomes `after`.
-    fn revokes(&self, before: Option<u32>, after: Option<u32>, moved: &Pairs) -> bool {
+    /// Whether something that passed does not any more, for an endpoint whose set was `before` and becomes `after`; where it was audited,
+    /// whether anything is decided otherwise.
+    fn revokes(&self, (before, after): (Option<u32>, Option<u32>), audit: bool, moved: &Pairs) -> bool {
         let Some(after) = after else { return false };
         let Some(before) = before else { return true };
         let stationary = (before != after)
@@ -635,7 +639,13 @@ impl Engine {
         let pairs = stationary.map(|identity| (identity, identity)).chain(moved.iter().copied());
         // What is not known (from before a restart) may have been allowed.
         let within = |(from, to)| match (self.interned.decide(before, from), self.interned.decide(after, to)) {
-            (Some(old), Some(new)) => old.is_within(&new),
+            (Some(old), Some(new)) => {
+                if audit {
+                    old == new
+                } else {
+                    old.is_within(&new)
+                }
+            }
             _ => false,
         };
         !pairs.into_iter().all(within)
@@ -1133,6 +1143,14 @@ mod tests {
         assert!(from("192.168.1.2", 80), "allowed");
         assert!(from("192.168.1.2", 81), "the NetworkPolicy's isolation is only told");
         assert!(!from("192.168.1.3", 80), "the Admin tier denies");
+        // What is let through has flows, which the Admin tier's later denial ends.
+        let revision = |engine: &Engine| engine.image().endpoints[&Slot(1)].revision;
+        let before = revision(&engine);
+        let allows_more = POLICY.replace(r#""port":80"#, r#""port":80,"endPort":90"#);
+        engine.set_cluster(&cluster(&[&audited, &allows_more, BY_NAMESPACE]));
+        engine.set_cluster(&cluster(&[&audited, &allows_more, &BY_NAMESPACE.replace(r#""pod":"c""#, r#""pod":"b""#)]));
+        let from = |peer: &str, port| image_allows(engine.image(), Slot(1), Direction::Ingress, peer.parse().unwrap(), 6, port);
+        assert!(!from("192.168.1.2", 81) && revision(&engine) > before);
         // Behind a service, one backend that only isolation denies and one that the Admin tier does.
         let egress = BY_NAMESPACE.replace("ingress", "egress").replace("from", "to");
         let isolates = POLICY.replace(r#""ingress":"#, r#""policyTypes":["Egress"],"ingress":"#);

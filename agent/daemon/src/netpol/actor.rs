@@ -613,7 +613,11 @@ impl Actor {
                 self.slots.cooled();
                 self.live = collected.live;
                 self.families = collected.families;
-                self.forget_names(&collected.remotes);
+                // Flows that another agent's programs let through are told by the kernel once policies are in force: what is open is not
+                // known before.
+                if self.synced && self.unseeded == 0 {
+                    self.forget_names(&collected.remotes);
+                }
             }
             Err(cause) => self.fail("cannot collect idle flows", &cause),
         }
