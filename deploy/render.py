@@ -121,6 +121,7 @@ def what_the_chart_sets_for_a_container_stands_over_the_environment_that_is_give
         "HOST_CNI_BIN_PATH": "/opt/cni/bin",
         "HOST_CNI_CONFDIR_PATH": "/etc/cni/net.d",
         "MY_NODE_NAME": "x",
+        "MY_POD_NAME": "x",
         "CLUSTER_NAME": "x",
         "CLUSTER_ENDPOINT": "x",
         "STANCHION_STARTUP_TAINT": "x",
@@ -136,6 +137,7 @@ def what_the_chart_sets_for_a_container_stands_over_the_environment_that_is_give
         assert (network["HOST_CNI_BIN_PATH"], network["HOST_CNI_CONFDIR_PATH"]) == ("/host/opt/cni/bin", "/host/etc/cni/net.d"), network
         for environment in [telemetry, network, rendered.environment("install")]:
             assert environment["MY_NODE_NAME"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+            assert environment["MY_POD_NAME"] == {"fieldRef": {"fieldPath": "metadata.name"}}
             assert environment["CLUSTER_NAME"] == "c" and environment["CLUSTER_ENDPOINT"] == "https://e", environment
             assert environment["STANCHION_STARTUP_TAINT"] == "t" and environment["STANCHION_NODE_CONDITION"] == "true", environment
 

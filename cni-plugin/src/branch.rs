@@ -40,11 +40,14 @@ pub(crate) fn of_reply(reply: &AddNetworkReply) -> Result<Option<BranchLink>, St
     Err(format!("a branch ENI is one attachment with table {}", branch_route_table(vlan_id)))
 }
 
-/// Makes the branch's interface and its table's routes. What an earlier pod with this VLAN id left goes first; an interface with the branch's own
-/// Ethernet address is that of an earlier sandbox of this pod and stays.
+/// Makes the branch's interface and its table's routes. What an earlier pod with this VLAN id left goes first, and what an earlier sandbox of this
+/// pod had by another; an interface with the branch's own Ethernet address is that of an earlier sandbox of this pod and stays.
 pub(crate) fn connect(host: &mut Netlink, plan: &PodPlan) -> Result<(), CniError> {
     let Some(link) = &plan.branch else { return Ok(()) };
     remove_rules(host, link.vlan_id)?;
+    if link.strict {
+        remove_other_branches(host, &plan.host_if, link.vlan_id)?;
+    }
     let observed = HostObserved { links: host.links().map_err(|error| kernel_error(&error))?, ..HostObserved::default() };
     let present = observed.link_named(&link.if_name());
     let index = match present {
@@ -88,7 +91,9 @@ pub(crate) fn of_rules(host: &mut Netlink, host_ifs: &[String], addresses: &[IpA
     for rule in host.rules().map_err(|error| kernel_error(&error))? {
         let Some(vlan_id) = vlan_of_table(rule.table) else { continue };
         let own = match (rule.priority, &rule.iif, rule.from) {
-            (PRIORITY_BRANCH, Some(iif), _) => host_ifs.contains(iif) && host.link(iif).map_err(|error| kernel_error(&error))?.is_none(),
+            (PRIORITY_BRANCH, Some(iif), _) => {
+                host_ifs.contains(iif) && !leads_to(host, rule.table, iif).map_err(|error| kernel_error(&error))?
+            }
             (PRIORITY_FROM_POD, _, Some(from)) => addresses.contains(&from.addr()),
             _ => false,
         };
@@ -114,11 +119,32 @@ fn serves_a_pod(host: &mut Netlink, vlan_id: u16) -> Result<bool, NetlinkError> 
         addresses.extend(rule.from);
     }
     for host_if in host_ifs {
-        if host.link(&host_if)?.is_some() {
+        if leads_to(host, branch_route_table(vlan_id), &host_if)? {
             return Ok(true);
         }
     }
     Ok(!addresses.is_empty() && host.routes()?.iter().any(|route| addresses.contains(&route.dst)))
+}
+
+/// The veth is there and the table has its pod's route, which an ADD writes before the rules. A rule alone does not tell: it takes in whatever
+/// interface comes by that name, as that of a newer sandbox of the pod on another branch.
+fn leads_to(host: &mut Netlink, table: u32, host_if: &str) -> Result<bool, NetlinkError> {
+    let Some(facts) = host.link(host_if)? else { return Ok(false) };
+    Ok(host.routes()?.iter().any(|route| route.table == table && route.index == facts.link.index))
+}
+
+/// Rules that lead what comes in by this veth to the branch of an earlier sandbox stand before the new ones; they go, and that branch with them.
+fn remove_other_branches(host: &mut Netlink, host_if: &str, vlan_id: u16) -> Result<(), CniError> {
+    for rule in host.rules().map_err(|error| kernel_error(&error))? {
+        let other = vlan_of_table(rule.table).filter(|other| *other != vlan_id && rule.priority == PRIORITY_BRANCH);
+        if let (Some(other), Some(iif)) = (other, &rule.iif)
+            && iif == host_if
+        {
+            host.delete_rule(&rule).map_err(|error| kernel_error(&error))?;
+            remove(host, other)?;
+        }
+    }
+    Ok(())
 }
 
 fn remove_rules(host: &mut Netlink, vlan_id: u16) -> Result<(), CniError> {

@@ -127,6 +127,8 @@ pub struct WorldSpec {
     pub latency: Duration,
     /// Environment variables.
     pub env: BTreeMap<String, String>,
+    /// Where the primary ENI is attached.
+    pub device_index: u16,
 }
 
 impl WorldSpec {
@@ -138,6 +140,7 @@ impl WorldSpec {
             timing: Timing::default(),
             latency: Duration::from_millis(100),
             env: env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            device_index: 0,
         }
     }
 }
@@ -196,7 +199,8 @@ impl World {
         }
         let subnet = cloud.add_subnet(described);
         let instance = InstanceId::from("i-0000000000000000a");
-        cloud.run_instance(InstanceSpec { id: instance.clone(), ipv6, ..InstanceSpec::new("i-0", &spec.instance_type, &subnet) });
+        let launched = InstanceSpec::new("i-0", &spec.instance_type, &subnet);
+        cloud.run_instance(InstanceSpec { id: instance.clone(), ipv6, device_index: spec.device_index, ..launched });
         prepare(&cloud, &subnet);
         Self::start_on(cloud, subnet, instance, spec)
     }

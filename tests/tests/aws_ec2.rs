@@ -9,7 +9,7 @@ use std::time::Duration;
 use aws_common::{Bed, SUBNET, bed, bed_with};
 use ipnet::IpNet;
 use stanchion_core::cloud::{AddressRequest, ConnectionTracking, CreateEni, Ec2Api as _, Ec2Error, Eni, EniKind};
-use stanchion_core::ids::{AttachmentId, EniId};
+use stanchion_core::ids::{AttachmentId, EniId, SecurityGroupId};
 use stanchion_lab::fake_aws::{
     ApiError, Bucket, Chaos, CloudConfig, DirectEc2, Effect, EniEvent, Fault, InstanceSpec, Placement, SubnetSpec, Timing,
 };
@@ -220,6 +220,15 @@ async fn lists_are_read_to_their_last_page() {
     let subnets = bed.ec2.describe_subnets(&bed.vpc, "eu-west-1a").await.unwrap();
     assert_eq!(subnets.len(), 21);
     assert!(subnets.iter().all(|subnet| subnet.availability_zone == "eu-west-1a" && subnet.available_addresses > 200));
+    for n in 0..20 {
+        let group = SecurityGroupId::new(format!("sg-{n:02}"));
+        bed.cloud.add_security_group(group.clone());
+        bed.cloud.tag_security_group(&group, "role", if n % 2 == 0 { "1" } else { "0" });
+    }
+    let tagged = bed.ec2.describe_security_groups(&bed.vpc, ("role", "1")).await.unwrap();
+    assert_eq!(tagged.iter().map(SecurityGroupId::as_str).collect::<Vec<_>>()[..2], ["sg-00", "sg-02"]);
+    assert_eq!((tagged.len(), bed.cloud.count("DescribeSecurityGroups")), (10, 2));
+    assert_eq!(bed.ec2.describe_security_groups(&"vpc-other".into(), ("role", "1")).await.unwrap(), []);
     assert_eq!(bed.ec2.describe_enis(&[]).await.unwrap(), [], "no id is no ENI, not every ENI");
 }
 

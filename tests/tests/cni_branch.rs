@@ -23,19 +23,28 @@ async fn site(mode: &str) -> Site {
 }
 
 fn give_branch(site: &Site, mode: &str) {
+    give_branch_of(site, mode, 7, BRANCH_MAC);
+}
+
+/// The agent gives VLAN n and 10.0.n.9 next.
+fn give_branch_of(site: &Site, mode: &str, vlan_id: u32, mac: &str) {
     let mut script = site.script.lock().unwrap();
-    script.free.push_front(attachment("10.0.7.9", 107));
+    script.free.push_front(attachment(&format!("10.0.{vlan_id}.9"), 100 + vlan_id));
     script.branch = Some(wire::BranchEni {
-        vlan_id: 7,
-        mac: BRANCH_MAC.to_owned(),
-        subnet_gateway: "10.0.7.1".to_owned(),
+        vlan_id,
+        mac: mac.to_owned(),
+        subnet_gateway: format!("10.0.{vlan_id}.1"),
         enforcing_mode: mode.to_owned(),
         trunk_mac: TRUNK_MAC.to_owned(),
     });
 }
 
 fn stand_in(site: &Site) {
-    run(&site.node.0, &format!("ip link add vlan.eth.7 address {BRANCH_MAC} type bridge"));
+    stand_in_for(site, 7, BRANCH_MAC);
+}
+
+fn stand_in_for(site: &Site, vlan_id: u32, mac: &str) {
+    run(&site.node.0, &format!("ip link add vlan.eth.{vlan_id} address {mac} type bridge"));
 }
 
 fn host_if(pod: &Pod, mode: &str) -> String {
@@ -137,6 +146,47 @@ async fn a_late_delete_of_an_earlier_sandbox_leaves_the_branch_to_the_new_one() 
             assert!(del.ok, "{mode}: {del:?}");
             assert_eq!((branch_state(&site), site.picture()), living, "{mode}");
         }
+    }
+}
+
+/// A StatefulSet's pod that was deleted by force has a branch of its own before the runtime has ended its first sandbox, and the same veth's name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_comes_back_with_another_branch_leaves_by_that_one() {
+    const NEXT_MAC: &str = "02:00:00:00:00:78";
+    for mode in ["strict", "standard"] {
+        let site = site(mode).await;
+        let before = site.picture();
+        stand_in(&site);
+        let (old, new) = (site.pod("guarded"), site.pod("guarded"));
+        let first = site.add(&old).await;
+        give_branch_of(&site, mode, 8, NEXT_MAC);
+        stand_in_for(&site, 8, NEXT_MAC);
+        let second = site.add(&new).await;
+        let veth = host_if(&new, mode);
+        let own = if mode == "strict" {
+            ["10 iif vlan.eth.8 108".to_owned(), format!("10 iif {veth} 108")]
+        } else {
+            ["1536 from 10.0.8.9 108".to_owned(), "512 to 10.0.8.9 main".to_owned()]
+        };
+        let living = |site: &Site| {
+            let (rules, _) = branch_state(site);
+            own.iter().all(|rule| rules.contains(rule)) && !rules.contains(&format!("10 iif {veth} 107"))
+        };
+        assert!(living(&site), "{mode}: {:?}", branch_state(&site));
+        for extra in [json!({"prevResult": first}), json!({})] {
+            // As an older plugin has left it.
+            if mode == "strict" {
+                run(&site.node.0, &format!("ip rule add pref 10 iif {veth} lookup 107"));
+                stand_in(&site);
+            }
+            let del = site.call("DEL", &old, extra).await;
+            assert!(del.ok && living(&site), "{mode}: {del:?} {:?}", branch_state(&site));
+            assert_eq!(branch_state(&site).0, own, "{mode}: nothing of the first branch is left");
+            assert!(!ip(&site.node.0, &["link"]).to_string().contains("vlan.eth.7"), "{mode}");
+        }
+        let del = site.call("DEL", &new, json!({"prevResult": second})).await;
+        assert!(del.ok, "{mode}: {del:?}");
+        assert_eq!(site.picture(), before, "{mode}");
     }
 }
 

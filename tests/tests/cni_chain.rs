@@ -157,8 +157,9 @@ async fn a_pod_of_an_ipv6_cluster_gets_an_interface_for_ipv4() {
     let addresses = reserved(EgressFamily::V4, "aws-cni", &pod.container);
     let [address] = &addresses[..] else { panic!("{addresses:?}") };
     let inside = ip(&pod.netns.0, &["addr", "show", "v4if0"]);
-    assert_eq!(inside[0]["addr_info"][0]["local"], address.as_str());
+    assert_eq!((&inside[0]["addr_info"][0]["local"], &inside[0]["addr_info"][0]["prefixlen"]), (&json!(address), &json!(22)));
     let routes = ip(&pod.netns.0, &["route"]);
+    assert!(!routes.as_array().unwrap().iter().any(|route| route["dst"] == "169.254.172.0/22"), "{routes}");
     assert_eq!((&routes[0]["dst"], &routes[0]["dev"]), (&json!("default"), &json!("v4if0")));
     assert_eq!(result["ips"][1], json!({"address": format!("{address}/32"), "gateway": "169.254.1.1", "interface": 3}));
     assert_eq!((&result["interfaces"][1]["name"], &result["interfaces"][3]["name"]), (&json!("eth0"), &json!("v4if0")));
@@ -191,6 +192,7 @@ async fn a_pod_of_an_ipv4_cluster_gets_an_interface_for_ipv6_and_gc_frees_what_w
     assert!(site.call("ADD", &lost, json!({"name": network})).await.ok);
     let inside = ip(&pod.netns.0, &["-6", "addr", "show", "dev", "v6if0", "scope", "global"]);
     let address = inside[0]["addr_info"][0]["local"].as_str().unwrap().to_owned();
+    assert_eq!(inside[0]["addr_info"][0]["prefixlen"], 118, "as aws-node's, whose tests read it");
     assert_eq!(reserved(EgressFamily::V6, &network, &pod.container), std::slice::from_ref(&address));
     assert!(address.starts_with("fd00::ac:"), "{address}");
     let routes = ip(&pod.netns.0, &["-6", "route", "show", "default"]);

@@ -705,3 +705,132 @@ async fn what_the_host_refuses_for_good_is_told_once_and_tried_every_quarter_of_
     assert_eq!(told(&world), 3, "what comes back is told again");
     world.stop().await;
 }
+
+/// A /24 of the node's zone with this tag `kubernetes.io/role/cni`.
+fn subnet_with_role(id: &str, role: &str) -> stanchion_lab::fake_aws::SubnetSpec {
+    let mut subnet = stanchion_lab::fake_aws::SubnetSpec::new(id, "eu-west-1a", "10.0.64.0/24".parse().expect("CIDR"));
+    subnet.tags.insert("kubernetes.io/role/cni".to_owned(), role.to_owned());
+    subnet
+}
+
+/// Tags may have been set in the minutes since the list was read last.
+#[tokio::test(start_paused = true)]
+async fn an_eni_is_made_where_the_tags_of_now_let_it() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]));
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 20).await;
+    let other = world.cloud.add_subnet(subnet_with_role("subnet-0b", "1"));
+    world.cloud.tag_subnet(&world.subnet, "kubernetes.io/role/cni", "0");
+    world.cloud.clear_calls();
+    for n in 0..10 {
+        world.add(&format!("pod-{n}"), SECOND * 10).await.expect("served");
+    }
+    world.settle(SECOND * 20).await;
+    let enis = world.cloud.enis_of(&world.instance);
+    assert!(enis.len() > 1 && enis.iter().skip(1).all(|eni| eni.subnet == other), "{enis:?}");
+    assert!(world.cloud.count("DescribeSubnets") <= 2, "{}", world.cloud.count("DescribeSubnets"));
+    // EC2 does not answer: what is known is what there is.
+    world.cloud.inject(Fault::always("DescribeSubnets", Effect::Delay(SECOND * 3_600)));
+    tokio::time::sleep(SECOND * 60).await;
+    let asked = tokio::time::Instant::now();
+    for n in 10..20 {
+        world.add(&format!("pod-{n}"), SECOND * 10).await.expect("served");
+    }
+    assert!(asked.elapsed() < SECOND * 10, "{:?}", asked.elapsed());
+    world.stop().await;
+}
+
+/// As aws-node has it since 1.22: the groups of the VPC that are tagged for pods, on ENIs outside the node's subnet.
+#[tokio::test(start_paused = true)]
+async fn enis_in_a_discovered_subnet_have_the_security_groups_that_are_tagged_for_pods() {
+    const ROLE: &str = "kubernetes.io/role/cni";
+    let tagged = stanchion_core::ids::SecurityGroupId::from("sg-pods");
+    let mut world = World::start_with(WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]), |cloud, subnet| {
+        cloud.add_subnet(subnet_with_role("subnet-0b", "1"));
+        cloud.tag_subnet(subnet, ROLE, "0");
+        cloud.tag_security_group(&"sg-pods".into(), ROLE, "1");
+    });
+    for n in 0..3 {
+        world.add(&format!("pod-{n}"), SECOND * 10).await.expect("served");
+    }
+    let groups = |world: &World| -> Vec<Vec<String>> {
+        let of = |eni: stanchion_core::cloud::Eni| eni.security_groups.iter().map(ToString::to_string).collect();
+        world.cloud.enis_of(&world.instance).into_iter().map(of).collect()
+    };
+    assert_eq!(groups(&world), [["sg-nodes"], ["sg-pods"]]);
+    let modified = |world: &World| world.cloud.calls().iter().filter(|call| call.action == "ModifyNetworkInterfaceAttribute").count();
+    assert_eq!(modified(&world), 1, "its end with the instance: it was made with them");
+    // Whoever may not ask leaves them as they are.
+    let denied = ApiError::with_status(403, "UnauthorizedOperation", "You are not authorized to perform this operation.");
+    world.cloud.inject(Fault::always("DescribeSecurityGroups", Effect::Error(denied.clone())));
+    world.restart();
+    world.handle.ready().await.expect("ready");
+    tokio::time::sleep(SECOND * 900).await;
+    assert_eq!((groups(&world)[1].as_slice(), modified(&world)), (&["sg-pods".to_owned()][..], 1));
+    assert!(world.cloud.count("DescribeSecurityGroups") < 10, "{}", world.cloud.count("DescribeSecurityGroups"));
+    world.cloud.clear_faults();
+    world.cloud.untag_security_group(&tagged, ROLE);
+    tokio::time::sleep(SECOND * 700).await;
+    assert_eq!(groups(&world), [["sg-nodes"], ["sg-nodes"]], "without such a group the node's");
+    world.cloud.tag_security_group(&tagged, ROLE, "1");
+    tokio::time::sleep(SECOND * 640).await;
+    assert_eq!(groups(&world), [["sg-nodes"], ["sg-pods"]]);
+    world.stop().await;
+
+    // Where all ENIs are in the node's subnet nobody asks.
+    let mut world = World::start(WorldSpec::new("m5.large", &[]));
+    for n in 0..12 {
+        world.add(&format!("pod-{n}"), SECOND * 10).await.expect("served");
+    }
+    tokio::time::sleep(SECOND * 900).await;
+    assert_eq!(world.cloud.count("DescribeSecurityGroups"), 0);
+    world.stop().await;
+}
+
+/// The type may be one that the resource controller gives no trunk.
+#[tokio::test(start_paused = true)]
+async fn an_eni_is_not_kept_for_a_trunk_for_ever_while_pods_wait() {
+    let mut world = World::start(WorldSpec::new("m5.large", &[("ENABLE_POD_ENI", "true")]));
+    for n in 0..18 {
+        world.add(&format!("pod-{n}"), SECOND * 10).await.expect("of two ENIs");
+    }
+    let why = world.add("early", SECOND * 10).await.expect_err("the third is for the trunk").to_string();
+    assert!(why.contains("kept for the trunk"), "{why}");
+    tokio::time::sleep(SECOND * 3_600).await;
+    assert_eq!(world.per_eni(), [9, 9], "as long as nobody waits it is kept");
+    world.add("late", SECOND * 10).await.expect("nobody has attached a trunk");
+    assert!(!world.handle.snapshot().wants_trunk);
+    world.stop().await;
+}
+
+/// An event is told for each shortage that lasts: one that is over must not be told for ever.
+#[tokio::test(start_paused = true)]
+async fn a_subnet_that_gives_again_is_not_said_to_be_exhausted() {
+    let mut spec = WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]);
+    spec.subnet = "10.0.16.0/28".parse().expect("CIDR");
+    let mut world = World::start(spec);
+    world.handle.ready().await.expect("ready");
+    world.settle(SECOND * 5).await;
+    let taken: Vec<std::net::Ipv4Addr> =
+        (4..15).map(|n| std::net::Ipv4Addr::new(10, 0, 16, n)).filter(|ip| world.cloud.owner_of((*ip).into()).is_none()).collect();
+    assert!(world.cloud.occupy(&world.subnet, taken.clone()));
+    world.add("a", SECOND).await.expect("the warm address");
+    world.add("b", SECOND * 2).await.expect_err("nothing is left");
+    assert_eq!(world.handle.snapshot().subnets.len(), 1);
+    world.cloud.vacate(&world.subnet, taken.clone());
+    world.add("c", SECOND * 60).await.expect("asked again after the pause");
+    world.settle(SECOND * 5).await;
+    assert_eq!(world.handle.snapshot().subnets, [], "it gives");
+    // Those that wanted more are gone before it gives.
+    assert!(
+        world.cloud.occupy(&world.subnet, taken.into_iter().filter(|ip| world.cloud.owner_of((*ip).into()).is_none()).collect::<Vec<_>>())
+    );
+    world.add("d", SECOND * 2).await.ok();
+    world.add("e", SECOND * 2).await.expect_err("nothing is left");
+    for name in ["a", "c", "d"] {
+        world.delete(name).await.expect("released");
+    }
+    tokio::time::sleep(SECOND * 1_500).await;
+    assert_eq!(world.handle.snapshot().subnets, [], "nobody has asked for long");
+    world.stop().await;
+}

@@ -140,6 +140,33 @@ async fn defect_05_an_excluded_subnet_gets_its_addresses_back_from_ec2() {
     world.stop().await;
 }
 
+/// All ENIs that the instance may have are in the subnet, and nothing new fits beside them.
+#[tokio::test(start_paused = true)]
+async fn defect_05_enis_of_an_excluded_subnet_leave_their_slots_to_pods_that_wait() {
+    let mut world = started("m5.large", &[]).await;
+    for n in 0..18 {
+        world.add(&format!("old-{n}"), SECOND * 60).await.expect("served");
+    }
+    world.settle(SECOND * 20).await;
+    assert_eq!(world.per_eni(), [9, 9, 9]);
+    world.cloud.tag_subnet(&world.subnet, "kubernetes.io/role/cni", "0");
+    let mut other = stanchion_lab::fake_aws::SubnetSpec::new("subnet-0b", "eu-west-1a", "10.0.64.0/24".parse().expect("CIDR"));
+    other.tags.insert("kubernetes.io/role/cni".to_owned(), "1".to_owned());
+    let other = world.cloud.add_subnet(other);
+    tokio::time::sleep(SECOND * 900).await;
+    for n in 0..18 {
+        world.delete(&format!("old-{n}")).await.expect("released");
+    }
+    // Longer than addresses cool down.
+    for n in 0..12 {
+        world.add(&format!("new-{n}"), SECOND * 120).await.expect("of the subnet that is for pods");
+    }
+    world.settle(SECOND * 100).await;
+    let enis = world.cloud.enis_of(&world.instance);
+    assert!(enis.len() == 3 && enis.iter().skip(1).all(|eni| eni.subnet == other), "{enis:?}");
+    world.stop().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn defect_06_ipv6_pods_keep_their_host_routes_after_a_restart() {
     let env = [("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "true"), ("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];

@@ -190,6 +190,8 @@ async fn a_subnet_that_takes_no_enis_does_not_hold_up_the_next() {
     world.handle.ready().await.expect("ready");
     world.settle(SECOND * 20).await;
     world.cloud.remove_subnet(&"subnet-big".into());
+    // The list of before is all that there is.
+    world.cloud.inject(Fault::once("DescribeSubnets", throttled()));
     for n in 0..9 {
         world.add(&format!("pod-{n}"), SECOND * 10).await.expect("of the primary ENI");
     }
@@ -199,7 +201,63 @@ async fn a_subnet_that_takes_no_enis_does_not_hold_up_the_next() {
     assert!(asked.elapsed() < SECOND * 3, "{:?}", asked.elapsed());
     world.settle(SECOND * 60).await;
     let refused = world.cloud.calls().iter().filter(|call| call.error.as_deref() == Some("InvalidSubnetID.NotFound")).count();
-    assert_eq!((refused, world.cloud.count("DescribeSubnets")), (1, 2), "the list is read anew, and the subnet is not in it");
+    assert_eq!((refused, world.cloud.count("DescribeSubnets")), (1, 3), "the list is read anew, and the subnet is not in it");
+    world.stop().await;
+}
+
+/// SageMaker HyperPod: IMDS and EC2 show the node's own ENI at index 1.
+#[tokio::test(start_paused = true)]
+async fn the_nodes_own_eni_is_its_own_wherever_it_is_attached() {
+    let mut world = World::start(WorldSpec { device_index: 1, ..WorldSpec::new("m5.large", &[]) });
+    let own = world.cloud.enis_of(&world.instance)[0].clone();
+    for restarted in [false, true] {
+        if restarted {
+            world.restart();
+        }
+        for n in 0..12 {
+            let served = world.add(&format!("pod-{n}"), SECOND * 60).await.expect("served").attachments[0].clone();
+            let main = (0, 254);
+            assert_eq!((served.device_index, served.route_table) == main, served.eni == own.id, "pod-{n}: {served:?}");
+        }
+        world.settle(SECOND * 60).await;
+        let roles: Vec<_> = world.host.plan().enis.into_iter().map(|eni| (eni.mac == own.mac, eni.role)).collect();
+        assert!(roles.iter().all(|(is_own, role)| *is_own == (*role == EniRole::Primary)), "{roles:?}");
+        let indexes: Vec<_> =
+            world.cloud.enis_of(&world.instance).iter().filter_map(|eni| Some(eni.attachment.as_ref()?.device_index)).collect();
+        assert_eq!(indexes, [1, 2, 3], "one that is taken is not asked for");
+        for n in 0..12 {
+            world.delete(&format!("pod-{n}")).await.expect("released").expect("held");
+        }
+        tokio::time::sleep(SECOND * 600).await;
+        assert_eq!(world.cloud.enis_of(&world.instance)[0].id, own.id, "it is never given back");
+    }
+    let refused: Vec<_> = world.cloud.calls().into_iter().filter(|call| call.error.is_some()).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+    world.stop().await;
+}
+
+/// A node that waits for its trunk looks every few seconds, an account that throttles is asked less and less.
+#[tokio::test(start_paused = true)]
+async fn ec2_that_throttles_is_not_asked_at_every_look() {
+    let mut world = World::start(WorldSpec::new("m5.xlarge", &[("ENABLE_POD_ENI", "true"), ("WARM_ENI_TARGET", "2")]));
+    world.handle.ready().await.expect("ready");
+    // Between two looks.
+    tokio::time::sleep(SECOND * 123).await;
+    // The node's security groups change, and IMDS shows an ENI that is not known.
+    let primary = world.cloud.enis_of(&world.instance)[0].id.clone();
+    let by_hand = DirectEc2::new(&world.cloud, Duration::ZERO);
+    by_hand.set_security_groups(&primary, &["sg-pods".into()]).await.expect("changed");
+    world.cloud.inject(Fault::always("DescribeNetworkInterfaces", throttled()));
+    world.cloud.inject(Fault::always("ModifyNetworkInterfaceAttribute", throttled()));
+    let unknown = attached_by_hand(&world, 2, &[]).await.id;
+    world.cloud.clear_calls();
+    tokio::time::sleep(SECOND * 3_600).await;
+    let (described, modified) = (world.cloud.count("DescribeNetworkInterfaces"), world.cloud.count("ModifyNetworkInterfaceAttribute"));
+    assert!((20..=70).contains(&described), "{described} in an hour");
+    assert!((4..=20).contains(&modified), "{modified} in an hour");
+    world.cloud.clear_faults();
+    tokio::time::sleep(SECOND * 120).await;
+    assert!(world.handle.snapshot().enis.iter().any(|eni| eni.id == unknown), "found once EC2 answers");
     world.stop().await;
 }
 

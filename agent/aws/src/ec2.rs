@@ -111,6 +111,24 @@ impl Ec2Api for SdkEc2 {
         }
     }
 
+    async fn describe_security_groups(&self, vpc: &VpcId, (key, value): (&str, &str)) -> Result<Vec<SecurityGroupId>, Ec2Error> {
+        let action = Ec2Action::DescribeSecurityGroups;
+        let filters = vec![filter("vpc-id", [vpc.as_str()]), filter(format!("tag:{key}"), [value])];
+        let request = self.sdk().describe_security_groups().max_results(PAGE).set_filters(Some(filters));
+        let mut groups = Vec::new();
+        let mut token: Option<String> = None;
+        loop {
+            let reply = request.clone().set_next_token(token.clone()).send().await.map_err(|e| self.failed(action, e))?;
+            for group in reply.security_groups() {
+                groups.push(need("groupId", group.group_id()).map(SecurityGroupId::from).map_err(|bad| unreadable(action, &bad))?);
+            }
+            token = next_page(action, token, reply.next_token)?;
+            if token.is_none() {
+                return Ok(groups);
+            }
+        }
+    }
+
     async fn describe_instance_type(&self, instance_type: &str) -> Result<InstanceLimits, Ec2Error> {
         let action = Ec2Action::DescribeInstanceTypes;
         let request = self.sdk().describe_instance_types().instance_types(InstanceType::from(instance_type));

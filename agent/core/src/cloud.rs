@@ -26,6 +26,8 @@ pub enum Ec2Action {
     DescribeNetworkInterfaces,
     /// Subnets for new ENIs.
     DescribeSubnets,
+    /// Security groups of ENIs in other subnets than the node's.
+    DescribeSecurityGroups,
     /// A new ENI.
     CreateNetworkInterface,
     /// Attaching it.
@@ -50,11 +52,12 @@ pub enum Ec2Action {
 
 impl Ec2Action {
     /// Every action, in a stable order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::DescribeInstances,
         Self::DescribeInstanceTypes,
         Self::DescribeNetworkInterfaces,
         Self::DescribeSubnets,
+        Self::DescribeSecurityGroups,
         Self::CreateNetworkInterface,
         Self::AttachNetworkInterface,
         Self::ModifyNetworkInterfaceAttribute,
@@ -307,6 +310,12 @@ pub trait Ec2Api: Send + Sync + 'static {
     fn describe_leaked(&self, vpc: &VpcId, tags: &BTreeMap<String, String>) -> impl Future<Output = Result<Vec<Eni>, Ec2Error>> + Send;
     /// Subnets of the VPC in the zone, those without an IPv4 range left out.
     fn describe_subnets(&self, vpc: &VpcId, zone: &str) -> impl Future<Output = Result<Vec<Subnet>, Ec2Error>> + Send;
+    /// Security groups of the VPC that have a tag with this value.
+    fn describe_security_groups(
+        &self,
+        vpc: &VpcId,
+        tag: (&str, &str),
+    ) -> impl Future<Output = Result<Vec<SecurityGroupId>, Ec2Error>> + Send;
     /// Limits of an instance type.
     fn describe_instance_type(&self, instance_type: &str) -> impl Future<Output = Result<crate::limits::InstanceLimits, Ec2Error>> + Send;
     /// Creates an ENI; the same `client_token` gives the same ENI.

@@ -41,10 +41,13 @@ container (a dict, the second argument), for all of them, extraEnv (its last ent
 {{- with $values.startupTaint }}{{ $_ := set $own "STANCHION_STARTUP_TAINT" . }}{{ end -}}
 {{- if $values.nodeCondition }}{{ $_ := set $own "STANCHION_NODE_CONDITION" "true" }}{{ end -}}
 - {name: MY_NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
+- {name: MY_POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: MY_POD_NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+- {name: MY_POD_UID, valueFrom: {fieldRef: {fieldPath: metadata.uid}}}
 {{- range $name, $value := $own }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
-{{- $taken := set $own "MY_NODE_NAME" "" }}
+{{- $taken := set (set (set (set $own "MY_NODE_NAME" "") "MY_POD_NAME" "") "MY_POD_NAMESPACE" "") "MY_POD_UID" "" }}
 {{- $extra := list }}
 {{- range reverse (default list $values.extraEnv) }}
 {{- if not (hasKey $taken .name) }}

@@ -126,7 +126,7 @@ impl Cloud {
             attachment: Some(Attachment {
                 id: AttachmentId::new(attachment),
                 instance: spec.id.clone(),
-                device_index: 0,
+                device_index: spec.device_index,
                 network_card: card,
                 delete_on_termination: true,
             }),
@@ -137,6 +137,7 @@ impl Cloud {
         let view = InstanceView {
             id: spec.id.clone(),
             limits,
+            primary: eni.id.clone(),
             subnet: spec.subnet,
             availability_zone: described.availability_zone.clone(),
             tags: spec.tags,
@@ -167,6 +168,16 @@ impl Cloud {
     /// Makes a security group exist.
     pub fn add_security_group(&self, group: SecurityGroupId) {
         self.lock().config.security_groups.insert(group);
+    }
+
+    /// Sets a tag of a security group.
+    pub fn tag_security_group(&self, group: &SecurityGroupId, key: &str, value: &str) {
+        self.lock().group_tags.insert((group.clone(), key.to_owned()), value.to_owned());
+    }
+
+    /// Takes a tag off a security group.
+    pub fn untag_security_group(&self, group: &SecurityGroupId, key: &str) {
+        self.lock().group_tags.remove(&(group.clone(), key.to_owned()));
     }
 
     /// Somebody else takes addresses of the subnet; false when one of them is taken already.

@@ -104,6 +104,23 @@ impl Ec2Api for DirectEc2 {
         }
     }
 
+    async fn describe_security_groups(&self, vpc: &VpcId, (key, value): (&str, &str)) -> Result<Vec<SecurityGroupId>, Ec2Error> {
+        let filters = vec![filter("vpc-id", vpc.as_str()), filter(&format!("tag:{key}"), value)];
+        let mut page = Page::default();
+        let mut groups = Vec::new();
+        loop {
+            let call = Ec2Call::DescribeSecurityGroups { filters: filters.clone(), page };
+            let Ec2Reply::Groups { items, next_token } = self.call(Ec2Action::DescribeSecurityGroups, call).await? else {
+                unreachable!("Describe gives security groups")
+            };
+            groups.extend(items);
+            if next_token.is_none() {
+                return Ok(groups);
+            }
+            page = Page { max_results: None, next_token };
+        }
+    }
+
     async fn describe_instance_type(&self, instance_type: &str) -> Result<InstanceLimits, Ec2Error> {
         let call = Ec2Call::DescribeInstanceTypes { types: vec![instance_type.to_owned()], page: Page::default() };
         match self.call(Ec2Action::DescribeInstanceTypes, call).await? {
@@ -219,7 +236,7 @@ impl Imds for DirectImds {
         self.ask("/latest/meta-data/instance-id", |state| {
             let instance = state.instances.get(&self.instance).cloned().ok_or_else(not_running)?;
             let enis = state.seen_by_imds(&self.instance);
-            let (primary, _) = enis.iter().find(|(eni, _)| is_primary(eni)).ok_or_else(not_running)?;
+            let (primary, _) = enis.iter().find(|(eni, _)| eni.id == instance.primary).ok_or_else(not_running)?;
             Ok(InstanceIdentity {
                 instance: instance.id,
                 instance_type: instance.limits.instance_type,
@@ -249,10 +266,6 @@ impl Imds for DirectImds {
     async fn vpc_ipv6_cidrs(&self, _primary: Mac) -> Result<Vec<Ipv6Net>, ImdsError> {
         self.ask("/latest/meta-data/network/interfaces/macs/vpc-ipv6-cidr-blocks", |state| Ok(state.config.vpc_ipv6_cidrs.clone())).await
     }
-}
-
-fn is_primary(eni: &Eni) -> bool {
-    eni.attachment.as_ref().is_some_and(|a| a.device_index == 0)
 }
 
 fn imds_eni(state: &State, eni: &Eni) -> Option<ImdsEni> {

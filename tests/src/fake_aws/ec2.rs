@@ -35,6 +35,7 @@ pub struct Page {
 pub enum Ec2Call {
     DescribeNetworkInterfaces { ids: Vec<EniId>, filters: Vec<Filter>, page: Page },
     DescribeSubnets { ids: Vec<SubnetId>, filters: Vec<Filter>, page: Page },
+    DescribeSecurityGroups { filters: Vec<Filter>, page: Page },
     DescribeInstances { ids: Vec<InstanceId>, page: Page },
     DescribeInstanceTypes { types: Vec<String>, page: Page },
     CreateNetworkInterface(CreateEni),
@@ -61,6 +62,10 @@ pub enum Ec2Reply {
     },
     Subnets {
         items: Vec<Subnet>,
+        next_token: Option<String>,
+    },
+    Groups {
+        items: Vec<SecurityGroupId>,
         next_token: Option<String>,
     },
     Instances {
@@ -95,6 +100,7 @@ impl Ec2Call {
         match self {
             Self::DescribeNetworkInterfaces { .. } => "DescribeNetworkInterfaces",
             Self::DescribeSubnets { .. } => "DescribeSubnets",
+            Self::DescribeSecurityGroups { .. } => "DescribeSecurityGroups",
             Self::DescribeInstances { .. } => "DescribeInstances",
             Self::DescribeInstanceTypes { .. } => "DescribeInstanceTypes",
             Self::CreateNetworkInterface(_) => "CreateNetworkInterface",
@@ -116,6 +122,7 @@ impl State {
         match call {
             Ec2Call::DescribeNetworkInterfaces { ids, filters, page } => self.describe_enis(ids, filters, page),
             Ec2Call::DescribeSubnets { ids, filters, page } => self.describe_subnets(ids, filters, page),
+            Ec2Call::DescribeSecurityGroups { filters, page } => self.describe_groups(filters, page),
             Ec2Call::DescribeInstances { ids, page } => self.describe_instances(ids, page),
             Ec2Call::DescribeInstanceTypes { types, page } => self.describe_types(types, page),
             Ec2Call::CreateNetworkInterface(request) => self.create(request),

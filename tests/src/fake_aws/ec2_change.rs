@@ -161,7 +161,7 @@ impl State {
             .ok_or_else(|| not_found("InvalidAttachmentID.NotFound", "attachment ID", attachment.as_str()))?
             .clone();
         let Some(present) = &eni.attachment else { return Ok(Ec2Reply::Done) };
-        if present.device_index == 0 {
+        if self.instances.get(&present.instance).is_some_and(|instance| instance.primary == eni.id) {
             let message = "The network interface at device index 0 and networkCard index 0 cannot be detached.";
             return Err(ApiError::bad("OperationNotPermitted", message));
         }

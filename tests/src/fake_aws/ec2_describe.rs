@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use stanchion_core::cloud::{Eni, Subnet};
-use stanchion_core::ids::{EniId, InstanceId, SubnetId};
+use stanchion_core::ids::{EniId, InstanceId, SecurityGroupId, SubnetId};
 
 use super::ec2::{Ec2Reply, Filter, Page};
 use super::ec2_change::{invalid, not_found};
@@ -47,6 +47,22 @@ impl State {
             .collect();
         let (items, next_token) = self.page(items, page, !ids.is_empty())?;
         Ok(Ec2Reply::Subnets { items, next_token })
+    }
+
+    pub(super) fn describe_groups(&self, filters: &[Filter], page: &Page) -> Result<Ec2Reply, ApiError> {
+        let mut items: Vec<_> = self.config.security_groups.iter().cloned().collect();
+        for filter in filters {
+            match (filter.name.as_str(), filter.name.strip_prefix("tag:")) {
+                ("vpc-id", _) => items.retain(|_| any_of(&filter.values, self.config.vpc.as_str())),
+                (_, Some(key)) => {
+                    let tag = |group: &SecurityGroupId| self.group_tags.get(&(group.clone(), key.to_owned()));
+                    items.retain(|group| tag(group).is_some_and(|value| any_of(&filter.values, value)));
+                }
+                (name, None) => return Err(invalid(format!("The filter '{name}' is invalid"))),
+            }
+        }
+        let (items, next_token) = self.page(items, page, false)?;
+        Ok(Ec2Reply::Groups { items, next_token })
     }
 
     pub(super) fn describe_instances(&self, ids: &[InstanceId], page: &Page) -> Result<Ec2Reply, ApiError> {

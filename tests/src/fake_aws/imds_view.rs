@@ -22,7 +22,7 @@ impl State {
     fn imds_text(&self, instance: &InstanceId, path: &str) -> Option<String> {
         let view = self.instances.get(instance)?;
         let enis = self.seen_by_imds(instance);
-        let (primary, _) = enis.iter().find(|(eni, _)| eni.attachment.as_ref().is_some_and(|a| a.device_index == 0))?;
+        let (primary, _) = enis.iter().find(|(eni, _)| eni.id == view.primary)?;
         let zone = &view.availability_zone;
         Some(match path {
             "meta-data/instance-id" => view.id.to_string(),

@@ -128,6 +128,8 @@ pub struct InstanceSpec {
     pub security_groups: Vec<SecurityGroupId>,
     /// The primary ENI's address; chosen if none.
     pub primary_ipv4: Option<Ipv4Addr>,
+    /// Where the primary ENI is attached: 0, but on SageMaker HyperPod.
+    pub device_index: u16,
     /// Gives the primary ENI an IPv6 address.
     pub ipv6: bool,
     /// Tags.
@@ -143,6 +145,7 @@ impl InstanceSpec {
             subnet: subnet.clone(),
             security_groups: vec!["sg-nodes".into()],
             primary_ipv4: None,
+            device_index: 0,
             ipv6: false,
             tags: BTreeMap::new(),
         }
@@ -156,6 +159,8 @@ pub struct InstanceView {
     pub id: InstanceId,
     /// Limits of its type.
     pub limits: InstanceLimits,
+    /// The primary ENI.
+    pub primary: EniId,
     /// Of the primary ENI.
     pub subnet: SubnetId,
     /// `eu-west-1a`.
@@ -239,6 +244,8 @@ pub(super) struct State {
     pub(super) instances: BTreeMap<InstanceId, InstanceView>,
     /// Reply of the first CreateNetworkInterface with a token, and what it asked for.
     pub(super) tokens: BTreeMap<String, (String, Eni)>,
+    /// Tags of security groups, by group and key.
+    pub(super) group_tags: BTreeMap<(SecurityGroupId, String), String>,
     pub(super) hidden_from_imds: BTreeMap<EniId, Duration>,
     pub(super) faults: Faults,
     pub(super) calls: Vec<LoggedCall>,
@@ -297,6 +304,7 @@ impl State {
             enis: BTreeMap::new(),
             instances: BTreeMap::new(),
             tokens: BTreeMap::new(),
+            group_tags: BTreeMap::new(),
             hidden_from_imds: BTreeMap::new(),
             faults: Faults::default(),
             calls: Vec::new(),

@@ -46,6 +46,7 @@ fn read(action: &str, form: &Form) -> Result<Ec2Call, ApiError> {
             filters: form.filters()?,
             page: page()?,
         },
+        "DescribeSecurityGroups" => Ec2Call::DescribeSecurityGroups { filters: form.filters()?, page: page()? },
         "DescribeInstances" => {
             Ec2Call::DescribeInstances { ids: form.list("InstanceId").into_iter().map(InstanceId::new).collect(), page: page()? }
         }

@@ -53,6 +53,12 @@ pub(super) fn render(action: &str, reply: &Ec2Reply) -> String {
             xml.items("subnetSet", items, subnet);
             token(&mut xml, next_token.as_deref());
         }
+        Ec2Reply::Groups { items, next_token } => {
+            xml.items("securityGroupInfo", items, |xml, group| {
+                xml.text("ownerId", OWNER).text("groupId", group).text("groupName", "of-pods").text("groupDescription", "");
+            });
+            token(&mut xml, next_token.as_deref());
+        }
         Ec2Reply::Instances { items, next_token } => {
             xml.items("reservationSet", items, |xml, (instance, enis)| {
                 xml.text("reservationId", "r-0123456789abcdef0").text("ownerId", OWNER);

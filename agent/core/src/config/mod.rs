@@ -17,6 +17,7 @@ use serde::Serialize;
 
 pub use go::parse_bool;
 
+use crate::ids::PodName;
 use crate::metrics::insights::Selection;
 use crate::metrics::track::Figures;
 use crate::policy::engine::Source;
@@ -335,6 +336,8 @@ pub struct OperationsConfig {
     pub cluster_endpoint: String,
     /// This node's name; empty: the flag must say it.
     pub node_name: String,
+    /// This agent's pod with its uid; `None`: events about the agent are told on the node.
+    pub own_pod: Option<(PodName, String)>,
     /// EC2's endpoint; empty: `AWS_ENDPOINT_URL_EC2`, else the region's.
     pub ec2_endpoint: String,
     /// How long one request to EC2 may take; a longer one counts as a lost reply.

@@ -5,6 +5,7 @@ use super::{
     Config, ConfigError, FlowLogs, NetworkConfig, OperationsConfig, OtlpSign, PoolConfig, RecordLayout, Setting, TelemetryConfig,
     UNNAMED_CLUSTER,
 };
+use crate::ids::PodName;
 use crate::metrics::track::Figures;
 
 impl Config {
@@ -128,7 +129,11 @@ impl Config {
             scrape_rules: r.text("STANCHION_SCRAPE_RULES", "", "file of metric declarations for what was scraped"),
             statsd: r.text("STANCHION_STATSD_ADDRESS", "", "UDP address of the statsd listener; empty is none"),
         };
+        let pod_name = r.text("MY_POD_NAME", "", "this agent's pod, on which events about it are told");
+        let namespace = r.text("MY_POD_NAMESPACE", "", "that pod's namespace");
+        let uid = r.text("MY_POD_UID", "", "that pod's uid");
         let operations = OperationsConfig {
+            own_pod: (!pod_name.is_empty() && !namespace.is_empty()).then(|| (PodName::new(namespace, pod_name), uid)),
             log_level: r.text("AWS_VPC_K8S_CNI_LOGLEVEL", "info", "tracing filter, or an aws-node level"),
             disable_introspection: r.bool("DISABLE_INTROSPECTION", false, "no introspection listener"),
             disable_metrics: r.bool("DISABLE_METRICS", false, "no metrics listener"),
@@ -203,14 +208,13 @@ const FAMILIES: [&str; 13] = [
 const ELSEWHERE: [&str; 1] = ["STANCHION_SOCKET"];
 
 /// Variables that aws-node or its companions know and that mean nothing here; said once at start.
-pub(super) const MEANINGLESS: [(&str, &str); 11] = [
+pub(super) const MEANINGLESS: [(&str, &str); 10] = [
     ("ENABLE_NFTABLES", "nftables is always used"),
     ("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "deprecated upstream as well"),
     ("AWS_VPC_K8S_CNI_LOG_FILE", "the agent logs to stderr; the runtime keeps it"),
     ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
     ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", "egress is the one plugin's work; pluginLogFile has it"),
     ("VPC_CNI_VERSION", "the version is compiled in"),
-    ("MY_POD_NAME", "the agent does not ask for its own pod"),
     ("USE_CLOUDWATCH", "the metrics helper is a program of its own"),
     ("USE_PROMETHEUS", "the metrics helper is a program of its own"),
     ("AWS_CLUSTER_ID", "the metrics helper is a program of its own"),

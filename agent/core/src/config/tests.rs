@@ -210,7 +210,7 @@ const OF_AWS_NODE: [(&str, &str, Beside); 63] = [
     ("HTTP_TIMEOUT", "20", &[]),
     ("CLUSTER_ENDPOINT", "https://x", &[]),
     ("MY_NODE_NAME", "n", &[]),
-    ("MY_POD_NAME", "p", &[]),
+    ("MY_POD_NAME", "p", &[("MY_POD_NAMESPACE", "kube-system")]),
     ("VPC_CNI_VERSION", "v1", &[]),
     ("USE_CLOUDWATCH", "no", &[]),
     ("USE_PROMETHEUS", "true", &[]),

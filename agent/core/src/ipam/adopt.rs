@@ -31,6 +31,8 @@ const TAG_OWNER: (&str, &str) = ("eks:eni:owner", "amazon-vpc-cni");
 pub const DESCRIPTION_PREFIX: &str = "aws-K8S-";
 /// "0" keeps pods out of a subnet, anything else lets them in.
 const TAG_SUBNET_ROLE: &str = "kubernetes.io/role/cni";
+/// Security groups with this tag are those of ENIs in subnets that discovery found.
+pub const TAG_GROUP_ROLE: (&str, &str) = (TAG_SUBNET_ROLE, "1");
 /// Subnets with such a tag are for the named clusters only.
 const TAG_SUBNET_CLUSTER: &str = "cni.networking.k8s.aws/cluster/";
 
@@ -62,7 +64,7 @@ pub struct Adoption<'a> {
 impl Adoption<'_> {
     /// The role of an ENI; `ec2` is `None` when EC2 could not be asked.
     pub fn role(&self, imds: Option<&ImdsEni>, ec2: Option<&Eni>) -> EniRole {
-        let primary = imds.map(|eni| eni.mac).or(ec2.map(|eni| eni.mac)) == Some(self.identity.primary_mac);
+        let primary = self.is_primary(imds, ec2);
         let subnet = ec2.map(|eni| &eni.subnet).or(imds.map(|eni| &eni.subnet));
         let excluded = subnet.is_some_and(|subnet| self.excluded_subnets.contains(subnet));
         if primary {
@@ -96,6 +98,11 @@ impl Adoption<'_> {
         }
     }
 
+    /// The instance's first ENI, by the Ethernet address that IMDS names.
+    fn is_primary(&self, imds: Option<&ImdsEni>, ec2: Option<&Eni>) -> bool {
+        imds.map(|eni| eni.mac).or(ec2.map(|eni| eni.mac)) == Some(self.identity.primary_mac)
+    }
+
     /// Whether its tags need not be known: its addresses were given out.
     fn gave_of(&self, eni: &ImdsEni) -> bool {
         let cidrs = imds_cidrs(eni);
@@ -106,8 +113,10 @@ impl Adoption<'_> {
     /// EC2's addresses count where EC2 was asked: an address that only a stale IMDS shows is not ours to give out.
     pub fn record(&self, imds: Option<&ImdsEni>, ec2: Option<&Eni>, subnet: Option<&Subnet>) -> Option<StoredEni> {
         let attachment = ec2.and_then(|eni| eni.attachment.as_ref());
-        let device_index = imds.map(|eni| eni.device_index).or(attachment.map(|attachment| attachment.device_index))?;
-        let network_card = imds.map(|eni| eni.network_card).or(attachment.map(|attachment| attachment.network_card))?;
+        let attached_at = imds.map(|eni| eni.device_index).or(attachment.map(|attachment| attachment.device_index))?;
+        let on_card = imds.map(|eni| eni.network_card).or(attachment.map(|attachment| attachment.network_card))?;
+        // On some (SageMaker HyperPod) it is not attached at index 0, and is the node's own for all that.
+        let (network_card, device_index) = if self.is_primary(imds, ec2) { (0, 0) } else { (on_card, attached_at) };
         let primary_ipv4 = ec2.and_then(|eni| eni.primary_ipv4).or(imds.and_then(|eni| eni.local_ipv4s.first().copied()));
         let cidrs = match (ec2, imds) {
             (Some(eni), _) => ec2_cidrs(eni),
@@ -119,6 +128,7 @@ impl Adoption<'_> {
             mac: ec2.map(|eni| eni.mac).or(imds.map(|eni| eni.mac))?,
             device_index,
             network_card,
+            attached_at,
             subnet: ec2.map(|eni| eni.subnet.clone()).or(imds.map(|eni| eni.subnet.clone()))?,
             subnet_cidr: imds.and_then(|eni| eni.subnet_cidr).or(subnet.map(|subnet| subnet.cidr)),
             subnet_ipv6_cidrs: imds
@@ -207,19 +217,33 @@ pub fn missing_tags(eni: &Eni, instance: &InstanceId, cluster: &str, additional:
     tags
 }
 
-/// ENIs for pods whose security groups are not the primary ENI's: a change of the node's groups is to reach all of them.
+/// The security groups of ENIs for pods in a subnet: the primary ENI's; in another subnet than the node's, which discovery found, those of the VPC
+/// that are `tagged` for pods, if there are any. `None`: EC2 has not told which those are.
+pub fn groups_in<'a>(
+    subnet: &SubnetId,
+    node: &SubnetId,
+    primary: &'a [SecurityGroupId],
+    tagged: Option<&'a [SecurityGroupId]>,
+) -> Option<&'a [SecurityGroupId]> {
+    if subnet == node {
+        return Some(primary);
+    }
+    tagged.map(|tagged| if tagged.is_empty() { primary } else { tagged })
+}
+
+/// ENIs for pods whose security groups are not those that are `wanted` in their subnets: a change of the node's groups is to reach all of them.
 /// Under custom networking the ENIConfig decides, and a trunk's groups are the controller's.
 pub fn enis_with_other_groups<'a>(
     enis: impl Iterator<Item = &'a StoredEni>,
-    primary_groups: &[SecurityGroupId],
-) -> impl Iterator<Item = &'a StoredEni> {
-    let wanted: BTreeSet<&SecurityGroupId> = primary_groups.iter().collect();
-    let known = !wanted.is_empty();
-    let differs = move |eni: &&StoredEni| {
-        let ours = matches!(eni.role, EniRole::Pods | EniRole::ExcludedSubnet) && !eni.is_primary() && eni.state != EniState::Releasing;
-        known && ours && eni.security_groups.iter().collect::<BTreeSet<_>>() != wanted
+    wanted: impl Fn(&SubnetId) -> Option<&'a [SecurityGroupId]>,
+) -> Vec<(&'a StoredEni, &'a [SecurityGroupId])> {
+    let ours = |eni: &StoredEni| {
+        matches!(eni.role, EniRole::Pods | EniRole::ExcludedSubnet) && !eni.is_primary() && eni.state != EniState::Releasing
     };
-    enis.filter(move |eni| differs(eni)).collect::<Vec<_>>().into_iter()
+    let differs = |eni: &StoredEni, wanted: &[SecurityGroupId]| {
+        !wanted.is_empty() && eni.security_groups.iter().collect::<BTreeSet<_>>() != wanted.iter().collect()
+    };
+    enis.filter(|eni| ours(eni)).filter_map(|eni| Some((eni, wanted(&eni.subnet)?))).filter(|(eni, wanted)| differs(eni, wanted)).collect()
 }
 
 /// What to do with an ENI that is `available` and carries our tag.
@@ -291,6 +315,11 @@ pub fn place_by_discovery(subnets: &[Subnet], primary: &SubnetId, cluster: &str,
         return Placement::Nowhere("every subnet of the zone is excluded by its tags".to_owned());
     }
     Placement::Subnets { subnets: chosen, security_groups: groups }
+}
+
+/// Whether new ENIs may go to another subnet than the node's.
+pub fn finds_other_subnets(subnets: &[Subnet], primary: &SubnetId, cluster: &str) -> bool {
+    subnets.iter().any(|subnet| subnet.id != *primary && subnet_is_usable(subnet, primary, cluster))
 }
 
 /// Subnets that pods must not use.
@@ -471,6 +500,29 @@ mod tests {
     }
 
     #[test]
+    fn the_primary_eni_is_the_one_that_imds_names_wherever_it_is_attached() {
+        let identity = identity();
+        let adoption = Adoption {
+            identity: &identity,
+            custom_networking: false,
+            manage_untagged: true,
+            cards: &[(0, 4)],
+            excluded_subnets: &BTreeSet::new(),
+            given_out: None,
+            slots: 9,
+            now: NOW,
+        };
+        let primary = Eni { mac: PRIMARY, ..eni() };
+        for (imds, ec2) in [(Some(shown(&primary)), None), (Some(shown(&primary)), Some(&primary)), (None, Some(&primary))] {
+            let record = adoption.record(imds.as_ref(), ec2, None).unwrap();
+            assert!(record.is_primary(), "{record:?}");
+            assert_eq!((record.device_index, record.attached_at, record.route_table), (0, 1, 254));
+        }
+        let second = adoption.record(None, Some(&eni()), None).unwrap();
+        assert_eq!((second.is_primary(), second.device_index, second.attached_at), (false, 1, 1));
+    }
+
+    #[test]
     fn only_what_was_surely_left_behind_is_deleted() {
         let available = |tags: &[(&str, &str)]| Eni { attachment: None, status: "available".to_owned(), ..tagged(tags) };
         let other = (TAG_INSTANCE, "i-2");
@@ -523,9 +575,41 @@ mod tests {
         ];
         assert_eq!(chosen(&all, true), ["role", "mine", "p"]);
         assert_eq!(chosen(&all, false), ["p"]);
+        assert!(finds_other_subnets(&all, &primary, "mine") && !finds_other_subnets(&all[..2], &primary, "mine"));
         assert_eq!(chosen(&[], true), ["p"]);
         assert_eq!(chosen(&[subnet("p", 10, &[(TAG_SUBNET_ROLE, "0")])], true), ["every subnet of the zone is excluded by its tags"]);
         assert_eq!(excluded_subnets(&all), BTreeSet::from([SubnetId::from("excluded")]));
+    }
+
+    #[test]
+    fn enis_in_discovered_subnets_have_the_groups_that_are_tagged_for_pods() {
+        let group = |id: &str| SecurityGroupId::from(id);
+        let (primary, tagged) = ([group("sg-node")], [group("sg-pods")]);
+        let (node, other) = (SubnetId::from("p"), SubnetId::from("b"));
+        for (subnet, told, wanted) in [
+            (&node, None, Some(&primary[..])),
+            (&node, Some(&tagged[..]), Some(&primary[..])),
+            (&other, Some(&tagged[..]), Some(&tagged[..])),
+            (&other, Some(&[][..]), Some(&primary[..])),
+            (&other, None, None),
+        ] {
+            assert_eq!(groups_in(subnet, &node, &primary, told), wanted, "{subnet} {told:?}");
+        }
+        let eni = |index, subnet: &str, groups: &[&str]| StoredEni {
+            security_groups: groups.iter().map(|id| group(id)).collect(),
+            ..super::super::store::tests_support::stored_eni(index, subnet, 9)
+        };
+        let enis = [eni(0, "p", &["sg-x"]), eni(1, "p", &["sg-pods"]), eni(2, "b", &["sg-pods"]), eni(3, "b", &["sg-node"])];
+        let differ = |told| {
+            let wanted = |subnet: &SubnetId| groups_in(subnet, &node, &primary, told);
+            enis_with_other_groups(enis.iter(), wanted)
+                .into_iter()
+                .map(|(eni, groups)| (eni.device_index, groups[0].as_str()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(differ(Some(&tagged[..])), [(1, "sg-node"), (3, "sg-pods")]);
+        assert_eq!(differ(Some(&[][..])), [(1, "sg-node"), (2, "sg-node")]);
+        assert_eq!(differ(None), [(1, "sg-node")], "nobody knows what those elsewhere shall have");
     }
 
     #[test]

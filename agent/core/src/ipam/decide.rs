@@ -125,6 +125,11 @@ impl<'a> CardPlanner<'a> {
         out.wake_at = self.joining().map(|eni| eni.added + JOIN_PATIENCE).chain(out.wake_at).min();
         let missing = self.missing();
         if missing.short > 0 {
+            if self.input.provisioning == Provisioning::On {
+                // They hold slots that what is missing may need, and nothing will ever serve a pod in them.
+                let next_age = self.leave_excluded(budget, out);
+                out.wake_at = [out.wake_at, next_age].into_iter().flatten().min();
+            }
             let calls = [Ec2Action::AssignPrivateIpAddresses, Ec2Action::CreateNetworkInterface];
             let again = self.input.memory.last_call(&calls).map(|called| called + REFILL_PAUSE).filter(|at| *at > self.input.now);
             match again {
@@ -161,7 +166,8 @@ impl<'a> CardPlanner<'a> {
 
     /// The subnet gives no prefixes, so single addresses stand in.
     fn fragmented(&self, eni: &StoredEni) -> bool {
-        self.input.targets.mode == PoolMode::Prefixes && self.input.memory.shortage(&eni.subnet, AddressKind::Prefixes).is_some()
+        self.input.targets.mode == PoolMode::Prefixes
+            && self.input.memory.shortage(&eni.subnet, AddressKind::Prefixes, self.input.now).is_some()
     }
 
     fn counts(&self, eni: &StoredEni, cidr: IpNet) -> bool {
@@ -347,7 +353,7 @@ impl<'a> CardPlanner<'a> {
             self.input.targets.reserve_trunk && self.card == 0 && !self.input.store.enis().values().any(|eni| eni.kind == EniKind::Trunk),
         );
         let mut attached = u16::try_from(self.enis().count()).unwrap_or(u16::MAX).saturating_add(self.attaching);
-        let mut indexes: Vec<u16> = self.enis().map(|eni| eni.device_index).collect();
+        let mut indexes: Vec<u16> = self.enis().map(|eni| eni.attached_at).collect();
         indexes.extend(self.input.in_flight.iter().filter_map(|action| match action {
             Action::AttachEni { network_card, device_index, .. } if *network_card == self.card => Some(*device_index),
             _ => None,
@@ -422,7 +428,7 @@ impl<'a> CardPlanner<'a> {
             Ok(count) => Some(kind.request(count)),
             Err(until) => {
                 growth.wake(until);
-                if let Some(shortage) = memory.shortage(subnet, kind) {
+                if let Some(shortage) = memory.shortage(subnet, kind, self.input.now) {
                     let blocked = Blocked::Subnet { subnet: subnet.clone(), since: shortage.since, until, error: shortage.error.clone() };
                     if !growth.blocked.contains(&blocked) {
                         growth.blocked.push(blocked);
@@ -497,19 +503,18 @@ impl<'a> CardPlanner<'a> {
         let mut free = self.counted.free();
         let mut total = self.counted.total;
         let mut free_prefixes = u64::from(self.counted.free_prefixes);
-        let mut next_age = None;
+        let mut next_age = self.leave_excluded(budget, out);
         let mut released = Vec::new();
 
-        let mut candidates: Vec<_> = self.enis().filter(|eni| self.releasable(eni)).collect();
+        let mut candidates: Vec<_> = self.enis().filter(|eni| eni.role != EniRole::ExcludedSubnet && self.releasable(eni)).collect();
         candidates.sort_by_key(|eni| std::cmp::Reverse(eni.device_index));
         for eni in candidates {
             let mut gone = Stats::default();
             for cidr in eni.cidrs.keys().filter(|cidr| self.counts(eni, **cidr)) {
                 gone += self.input.store.cidr_stats(*cidr, now);
             }
-            let excluded = eni.role == EniRole::ExcludedSubnet;
             let keeps = free.saturating_sub(gone.free()) >= floor_free && total.saturating_sub(gone.total) >= floor_total;
-            if !excluded && (!keeps || free < gone.free()) {
+            if !keeps || free < gone.free() {
                 continue;
             }
             let old_enough = eni.added + ENI_MIN_AGE;
@@ -520,20 +525,12 @@ impl<'a> CardPlanner<'a> {
             if !afford(&[Ec2Action::DetachNetworkInterface, Ec2Action::DeleteNetworkInterface], budget, now, out) {
                 break;
             }
-            let reason = if excluded { Reason::ExcludedSubnet } else { Reason::AboveTargets { over: clamp(free - floor_free) } };
-            if !excluded {
-                free -= gone.free();
-                total -= gone.total;
-                free_prefixes -= u64::from(gone.free_prefixes);
-            }
+            let reason = Reason::AboveTargets { over: clamp(free - floor_free) };
+            free -= gone.free();
+            total -= gone.total;
+            free_prefixes -= u64::from(gone.free_prefixes);
             released.push(&eni.id);
             out.actions.push(Action::ReleaseEni { eni: eni.id.clone(), reason });
-        }
-
-        // An excluded ENI that cannot go (yet) gives its idle addresses back to the subnet.
-        let excluded = |eni: &&StoredEni| eni.role == EniRole::ExcludedSubnet && eni.state == EniState::Serving;
-        for eni in self.enis().filter(excluded).filter(|eni| !self.releasable(eni) && !self.busy(eni)) {
-            push_unassign(eni, self.idle(eni).collect(), Reason::ExcludedSubnet, budget, now, out);
         }
 
         let mut enis: Vec<_> = self.serving().filter(|eni| !released.contains(&&eni.id) && !self.busy(eni)).collect();
@@ -558,6 +555,27 @@ impl<'a> CardPlanner<'a> {
             }
             push_unassign(eni, cidrs, Reason::AboveTargets { over: clamp(over) }, budget, now, out);
             push_unassign(eni, self.idle_of_other_kind(eni).collect(), Reason::OtherKind, budget, now, out);
+        }
+        next_age
+    }
+
+    /// ENIs of excluded subnets without pods go; one that cannot go (yet) gives its idle addresses back to the subnet. Returns when one that
+    /// is too young now will be old enough.
+    fn leave_excluded(&self, budget: &mut Memory, out: &mut Plan) -> Option<Time> {
+        let now = self.input.now;
+        let mut next_age = None;
+        // As in [`Self::shrink`].
+        let all_are_seen = !self.input.store.has_homeless(self.card);
+        let excluded = |eni: &&StoredEni| eni.role == EniRole::ExcludedSubnet && eni.state == EniState::Serving && !self.busy(eni);
+        for eni in self.enis().filter(excluded) {
+            let old_enough = eni.added + ENI_MIN_AGE;
+            if !self.releasable(eni) {
+                push_unassign(eni, self.idle(eni).collect(), Reason::ExcludedSubnet, budget, now, out);
+            } else if old_enough > now {
+                next_age = [next_age, Some(old_enough)].into_iter().flatten().min();
+            } else if all_are_seen && afford(&[Ec2Action::DetachNetworkInterface, Ec2Action::DeleteNetworkInterface], budget, now, out) {
+                out.actions.push(Action::ReleaseEni { eni: eni.id.clone(), reason: Reason::ExcludedSubnet });
+            }
         }
         next_age
     }

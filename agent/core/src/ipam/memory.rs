@@ -76,14 +76,23 @@ impl AddressKind {
 pub struct Shortage {
     /// First refusal of the row.
     pub since: Time,
-    /// Not asked again before.
+    /// Not asked again before; the last refusal where it was not of a single one.
     pub until: Time,
     /// The most to ask for in one call: halves with each refusal, doubles with each success.
     pub at_most: u16,
+    /// Nothing was given since the last refusal.
+    pub unmet: bool,
     /// Refusals of a single one in a row.
     pub refusals: u32,
     /// EC2's words.
     pub error: String,
+}
+
+impl Shortage {
+    /// Nobody has asked for so long after the pause that it tells nothing of the subnet any more.
+    fn is_over(&self, now: Time) -> bool {
+        now.since(self.until) > LONGEST_SUBNET_PAUSE
+    }
 }
 
 /// A subnet that takes no new ENI, though not for want of addresses.
@@ -146,19 +155,19 @@ impl Memory {
         Self { jitter: seed, ..Self::default() }
     }
 
-    /// Subnets that refused lately.
-    pub fn shortages(&self) -> &BTreeMap<(SubnetId, AddressKind), Shortage> {
-        &self.shortages
+    /// Subnets that refused lately and have given nothing since.
+    pub fn shortages(&self, now: Time) -> impl Iterator<Item = (&(SubnetId, AddressKind), &Shortage)> {
+        self.shortages.iter().filter(move |(_, shortage)| shortage.until > now || (shortage.unmet && !shortage.is_over(now)))
     }
 
     /// The shortage of a subnet, paused or not.
-    pub fn shortage(&self, subnet: &SubnetId, kind: AddressKind) -> Option<&Shortage> {
-        self.shortages.get(&(subnet.clone(), kind))
+    pub fn shortage(&self, subnet: &SubnetId, kind: AddressKind, now: Time) -> Option<&Shortage> {
+        self.shortages.get(&(subnet.clone(), kind)).filter(|shortage| !shortage.is_over(now))
     }
 
     /// How many of `wanted` a subnet may be asked for now; `Err` is when to ask again.
     pub fn allowance(&self, subnet: &SubnetId, kind: AddressKind, wanted: u16, now: Time) -> Result<u16, Time> {
-        match self.shortage(subnet, kind) {
+        match self.shortage(subnet, kind, now) {
             Some(shortage) if shortage.until > now => Err(shortage.until),
             Some(shortage) => Ok(wanted.min(shortage.at_most)),
             None => Ok(wanted),
@@ -222,9 +231,12 @@ impl Memory {
         let (kind, count) = AddressKind::of(request);
         let key = (subnet.clone(), kind);
         if let Some(shortage) = self.shortages.get_mut(&key) {
+            // Less than it may be asked for: nobody wanted more.
+            let in_full = count < shortage.at_most;
             shortage.refusals = 0;
+            shortage.unmet = false;
             shortage.at_most = shortage.at_most.max(count).saturating_mul(2);
-            if shortage.at_most >= 64 {
+            if in_full || shortage.at_most >= 64 {
                 self.shortages.remove(&key);
             }
         }
@@ -266,14 +278,18 @@ impl Memory {
     fn subnet_refused(&mut self, subnet: &SubnetId, request: AddressRequest, error: String, now: Time) {
         let (kind, count) = AddressKind::of(request);
         let jitter = self.next_jitter();
+        self.shortages.retain(|_, shortage| !shortage.is_over(now));
         let shortage = self.shortages.entry((subnet.clone(), kind)).or_insert_with(|| Shortage {
             since: now,
             until: now,
             at_most: count,
+            unmet: true,
             refusals: 0,
             error: String::new(),
         });
         shortage.error = error;
+        shortage.unmet = true;
+        shortage.until = shortage.until.max(now);
         shortage.at_most = (count / 2).max(1);
         if count <= 1 {
             let pause = doubled(FIRST_SUBNET_PAUSE, shortage.refusals, LONGEST_SUBNET_PAUSE);
@@ -349,10 +365,32 @@ mod tests {
         assert!(last >= LONGEST_SUBNET_PAUSE);
         assert_eq!(memory.allowance(&subnet, AddressKind::Prefixes, 9, now), Ok(9), "another kind is not concerned");
         assert_eq!(memory.allowance(&SubnetId::from("subnet-2"), AddressKind::Addresses, 9, now), Ok(9));
-        for _ in 0..7 {
-            memory.subnet_gave(&subnet, AddressRequest::Ipv4(1));
+        memory.subnet_gave(&subnet, AddressRequest::Ipv4(1));
+        assert_eq!(memory.shortages(now).count(), 0, "it has given what was asked");
+        assert_eq!(memory.allowance(&subnet, AddressKind::Addresses, 9, now), Ok(2), "and may not have much more");
+        memory.subnet_gave(&subnet, AddressRequest::Ipv4(1));
+        assert_eq!(memory.allowance(&subnet, AddressKind::Addresses, 9, now), Ok(9), "nobody wanted a second one");
+    }
+
+    /// Pods that wanted more are gone, and nobody asks.
+    #[test]
+    fn a_shortage_is_forgotten_when_nobody_asked_for_long_after_its_pause() {
+        let subnet = SubnetId::from("subnet-1");
+        let mut memory = Memory::new(1);
+        for count in [4, 1] {
+            memory.failed(&insufficient(), Some((&subnet, AddressRequest::Ipv4Prefixes(count))), Time(0));
+            let until = memory.shortage(&subnet, AddressKind::Prefixes, Time(0)).expect("short").until;
+            let last = until + LONGEST_SUBNET_PAUSE;
+            for (now, told) in [(Time(0), 1), (until, 1), (last, 1), (last + Duration::from_secs(1), 0)] {
+                assert_eq!(memory.shortages(now).count(), told, "{count} at {now}");
+                assert_eq!(memory.shortage(&subnet, AddressKind::Prefixes, now).is_some(), told > 0, "{count} at {now}");
+            }
+            let later = last + Duration::from_secs(1);
+            memory.failed(&insufficient(), Some((&subnet, AddressRequest::Ipv4Prefixes(2))), later);
+            let anew = memory.shortage(&subnet, AddressKind::Prefixes, later).expect("short");
+            assert_eq!((anew.since, anew.refusals), (later, 0), "another shortage");
+            memory = Memory::new(1);
         }
-        assert!(memory.shortages().is_empty());
     }
 
     #[test]

@@ -39,9 +39,9 @@ mod store;
 mod types;
 
 pub use adopt::{
-    Adoption, DESCRIPTION_PREFIX, Leak, TAG_CLUSTER, TAG_CREATED, TAG_INSTANCE, TAG_NO_MANAGE, ec2_cidrs, eni_config_name,
-    enis_with_other_groups, excluded_subnets, imds_cidrs, judge_leak, managed_cards, missing_tags, place_by_discovery, place_by_eni_config,
-    tags_for_new,
+    Adoption, DESCRIPTION_PREFIX, Leak, TAG_CLUSTER, TAG_CREATED, TAG_GROUP_ROLE, TAG_INSTANCE, TAG_NO_MANAGE, ec2_cidrs, eni_config_name,
+    enis_with_other_groups, excluded_subnets, finds_other_subnets, groups_in, imds_cidrs, judge_leak, managed_cards, missing_tags,
+    place_by_discovery, place_by_eni_config, tags_for_new,
 };
 pub use checkpoint::{Checkpoint, CheckpointEntry, CheckpointError, CoolingEntry, CoolingFile, MovedEntry, Restored, restore};
 pub use decide::{ENI_MIN_AGE, JOIN_PATIENCE, REFILL_PAUSE, SHRINK_AFTER, addresses_in, plan};

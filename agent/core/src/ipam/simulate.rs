@@ -105,6 +105,7 @@ impl VirtualNode {
             mac: Mac::default(),
             device_index,
             network_card,
+            attached_at: device_index,
             subnet: SubnetId::from("subnet-virtual"),
             subnet_cidr: None,
             subnet_ipv6_cidrs: Vec::new(),

@@ -95,10 +95,12 @@ pub struct StoredEni {
     pub id: EniId,
     /// Ethernet address.
     pub mac: Mac,
-    /// 0 on the default card is the primary ENI.
+    /// 0 on the first card is the primary ENI, wherever EC2 has attached it.
     pub device_index: u16,
     /// Card.
     pub network_card: u16,
+    /// The device index that EC2 knows it by, which no other may have.
+    pub attached_at: u16,
     /// Where it lives.
     pub subnet: SubnetId,
     /// The subnet's IPv4 range, for the gateway.
@@ -615,6 +617,7 @@ pub(super) mod tests_support {
             mac: Mac::default(),
             device_index,
             network_card: 0,
+            attached_at: device_index,
             subnet: SubnetId::from(subnet),
             subnet_cidr: None,
             subnet_ipv6_cidrs: Vec::new(),

@@ -20,6 +20,11 @@ pub const PREFIX_ADDRESSES: u32 = 16;
 /// of addresses, and every row of its `eni-max-pods.txt` agrees.
 const HOST_NETWORK_PODS: u32 = 2;
 
+/// Nitro types and families that the resource controller's table gives no trunk, or does not have: `pkg/aws/vpc/limits.go` of
+/// aws/amazon-vpc-resource-controller-k8s. It does not know the newest types either, which are not listed here.
+const WITHOUT_TRUNK: [&str; 3] = ["i4i.large", "u-6tb1.56xlarge", "u-6tb1.112xlarge"];
+const FAMILIES_WITHOUT_TRUNK: [&str; 9] = ["hpc6a", "hpc6id", "hpc7a", "hpc7g", "hpc8a", "u-9tb1", "u-12tb1", "u-18tb1", "u-24tb1"];
+
 /// What EKS caps prefix delegation at: 110 pods below 30 vCPUs, else 250.
 const PREFIX_CAP_SMALL: u32 = 110;
 const PREFIX_CAP_LARGE: u32 = 250;
@@ -60,11 +65,12 @@ impl InstanceLimits {
     }
 
     /// AWS's resource controller gives instances of this type a trunk for branch ENIs: Nitro or metal, but neither the burstable families
-    /// (t2 to t4g) nor Macs. EKS user guide, "Assign security groups to individual Pods".
+    /// (t2 to t4g) nor Macs ("Assign security groups to individual Pods" in the EKS user guide), nor what the controller leaves out.
     pub fn supports_trunk(&self) -> bool {
         let family = self.instance_type.split('.').next().unwrap_or_default();
         let burstable = family.strip_prefix('t').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
-        self.supports_prefixes() && !burstable && !family.starts_with("mac")
+        let left_out = WITHOUT_TRUNK.contains(&self.instance_type.as_str()) || FAMILIES_WITHOUT_TRUNK.contains(&family);
+        self.supports_prefixes() && !burstable && !family.starts_with("mac") && !left_out
     }
 
     /// Slots for secondary addresses or prefixes on an ENI.
@@ -132,8 +138,11 @@ mod tests {
     #[test]
     fn a_trunk_needs_nitro_and_no_burstable_family() {
         let supports = |name: &str| InstanceLimits::lookup(name).unwrap().supports_trunk();
-        assert!(["m5.large", "c6g.medium", "m5.metal", "trn1.32xlarge"].into_iter().all(supports));
-        assert!(!["t3.large", "t4g.small", "c4.large", "m4.xlarge", "mac1.metal"].into_iter().any(supports));
+        assert!(["m5.large", "c6g.medium", "m5.metal", "trn1.32xlarge", "i4i.xlarge", "u-3tb1.56xlarge"].into_iter().all(supports));
+        assert!(!["t3.large", "t4g.small", "c4.large", "m4.xlarge", "mac1.metal", "hpc7a.96xlarge"].into_iter().any(supports));
+        assert!(!WITHOUT_TRUNK.into_iter().any(supports));
+        let known = |family: &str| BY_TYPE.keys().any(|name| name.split('.').next() == Some(family));
+        assert!(FAMILIES_WITHOUT_TRUNK.into_iter().all(known));
     }
 
     #[test]

@@ -173,6 +173,15 @@ pub(super) fn is_of_a_gone_pod(rule: &Rule, observed: &HostObserved) -> bool {
     rule.priority == PRIORITY_BRANCH && vlan_of_table(rule.table).is_some() && rule.iif.as_ref().is_some_and(gone)
 }
 
+/// A strict rule for the veth of a pod whose branch is another by now: its veth's name is that of an earlier sandbox, and so is the rule, which
+/// stands before the pod's own.
+pub(super) fn is_of_an_earlier_branch(rule: &Rule, wanted: &[Rule]) -> bool {
+    let moved = |wanted: &Rule| {
+        (wanted.priority, wanted.ipv6, &wanted.iif) == (PRIORITY_BRANCH, rule.ipv6, &rule.iif) && wanted.table != rule.table
+    };
+    rule.priority == PRIORITY_BRANCH && rule.iif.is_some() && vlan_of_table(rule.table).is_some() && wanted.iter().any(moved)
+}
+
 /// What goes with the last rule that a pod had to a branch's table: the VLAN interface, which takes the table's routes along, and its
 /// rule. A table without any such rule is left alone: its pod is being added.
 pub(super) fn ended_branches(stale: &[&Rule], observed: &HostObserved) -> Vec<NetOp> {

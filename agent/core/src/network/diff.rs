@@ -1,6 +1,8 @@
 //! From the plan and what is there to the operations that are missing.
 
-use super::branch::{BranchPod, branch_ops, ended_branches, is_misplaced_local_rule, is_of_a_gone_pod, wanted_local_rules};
+use super::branch::{
+    BranchPod, branch_ops, ended_branches, is_misplaced_local_rule, is_of_a_gone_pod, is_of_an_earlier_branch, wanted_local_rules,
+};
 use super::host::{
     EniPlan, EniRole, HostPlan, PRIORITY_EXTERNAL_SERVICE, PRIORITY_FROM_ENI, PRIORITY_FROM_POD, PRIORITY_MARK, PRIORITY_TO_POD, PodHost,
     V6_GATEWAY,
@@ -80,11 +82,14 @@ pub fn wanted_sysctls(desired: &HostPlan, observed: &HostObserved) -> Vec<(Strin
 /// `egress` of theirs to the other family, `primary` the interface of the primary ENI if it is known.
 pub fn host_sysctls(ipv6: bool, egress: bool, early_demux: bool, primary: Option<&str>) -> Vec<(String, String)> {
     let mut wanted = vec![("net/ipv4/tcp_early_demux".to_owned(), u8::from(early_demux).to_string())];
+    // With forwarding on, router advertisements are only heard with 2. Before it: the default route that a router advertised would go.
+    let forwarding_ipv6 = || {
+        let heard = primary.map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned()));
+        heard.into_iter().chain([("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned())])
+    };
     if ipv6 {
         wanted.push(("net/ipv6/conf/all/disable_ipv6".to_owned(), "0".to_owned()));
-        wanted.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
-        // With forwarding on, router advertisements are only heard with 2.
-        wanted.extend(primary.map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned())));
+        wanted.extend(forwarding_ipv6());
         if egress {
             wanted.push(("net/ipv4/ip_forward".to_owned(), "1".to_owned()));
         }
@@ -93,9 +98,7 @@ pub fn host_sysctls(ipv6: bool, egress: bool, early_demux: bool, primary: Option
         // Answers of node-port connections come from pods on other ENIs: loose reverse path check.
         wanted.extend(primary.map(|name| (format!("net/ipv4/conf/{name}/rp_filter"), "2".to_owned())));
         if egress {
-            // Before forwarding: with it on, the default route that a router advertised would go.
-            wanted.extend(primary.map(|name| (format!("net/ipv6/conf/{name}/accept_ra"), "2".to_owned())));
-            wanted.push(("net/ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
+            wanted.extend(forwarding_ipv6());
         }
     }
     wanted
@@ -210,7 +213,10 @@ fn is_stale(rule: &Rule, wanted: &[Rule], desired: &HostPlan, observed: &HostObs
     if wanted.contains(rule) {
         return false;
     }
-    if is_misplaced_local_rule(rule, desired.strict_branches, desired.ipv6) || is_of_a_gone_pod(rule, observed) {
+    if is_misplaced_local_rule(rule, desired.strict_branches, desired.ipv6)
+        || is_of_a_gone_pod(rule, observed)
+        || is_of_an_earlier_branch(rule, wanted)
+    {
         return true;
     }
     if rule.iif.is_some() {

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::branch::BranchLink;
+use super::egress::EgressFamily;
 use super::host::{PRIORITY_FROM_POD, PRIORITY_TO_POD};
 use super::names::MAIN_TABLE;
 use super::ops::{NetOp, Route, Rule};
@@ -67,7 +68,7 @@ impl PodPlan {
                 IpAddr::V4(_) => IpNet::new_assert(Ipv4Addr::UNSPECIFIED.into(), 0),
                 IpAddr::V6(_) => IpNet::new_assert(Ipv6Addr::UNSPECIFIED.into(), 0),
             };
-            ops.push(NetOp::AddAddress { index: pod_index, address: address.into() });
+            ops.push(NetOp::AddAddress { index: pod_index, address: self.with_length(address) });
             ops.push(NetOp::ReplaceRoute(Route { dst: gateway.into(), table, via: None, index: pod_index }));
             ops.push(NetOp::ReplaceRoute(Route { dst: everywhere, table, via: Some(gateway), index: pod_index }));
             ops.push(NetOp::Neighbour { index: pod_index, address: gateway, mac: self.host_mac });
@@ -76,6 +77,15 @@ impl PodPlan {
             }
         }
         ops
+    }
+
+    /// As the interface carries it: alone, but the address of the other family with its range's length, as aws-node's has it. There is no route for
+    /// the range: the pods of a node are reached by its host end, too.
+    fn with_length(&self, address: IpAddr) -> IpNet {
+        match EgressFamily::of_pod_if(&self.pod_if) {
+            Some(family) => IpNet::new_assert(address, family.range().prefix_len()),
+            None => address.into(),
+        }
     }
 
     /// On the host, after the veth exists: the route, then the rules. This order is what makes [`diff`](super::diff())
@@ -158,6 +168,17 @@ mod tests {
                 NetOp::Neighbour { index: 3, address: gateway, mac: Mac([2, 0, 0, 0, 0, 1]) },
             ]
         );
+    }
+
+    #[test]
+    fn an_address_of_the_other_family_has_its_ranges_length() {
+        let carried = |plan: PodPlan| match &plan.pod_ops(3)[0] {
+            NetOp::AddAddress { address, .. } => address.to_string(),
+            other => panic!("{other:?}"),
+        };
+        let v4 = PodPlan { pod_if: "v4if0".into(), ipv4: Some(Ipv4Addr::new(169, 254, 172, 9)), ..plan() };
+        let v6 = PodPlan { pod_if: "v6if0".into(), ipv4: None, ipv6: Some("fd00::ac:9".parse().unwrap()), ..plan() };
+        assert_eq!([carried(v4), carried(v6), carried(plan())], ["169.254.172.9/22", "fd00::ac:9/118", "10.0.1.9/32"]);
     }
 
     #[test]

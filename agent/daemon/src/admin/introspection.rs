@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use stanchion_core::config::Setting;
 use stanchion_core::ipam::Time;
 
-use crate::ipamd::{AddressView, CidrView, EniView, IpamSnapshot};
+use crate::ipamd::{AddressView, CidrView, EXCLUDED, EniView, IpamSnapshot};
 
 /// `/v1/enis`: cards, their ENIs, CIDRs and the addresses that are not simply free.
 pub(super) fn enis(snapshot: &IpamSnapshot) -> Value {
@@ -34,7 +34,7 @@ fn one_eni(eni: &EniView, addresses: &[AddressView]) -> Value {
     json!({
         "ID": eni.id, "IsPrimary": eni.network_card == 0 && eni.device_index == 0, "IsTrunk": eni.kind == "trunk",
         "IsEFA": eni.kind.starts_with("efa"), "DeviceNumber": eni.device_index, "RouteTableID": eni.route_table,
-        "AvailableIPv4Cidrs": cidrs(true), "IPv6Cidrs": cidrs(false),
+        "SubnetID": eni.subnet, "IsExcludedForPodIPs": eni.role == EXCLUDED, "AvailableIPv4Cidrs": cidrs(true), "IPv6Cidrs": cidrs(false),
     })
 }
 
@@ -46,10 +46,16 @@ fn one_cidr(view: &CidrView, addresses: &[AddressView]) -> Value {
             let pod = address.pod.as_ref();
             let assigned = address.state == "assigned";
             let zero = "0001-01-01T00:00:00Z".to_owned();
+            // What is empty Go leaves out here.
+            let metadata: Map<String, Value> = pod
+                .map(|pod| [("k8sPodNamespace".to_owned(), json!(pod.namespace)), ("k8sPodName".to_owned(), json!(pod.name))])
+                .into_iter()
+                .flatten()
+                .collect();
             let document = json!({
                 "Address": address.address.to_string(),
                 "IPAMKey": {"networkName": address.key.as_ref().map(|key| key.network_name.clone()).unwrap_or_default(), "containerID": "", "ifName": ""},
-                "IPAMMetadata": {"k8sPodNamespace": pod.map(|pod| &pod.namespace), "k8sPodName": pod.map(|pod| &pod.name)},
+                "IPAMMetadata": metadata,
                 "AssignedTime": if assigned { time(address.time) } else { zero.clone() },
                 // Ours is the end of the cool-down, theirs its beginning: what matters is that it is set.
                 "UnassignedTime": if assigned { zero } else { time(address.time) },
@@ -169,6 +175,8 @@ mod tests {
         };
         let pools = vec![PoolView { total: 1, assigned: 1, ..PoolView::default() }];
         let document = enis(&IpamSnapshot { pools, enis: vec![eni], addresses: vec![address], ..IpamSnapshot::default() });
+        let shown = &document["0"]["ENIs"]["eni-1"];
+        assert_eq!((shown["SubnetID"].as_str(), shown["IsExcludedForPodIPs"].as_bool()), (Some("subnet-1"), Some(false)));
         assert_eq!(document["0"]["AssignedIPs"], 1);
         let held = &document["0"]["ENIs"]["eni-1"]["AvailableIPv4Cidrs"]["10.0.0.9/32"];
         assert_eq!((held["Cidr"]["Mask"].as_str(), held["IsPrefix"].as_bool()), (Some("/////w=="), Some(false)));

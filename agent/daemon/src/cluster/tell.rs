@@ -21,7 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::ClusterHandle;
 use super::write::{NETWORK_UNAVAILABLE, WriteError, Writer};
-use crate::ipamd::{IpamHandle, IpamSnapshot};
+use crate::ipamd::{IpamHandle, IpamSnapshot, SubnetView};
 use crate::netpol::{Alarms, NetpolHandle, NetpolSnapshot};
 
 /// How often the state is looked at.
@@ -30,7 +30,7 @@ const TICK: Duration = Duration::from_secs(1);
 const POLICY_EVERY: Duration = Duration::from_secs(30);
 /// How often the CNINode is looked at.
 const FEATURE_EVERY: Duration = Duration::from_secs(300);
-/// The same while a trunk is wanted.
+/// The same while a trunk is wanted: pods wait for it. Each time later, up to [`FEATURE_EVERY`].
 const TRUNK_EVERY: Duration = Duration::from_secs(10);
 /// How soon a condition that somebody took away again is written anew.
 const CONDITION_EVERY: Duration = Duration::from_secs(30);
@@ -142,8 +142,11 @@ struct Teller {
     problems: Vec<String>,
     /// The node's condition is written next, if it is not there.
     condition_due: tokio::time::Instant,
-    /// The CNINode is looked at next.
+    /// The CNINode is looked at next, and the pause after that while a trunk is wanted.
     feature_due: tokio::time::Instant,
+    trunk_pause: Duration,
+    /// Subnets without addresses as they were told.
+    subnets_told: Vec<SubnetView>,
 }
 
 impl Teller {
@@ -161,6 +164,8 @@ impl Teller {
             problems: Vec::new(),
             condition_due: tokio::time::Instant::now(),
             feature_due: tokio::time::Instant::now(),
+            trunk_pause: TRUNK_EVERY,
+            subnets_told: Vec::new(),
         }
     }
 
@@ -201,7 +206,7 @@ impl Teller {
         if snapshot.status.ready && self.writes.is_due() {
             self.set_condition().await;
             self.remove_taint().await;
-            self.set_features(snapshot.wants_trunk).await;
+            self.set_features(&snapshot).await;
         }
     }
 
@@ -210,11 +215,20 @@ impl Teller {
         for error in snapshot.recent_errors.iter().filter(|error| error.time > told) {
             self.errors_told = self.errors_told.max(error.time);
             let denied = ["UnauthorizedOperation", "AccessDenied"].iter().any(|code| error.error.contains(code));
-            // aws-node's word for it, which people's alarms know.
-            let reason = if denied { "MissingIAMPermissions" } else { "AddressManagementFailed" };
-            self.node_event(true, reason, "ManageAddresses", format!("{}: {}", error.operation, error.error));
+            let note = format!("{}: {}", error.operation, error.error);
+            match self.parts.config.operations.own_pod.clone().filter(|_| denied) {
+                // aws-node's word for it and the object that it is about, which people's alarms know.
+                Some((pod, uid)) => {
+                    let (reason, action) = ("MissingIAMPermissions", "ManageAddresses");
+                    self.record(Event { regarding: Regarding::Pod(pod, uid), warning: true, reason, action, note });
+                }
+                None if denied => self.node_event(true, "MissingIAMPermissions", "ManageAddresses", note),
+                None => self.node_event(true, "AddressManagementFailed", "ManageAddresses", note),
+            }
         }
-        for subnet in &snapshot.subnets {
+        // Once for each refusal.
+        let told = std::mem::replace(&mut self.subnets_told, snapshot.subnets.clone());
+        for subnet in snapshot.subnets.iter().filter(|subnet| !told.contains(subnet)) {
             let note = format!("subnet {} has no {} left: {}", subnet.subnet, subnet.what, subnet.reason);
             self.node_event(true, "SubnetExhausted", "ManageAddresses", note);
         }
@@ -277,15 +291,26 @@ impl Teller {
         }
     }
 
-    /// As aws-node does: the resource controller reads from it which ENIConfig the node uses, and that it wants a trunk.
-    async fn set_features(&mut self, wants_trunk: bool) {
-        let trunk = wants_trunk.then(|| ("SecurityGroupsForPods", String::new()));
+    /// As aws-node does: the resource controller reads from it which ENIConfig the node uses, and that it wants a trunk. Also with the trunk there:
+    /// a node that was registered anew has another CNINode, and without the feature the controller gives its pods no branches.
+    async fn set_features(&mut self, snapshot: &IpamSnapshot) {
+        let wants_trunk = snapshot.wants_trunk;
+        if !wants_trunk {
+            self.trunk_pause = TRUNK_EVERY;
+        } else if self.trunk_pause == TRUNK_EVERY {
+            self.feature_due = self.feature_due.min(tokio::time::Instant::now() + TRUNK_EVERY);
+        }
+        let trunk = wants_trunk || (self.parts.config.pool.pod_eni && snapshot.trunk().is_some());
+        let trunk = trunk.then(|| ("SecurityGroupsForPods", String::new()));
         let wanted: Vec<_> = self.eni_config().map(|name| ("CustomNetworking", name)).into_iter().chain(trunk).collect();
         if wanted.is_empty() || tokio::time::Instant::now() < self.feature_due {
             return;
         }
         // The CNINode may come later than the node, and somebody may change it. Pods wait for a trunk.
-        self.feature_due = tokio::time::Instant::now() + if wants_trunk { TRUNK_EVERY } else { FEATURE_EVERY };
+        self.feature_due = tokio::time::Instant::now() + if wants_trunk { self.trunk_pause } else { FEATURE_EVERY };
+        if wants_trunk {
+            self.trunk_pause = (self.trunk_pause * 2).min(FEATURE_EVERY);
+        }
         for (feature, value) in wanted {
             let result = self.parts.writer.set_feature(&self.parts.node_name, feature, &value).await;
             if self.settled("the CNINode", result) == Some(true) {
@@ -374,13 +399,17 @@ mod tests {
 
     use super::super::credentials;
     use super::*;
-    use crate::ipamd::IpamStatus;
+    use crate::ipamd::{EniView, IpamStatus, RecentError};
 
     const TAINTED: &str = r#"{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}, "spec": {"taints": [{"key": "start"}]}}"#;
 
     /// An API server that refuses events as one does for a namespace that ends, and those of namespace `unheard` for want of a right;
     /// and a teller on a node that is ready and tainted. What was asked, as `METHOD path`.
     async fn teller() -> (Teller, Arc<Mutex<Vec<String>>>) {
+        teller_with(&[], IpamSnapshot::default()).await
+    }
+
+    async fn teller_with(settings: &[(&str, &str)], snapshot: IpamSnapshot) -> (Teller, Arc<Mutex<Vec<String>>>) {
         let asked = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&asked);
         let answer = move |method: Method, uri: Uri| {
@@ -405,11 +434,12 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         tokio::spawn(async move { axum::serve(listener, axum::Router::new().fallback(answer)).await.unwrap() });
-        let snapshot = IpamSnapshot { status: IpamStatus { ready: true, reason: String::new() }, ..IpamSnapshot::default() };
+        let snapshot = IpamSnapshot { status: IpamStatus { ready: true, reason: String::new() }, ..snapshot };
         let cluster = ClusterState::default().replaced_by(manifests::parse("node.json", TAINTED).unwrap());
+        let set = [settings, &[("STANCHION_STARTUP_TAINT", "start")]].concat();
         let parts = TellParts {
             writer: Writer::new(credentials::fixed(credentials::plain(&url).unwrap())),
-            config: Arc::new(Config::read(&|name| (name == "STANCHION_STARTUP_TAINT").then(|| "start".to_owned())).unwrap()),
+            config: Arc::new(Config::read(&|name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())).unwrap()),
             cluster: ClusterHandle::fixed(cluster),
             ipam: IpamHandle::fixed(snapshot),
             netpol: None,
@@ -443,6 +473,86 @@ mod tests {
         teller.look().await;
         let asked = asked.lock().unwrap().clone();
         assert!(asked.contains(&"PATCH /api/v1/nodes/n1".to_owned()), "the taint goes: {asked:?}");
+    }
+
+    fn failed(error: &str) -> IpamSnapshot {
+        let (time, operation) = (Time(1), "describe subnets".to_owned());
+        IpamSnapshot { recent_errors: vec![RecentError { time, operation, error: error.to_owned() }], ..IpamSnapshot::default() }
+    }
+
+    #[tokio::test]
+    async fn a_missing_permission_is_told_on_the_agents_own_pod() {
+        let own = [("MY_POD_NAME", "stanchion-x"), ("MY_POD_NAMESPACE", "kube-system"), ("MY_POD_UID", "u1")];
+        let denied = || failed("DescribeSubnets: not allowed (UnauthorizedOperation)");
+        for (settings, snapshot, namespace) in [
+            (&own[..], denied(), "kube-system"),
+            (&[], denied(), "default"),
+            (&own[..], failed("DescribeSubnets: EC2 throttles"), "default"),
+        ] {
+            let (mut teller, asked) = teller_with(settings, snapshot).await;
+            teller.look().await;
+            teller.send().await;
+            let asked = asked.lock().unwrap().clone();
+            let path = format!("POST /apis/events.k8s.io/v1/namespaces/{namespace}/events");
+            assert!(asked.contains(&path), "{settings:?}: {asked:?}");
+        }
+    }
+
+    /// A shortage lasts for minutes, and a tick is a second.
+    #[tokio::test]
+    async fn an_exhausted_subnet_is_told_once_a_refusal() {
+        let subnet = |until| SubnetView { subnet: "subnet-1".into(), what: "addresses", since: Time(1), until, reason: "none".into() };
+        let (mut teller, _) =
+            teller_with(&[("STANCHION_STARTUP_TAINT", "")], IpamSnapshot { subnets: vec![subnet(Time(9))], ..IpamSnapshot::default() })
+                .await;
+        for _ in 0..5 {
+            teller.look().await;
+        }
+        let later = now_ms() + 60_000;
+        assert_eq!(teller.recorder.due(later), [], "it is no news");
+        teller.parts.ipam = IpamHandle::fixed(IpamSnapshot { subnets: vec![subnet(Time(20))], ..IpamSnapshot::default() });
+        teller.look().await;
+        assert_eq!(teller.recorder.due(later).len(), 1, "refused again");
+    }
+
+    /// A node that was registered anew has another CNINode, while its trunk is still there.
+    #[tokio::test]
+    async fn the_cni_node_is_looked_after_with_the_trunk_there_and_ever_less_without() {
+        let trunk = EniView {
+            id: "eni-9".into(),
+            mac: "02:00:00:00:00:09".parse().unwrap(),
+            network_card: 0,
+            device_index: 2,
+            subnet: "subnet-1".into(),
+            primary_ipv4: None,
+            kind: "trunk".into(),
+            role: "trunk".into(),
+            route_table: 3,
+            slots: 9,
+            cidrs: Vec::new(),
+            total: 0,
+            assigned: 0,
+        };
+        let with_trunk = IpamSnapshot { enis: vec![trunk], ..IpamSnapshot::default() };
+        let wanted = IpamSnapshot { wants_trunk: true, ..IpamSnapshot::default() };
+        for (settings, snapshot, pauses) in [
+            (&[("ENABLE_POD_ENI", "true")][..], with_trunk.clone(), &[300, 300][..]),
+            (&[("ENABLE_POD_ENI", "true")], wanted, &[10, 20, 40, 80, 160, 300, 300]),
+            (&[], with_trunk, &[]),
+        ] {
+            let (mut teller, asked) = teller_with(settings, snapshot).await;
+            let mut put_off = Vec::new();
+            for _ in 0..pauses.len().max(1) {
+                let due = tokio::time::Instant::now();
+                teller.feature_due = due;
+                teller.look().await;
+                put_off.extend(Some((teller.feature_due - due).as_secs()).filter(|pause| *pause > 0));
+            }
+            assert_eq!(put_off, pauses, "{settings:?}");
+            let seen =
+                asked.lock().unwrap().iter().filter(|request| request.starts_with("GET") && request.ends_with("/cninodes/n1")).count();
+            assert_eq!(seen, pauses.len(), "{settings:?}");
+        }
     }
 
     #[test]

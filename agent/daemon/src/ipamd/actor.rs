@@ -10,7 +10,7 @@ use stanchion_core::branch::wants_branch;
 use stanchion_core::cloud::{ConnectionTracking, Ec2Api, Ec2Error, Imds, InstanceIdentity, Subnet};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
-use stanchion_core::ids::{EniId, PodName, SecurityGroupId, SubnetId, VpcId};
+use stanchion_core::ids::{EniId, PodName, SecurityGroupId, SubnetId};
 use stanchion_core::ipam::{Action, Allocation, Blocked, Datastore, Demand, IpamKey, Memory, Placement, PoolLimits, Targets, Time};
 use stanchion_core::limits::InstanceLimits;
 use stanchion_core::network::{HostNetwork, HostPlan, HostReport};
@@ -22,8 +22,10 @@ use tokio_util::sync::CancellationToken;
 use super::clock::Clock;
 use super::execute::{Executor, Outcome};
 use super::files::{FileError, Files};
+use super::groups::{Discovered, Place};
 use super::handle::{AssignError, AssignRequest, AssignedAddress, Assignment, Message, ReleaseError};
 use super::observe::Observation;
+use super::retry::Retry;
 use super::snapshot::{IpamCounters, IpamSnapshot, RecentError};
 
 /// Messages taken before the checkpoint is written: a burst of ADDs shares one fsync. As many as a large node can have.
@@ -42,14 +44,14 @@ pub(super) enum Work {
     Host(Result<HostReport, String>),
     /// ENIs were read.
     Observed(Observation),
-    /// Subnets were read.
-    Subnets(Result<Vec<Subnet>, Ec2Error>),
+    /// Subnets, or security groups for ENIs in them, were read.
+    Discovered(Discovered),
     /// Leaked ENIs were looked for; how many were deleted.
     Swept(Result<u32, String>),
     /// An adopted ENI got its tags.
     Tended(EniId, Result<(), String>),
     /// An ENI's security groups were set.
-    Groups(EniId, Result<Vec<SecurityGroupId>, String>),
+    Groups(EniId, Result<Vec<SecurityGroupId>, Ec2Error>),
 }
 
 /// An ADD that waits for an address.
@@ -119,7 +121,8 @@ pub(super) struct Actor<E, I, H> {
     pub(super) given_out: Option<BTreeSet<IpAddr>>,
     /// EC2 has confirmed the picture that IMDS gave.
     pub(super) ec2_verified: bool,
-    pub(super) vpc: Option<VpcId>,
+    /// Where EC2 is asked for subnets and security groups.
+    pub(super) place: Option<Place>,
     pub(super) excluded: BTreeSet<SubnetId>,
     /// ENIs whose tags were looked at.
     pub(super) tagged: BTreeSet<EniId>,
@@ -135,6 +138,19 @@ pub(super) struct Actor<E, I, H> {
     pub(super) observing: bool,
     pub(super) subnets_due: Instant,
     pub(super) subnets_pause: Duration,
+    /// When EC2 told the list, if that was its last answer, and since when it is being asked.
+    pub(super) subnets_told: Option<Instant>,
+    pub(super) subnets_asked: Option<Instant>,
+    /// Security groups that are tagged for ENIs in other subnets than the node's; `None` before EC2 has told them.
+    pub(super) pod_groups: Option<Vec<SecurityGroupId>>,
+    pub(super) pod_groups_retry: Retry,
+    /// ENIs whose security groups are being changed, and those for which EC2 refused it.
+    pub(super) regrouping: BTreeSet<EniId>,
+    pub(super) regroup_retry: BTreeMap<EniId, Retry>,
+    /// When EC2 may be asked what is attached.
+    pub(super) describe_retry: Retry,
+    /// Since when a trunk is wanted.
+    pub(super) trunk_wanted: Option<Instant>,
     /// Why new ENIs wait for the first list of the zone's subnets, if they do.
     pub(super) subnets_awaited: Option<String>,
     pub(super) sweep_due: Instant,
@@ -185,6 +201,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// Everything that follows from the present state: serve, plan, start tasks, publish.
     pub(super) fn turn(&mut self) {
         self.serve_waiting();
+        self.follow_trunk();
         self.plan();
         self.start_due_tasks();
         self.publish();
@@ -398,7 +415,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             Work::Action(id, outcome) => self.action_done(id, outcome),
             Work::Host(report) => self.host_done(report),
             Work::Observed(observation) => self.observed(observation),
-            Work::Subnets(result) => self.subnets_read(result),
+            Work::Discovered(discovered) => self.discovered(discovered),
             Work::Swept(result) => self.swept(result),
             Work::Tended(eni, result) => self.tended(&eni, result),
             Work::Groups(eni, result) => self.groups_set(&eni, result),

@@ -3,15 +3,32 @@
 //! AWS's resource controller attaches the trunk and makes the branches; what it wrote into the pods' annotations is the desired state, so
 //! that nothing of it has to be kept in a file.
 
+use std::time::Duration;
+
 use stanchion_core::branch::{branch_of, wants_branch};
 use stanchion_core::cloud::{Ec2Api, EniKind, Imds};
 use stanchion_core::config::BranchMode;
 use stanchion_core::network::names::STRICT_BRANCH_PREFIX;
 use stanchion_core::network::{BranchPod, HostNetwork, HostPlan, PodHost, host_veth_name};
 
+use tokio::time::Instant;
+
 use super::actor::Actor;
 
+/// How long an ENI is kept for the trunk while pods wait for an address: the resource controller takes seconds where it is there and knows the type.
+const TRUNK_PATIENCE: Duration = Duration::from_secs(300);
+
 impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
+    /// Notes since when a trunk is wanted.
+    pub(super) fn follow_trunk(&mut self) {
+        self.trunk_wanted = self.wants_trunk().then(|| self.trunk_wanted.unwrap_or_else(Instant::now));
+    }
+
+    /// Nobody has attached one for so long that nobody may do so at all.
+    pub(super) fn trunk_is_overdue(&self) -> bool {
+        self.trunk_wanted.is_some_and(|since| since.elapsed() >= TRUNK_PATIENCE)
+    }
+
     /// Whether the resource controller is to attach a trunk: it is wanted, it is not there, and an ENI is left for it.
     pub(super) fn wants_trunk(&self) -> bool {
         let mut enis = self.store.enis().values();

@@ -63,6 +63,7 @@ fn action_name(action: Ec2Action) -> &'static str {
         Ec2Action::DescribeInstanceTypes => "DescribeInstanceTypes",
         Ec2Action::DescribeNetworkInterfaces => "DescribeNetworkInterfaces",
         Ec2Action::DescribeSubnets => "DescribeSubnets",
+        Ec2Action::DescribeSecurityGroups => "DescribeSecurityGroups",
         Ec2Action::CreateNetworkInterface => "CreateNetworkInterface",
         Ec2Action::AttachNetworkInterface => "AttachNetworkInterface",
         Ec2Action::ModifyNetworkInterfaceAttribute => "ModifyNetworkInterfaceAttribute",

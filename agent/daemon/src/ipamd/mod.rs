@@ -14,11 +14,12 @@ mod handle;
 mod meter;
 mod observe;
 mod pool;
+mod retry;
 mod snapshot;
 mod start;
 mod views;
 
 pub use files::FileError;
 pub use handle::{AssignError, AssignRequest, AssignedAddress, Assignment, Busy, IpamHandle, IpamStatus, ReleaseError};
-pub use snapshot::{AddressView, CidrView, Ec2CallStats, EniView, IpamCounters, IpamSnapshot, PoolView, RecentError, SubnetView};
+pub use snapshot::{AddressView, CidrView, EXCLUDED, Ec2CallStats, EniView, IpamCounters, IpamSnapshot, PoolView, RecentError, SubnetView};
 pub use start::{IpamdParts, StartError, spawn};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use stanchion_core::cloud::{Ec2Api, Ec2Error, Eni, EniKind, Imds, ImdsEni, Subnet};
+use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, EniKind, Imds, ImdsEni, Subnet};
 use stanchion_core::config::{BranchMode, RandomizeSnat};
 use stanchion_core::ids::{EniId, SubnetId};
 use stanchion_core::ipam::{
@@ -18,17 +18,25 @@ use tokio::time::Instant;
 
 use super::actor::{Actor, Work, chain};
 use super::execute::Executor;
+use super::groups::wants_subnets;
+use super::retry::Retry;
 
 /// How often IMDS is read when nothing happens.
 const OBSERVE_EVERY: Duration = Duration::from_secs(60);
 /// The same while pods wait for it: AWS's resource controller is to attach a trunk, or IMDS to tell the range of a new ENI's subnet.
 const OBSERVE_SOON: Duration = Duration::from_secs(5);
+/// Pauses after EC2 did not tell what is attached, the first and the longest.
+const DESCRIBE_PAUSE: (Duration, Duration) = (OBSERVE_SOON, OBSERVE_EVERY);
 /// How often the host network is healed.
 const HEAL_EVERY: Duration = Duration::from_secs(15);
 /// How often the zone's subnets are read.
 pub(super) const SUBNETS_EVERY: Duration = Duration::from_secs(600);
 /// First pause before subnets that EC2 did not tell are asked for again; doubles up to [`SUBNETS_EVERY`].
 pub(super) const SUBNETS_PAUSE: Duration = Duration::from_secs(5);
+/// A list that is older than this is read anew before an ENI is made by it, as aws-node does: tags and free addresses change.
+const SUBNETS_FRESH: Duration = Duration::from_secs(10);
+/// How long a new ENI waits for that.
+const SUBNETS_WAIT: Duration = Duration::from_secs(5);
 /// New ENIs wait for the first list while the pause is shorter than this, as a tag may keep pods out of the node's own subnet. Then they
 /// go there: a node whose EC2 tells no list still has to serve, and an ENI in a wrong place is given back when the list comes.
 const SUBNETS_PATIENCE: Duration = Duration::from_secs(60);
@@ -45,7 +53,7 @@ const LINK_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::
 #[derive(Debug)]
 pub(super) struct Observation {
     pub(super) imds: Result<Vec<ImdsEni>, String>,
-    pub(super) ec2: Option<Result<Vec<Eni>, String>>,
+    pub(super) ec2: Option<Result<Vec<Eni>, Ec2Error>>,
     pub(super) vpc_cidrs: Option<(Vec<Ipv4Net>, Vec<Ipv6Net>)>,
 }
 
@@ -72,7 +80,7 @@ pub(super) async fn observe<E: Ec2Api, I: Imds>(
     let ec2 = match ask_ec2 {
         AskEc2::Never => None,
         AskEc2::IfDifferent if !differs => None,
-        AskEc2::IfDifferent | AskEc2::Always => Some(executor.attached().await.map_err(|error| chain(&error))),
+        AskEc2::IfDifferent | AskEc2::Always => Some(executor.attached().await),
     };
     let vpc_cidrs = match (imds.vpc_ipv4_cidrs(primary).await, imds.vpc_ipv6_cidrs(primary).await) {
         (Ok(v4), Ok(v6)) => Some((v4, v6)),
@@ -105,7 +113,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     /// Until IMDS is read again when nothing happens.
     pub(super) fn observation_pause(&self) -> Duration {
-        if self.wants_trunk() || self.awaiting_range().next().is_some() { OBSERVE_SOON } else { OBSERVE_EVERY }
+        let trunk = self.wants_trunk() && !self.trunk_is_overdue();
+        if trunk || self.awaiting_range().next().is_some() { OBSERVE_SOON } else { OBSERVE_EVERY }
     }
 
     /// ENIs that cannot join before their subnet's range is known.
@@ -147,7 +156,10 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         if !self.observing && self.observe_due <= now {
             self.observing = true;
             let known = self.store.enis().values().map(|eni| (eni.id.clone(), eni.cidrs.keys().copied().collect())).collect();
-            let ask = match (self.config.pool.imds_only, self.ec2_verified && self.missing.is_empty() && self.doubtful.is_empty()) {
+            let may_ask = self.describe_retry.is_due()
+                && self.memory.may_call(Ec2Action::DescribeNetworkInterfaces, self.clock.now()).is_ok()
+                && !self.config.pool.imds_only;
+            let ask = match (!may_ask, self.ec2_verified && self.missing.is_empty() && self.doubtful.is_empty()) {
                 (true, _) => AskEc2::Never,
                 (false, true) => AskEc2::IfDifferent,
                 (false, false) => AskEc2::Always,
@@ -159,9 +171,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
         if self.subnets_due <= now {
             self.subnets_due = now + SUBNETS_EVERY;
-            if self.wants_subnets() {
-                self.read_subnets();
-            }
+            self.read_subnets();
         }
         if self.sweep_due <= now {
             self.sweep_due = now + SWEEP_EVERY;
@@ -174,22 +184,34 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
     }
 
-    fn wants_subnets(&self) -> bool {
-        self.config.pool.subnet_discovery && !self.config.pool.imds_only && !self.config.pool.disable_provisioning
+    fn read_subnets(&mut self) {
+        if wants_subnets(&self.config.pool) {
+            self.subnets_asked = Some(Instant::now());
+            self.start_discovery();
+        }
     }
 
-    fn read_subnets(&mut self) {
-        let Some(vpc) = self.vpc.clone() else { return };
-        let (executor, zone) = (self.executor.clone(), self.identity.availability_zone.clone());
-        self.tasks.spawn(async move {
-            let call = executor.ec2.describe_subnets(&vpc, &zone);
-            let result = executor.meter.run(stanchion_core::cloud::Ec2Action::DescribeSubnets, call).await;
-            Work::Subnets(result)
-        });
+    /// Whether a new ENI waits for EC2 to tell the subnets anew. Where EC2 does not tell, the list is as old as it is.
+    pub(super) fn awaits_subnets(&mut self) -> bool {
+        let now = Instant::now();
+        if self.config.pool.custom_networking {
+            return false;
+        }
+        if self.subnets_asked.is_none() && self.subnets_told.is_some_and(|told| now >= told + SUBNETS_FRESH) {
+            self.read_subnets();
+        }
+        let waits = self.subnets_asked.is_some_and(|asked| now < asked + SUBNETS_WAIT);
+        if waits {
+            let at = self.clock.now() + SUBNETS_WAIT;
+            self.wake_at = Some(self.wake_at.map_or(at, |wake| wake.min(at)));
+        }
+        waits
     }
 
     pub(super) fn subnets_read(&mut self, result: Result<Vec<Subnet>, Ec2Error>) {
         self.subnets_awaited = None;
+        self.subnets_asked = None;
+        self.subnets_told = result.is_ok().then(Instant::now);
         match result {
             Ok(subnets) => {
                 self.subnets_pause = SUBNETS_PAUSE;
@@ -272,6 +294,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         match observation.ec2 {
             Some(Ok(ec2)) => {
                 self.ec2_verified = true;
+                self.describe_retry = Retry::new();
+                self.memory.succeeded(Ec2Action::DescribeNetworkInterfaces, self.clock.now());
                 self.adopt(&imds, Some(&ec2));
                 let there = ec2.iter().map(|eni| (eni.id.clone(), ec2_cidrs(eni))).collect();
                 self.forget_missing(&there, GONE_AFTER);
@@ -282,7 +306,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             }
             Some(Err(error)) => {
                 self.ec2_verified = false;
-                self.error_text("describe ENIs", error);
+                self.describe_retry.failed(DESCRIBE_PAUSE);
+                self.memory.failed(&error, None, self.clock.now());
+                self.error("describe ENIs", &error);
             }
             None if self.config.pool.imds_only => {
                 self.adopt(&imds, None);
@@ -584,7 +610,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
 
     /// Deletes ENIs that nodes of this cluster left behind.
     fn sweep(&mut self) {
-        let Some(vpc) = self.vpc.clone() else { return };
+        let Some(vpc) = self.place.as_ref().map(|place| place.vpc.clone()) else { return };
         let own_in_hand = self.in_flight.values().any(|action| matches!(action, Action::AttachEni { .. } | Action::ReleaseEni { .. }));
         let (executor, own, now) = (self.executor.clone(), self.identity.instance.clone(), self.clock.now());
         let mut tags = BTreeMap::new();
@@ -593,7 +619,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         }
         self.tasks.spawn(async move {
             let call = executor.ec2.describe_leaked(&vpc, &tags);
-            let found = match executor.meter.run(stanchion_core::cloud::Ec2Action::DescribeNetworkInterfaces, call).await {
+            let found = match executor.meter.run(Ec2Action::DescribeNetworkInterfaces, call).await {
                 Ok(found) => found,
                 Err(error) => return Work::Swept(Err(chain(&error))),
             };

@@ -34,12 +34,16 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             let demand = Demand { waiting: u32::try_from(waiting).unwrap_or(u32::MAX), bound: if position == 0 { bound } else { 0 } };
             self.demand.insert(*card, demand);
         }
+        let mut targets = self.targets;
+        if targets.reserve_trunk && self.trunk_is_overdue() && !self.waiting.is_empty() {
+            targets.reserve_trunk = false;
+        }
         let in_flight: Vec<Action> = self.in_flight.values().cloned().collect();
         let planned = plan(&PlanInput {
             store: &self.store,
             in_flight: &in_flight,
             memory: &self.memory,
-            targets: &self.targets,
+            targets: &targets,
             limits: &self.pool_limits,
             demand: &self.demand,
             placement: &self.placement,
@@ -50,7 +54,9 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
         self.memory.surplus_since = planned.surplus_since;
         self.wake_at = planned.wake_at;
         self.ever_had_addresses |= self.pool_limits.cards.iter().any(|(card, _)| self.store.stats(*card, now).total > 0);
-        for action in planned.actions {
+        let attaches = |action: &Action| matches!(action, Action::AttachEni { .. });
+        let later = planned.actions.iter().any(attaches) && self.awaits_subnets();
+        for action in planned.actions.into_iter().filter(|action| !(later && attaches(action))) {
             self.start(action);
         }
     }
@@ -137,7 +143,8 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// The token is unique to this try of this process and the same for every repetition of its request.
     fn create_request(&self, id: u64, subnet: &SubnetId, request: AddressRequest) -> CreateEni {
         let security_groups = match &self.placement {
-            Placement::Subnets { security_groups, .. } => security_groups.clone(),
+            Placement::Subnets { security_groups, .. } if self.config.pool.custom_networking => security_groups.clone(),
+            Placement::Subnets { security_groups, .. } => self.wanted_groups(subnet).map_or_else(|| security_groups.clone(), <[_]>::to_vec),
             Placement::Nowhere(_) => Vec::new(),
         };
         let now = self.clock.now();

@@ -62,6 +62,8 @@ impl IpamSnapshot {
 
 /// [`EniView::kind`] of a trunk.
 const TRUNK: &str = "trunk";
+/// [`EniView::role`] of an ENI whose subnet's tag keeps pods out.
+pub const EXCLUDED: &str = "excluded by its subnet's tag";
 
 /// The pool of one network card.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]

@@ -11,7 +11,7 @@ use stanchion_core::boot::Boot;
 use stanchion_core::cloud::{Ec2Action, Ec2Api, Ec2Error, Eni, Imds, ImdsEni, ImdsError, InstanceIdentity};
 use stanchion_core::cluster::ClusterState;
 use stanchion_core::config::Config;
-use stanchion_core::ids::{PodName, VpcId};
+use stanchion_core::ids::PodName;
 use stanchion_core::ipam::{
     CoolingEntry, CoolingFile, Datastore, EniState, Memory, Placement, PoolLimits, PoolMode, Rest, Targets, managed_cards, restore,
 };
@@ -26,10 +26,12 @@ use super::actor::{Actor, chain};
 use super::clock::Clock;
 use super::execute::Executor;
 use super::files::{FileError, Files};
+use super::groups::{Discovered, Place, discover};
 use super::handle::{IpamHandle, IpamStatus, MAILBOX};
 use super::meter::Meter;
 use super::observe::{GONE_AFTER, SUBNETS_EVERY, SUBNETS_PAUSE};
 use super::pool::GOING;
+use super::retry::Retry;
 use super::snapshot::{IpamCounters, IpamSnapshot};
 
 /// Pauses between tries of a start that IMDS or the instance's limits held up.
@@ -129,8 +131,8 @@ struct Found {
 }
 
 impl Found {
-    fn vpc(&self) -> Option<VpcId> {
-        self.imds.iter().find(|eni| eni.mac == self.identity.primary_mac).map(|eni| eni.vpc.clone())
+    fn primary(&self) -> Option<&ImdsEni> {
+        self.imds.iter().find(|eni| eni.mac == self.identity.primary_mac)
     }
 }
 
@@ -162,19 +164,17 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
     }
     let executor = Executor { ec2, meter, instance: found.identity.instance.clone() };
     let may_ask = !parts.config.pool.imds_only;
-    let (vpc, zone) = (found.vpc(), found.identity.availability_zone.clone());
+    let zone = found.identity.availability_zone.clone();
     let tries_until = if takes_over { started + IMDS_SETTLES } else { started };
     let attached = async { if may_ask { ask_attached(&executor, tries_until).await } else { None } };
-    let subnets = async {
-        match &vpc {
-            Some(vpc) if may_ask && parts.config.pool.subnet_discovery && !parts.config.pool.disable_provisioning => {
-                let call = executor.ec2.describe_subnets(vpc, &zone);
-                executor.meter.run(Ec2Action::DescribeSubnets, call).await
-            }
-            _ => Ok(Vec::new()),
+    let place = found.primary().map(|primary| Place { vpc: primary.vpc.clone(), zone, subnet: primary.subnet.clone() });
+    let discovered = async {
+        match &place {
+            Some(place) => discover(&executor, place, &parts.config.pool).await,
+            None => Discovered::default(),
         }
     };
-    let (attached, subnets) = tokio::join!(attached, subnets);
+    let (attached, discovered) = tokio::join!(attached, discovered);
     if takes_over && attached.is_none() {
         found = find_out(&*imds, &*executor.ec2, &executor.meter, &snapshots).await;
     }
@@ -198,7 +198,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         connection_tracking: None,
         subnets: Vec::new(),
         excluded: BTreeSet::new(),
-        vpc,
+        place,
         vpc_cidrs,
         vpc_ipv6_cidrs,
         store: Datastore::new(targets.mode, parts.config.pool.ip_cooldown),
@@ -226,6 +226,14 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         observing: false,
         subnets_due: now + SUBNETS_EVERY,
         subnets_pause: SUBNETS_PAUSE,
+        subnets_told: None,
+        subnets_asked: None,
+        pod_groups: None,
+        pod_groups_retry: Retry::new(),
+        regrouping: BTreeSet::new(),
+        regroup_retry: BTreeMap::new(),
+        describe_retry: Retry::new(),
+        trunk_wanted: None,
         subnets_awaited: None,
         sweep_due: now + Duration::from_secs(seed % FIRST_SWEEP_WITHIN),
         wake_at: None,
@@ -240,7 +248,7 @@ async fn start<E: Ec2Api, I: Imds, H: HostNetwork>(
         limits,
         targets,
     };
-    actor.subnets_read(subnets);
+    actor.discovered(discovered);
     let cooling = actor.take_moved();
     actor.take_given_out(&cooling)?;
     actor.take_enis(&shown, attached.as_deref());

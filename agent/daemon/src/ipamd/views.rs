@@ -8,7 +8,7 @@ use stanchion_core::network::HostNetwork;
 
 use super::actor::Actor;
 use super::handle::IpamStatus;
-use super::snapshot::{AddressView, CidrView, EniView, IpamSnapshot, PoolView, SubnetView};
+use super::snapshot::{AddressView, CidrView, EXCLUDED, EniView, IpamSnapshot, PoolView, SubnetView};
 
 impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     /// Publishes a new picture; readers see the latest.
@@ -96,7 +96,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
             (EniState::Joining, _) => "joining: its interface is not ready",
             (_, EniRole::Pods) => "pods",
             (_, EniRole::PrimaryOfCustomNetworking) => "node only (custom networking)",
-            (_, EniRole::ExcludedSubnet) => "excluded by its subnet's tag",
+            (_, EniRole::ExcludedSubnet) => EXCLUDED,
             (_, EniRole::Trunk) => "trunk",
             (_, EniRole::EfaOnly) => "efa-only",
             (_, EniRole::Unmanaged) => "unmanaged",
@@ -148,7 +148,7 @@ impl<E: Ec2Api, I: Imds, H: HostNetwork> Actor<E, I, H> {
     }
 
     fn subnet_views(&self) -> Vec<SubnetView> {
-        let shortages = self.memory.shortages().iter();
+        let shortages = self.memory.shortages(self.clock.now());
         shortages
             .map(|((subnet, kind), shortage)| SubnetView {
                 subnet: subnet.clone(),

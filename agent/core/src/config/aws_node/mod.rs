@@ -160,7 +160,7 @@ impl Migration {
     /// A variable with `valueFrom`.
     fn not_here(&mut self, name: &str, known: bool) {
         match name {
-            "MY_NODE_NAME" => {}
+            "MY_NODE_NAME" | "MY_POD_NAME" => {}
             name if known => self.leave_out(name, "the DaemonSet does not hold its value (valueFrom); put this entry into extraEnv"),
             name => self.leave_out(name, why_not(name)),
         }
@@ -181,7 +181,7 @@ impl Migration {
 
     fn variable(&mut self, name: &str, value: &str, known: bool) {
         match name {
-            "MY_NODE_NAME" => return,
+            "MY_NODE_NAME" | "MY_POD_NAME" => return,
             "CLUSTER_NAME" => return self.cluster_name = value.to_owned(),
             "CLUSTER_ENDPOINT" => return self.cluster_endpoint = value.to_owned(),
             "HOST_CNI_BIN_PATH" | "HOST_CNI_CONFDIR_PATH" => {

@@ -90,7 +90,6 @@ fn the_shipped_daemon_set_keeps_what_it_does() {
     for name in [
         "AWS_VPC_K8S_CNI_LOGLEVEL",
         "AWS_VPC_K8S_CNI_LOG_FILE",
-        "MY_POD_NAME",
         "VPC_CNI_VERSION",
         "VPC_ID",
         "--log-file of aws-eks-nodeagent",
@@ -311,7 +310,7 @@ fn a_value_from_elsewhere_is_the_charts_or_a_persons() {
     let migration = migrated(&text);
     assert!(migration.cluster_name.is_empty());
     assert!(notes(&migration, "CLUSTER_NAME")[0].contains("extraEnv"));
-    assert_eq!(notes(&migration, "MY_POD_NAME"), ["MY_POD_NAME is left out: the agent does not ask for its own pod."]);
+    assert_eq!(notes(&migration, "MY_POD_NAME"), [""; 0], "the chart sets its own");
 }
 
 #[test]
@@ -402,7 +401,7 @@ proptest! {
         let printed = values(&migration);
         for (name, value) in node.iter().filter(|(name, value)| !value.is_empty() && !INIT_ACTS.contains(&name.as_str())) {
             let elsewhere = match name.as_str() {
-                "MY_NODE_NAME" | "HOST_CNI_BIN_PATH" | "HOST_CNI_CONFDIR_PATH" | "INTROSPECTION_BIND_ADDRESS" | MODE => true,
+                "MY_NODE_NAME" | "MY_POD_NAME" | "HOST_CNI_BIN_PATH" | "HOST_CNI_CONFDIR_PATH" | "INTROSPECTION_BIND_ADDRESS" | MODE => true,
                 "CLUSTER_NAME" => printed["clusterName"] == **value,
                 "CLUSTER_ENDPOINT" => printed["clusterEndpoint"] == **value,
                 name => migration.notes.iter().any(|(about, _)| about == name),

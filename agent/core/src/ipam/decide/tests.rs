@@ -156,6 +156,13 @@ impl Scene {
         self.store.add_cidrs(&id, (0..cidrs).map(cidr));
     }
 
+    /// The tag of its subnet was set long after it came.
+    fn exclude(&mut self, device_index: u16) {
+        let id = stored_eni(device_index, "", 9).id;
+        let eni = self.store.eni_mut(&id).expect("added");
+        (eni.role, eni.added) = (EniRole::ExcludedSubnet, NOW - ENI_MIN_AGE);
+    }
+
     fn plan(&self) -> Plan {
         let demand = BTreeMap::from([(0, self.demand)]);
         plan(&PlanInput {
@@ -293,6 +300,43 @@ fn no_eni_is_released_while_a_pods_address_is_on_none() {
     assert!(!releases(&scene), "now it is seen to be in use");
 }
 
+/// m5.large with two ENIs in a subnet that is excluded by now, and pods that wait for a third.
+#[test]
+fn enis_of_an_excluded_subnet_make_room_for_others() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.limits.cards = vec![(0, 3)];
+    scene.demand.waiting = 3;
+    for index in [0, 1, 2] {
+        scene.add(index, "subnet-a", 9, EniState::Serving);
+        scene.exclude(index);
+    }
+    scene.subnets = vec![SubnetId::from("subnet-t")];
+    let actions = scene.plan().actions;
+    let goes = |id: &str| actions.iter().any(|action| matches!(action, Action::ReleaseEni { eni, .. } if eni.as_str() == id));
+    assert!(goes("eni-1") && goes("eni-2") && !goes("eni-0"), "{actions:?}");
+    assert!(
+        actions.iter().any(|action| matches!(action, Action::Unassign { cidrs, .. } if cidrs.len() == 9)),
+        "the primary's: {actions:?}"
+    );
+    scene.store.eni_mut(&"eni-2".into()).expect("there").added = NOW;
+    assert_eq!(scene.plan().wake_at, Some(NOW + ENI_MIN_AGE), "one that has just come stays for a while");
+    scene.provisioning = Provisioning::Unschedulable;
+    assert_eq!(scene.plan().actions, [], "on a cordoned node nothing is released");
+    scene.provisioning = Provisioning::On;
+    scene.store.remove_eni(&"eni-1".into());
+    assert_eq!(scene.attach_indexes(), [1]);
+}
+
+/// EC2 has it at index 1: that one is taken.
+#[test]
+fn a_primary_eni_that_is_attached_elsewhere_keeps_its_index() {
+    let mut scene = Scene::new(warm_ip(1));
+    scene.add(0, "subnet-a", 9, EniState::Serving);
+    scene.store.eni_mut(&"eni-0".into()).expect("there").attached_at = 1;
+    scene.demand.waiting = 12;
+    assert_eq!(scene.attach_indexes(), [2]);
+}
+
 /// Defect 14 of aws-node: an index at its array's bound ended the process.
 #[test]
 fn a_device_index_is_never_one_that_is_held_and_never_out_of_range() {
@@ -354,7 +398,7 @@ fn each_network_card_has_its_own_limit_and_its_own_indexes() {
 }
 
 fn scene() -> impl Strategy<Value = Scene> {
-    let enis = proptest::collection::vec((1u16..6, any::<bool>(), 0u8..10, 0u8..3), 0..5);
+    let enis = proptest::collection::vec((1u16..6, any::<bool>(), 0u8..10, 0u8..3, any::<bool>()), 0..5);
     let attachings = proptest::collection::vec((1u16..6, 1u16..10), 0..3);
     (targets(), enis, attachings, 0u8..10, any::<[bool; 4]>(), (0u32..60, 0u32..10)).prop_map(
         |(mut targets, enis, attachings, primary, [throttle_assign, throttle_create, singles_gone, prefixes_gone], (waiting, bound))| {
@@ -365,9 +409,12 @@ fn scene() -> impl Strategy<Value = Scene> {
             }
             let mut scene = Scene::new(targets);
             scene.add(0, "subnet-a", primary, EniState::Serving);
-            for (index, second, cidrs, state) in enis {
+            for (index, second, cidrs, state, excluded) in enis {
                 let state = [EniState::Joining, EniState::Serving, EniState::Releasing][usize::from(state)];
                 scene.add(index, if second { "subnet-b" } else { "subnet-a" }, cidrs.min(9), state);
+                if excluded {
+                    scene.exclude(index);
+                }
             }
             for (index, count) in attachings {
                 let taken = scene.store.enis().values().any(|eni| eni.device_index == index);
@@ -435,13 +482,21 @@ proptest! {
             .store
             .enis()
             .values()
-            .filter(|eni| eni.state != EniState::Releasing)
+            .filter(|eni| eni.state != EniState::Releasing && eni.role == EniRole::Pods)
             .map(|eni| u64::from(eni.room()) * unit(&eni.subnet))
             .sum();
         let Targets { warm_ip, minimum_ip, .. } = scene.targets;
         let most_missing = u64::from(scene.demand.waiting + scene.demand.bound + warm_ip + minimum_ip);
         if room >= most_missing {
             prop_assert!(!attaches, "room {} for at most {}: {:?}", room, most_missing, planned.actions);
+        }
+
+        // No pod will ever get an address of an excluded ENI, whoever waits: it keeps no slot that another one could have.
+        if planned.blocked.iter().any(|(_, blocked)| matches!(blocked, Blocked::AllFull { .. })) {
+            for eni in scene.store.enis().values().filter(|eni| eni.role == EniRole::ExcludedSubnet && eni.state == EniState::Serving) {
+                let goes = planned.actions.iter().any(|action| matches!(action, Action::ReleaseEni { eni: id, .. } if *id == eni.id));
+                prop_assert!(goes, "{:?} stays: {:?}", eni.id, planned.actions);
+            }
         }
     }
 }

@@ -340,6 +340,25 @@ fn a_branch_whose_pod_is_being_added_stays_although_the_plan_does_not_know_it() 
     assert_eq!(diff(&plan, &state), [], "its rules are yet to come");
 }
 
+/// Its rules stand before the pod's own, as they are older.
+#[test]
+fn the_branch_that_an_earlier_sandbox_of_the_pod_had_goes() {
+    let (plan, good) = with_branch(true);
+    let mut state = good.clone();
+    let iif = |name: &str| Rule { iif: Some(name.into()), ..Rule::new(false, 10, 109) };
+    state.rules.extend([iif("vlan.eth.9"), iif(BRANCH_IF)]);
+    state.links.push(link_of(99, "vlan.eth.9", 9, "vlan"));
+    state.routes.push(Route { dst: net("0.0.0.0/0"), table: 109, via: Some("10.0.2.1".parse().unwrap()), index: 99 });
+    let mut shared = state.clone();
+    let ops = diff(&plan, &state);
+    perform(&mut state, &ops, &plan);
+    assert_eq!((&state.rules, &state.links, &state.routes), (&good.rules, &good.links, &good.routes), "{ops:?}");
+    // Another pod has been given that branch meanwhile.
+    shared.rules.push(iif("vlan8888"));
+    shared.links.push(link_of(98, "vlan8888", 8, "veth"));
+    assert_eq!(diff(&plan, &shared), [NetOp::DeleteRule(iif(BRANCH_IF))]);
+}
+
 #[test]
 fn the_other_mode_puts_the_rule_for_the_nodes_addresses_back() {
     let (mut plan, mut state) = with_branch(true);
@@ -401,6 +420,16 @@ fn an_ipv6_branch_hears_the_router_although_its_table_does_not_know_it() {
     assert!(state.rules.contains(&Rule::new(false, 0, 255)) && !state.rules.contains(&Rule::new(true, 0, 255)));
     assert!(state.routes.contains(&Route { dst: net("::/0"), table: 107, via: Some(V6_GATEWAY.into()), index: 4 }));
     assert_eq!(diff(&plan, &state), []);
+}
+
+/// With forwarding on, the kernel throws away the default route that a router advertised unless it hears routers all the same.
+#[test]
+fn a_node_hears_its_router_before_it_forwards() {
+    for (ipv6, egress) in [(true, false), (true, true), (false, true)] {
+        let paths: Vec<_> = host_sysctls(ipv6, egress, true, Some("ens5")).into_iter().map(|(path, _)| path).collect();
+        let place = |name: &str| paths.iter().position(|path| path == name).expect("wanted");
+        assert!(place("net/ipv6/conf/ens5/accept_ra") < place("net/ipv6/conf/all/forwarding"), "{paths:?}");
+    }
 }
 
 #[test]
