@@ -4,7 +4,6 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
@@ -51,13 +50,13 @@ use stanchion_proto::debug_server::DebugServer;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::cli::agent::{AgentArgs, Role};
 use crate::cli::ship::{self, Sink};
 use crate::logging;
+use crate::parts::{self, Parts};
 
 /// Open files at most: what systemd gives a service that asks for many.
 const OPEN_FILES: u64 = 524_288;
@@ -169,8 +168,8 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     let egress = egress_family(&config, &identity);
     let aws = AwsClients::load(overrides).await.context("build the AWS clients")?;
 
-    let mut tasks: Vec<(&str, JoinHandle<()>)> = Vec::new();
-    let failed = Arc::new(AtomicBool::new(false));
+    let mut running = Parts::new(shutdown.clone());
+    running.add("the cluster's state", tokio::spawn(until_gone(cluster.watch())));
     let served = match has(Role::Network) {
         true => shutdown.run_until_cancelled(Predecessor::beside(checkpoint_directory(&args, &config)).ended()).await,
         false => Some(false),
@@ -180,14 +179,14 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
     let succeeds = served || conflist::present(&conflist_directory(&args, &config).join(FILE_NAME)) == Some(Owner::AwsNode);
     // Before the parts that write to the node's files and call EC2: of two agents only one gets it.
     let listener = socket::bind(&args.socket)?;
-    let start = Start { args: &args, config: &config, node_name: &node_name, cluster: &cluster, shutdown: &shutdown, failed: &failed };
+    let start = Start { args: &args, config: &config, node_name: &node_name, cluster: &cluster, shutdown: &shutdown };
     let (ipam, netpol) = match has(Role::Network) {
-        true => start_network(&start, &aws, imds, succeeds, &mut tasks).await.map(|(ipam, netpol)| (Some(ipam), netpol))?,
+        true => start_network(&start, &aws, imds, succeeds, &mut running).await.map(|(ipam, netpol)| (Some(ipam), netpol))?,
         false => (None, None),
     };
     let (logs, metrics) = if has(Role::Telemetry) {
         let _telemetry = telemetry_runtime.enter();
-        start_telemetry(&start, &identity, &aws, netpol.clone(), &mut tasks)?
+        start_telemetry(&start, &identity, &aws, netpol.clone(), &mut running)?
     } else {
         (None, None)
     };
@@ -197,7 +196,7 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
             wanted => {
                 let records = netpol.follow(wanted == FlowLogs::All).await;
                 let _telemetry = telemetry_runtime.enter();
-                Some(start_flow_log(&start, &aws, records, &mut tasks))
+                Some(start_flow_log(&start, &aws, records, &mut running))
             }
         },
         None => None,
@@ -216,21 +215,21 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
         telemetry: metrics,
     });
     if !config.operations.disable_metrics {
-        tasks.push(("metrics HTTP", tokio::spawn(http::serve_metrics(args.metrics_address, Arc::clone(&views), shutdown.clone()))));
+        running.add("metrics HTTP", tokio::spawn(http::serve_metrics(args.metrics_address, Arc::clone(&views), shutdown.clone())));
     }
     if !config.operations.disable_introspection {
         let bind = config.operations.introspection_bind.parse();
         let bind = bind.with_context(|| format!("INTROSPECTION_BIND_ADDRESS={:?}", config.operations.introspection_bind))?;
-        tasks.push(("introspection HTTP", tokio::spawn(http::serve_introspection(bind, Arc::clone(&views), shutdown.clone()))));
+        running.add("introspection HTTP", tokio::spawn(http::serve_introspection(bind, Arc::clone(&views), shutdown.clone())));
     }
 
     info!(socket = %args.socket.display(), "listening");
     let (reporter, health_service) = tonic_health::server::health_reporter();
     let asked = Arc::clone(&views);
-    tasks.push(("health", tokio::spawn(health::follow(reporter, move || asked.ready().is_ok(), shutdown.clone()))));
+    running.add("health", tokio::spawn(health::follow(reporter, move || asked.ready().is_ok(), shutdown.clone())));
     let cni = ipam.map(|ipam| {
         let spool = args.socket.with_file_name("spool");
-        tasks.push(("spool", cni::spawn_spool(spool, ipam.clone(), netpol.clone(), shutdown.clone())));
+        running.add("spool", cni::spawn_spool(spool, ipam.clone(), netpol.clone(), shutdown.clone()));
         let settings = CniSettings {
             pod_mtu: config.network.pod_mtu,
             veth_prefix: config.network.veth_prefix.clone(),
@@ -249,22 +248,22 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
                 shutdown: shutdown.clone(),
             };
             let (events, task) = tell::spawn(parts);
-            tasks.push(("telling the cluster", task));
+            running.add("telling the cluster", task);
             let alarms = match &views.telemetry {
                 Some(metrics) => metrics.allowance_alarms(),
                 None => {
                     let interval = config.telemetry.metrics_interval;
                     let (alarms, task) = telemetry::watch_allowances(args.sys_root.clone(), interval, shutdown.clone());
-                    tasks.push(("network allowances", task));
+                    running.add("network allowances", task);
                     alarms
                 }
             };
-            // Ends with the process, or with the watch.
-            tokio::spawn(events.clone().follow_allowances(views.node_name.clone(), alarms));
+            // Ends with the watch.
+            running.add_errand("telling of allowances", tokio::spawn(events.clone().follow_allowances(views.node_name.clone(), alarms)));
             told = Told { events: Some(events), annotator: config.pool.annotate_pod_ip.then_some(writer) };
         }
         let strict = netpol.clone().filter(|_| settings.strict_policy);
-        tasks.push(("conflist", conflist::spawn(conflist_parts(&args, &config, &views, ipam.clone(), strict, &shutdown))));
+        running.add("conflist", conflist::spawn(conflist_parts(&args, &config, &views, ipam.clone(), strict, &shutdown)));
         let branches = config.pool.pod_eni.then(|| Branches {
             cluster: views.cluster.watch(),
             ipv6: config.pool.ipv6,
@@ -277,24 +276,19 @@ async fn serve(args: AgentArgs, config: Arc<Config>, set_log_filter: SetLogFilte
         None => socket::root_connections(listener).boxed(),
     };
     let ended = shutdown.clone();
-    tonic::transport::Server::builder()
+    let server = tonic::transport::Server::builder()
         .add_service(health_service)
         .add_service(DebugServer::new(DebugService { views, set_log_filter }))
         .add_optional_service(cni.map(CniServer::new))
-        .serve_with_incoming_shutdown(connections, async move { ended.cancelled().await })
-        .await
-        .context("serve the socket")?;
-
-    for (name, task) in tasks {
-        match tokio::time::timeout(GRACE, task).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => warn!(task = name, %error, "ended badly"),
-            Err(_) => warn!(task = name, "did not end in time"),
-        }
-    }
+        .serve_with_incoming_shutdown(connections, async move { ended.cancelled().await });
+    parts::serve(running, server, GRACE).await?;
     info!("stopped; pods keep network and policy");
-    anyhow::ensure!(!failed.load(Ordering::Relaxed), "a part could not start: see the error above");
     Ok(())
+}
+
+/// Returns when nobody writes the cluster's state any more.
+async fn until_gone(mut cluster: watch::Receiver<Arc<ClusterState>>) {
+    while cluster.changed().await.is_ok() {}
 }
 
 /// Logs and metrics; a part that its settings turn off is absent.
@@ -306,7 +300,7 @@ fn start_telemetry(
     identity: &InstanceIdentity,
     aws: &AwsClients,
     netpol: Option<NetpolHandle>,
-    tasks: &mut Vec<(&'static str, JoinHandle<()>)>,
+    running: &mut Parts,
 ) -> Result<Watched> {
     let Start { args, config, node_name, cluster, shutdown, .. } = parts;
     let cluster_name = config.telemetry.cluster_name.clone();
@@ -344,7 +338,7 @@ fn start_telemetry(
                 logs::spawn(parts.logs(log_settings.in_order(), file))
             }
         };
-        tasks.push(("logs", task));
+        running.add("logs", task);
         Some(handle)
     } else {
         None
@@ -375,7 +369,7 @@ fn start_telemetry(
             },
             shutdown: (*shutdown).clone(),
         });
-        tasks.push(("metrics", task));
+        running.add("metrics", task);
         Some(handle)
     } else {
         None
@@ -393,7 +387,7 @@ fn group_spec(settings: &TelemetryConfig) -> LogGroupSpec {
 }
 
 /// Starts the log of judged flows on the current runtime.
-fn start_flow_log(parts: &Start<'_>, aws: &AwsClients, records: FlowRecords, tasks: &mut Vec<(&'static str, JoinHandle<()>)>) -> FlowLog {
+fn start_flow_log(parts: &Start<'_>, aws: &AwsClients, records: FlowRecords, running: &mut Parts) -> FlowLog {
     let Start { config, node_name, shutdown, .. } = parts;
     let settings = FlowLogSettings {
         group: config.telemetry.flow_log_group.replace("{cluster}", &config.telemetry.cluster_name),
@@ -401,7 +395,7 @@ fn start_flow_log(parts: &Start<'_>, aws: &AwsClients, records: FlowRecords, tas
         node: (*node_name).to_owned(),
     };
     let (log, task) = flow_log::spawn(records, settings, Arc::new(aws.logs()), (*shutdown).clone());
-    tasks.push(("flow log", task));
+    running.add("flow log", task);
     log
 }
 
@@ -461,9 +455,9 @@ async fn start_network(
     aws: &AwsClients,
     imds: SdkImds,
     succeeds: bool,
-    tasks: &mut Vec<(&'static str, JoinHandle<()>)>,
+    running: &mut Parts,
 ) -> Result<(IpamHandle, Option<NetpolHandle>)> {
-    let Start { args, config, node_name, cluster, shutdown, failed } = parts;
+    let Start { args, config, node_name, cluster, shutdown } = parts;
     let netpol = match config.network.policy_mode {
         PolicyMode::None => None,
         PolicyMode::Standard | PolicyMode::Strict => {
@@ -491,7 +485,7 @@ async fn start_network(
                 shutdown: (*shutdown).clone(),
             })
             .context("start network policy")?;
-            tasks.push(("policy", task));
+            running.add("policy", task);
             Some(handle)
         }
     };
@@ -519,15 +513,7 @@ async fn start_network(
         boot: this_boot(time_of_day),
     });
     // What cannot pass by itself ends the agent: its supervisor says it to a person.
-    let (failed, ended) = (Arc::clone(failed), CancellationToken::clone(shutdown));
-    let task = tokio::spawn(async move {
-        if let Ok(Err(error)) = task.await {
-            error!(error = format!("{:#}", anyhow::Error::new(error)), "address management cannot start");
-            failed.store(true, Ordering::Relaxed);
-            ended.cancel();
-        }
-    });
-    tasks.push(("addresses", task));
+    running.add_fallible("addresses", task);
     if let Some(netpol) = &netpol {
         if config.network.policy_source == Source::Policies {
             tokio::spawn(CancellationToken::clone(shutdown).run_until_cancelled_owned(tell_of_policies_new_in_force(cluster.watch())));
@@ -540,11 +526,11 @@ async fn start_network(
             veth_prefix: config.network.veth_prefix.clone(),
             shutdown: (*shutdown).clone(),
         });
-        tasks.push(("policy for running pods", adoption));
+        running.add_errand("policy for running pods", adoption);
     }
     let told = ipam.clone();
     let healer = cni::spawn_heal(host, move |subject| told.healed(subject), (*shutdown).clone()).context("watch the host's network")?;
-    tasks.push(("network healer", healer));
+    running.add("network healer", healer);
     Ok((ipam, netpol))
 }
 
@@ -569,8 +555,6 @@ struct Start<'a> {
     node_name: &'a str,
     cluster: &'a ClusterHandle,
     shutdown: &'a CancellationToken,
-    /// Set by a part whose failure ends the agent.
-    failed: &'a Arc<AtomicBool>,
 }
 
 impl Start<'_> {

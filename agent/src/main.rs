@@ -3,6 +3,7 @@
 mod app;
 mod cli;
 mod logging;
+mod parts;
 mod privileges;
 
 use std::process::ExitCode;

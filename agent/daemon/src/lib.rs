@@ -10,6 +10,8 @@
 //! | [`telemetry`] | metric ticks, documents, the Prometheus registry | admin |
 //! | [`admin`] | debug gRPC service, introspection and metrics HTTP | people and tools |
 //!
+//! A task that panics, or ends before the agent is told to, ends the process (`stanchion`'s `parts`): its supervisor starts it anew.
+//!
 //! [`boot`] tells the boot of the node by which times in their files are reckoned; [`predecessor`] keeps the network's tasks from starting
 //! while aws-node still serves the node.
 

@@ -114,12 +114,18 @@ impl Views {
     /// Which one does not.
     pub async fn alive(&self) -> Result<(), String> {
         const WITHIN: Duration = Duration::from_secs(5);
+        if self.ipam.as_ref().is_some_and(IpamHandle::has_ended) {
+            return Err("address management has ended".to_owned());
+        }
         if let Some(ipam) = self.ipam.as_ref().filter(|ipam| !ipam.snapshot().instance.as_str().is_empty()) {
             let nobody = IpamKey { network_name: String::new(), container_id: ContainerId::new(""), if_name: String::new() };
             tokio::time::timeout(WITHIN, ipam.lookup(nobody)).await.map_err(|_| "address management does not answer".to_owned())?.ok();
         }
         if let Some(netpol) = &self.netpol {
             tokio::time::timeout(WITHIN, netpol.snapshot()).await.map_err(|_| "network policy does not answer".to_owned())?;
+            if netpol.has_ended() {
+                return Err("network policy has ended".to_owned());
+            }
         }
         Ok(())
     }
@@ -201,5 +207,37 @@ impl Views {
             node_and_containers: self.config.telemetry.node_metrics,
         };
         render(&sources, format)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stanchion_core::cluster::ClusterState;
+
+    use super::*;
+    use crate::ipamd::IpamSnapshot;
+
+    #[tokio::test]
+    async fn an_agent_without_one_of_its_actors_is_not_alive() {
+        let views = |ipam, netpol| Views {
+            version: "0",
+            started_ms: 0,
+            node_name: "n".to_owned(),
+            roles: Vec::new(),
+            config: Arc::new(Config::read(&|_| None).unwrap()),
+            cluster: ClusterHandle::fixed(ClusterState::default()),
+            ipam,
+            netpol,
+            flow_log: None,
+            logs: None,
+            telemetry: None,
+        };
+        assert_eq!(views(None, None).alive().await, Ok(()));
+        // While it starts, and afterwards.
+        for instance in ["", "i-1"] {
+            let ipam = IpamHandle::fixed(IpamSnapshot { instance: instance.into(), ..IpamSnapshot::default() });
+            assert_eq!(views(Some(ipam), None).alive().await, Err("address management has ended".to_owned()));
+        }
+        assert_eq!(views(None, Some(NetpolHandle::of_nobody())).alive().await, Err("network policy has ended".to_owned()));
     }
 }

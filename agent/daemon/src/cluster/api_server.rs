@@ -12,8 +12,9 @@ use stanchion_core::cluster::{ClusterState, Kind, ObjectKey};
 use stanchion_core::objects::{EndpointSlice, EniConfig, Namespace, NetworkPolicy, Node, Pod, Service};
 use stanchion_core::policy::objects::{AWS_GROUP, ClusterNetworkPolicy, ClusterPolicyEndpoint, PolicyEndpoint};
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::ClusterHandle;
 use super::credentials::Clients;
@@ -47,7 +48,7 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
     let own_pods = format!("spec.nodeName={}", scope.node_name);
     // The owner widens this one when a policy speaks of nodes.
     let (nodes, node_selector) = watch::channel(Some(own_node));
-    let mut watches = Watches { clients, updates, recovered: Arc::default(), shutdown: shutdown.clone(), sources: Vec::new() };
+    let mut watches = Watches { clients, updates, recovered: Arc::default(), tasks: JoinSet::new(), sources: Vec::new() };
     watches.add::<Node>(Kind::Node, None, resource("", "v1", "Node", "nodes"), node_selector);
     watches.all::<Pod>(Kind::Pod, resource("", "v1", "Pod", "pods"), (!scope.policy).then_some(own_pods));
     if scope.policy {
@@ -86,7 +87,7 @@ pub fn spawn(clients: Clients, scope: &Scope, shutdown: CancellationToken) -> Cl
         listed: HashMap::new(),
         nodes,
     };
-    tokio::spawn(owner.run(mailbox, publish, shutdown));
+    tokio::spawn(owner.run(mailbox, watches.tasks, publish, shutdown));
     ClusterHandle { state, _fixed: None }
 }
 
@@ -99,7 +100,8 @@ struct Watches {
     clients: Clients,
     updates: mpsc::Sender<(usize, Update)>,
     recovered: Arc<Notify>,
-    shutdown: CancellationToken,
+    /// They end with the owner, and the owner with any of them: readers see then that nobody writes the state any more.
+    tasks: JoinSet<()>,
     sources: Vec<Source>,
 }
 
@@ -135,14 +137,8 @@ impl Watches {
     fn follow<T: Slim>(&mut self, source: Source, selector: watch::Receiver<Option<String>>) {
         let index = self.sources.len();
         self.sources.push(source.clone());
-        let (clients, updates, recovered, shutdown) =
-            (self.clients.clone(), self.updates.clone(), Arc::clone(&self.recovered), self.shutdown.clone());
-        tokio::spawn(async move {
-            tokio::select! {
-                () = shutdown.cancelled() => {}
-                () = follow::<T>(index, source, clients, selector, updates, recovered) => {}
-            }
-        });
+        let (clients, updates, recovered) = (self.clients.clone(), self.updates.clone(), Arc::clone(&self.recovered));
+        self.tasks.spawn(follow::<T>(index, source, clients, selector, updates, recovered));
     }
 }
 
@@ -165,6 +161,7 @@ impl Owner {
     async fn run(
         mut self,
         mut mailbox: mpsc::Receiver<(usize, Update)>,
+        mut watches: JoinSet<()>,
         publish: watch::Sender<Arc<ClusterState>>,
         shutdown: CancellationToken,
     ) {
@@ -172,6 +169,12 @@ impl Owner {
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
+                Some(ended) = watches.join_next() => {
+                    if let Err(error) = ended {
+                        error!(%error, "a watch of the API server ended");
+                    }
+                    return;
+                }
                 count = mailbox.recv_many(&mut batch, MAILBOX) => if count == 0 { return },
             }
             let mut changed = false;

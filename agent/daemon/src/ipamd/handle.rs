@@ -166,6 +166,11 @@ impl IpamHandle {
         Self { mailbox: mpsc::channel(1).0, snapshot: watch::channel(Arc::new(snapshot)).1 }
     }
 
+    /// The actor is gone, or could not start.
+    pub fn has_ended(&self) -> bool {
+        self.mailbox.is_closed()
+    }
+
     fn send(&self, message: Message) -> Result<(), Busy> {
         self.mailbox.try_send(message).map_err(|_| Busy)
     }

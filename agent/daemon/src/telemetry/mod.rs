@@ -54,7 +54,7 @@ use stanchion_core::metrics::pods::PodTable;
 use stanchion_core::metrics::scrape::Rules;
 use stanchion_core::metrics::track::{ContainerFiles, Figures, PodCounters, Tracker};
 use tokio::sync::{broadcast, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -341,7 +341,12 @@ impl Ticker {
                 let outcome = collector.collect();
                 (collector, outcome, thread_cpu().saturating_sub(before))
             });
-            let Ok((returned, outcome, cpu)) = pass.await else { return };
+            let (returned, outcome, cpu) = match pass.await.map_err(JoinError::try_into_panic) {
+                Ok(done) => done,
+                Err(Ok(panic)) => std::panic::resume_unwind(panic),
+                // The runtime ends.
+                Err(Err(_)) => return,
+            };
             collector = returned;
             self.ticks.cpu_us.store(u64::try_from(cpu.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
             match outcome {
