@@ -147,7 +147,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_part_that_ends_early_ends_the_agent_and_is_named() {
-        let bad: [(fn() -> Result<(), std::fmt::Error>, &str); 3] = [
+        type How = fn() -> Result<(), std::fmt::Error>;
+        let bad: [(How, &str); 3] = [
             (|| panic!("slot {} has no pod", 7), "policy ended, and the agent with it: it panicked: slot 7 has no pod"),
             (|| Ok(()), "policy ended, and the agent with it: it returned"),
             (|| Err(std::fmt::Error), "policy ended, and the agent with it: an error occurred when formatting an argument"),
