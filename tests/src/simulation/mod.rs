@@ -72,9 +72,9 @@ const SETTINGS: [&[(&str, &str)]; 4] = [
     &[("WARM_IP_TARGET", "1"), ("IP_COOLDOWN_PERIOD", "5")],
 ];
 /// How long nothing has to have been broken for a pod to be connected for sure: longer than IMDS and EC2 lag.
-const HEALTHY_FOR: Duration = Duration::from_secs(180);
-/// What a pod waits then.
-const PATIENCE: Duration = Duration::from_secs(120);
+const HEALTHY_FOR: Duration = Duration::from_secs(45);
+/// What a pod waits then: longer than the agent pauses between attempts.
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Addresses that pods can have on the smallest instance.
 const ROOM: usize = 9;
 /// Everything that can happen in a step.
