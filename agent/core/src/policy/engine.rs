@@ -1070,7 +1070,8 @@ mod tests {
             )
         };
         let classes: Vec<String> = (0..1_600).map(classes).collect();
-        let broad = large("broad", &[anywhere(450)]);
+        let beside = r#"{"to":[{"ipBlock":{"cidr":"203.0.113.0/24"}}],"ports":[{"port":7000}]}"#;
+        let broad = large("broad", &[anywhere(450), beside.to_owned()]);
         for (about, rules) in [("ports by peers", product), ("peers that others have ports for", many), ("peers by peers", classes)] {
             let all = [CLUSTER, POLICY, &pods[0], &pods[1], &broad];
             let mut engine = with_a(Settings::default(), &all);
@@ -1093,6 +1094,13 @@ mod tests {
             );
             assert!(to(&engine, 3, "10.0.0.9", 17) && !to(&engine, 3, "10.0.0.9", 18), "{about}: another large one");
             assert!(engine.set_cluster(&cluster(&[&all[..], &[&policy]].concat())).is_empty(), "{about}: it stays so");
+            // An agent that finds everything at once.
+            let mut next = Engine::new(Settings { node_name: "n1".into(), ..Settings::default() });
+            next.add_endpoint(Slot(2), &PodName::new("y", "large"), "", &["192.168.1.7".parse().unwrap()]);
+            next.add_endpoint(Slot(3), &PodName::new("y", "broad"), "", &["192.168.1.8".parse().unwrap()]);
+            next.set_cluster(&cluster(&[&all[..], &[&policy]].concat()));
+            assert!(to(&next, 3, "10.0.0.9", 17) && !to(&next, 3, "10.0.0.9", 18) && to(&next, 3, "203.0.113.9", 7_000), "{about}");
+            assert!(!to(&next, 2, "10.0.0.9", 18) && next.problems() == problems, "{about}");
             engine.set_cluster(&cluster(&[&all[..], &[&large("large", &rules[rules.len() - 10..])]].concat()));
             assert!(engine.problems().is_empty() && !to(&engine, 2, "10.9.9.9", 6_000), "{about}: mended");
         }

@@ -24,8 +24,8 @@ use super::{resolve, resolved, world};
 pub(super) type Pairs = BTreeSet<(u32, u32)>;
 
 /// Verdict entries of all policy sets of a node together: a quarter of what the map takes, of which the agent's memory (256 MiB in the
-/// chart) and the kernel's that is counted with it hold no more while they are written.
-const MOST_ENTRIES: usize = 1_048_576;
+/// chart) and the kernel's that is counted with it hold no more while they are written. Tests come to less.
+const MOST_ENTRIES: usize = if cfg!(test) { 65_536 } else { 1_048_576 };
 
 /// Peer lists with address blocks, counted in each class of addresses that they make: 24 MiB of numbers.
 const MOST_IN_CLASSES: usize = 2_097_152;
@@ -134,8 +134,10 @@ pub(super) struct Interned {
     /// Pairs of set and identity that need entries, by set, for [`Self::paired`].
     pairs: BTreeMap<u32, BTreeSet<u32>>,
     paired: BTreeSet<u32>,
-    /// Entries of these pairs, by set; of a set that alone has too many, not all are counted.
+    /// Entries of these pairs, by set.
     sizes: BTreeMap<u32, usize>,
+    /// Sets that alone have too many: not all of their pairs are there.
+    unfinished: BTreeSet<u32>,
     empty: Signature,
 }
 
@@ -524,11 +526,13 @@ impl Interned {
         let unused: Vec<u32> = pairs.keys().filter(|set| !self.in_use.contains(set)).copied().collect();
         for set in unused {
             sizes.remove(&set);
+            self.unfinished.remove(&set);
             change.removed.extend(pairs.remove(&set).into_iter().flatten().map(|identity| (set, identity)));
         }
         let fresh: Vec<u32> = identities.difference(&self.paired).copied().collect();
         let gone: Vec<u32> = self.paired.difference(&identities).copied().collect();
         let count = |set, identity| self.entries(set, identity).map_or(0, |entries| entries.len());
+        let mut unfinished = BTreeSet::new();
         for set in &self.in_use {
             let program = &self.programs[set];
             let is_new = !pairs.contains_key(set);
@@ -542,9 +546,11 @@ impl Interned {
                 *size = size.saturating_sub(count(*set, *identity));
                 change.removed.insert((*set, *identity));
             }
-            let come: Vec<u32> = if is_new { identities.iter().copied().collect() } else { fresh.clone() };
+            let missing = || identities.iter().filter(|identity| !present.contains(identity)).copied().collect::<Vec<u32>>();
+            let come: Vec<u32> = if is_new || self.unfinished.contains(set) { missing() } else { fresh.clone() };
             for identity in come {
                 if *size > MOST_ENTRIES {
+                    unfinished.insert(*set);
                     break;
                 }
                 if self.identities.get(&identity).is_some_and(|signature| program.knows(signature)) {
@@ -554,7 +560,7 @@ impl Interned {
                 }
             }
         }
-        (self.pairs, self.sizes, self.paired) = (pairs, sizes, identities);
+        (self.pairs, self.sizes, self.unfinished, self.paired) = (pairs, sizes, unfinished, identities);
         change
     }
 

@@ -374,10 +374,13 @@ mod tests {
         }
     }
 
+    /// Protocol, or 3 for all; first and last port in any order; what is decided, or nothing to pass on.
+    type TestRule = (usize, u16, u16, Option<Decision>);
+
     /// What the rules say of one port: the first that matches, tier by tier.
-    fn first_match(rules: &[Vec<(usize, u16, u16, Option<Decision>)>], protocol: usize, port: u16, otherwise: Decision) -> Decision {
+    fn first_match(rules: &[Vec<TestRule>], protocol: usize, port: u16, otherwise: Decision) -> Decision {
         for tier in rules {
-            let matches = |rule: &&(usize, u16, u16, Option<Decision>)| match rule.0 {
+            let matches = |rule: &&TestRule| match rule.0 {
                 3 => true,
                 of => of == protocol && (rule.1.min(rule.2)..=rule.1.max(rule.2)).contains(&port),
             };

@@ -254,7 +254,7 @@ impl Subjects {
         let listed = listed.reduce(|best, pod| if world::claims_before(pod, best) { pod } else { best });
         // By an annotation a pod has what nobody else has.
         let is_free = claims.len() == 1 && !self.nodes.contains_key(&address) && !self.services.contains_key(&address);
-        listed.or_else(|| networked.filter(|_| is_free).last())
+        listed.or_else(|| is_free.then(|| networked.clone().next()).flatten())
     }
 
     /// What an address is to the sets in use.
