@@ -73,9 +73,13 @@ fn fault(name: &str) -> Option<String> {
     (!there).then(|| format!("`{name}` does not exist"))
 }
 
+/// The rows of every table of a page, without the heads, which stand above a line of dashes.
 fn rows(text: &str) -> Vec<Vec<String>> {
-    let cells = |line: &str| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
-    text.lines().filter(|line| line.starts_with('|') && !line.starts_with("|---")).skip(1).map(cells).collect()
+    let is_rule = |line: &str| line.starts_with("|---");
+    let cells = |line: &str| line.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect();
+    let lines: Vec<&str> = text.lines().chain([""]).collect();
+    let is_row = |pair: &&[&str]| pair[0].starts_with('|') && !is_rule(pair[0]) && !is_rule(pair[1]);
+    lines.windows(2).filter(is_row).map(|pair| cells(pair[0])).collect()
 }
 
 fn names(cell: &str) -> Vec<&str> {
