@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use stanchion_core::ids::{ContainerId, PodName};
 use stanchion_daemon::cni::{CniService, CniSettings, Told};
@@ -17,6 +17,7 @@ use stanchion_daemon::netpol::{ActivateIf, ActivateRequest, AttachMode};
 use stanchion_ebpf_abi::LAYOUT_VERSION;
 use stanchion_lab::ipam_world::{self, WorldSpec};
 use stanchion_lab::netns::ip_batch;
+use stanchion_lab::wait::wait_for;
 use stanchion_proto as wire;
 use stanchion_proto::cni_server::Cni as _;
 use tonic::Request;
@@ -30,6 +31,14 @@ fn on_node(world: &World, line: &str) -> String {
     let output = world.node.output(Command::new(words.next().unwrap()).args(words)).unwrap();
     assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+fn until(world: &World, what: &str, holds: impl AsyncFn() -> bool) {
+    let check = || async {
+        anyhow::ensure!(holds().await, "not yet");
+        Ok(())
+    };
+    world.runtime.block_on(wait_for(what, SWEPT, check)).unwrap();
 }
 
 /// Waits until the agent has looked at its pods so many times: it puts back what is taken from y/b.
@@ -46,11 +55,7 @@ fn wait_for_sweeps(world: &World, count: usize) {
             true => pin.exists(),
             false => on_node(world, &format!("tc qdisc show dev {}", decoy.host_if_name)).contains("clsact"),
         };
-        let start = Instant::now();
-        while !is_back() {
-            assert!(start.elapsed() < SWEPT, "the agent does not look at its pods");
-            std::thread::yield_now();
-        }
+        until(world, "a look of the agent at its pods", async || is_back());
     }
 }
 
@@ -122,11 +127,7 @@ fn deletes_one_of_its_interfaces(mode: AttachMode) {
     assert!(snapshot.endpoints.iter().any(|view| view.pod == PodName::new("x", "a")), "{snapshot:?}");
     // With its last one it is gone.
     ip_batch(world.node.name(), "link del eni1\n").unwrap();
-    let start = Instant::now();
-    while world.runtime.block_on(world.agent().clone().snapshot()).endpoints.len() > 2 {
-        assert!(start.elapsed() < SWEPT, "a pod without interfaces is still active");
-        std::thread::yield_now();
-    }
+    until(&world, "the end of a pod without interfaces", async || world.agent().clone().snapshot().await.endpoints.len() == 2);
 }
 
 /// The bandwidth plugin puts an ingress qdisc on the host end after us, which has the place of clsact.

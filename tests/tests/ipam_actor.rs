@@ -254,8 +254,8 @@ async fn what_another_agent_has_just_given_back_is_not_taken_over() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn an_exhausted_subnet_is_named_and_recovers() {
+/// A node whose pod `a` has the last address of its subnet, and the addresses that others took.
+async fn exhausted() -> (World, Vec<std::net::Ipv4Addr>) {
     let mut spec = WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]);
     spec.subnet = "10.0.16.0/28".parse().expect("CIDR");
     let mut world = World::start(spec);
@@ -265,6 +265,12 @@ async fn an_exhausted_subnet_is_named_and_recovers() {
         (4..15).map(|n| std::net::Ipv4Addr::new(10, 0, 16, n)).filter(|ip| world.cloud.owner_of((*ip).into()).is_none()).collect();
     assert!(world.cloud.occupy(&world.subnet, taken.clone()));
     world.add("a", SECOND).await.expect("the warm address");
+    (world, taken)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_exhausted_subnet_is_named_and_recovers() {
+    let (mut world, taken) = exhausted().await;
     let error = world.add("b", SECOND * 2).await.expect_err("nothing is left").to_string();
     for word in ["subnet-0a", "has 0 free of 11 since ", "EC2 said InsufficientFreeAddressesInSubnet", "see `stanchion enis`"] {
         assert!(error.contains(word), "{word} is not in {error}");
@@ -806,15 +812,7 @@ async fn an_eni_is_not_kept_for_a_trunk_for_ever_while_pods_wait() {
 /// An event is told for each shortage that lasts: one that is over must not be told for ever.
 #[tokio::test(start_paused = true)]
 async fn a_subnet_that_gives_again_is_not_said_to_be_exhausted() {
-    let mut spec = WorldSpec::new("m5.large", &[("WARM_IP_TARGET", "1")]);
-    spec.subnet = "10.0.16.0/28".parse().expect("CIDR");
-    let mut world = World::start(spec);
-    world.handle.ready().await.expect("ready");
-    world.settle(SECOND * 5).await;
-    let taken: Vec<std::net::Ipv4Addr> =
-        (4..15).map(|n| std::net::Ipv4Addr::new(10, 0, 16, n)).filter(|ip| world.cloud.owner_of((*ip).into()).is_none()).collect();
-    assert!(world.cloud.occupy(&world.subnet, taken.clone()));
-    world.add("a", SECOND).await.expect("the warm address");
+    let (mut world, taken) = exhausted().await;
     world.add("b", SECOND * 2).await.expect_err("nothing is left");
     assert_eq!(world.handle.snapshot().subnets.len(), 1);
     world.cloud.vacate(&world.subnet, taken.clone());

@@ -29,6 +29,7 @@ fn is_there(segments: &[&str]) -> bool {
     let last = segments[segments.len() - 1];
     let bases = [
         "tests/tests",
+        "tests/src",
         "agent/daemon/tests",
         "agent/core/tests",
         "agent/core/src",

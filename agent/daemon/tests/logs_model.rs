@@ -269,6 +269,16 @@ impl World {
         self.tailer.snapshot(self.now()).files.iter().map(|file| file.lag_bytes).sum()
     }
 
+    /// The kubelet has renamed the live file, which is read to its end, and the runtime does not open the next one yet.
+    fn rename_alone(&mut self) -> PathBuf {
+        let away = self.writer.dir.join("0.log.20261121-000009");
+        fs::rename(&self.writer.live, &away).unwrap();
+        for _ in 0..5 {
+            self.finish();
+        }
+        away
+    }
+
     fn finish(&mut self) {
         self.writer.complete();
         for _ in 0..3 {
@@ -406,12 +416,7 @@ fn a_live_file_that_is_missing_for_long_sends_nothing_twice() {
     world.writer.rotate(0);
     world.writer.lines(20);
     world.finish();
-    // The kubelet has renamed it, and the runtime does not open the next one yet.
-    let away = world.writer.dir.join("0.log.20261121-000009");
-    fs::rename(&world.writer.live, &away).unwrap();
-    for _ in 0..5 {
-        world.finish();
-    }
+    world.rename_alone();
     world.save();
     world.writer.file = File::options().create(true).append(true).open(&world.writer.live).unwrap();
     world.writer.lines(20);
@@ -438,11 +443,7 @@ fn what_is_written_to_a_renamed_file_while_there_is_no_other_is_read() {
         world.tailer.scan(world.now()).unwrap();
         world.writer.lines(20);
         world.finish();
-        let away = world.writer.dir.join("0.log.20261121-000009");
-        fs::rename(&world.writer.live, &away).unwrap();
-        for _ in 0..5 {
-            world.finish();
-        }
+        let away = world.rename_alone();
         world.writer.lines(5);
         if undone {
             // The runtime could not open another: the kubelet takes the rename back.
