@@ -10,7 +10,7 @@ use crate::ids::PodName;
 use crate::objects::{NetworkPolicy, Pod, Protocol};
 
 use super::classes::Classes;
-use super::engine::{Source, UnselectedPod};
+use super::engine::{Settings, Source, UnselectedPod};
 use super::image::MapImage;
 use super::model::{Direction, Peer, Peers, Policy, PolicyName, PortMatch, Ports, Problem, Rule, Tier, ordered_rules};
 use super::names::Names;
@@ -22,10 +22,6 @@ use super::{resolve, resolved, world};
 
 /// Pairs of numbers: of a policy set and an identity, or of two identities.
 pub(super) type Pairs = BTreeSet<(u32, u32)>;
-
-/// Verdict entries of all policy sets of a node together: a quarter of what the map takes, of which the agent's memory (256 MiB in the
-/// chart) and the kernel's that is counted with it hold no more while they are written. Tests come to less.
-const MOST_ENTRIES: usize = if cfg!(test) { 65_536 } else { 1_048_576 };
 
 /// Peer lists with address blocks, counted in each class of addresses that they make: 24 MiB of numbers.
 const MOST_IN_CLASSES: usize = 2_097_152;
@@ -111,6 +107,7 @@ struct Sources {
 pub(super) struct Interned {
     source: Source,
     unselected_pod: UnselectedPod,
+    most_verdicts: usize,
     last: u32,
     sources: Sources,
     network: BTreeMap<PodName, Version>,
@@ -156,8 +153,9 @@ pub(super) struct Active {
 
 impl Interned {
     /// Empty, to be filled from one source.
-    pub(super) fn new(source: Source, unselected_pod: UnselectedPod) -> Self {
-        Self { source, unselected_pod, ..Self::default() }
+    pub(super) fn new(settings: &Settings) -> Self {
+        let Settings { source, unselected_pod, most_verdicts, .. } = *settings;
+        Self { source, unselected_pod, most_verdicts, ..Self::default() }
     }
 
     fn next(&mut self) -> u32 {
@@ -549,7 +547,7 @@ impl Interned {
             let missing = || identities.iter().filter(|identity| !present.contains(identity)).copied().collect::<Vec<u32>>();
             let come: Vec<u32> = if is_new || self.unfinished.contains(set) { missing() } else { fresh.clone() };
             for identity in come {
-                if *size > MOST_ENTRIES {
+                if *size > self.most_verdicts {
                     unfinished.insert(*set);
                     break;
                 }
@@ -576,7 +574,7 @@ impl Interned {
     /// If all sets together have too many entries: the one that makes most of them, by those it has and by the peer lists for which others
     /// have them.
     pub(super) fn heaviest(&self) -> Option<u32> {
-        if self.sizes.values().sum::<usize>() <= MOST_ENTRIES {
+        if self.sizes.values().sum::<usize>() <= self.most_verdicts {
             return None;
         }
         let weight = |set: &u32| self.sizes[set].saturating_mul(self.programs.get(set).map_or(0, |program| program.terms().len()) + 1);
@@ -596,7 +594,8 @@ impl Interned {
             policy: policy.name.clone(),
             field: format!("spec.{}", key.direction),
             problem: format!(
-                "the policies of the node's pods come to more than {MOST_ENTRIES} verdicts or {MOST_IN_CLASSES} parts of address classes, mostly by this one"
+                "the policies of the node's pods come to more than {} verdicts or {MOST_IN_CLASSES} parts of address classes, mostly by this one",
+                self.most_verdicts
             ),
             consequence: "the pods that it selects are closed in this direction",
             remedy: "Write ranges of ports and fewer rules with ports of their own.",

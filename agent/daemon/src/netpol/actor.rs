@@ -133,7 +133,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         EnforcingMode::Standard => UnselectedPod::Open,
         EnforcingMode::Strict => UnselectedPod::Closed,
     };
-    let mut rules = Engine::new(Settings { source, node_name, unknown_pod, unselected_pod, annotated_pods });
+    let mut rules = Engine::new(Settings { source, node_name, unknown_pod, unselected_pod, annotated_pods, ..Settings::default() });
     rules.rebase(kernel);
     rules.remember_policed(slots.policed());
     let name_clock = NameClock::start();
@@ -161,6 +161,7 @@ pub fn spawn(parts: NetpolParts) -> Result<(NetpolHandle, JoinHandle<()>), Spawn
         name_clock,
         names_due: None,
         problems: Vec::new(),
+        too_large: BTreeSet::new(),
         state_dir,
         slots,
         isolated,
@@ -227,6 +228,8 @@ struct Actor {
     names_due: Option<Instant>,
     /// What is wrong in the policies, as last told.
     problems: Vec<String>,
+    /// Pods that were closed then because their policies are too large.
+    too_large: BTreeSet<Slot>,
     state_dir: PathBuf,
     slots: Slots,
     /// Endpoints that the kernel polices, so that one that becomes so is noticed.
@@ -398,6 +401,14 @@ impl Actor {
         self.waiting = waiting;
         for Waiting { request, reply, since } in judged {
             drop(reply.send(self.activate(request, since)));
+        }
+    }
+
+    /// A pod may be what makes policies too large.
+    fn look_for_too_large(&mut self) {
+        if !self.rules.closed_as_too_large().eq(self.too_large.iter().copied()) {
+            self.too_large = self.rules.closed_as_too_large().collect();
+            self.look_for_problems();
         }
     }
 

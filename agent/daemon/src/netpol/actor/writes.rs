@@ -45,6 +45,7 @@ impl Actor {
     /// Applies operations. While an earlier one is missing nothing is written: packets would see a change without what was to
     /// come before it.
     pub(super) fn try_apply(&mut self, ops: Vec<MapOp>) -> Result<(), MapError> {
+        self.look_for_too_large();
         let start = Instant::now();
         let (missing, result) = match &self.behind {
             None => self.write(&ops),
